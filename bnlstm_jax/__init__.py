@@ -1,0 +1,17 @@
+"""Recurrent batch normalisation for Flax: LSTMs normalised at every time step.
+
+"Recurrent Batch Normalization", Cooijmans, Ballas, Laurent, Gulcehre, Courville; ICLR 2017.
+"""
+
+from bnlstm_jax.cells import BNLSTMCell, BNSimpleCell, LSTMCell
+from bnlstm_jax.population import estimate_population_statistics
+from bnlstm_jax.recurrent import BNLSTM, LSTM
+
+__all__ = [
+    "BNLSTM",
+    "BNLSTMCell",
+    "BNSimpleCell",
+    "LSTM",
+    "LSTMCell",
+    "estimate_population_statistics",
+]

@@ -1,0 +1,381 @@
+"""LSTM and BN-LSTM as Flax recurrent cells: the definition that all else here is tested against.
+
+Equations of "Recurrent Batch Normalization" (Cooijmans et al., ICLR 2017), for row vectors:
+
+    LSTM       f, i, o, g = split(h W_h + x W_x + b)                                            (1)
+               c' = sigmoid(f) c + sigmoid(i) tanh(g)                                           (2)
+               h' = sigmoid(o) tanh(c' + b_c)                                                   (3)
+
+    BN-LSTM    f, i, o, g = split(BN(h W_h; gamma_h, 0) + BN(x W_x; gamma_x, 0) + b)            (6)
+               c' = sigmoid(f) c + sigmoid(i) tanh(g)                                           (7)
+               h' = sigmoid(o) tanh(BN(c'; gamma_c, b_c))                                       (8)
+
+Along an axis of size 4H the gates stand in the order f, i, o, g: here and everywhere. Statistics
+are those of the batch, at each time step separately. The bias b_c in (3) is not in the paper: its
+released baseline has it, being the BN-LSTM with each BN left out.
+
+The carry is `(c, h)`, as in `flax.linen.LSTMCell`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from bnlstm_jax import initializers
+from bnlstm_jax.normalization import (
+    Statistics,
+    batch_standardize,
+    running_average,
+    standardize,
+    statistics_dtype,
+)
+
+Carry = tuple[Array, Array]
+# Maps the name and the value of a term to what takes its place, and the statistics that did it.
+Normalizer = Callable[[str, Array], tuple[Array, Statistics | None]]
+
+
+def product(x: Array, kernel: Array, dtype: Any = None) -> Array:
+    """`x @ kernel` with operands in `dtype` (their common one if None), summed in float32 or wider.
+
+    Shapes `[..., D]` and `[D, F]` give `[..., F]`.
+    """
+    dtype = dtype or jnp.promote_types(x.dtype, kernel.dtype)
+    return jnp.matmul(
+        x.astype(dtype), kernel.astype(dtype), preferred_element_type=statistics_dtype(dtype)
+    )
+
+
+def lstm_step(
+    params: dict[str, Array],
+    carry: Carry,
+    input_term: Array,
+    normalize: Normalizer,
+    valid: Array | None = None,
+    dtype: Any = None,
+) -> tuple[Carry, dict[str, Statistics | None]]:
+    """One step of (BN-)LSTM from its input term: equations 1 to 3, or 6 to 8.
+
+    Args:
+      params: the flat parameters of the layer.
+      carry: `(c, h)`, each `[batch, H]`.
+      input_term: `x W_x`, normalised where it is to be, `[batch, 4H]`.
+      normalize: the batch normalisation of a term, without its shift.
+      valid: which rows go on, boolean `[batch, 1]`; the others keep their state. None for all.
+      dtype: dtype of the operands of the recurrent product.
+
+    Returns:
+      The new carry, and the statistics of the terms `recurrent` and `cell`.
+    """
+    c, h = carry
+    statistics = {}
+
+    def keep_finished(new: Array, old: Array) -> Array:
+        return new if valid is None else jnp.where(valid, new, old)
+
+    recurrent_term, statistics["recurrent"] = normalize(
+        "recurrent", product(h, params["recurrent_kernel"], dtype)
+    )
+    f, i, o, g = jnp.split(recurrent_term + input_term + params["bias"], 4, axis=-1)  # (1), (6)
+    c = keep_finished(jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g), c)  # (2), (7)
+    cell_term, statistics["cell"] = normalize("cell", c)
+    h = keep_finished(jax.nn.sigmoid(o) * jnp.tanh(cell_term + params["cell_bias"]), h)  # (3), (8)
+    return (c, h), statistics
+
+
+class Recurrence(nn.Module):
+    """The fields that all recurrent modules of this package share.
+
+    Attributes:
+      features: number of hidden units H.
+      input_kernel_init, recurrent_kernel_init: initialisers of the kernels; an LSTM's are
+        `[D, 4H]` and `[H, 4H]`.
+      initial_hidden_noise: standard deviation of Gaussian noise on the initial hidden state.
+      dtype: dtype of the operands of matrix products and of the outputs; sums, statistics and
+        state stay float32. By default that of inputs and parameters.
+      param_dtype: dtype of the parameters.
+    """
+
+    features: int
+    input_kernel_init: initializers.Initializer = initializers.semi_orthogonal()
+    recurrent_kernel_init: initializers.Initializer = initializers.semi_orthogonal()
+    initial_hidden_noise: float = 0.0
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    # Without batch normalisation; BatchNormParameters makes fields of these.
+    normalize = ()
+    use_running_average = None
+
+    def zeros(self, name: str) -> Array:
+        """A parameter `[H]` that starts at zero."""
+        return self.param(name, nn.initializers.zeros_init(), (self.features,), self.param_dtype)
+
+    def initial_value(self, learned: str, batch: tuple[int, ...]) -> Array:
+        """A learned initial state for every example, `[*batch, H]`; zeros in an unbound module."""
+        value = jnp.zeros(self.features, self.param_dtype)
+        if self.scope is not None:
+            value = getattr(self, learned)
+        value = value.astype(statistics_dtype(self.param_dtype))
+        return jnp.broadcast_to(value, (*batch, self.features))
+
+    def initial_hidden_state(
+        self, batch: tuple[int, ...], key: Array | None, centered: bool = False
+    ) -> Array:
+        """The learned initial hidden state, with noise if there is to be any, `[*batch, H]`.
+
+        `centered`: the first recurrent term is to be normalised by the batch's statistics. They
+        take away what all examples share, so the learned state has no effect and no gradient.
+        Saying so keeps rounding errors, which Adam would make full steps of, out of it.
+        """
+        h = self.initial_value("initial_hidden", batch)
+        if centered:
+            h = jax.lax.stop_gradient(h)
+        if self.initial_hidden_noise > 0:
+            h = initializers.initial_noise(key, h, self.initial_hidden_noise)
+        return h
+
+    @nn.nowrap
+    def normalizer(self, params: dict[str, Array], *args: Any, **kwargs: Any) -> Normalizer:
+        """What `lstm_step` is to do to its terms: nothing, where none is normalised."""
+        return lambda term, x: (x, None)
+
+    @nn.nowrap
+    def output(self, hidden: Array) -> Array:
+        """The hidden state in the dtype of outputs."""
+        return hidden.astype(self.dtype or hidden.dtype)
+
+
+class LSTMParameters(Recurrence):
+    """The parameters of one LSTM, which cell and layer share, and its initial state.
+
+    Attributes:
+      bias_init: initialiser of the bias `[4H]`.
+    """
+
+    bias_init: initializers.Initializer = initializers.forget_bias(1.0)
+
+    def setup(self) -> None:
+        self.initial_hidden = self.zeros("initial_hidden")
+        self.initial_cell = self.zeros("initial_cell")
+
+    def lstm_params(self, input_size: int) -> dict[str, Array]:
+        """The parameters that a step uses, under the names they have in the variables."""
+        units, gates = self.features, 4 * self.features
+        zeros = nn.initializers.zeros_init()
+        shapes = {
+            "input_kernel": (self.input_kernel_init, (input_size, gates)),
+            "recurrent_kernel": (self.recurrent_kernel_init, (units, gates)),
+            "bias": (self.bias_init, (gates,)),
+            "cell_bias": (zeros, (units,)),
+        }
+        for term in self.normalize:
+            shapes[f"{term}_scale"] = (self.scale_init, (self.term_size(term),))
+        return {
+            name: self.param(name, init, shape, self.param_dtype)
+            for name, (init, shape) in shapes.items()
+        }
+
+    @nn.nowrap
+    def term_size(self, term: str) -> int:
+        """Number of features of a normalised term."""
+        return self.features if term == "cell" else 4 * self.features
+
+    def initial_state(
+        self, batch: tuple[int, ...], key: Array | None, centered: bool = False
+    ) -> Carry:
+        """The learned initial state for every example, `(c, h)`, each `[*batch, H]`."""
+        c = self.initial_value("initial_cell", batch)
+        return c, self.initial_hidden_state(batch, key, centered)
+
+
+class BatchNormParameters(Recurrence):
+    """What normalised cells and layers share; the names are those of `flax.linen.BatchNorm`.
+
+    Attributes:
+      normalize: which terms are normalised, of `input`, `recurrent` and `cell`. A term left out
+        enters as it is and has neither scale nor statistics.
+      use_running_average: normalise by the statistics in the collection `batch_stats` (inference)
+        rather than by those of the batch (training). Given here or in the call.
+      momentum: decay of the running average of batch statistics.
+      epsilon: added to the variance.
+      axis_name: mapped axis over which batches are pooled for their statistics.
+      scale_init: initialiser of the scales (gamma); 0.1 in the paper.
+    """
+
+    normalize: Sequence[str] = ("input", "recurrent", "cell")
+    use_running_average: bool | None = None
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    axis_name: str | None = None
+    scale_init: initializers.Initializer = nn.initializers.constant(0.1)
+
+    @nn.nowrap
+    def normalizer(
+        self,
+        params: dict[str, Array],
+        given: dict[str, Statistics] | None,
+        where: Array | None = None,
+        axis: tuple[int, ...] = (-2,),
+    ) -> Normalizer:
+        """Equation 5 without its shift, by the statistics `given`, or the batch's own if None."""
+
+        def normalize(term: str, x: Array) -> tuple[Array, Statistics | None]:
+            if term not in self.normalize:
+                return x, None
+            if given is None:
+                x, statistics = batch_standardize(x, where, self.epsilon, axis, self.axis_name)
+            else:
+                statistics = given[term]
+                x = standardize(x, statistics, self.epsilon, axis)
+            return params[f"{term}_scale"] * x, statistics
+
+        return normalize
+
+    def statistics_variables(self, term: str, shape: tuple[int, ...]) -> list[nn.Variable]:
+        """The running mean (from 0) and variance (from 1) of a term in `batch_stats`."""
+        dtype = statistics_dtype(self.param_dtype)
+        return [
+            self.variable("batch_stats", f"{term}_mean", jnp.zeros, shape, dtype),
+            self.variable("batch_stats", f"{term}_var", jnp.ones, shape, dtype),
+        ]
+
+    def update_statistics(
+        self, variables: list[nn.Variable], batch: Statistics, where: Array | None = None
+    ) -> None:
+        """Moves running statistics towards those of the batch, unless the module initialises."""
+        if self.is_initializing():
+            return
+        running = Statistics(*(v.value for v in variables))
+        for variable, value in zip(
+            variables, running_average(running, batch, self.momentum, where), strict=True
+        ):
+            variable.value = value
+
+
+class LSTMCell(LSTMParameters, nn.RNNCellBase):
+    """One step of an LSTM with learned initial state, equations 1 to 3.
+
+    For `flax.linen.RNN` and `flax.linen.scan`. Over whole sequences `bnlstm_jax.LSTM` is faster.
+    """
+
+    @nn.compact
+    def __call__(self, carry: Carry, inputs: Array) -> tuple[Carry, Array]:
+        """`(c, h)` and inputs `[batch, D]` to the new carry and the output h `[batch, H]`."""
+        params = self.lstm_params(inputs.shape[-1])
+        input_term = product(inputs, params["input_kernel"], self.dtype)
+        carry, _ = lstm_step(
+            params, carry, input_term, self.normalizer(params), dtype=self.dtype
+        )
+        return carry, self.output(carry[1])
+
+    def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Carry:
+        """The learned initial state `(c, h)`, each `[batch, H]`, for inputs `[batch, D]`.
+
+        `rng` is used for `initial_hidden_noise` alone. Unbound, a cell gives the initial zeros.
+        """
+        centered = "recurrent" in self.normalize and self.use_running_average is False
+        return self.initial_state(input_shape[:-1], rng, centered)
+
+    @property
+    def num_feature_axes(self) -> int:
+        return 1
+
+
+class BNLSTMCell(BatchNormParameters, LSTMCell):
+    """One step of a batch-normalised LSTM, equations 6 to 8.
+
+    The collection `batch_stats` holds running means and variances of one step, each `[F]`. For
+    statistics per time step unroll the cell with `variable_axes={'batch_stats': 0}`, in
+    `flax.linen.RNN` or `flax.linen.scan`; the layer `bnlstm_jax.BNLSTM` does it by itself.
+    """
+
+    @nn.compact
+    def __call__(
+        self, carry: Carry, inputs: Array, use_running_average: bool | None = None
+    ) -> tuple[Carry, Array]:
+        """`(c, h)` and inputs `[batch, D]` to the new carry and the output h `[batch, H]`."""
+        use_running_average = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        params = self.lstm_params(inputs.shape[-1])
+        variables = {
+            term: self.statistics_variables(term, (self.term_size(term),))
+            for term in self.normalize
+        }
+        running = {term: Statistics(*(v.value for v in pair)) for term, pair in variables.items()}
+        normalize = self.normalizer(params, running if use_running_average else None)
+
+        input_term, input_statistics = normalize(
+            "input", product(inputs, params["input_kernel"], self.dtype)
+        )
+        carry, statistics = lstm_step(params, carry, input_term, normalize, dtype=self.dtype)
+        if not use_running_average:
+            statistics["input"] = input_statistics
+            for term in self.normalize:
+                self.update_statistics(variables[term], statistics[term])
+        return carry, self.output(carry[1])
+
+
+class BNSimpleCell(BatchNormParameters, nn.RNNCellBase):
+    """One step of a tanh RNN whose pre-activation is normalised as a whole.
+
+        h' = tanh(BN(h W_h + x W_x; gamma, b))
+
+    The network of the paper's figure on gradient flow. Parameters `input_kernel [D, H]`,
+    `recurrent_kernel [H, H]`, `joint_scale [H]`, `bias [H]`, `initial_hidden [H]`; statistics
+    `joint_mean`, `joint_var`, each `[H]`. The carry is h.
+
+    In the figure W_h starts as the identity.
+    """
+
+    normalize: Sequence[str] = ("joint",)
+
+    def setup(self) -> None:
+        self.initial_hidden = self.zeros("initial_hidden")
+
+    @nn.compact
+    def __call__(
+        self, carry: Array, inputs: Array, use_running_average: bool | None = None
+    ) -> tuple[Array, Array]:
+        """h `[batch, H]` and inputs `[batch, D]` to the new h, as carry and as output."""
+        use_running_average = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        shape = (self.features,)
+        input_kernel = self.param(
+            "input_kernel",
+            self.input_kernel_init,
+            (inputs.shape[-1], self.features),
+            self.param_dtype,
+        )
+        recurrent_kernel = self.param(
+            "recurrent_kernel", self.recurrent_kernel_init, shape * 2, self.param_dtype
+        )
+        bias = self.zeros("bias")
+        scale = self.param("joint_scale", self.scale_init, shape, self.param_dtype)
+        variables = self.statistics_variables("joint", shape)
+        running = {"joint": Statistics(*(v.value for v in variables))}
+
+        total = product(carry, recurrent_kernel, self.dtype) + product(
+            inputs, input_kernel, self.dtype
+        )
+        normalize = self.normalizer({"joint_scale": scale}, running if use_running_average else None)
+        joint, statistics = normalize("joint", total)
+        if not use_running_average:
+            self.update_statistics(variables, statistics)
+        h = jnp.tanh(joint + bias)
+        return h, self.output(h)
+
+    def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Array:
+        """The learned initial state `[batch, H]` for inputs `[batch, D]`."""
+        centered = self.use_running_average is False
+        return self.initial_hidden_state(input_shape[:-1], rng, centered)
+
+    @property
+    def num_feature_axes(self) -> int:
+        return 1

@@ -1,0 +1,53 @@
+"""Initial values of the paper's experiments, in the gate order f, i, o, g of `bnlstm_jax.cells`."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.nn import initializers
+
+Initializer = initializers.Initializer
+
+
+def semi_orthogonal() -> Initializer:
+    """A semi-orthogonal matrix: orthonormal rows if it is wide, orthonormal columns if it is tall.
+
+    Over a whole `[H, 4H]` kernel this makes its rows orthonormal; the four `[H, H]` gate blocks
+    are not orthogonal by themselves.
+    """
+    return initializers.orthogonal()
+
+
+def identity_block() -> Initializer:
+    """A recurrent kernel `[H, 4H]`: the candidate's block (g) the identity, the gates' orthonormal.
+
+    The three gate blocks f, i, o are one `[H, 3H]` semi-orthogonal matrix. This is what "W_h
+    initialised to the identity" stands for in the paper's MNIST experiments.
+    """
+
+    def init(key: Array, shape: tuple[int, ...], dtype=jnp.float32, **kwargs) -> Array:
+        features, columns = shape
+        if columns != 4 * features:
+            raise ValueError(f"identity_block needs a kernel of shape [H, 4H], got {shape}")
+        gates = semi_orthogonal()(key, (features, 3 * features), dtype)
+        return jnp.concatenate([gates, jnp.eye(features, dtype=dtype)], axis=1)
+
+    return init
+
+
+def forget_bias(value: float = 1.0) -> Initializer:
+    """A bias `[4H]` that is `value` for the forget gate and zero elsewhere."""
+
+    def init(key: Array, shape: tuple[int, ...], dtype=jnp.float32, **kwargs) -> Array:
+        (size,) = shape
+        return jnp.zeros(shape, dtype).at[: size // 4].set(value)
+
+    return init
+
+
+def initial_noise(key: Array, hidden: Array, stddev: float) -> Array:
+    """`hidden` plus Gaussian noise, drawn for each example and unit.
+
+    The paper's BN-LSTM on in-order MNIST uses stddev 0.1 at training and evaluation alike: the
+    first pixels are black in every image, and without noise every batch variance would be zero.
+    """
+    return hidden + stddev * jax.random.normal(key, hidden.shape, hidden.dtype)

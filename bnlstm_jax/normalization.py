@@ -1,0 +1,137 @@
+"""Batch normalisation as a pure transform: statistics of a batch, standardisation, running average.
+
+    BN(x; gamma, beta) = beta + gamma * (x - mean) / sqrt(var + epsilon)                        (5)
+
+Mean and variance are taken in at least float32 whatever the dtype of `x`, and in two passes: the
+mean first, then the mean squared deviation from it. The one-pass form E[x^2] - E[x]^2 loses every
+digit where the spread is small against the mean, as it is in the first steps of a recurrence.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+class Statistics(NamedTuple):
+    """Mean and biased variance of one term, each `[..., F]`."""
+
+    mean: Array
+    var: Array
+
+
+def statistics_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype in which statistics and state are kept: float32, or wider if `dtype` is."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def standardize(x: Array, statistics: Statistics, epsilon: float, axis: tuple[int, ...]) -> Array:
+    """`(x - mean) / sqrt(var + epsilon)`, which is equation 5 without scale and shift.
+
+    Args:
+      x: values, `[..., batch, F]`.
+      statistics: those of `x` or others, `[..., F]`: the shape of `x` without `axis`.
+      epsilon: added to the variance.
+      axis: the axes over which statistics are taken, negative numbers.
+    """
+    mean, var = (jnp.expand_dims(s, axis) for s in statistics)
+    return (x - mean) * jax.lax.rsqrt(var + epsilon)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def batch_standardize(
+    x: Array,
+    where: Array | None,
+    epsilon: float,
+    axis: tuple[int, ...] = (-2,),
+    axis_name: str | None = None,
+) -> tuple[Array, Statistics]:
+    """Standardises `x` by its own statistics, and gives both.
+
+    Gradients flow through the statistics. They are written out below, because the well-known short
+    form needs one stored array and two reductions where automatic differentiation of the two
+    passes needs several of each.
+
+    Args:
+      x: values, `[..., batch, F]`.
+      where: which rows count, boolean `[..., batch, 1]`; all of them if None. The others are taken
+        for zeros. Where no row counts, mean and variance are zero, and all stays finite.
+      epsilon: added to the variance.
+      axis: the axes over which statistics are taken, negative numbers.
+      axis_name: mapped axis (of `vmap`, `pmap`, `shard_map`) over which rows are pooled too.
+
+    Returns:
+      The standardised values, in the shape of `x`, and the statistics, `[..., F]`; all of them in
+      float32 or wider.
+    """
+    return _forward(x, where, epsilon, axis, axis_name)[0]
+
+
+def _total(x: Array, where: Array | None, axis: tuple[int, ...], axis_name: str | None) -> Array:
+    total = jnp.sum(x, axis, where=where, keepdims=True)
+    return total if axis_name is None else jax.lax.psum(total, axis_name)
+
+
+def _forward(x, where, epsilon, axis, axis_name):
+    dtype = statistics_dtype(x.dtype)
+    values = x.astype(dtype)
+    if where is None:
+        count = math.prod(x.shape[a] for a in axis)
+        count = count if axis_name is None else count * jax.lax.psum(1, axis_name)
+    else:
+        values = jnp.where(where, values, 0)  # not even infinite padding reaches a sum
+        count = jnp.maximum(_total(where.astype(dtype), None, axis, axis_name), 1)
+    # Measured from one of its rows, a batch of equal rows has exactly that row for its mean: the
+    # first recurrent term, the same for every example, is standardised to exactly zero.
+    origin = values
+    for a in axis:
+        origin = jax.lax.slice_in_dim(origin, 0, 1, axis=x.ndim + a)
+    if axis_name is not None:
+        origin = jax.lax.pmean(origin, axis_name)
+    mean = origin + _total(values - origin, where, axis, axis_name) / count
+    var = _total(jnp.square(values - mean), where, axis, axis_name) / count
+    statistics = Statistics(jnp.squeeze(mean, axis), jnp.squeeze(var, axis))
+    standardized = standardize(values, statistics, epsilon, axis)
+    like_x = jnp.zeros((), x.dtype)
+    return (standardized, statistics), (standardized, statistics.var, count, where, like_x)
+
+
+def _backward(epsilon, axis, axis_name, residuals, gradients):
+    standardized, var, count, where, like_x = residuals
+    by_values, (by_mean, by_var) = gradients
+    scale = jax.lax.rsqrt(jnp.expand_dims(var, axis) + epsilon)
+    by_mean, by_var = (jnp.expand_dims(g, axis) for g in (by_mean, by_var))
+    if axis_name is not None:  # every shard's statistics depend on every shard's rows
+        by_mean, by_var = jax.lax.psum((by_mean, by_var), axis_name)
+
+    def total(x):
+        return _total(x, None, axis, axis_name)
+
+    by_mean = by_mean - scale * total(by_values)
+    by_var = by_var - scale**2 / 2 * total(by_values * standardized)
+    # A row that counts moves the mean by 1 / count and the variance by 2 (x - mean) / count.
+    through_statistics = (by_mean + 2 * by_var * standardized / scale) / count
+    if where is not None:
+        through_statistics = jnp.where(where, through_statistics, 0)
+    return (scale * by_values + through_statistics).astype(like_x.dtype), None
+
+
+batch_standardize.defvjp(_forward, _backward)
+
+
+def running_average(
+    running: Statistics, batch: Statistics, momentum: float, where: Array | None = None
+) -> Statistics:
+    """`momentum * running + (1 - momentum) * batch`, only `where` the batch has something to say.
+
+    `where` is boolean and broadcasts against the statistics; None stands for everywhere.
+    """
+
+    def average(old: Array, new: Array) -> Array:
+        new = momentum * old + (1 - momentum) * new
+        return new if where is None else jnp.where(where, new, old)
+
+    return Statistics(*map(average, running, batch))

@@ -1,0 +1,248 @@
+"""Whole-sequence layers: the recurrence of `bnlstm_jax.cells` over all time steps.
+
+Equal to the cells under `flax.linen.RNN`, and faster: the input term and its normalisation are
+computed for all time steps at once, before the recurrence. Beyond the cells they mask statistics
+by `seq_lengths`, and at inference go on past `max_steps` with the last time step's statistics.
+
+Inside, arrays are time-major: `[T, B, F]`.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from bnlstm_jax.cells import BatchNormParameters, Carry, LSTMParameters, lstm_step, product
+from bnlstm_jax.normalization import Statistics, statistics_dtype
+
+# Statistics of the batch at hand, unaveraged, with the number of rows behind each time step.
+# Written when an `apply` names it among its mutable collections; see `bnlstm_jax.population`.
+CURRENT_BATCH_STATS = "current_batch_stats"
+
+
+def flip_sequences(x: Array, seq_lengths: Array | None) -> Array:
+    """Reverses `x` `[T, B, F]` in time; with lengths `[B]`, the padding stays at the end."""
+    if seq_lengths is None:
+        return jnp.flip(x, axis=0)
+    t = jnp.arange(x.shape[0])[:, None]
+    source = jnp.where(t < seq_lengths, seq_lengths - 1 - t, t)
+    return jnp.take_along_axis(x, source[..., None], axis=0)
+
+
+def at_steps(statistics: Array, t: Array) -> Array:
+    """Rows t of statistics `[max_steps, F]`, the last row beyond; `[F]` are for every step."""
+    if statistics.ndim == 1:
+        return statistics
+    return statistics[jnp.minimum(t, statistics.shape[0] - 1)]
+
+
+class RecurrentLayer(LSTMParameters):
+    """The recurrence of LSTM and BNLSTM; an LSTM is the case in which no term is normalised.
+
+    Keywords are those of `flax.linen.RNN`, and both layers fit `flax.linen.Bidirectional`.
+
+    Attributes:
+      time_major: sequences are `[time, batch, ...]` rather than `[batch, time, ...]`.
+      return_carry: return `(carry, outputs)` rather than outputs alone.
+      reverse: run from the last valid step of each sequence to its first.
+      keep_order: with `reverse`, return outputs in the order of the inputs.
+      unroll: time steps per iteration of the compiled loop.
+    """
+
+    time_major: bool = False
+    return_carry: bool = False
+    reverse: bool = False
+    keep_order: bool = False
+    unroll: int = 1
+
+    # Without batch normalisation; BNLSTM makes fields of these.
+    max_steps = None
+    input_statistics = "per_step"
+    mask_statistics = True
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: Array,
+        *,
+        initial_carry: Carry | None = None,
+        init_key: Array | None = None,
+        seq_lengths: Array | None = None,
+        return_carry: bool | None = None,
+        time_major: bool | None = None,
+        reverse: bool | None = None,
+        keep_order: bool | None = None,
+        use_running_average: bool | None = None,
+    ) -> Array | tuple[Carry, Array]:
+        """Runs over sequences `[batch, time, input]`, giving outputs `[batch, time, features]`.
+
+        Args:
+          inputs: the sequences, `[batch, time, input]`, or `[time, batch, input]` if `time_major`.
+          initial_carry: `(c, h)`, each `[batch, features]`; the learned state if None.
+          init_key: key of the noise on the initial hidden state; the rng stream `noise` if None.
+          seq_lengths: valid steps of each sequence, integers `[batch]`, at least 1; all if None.
+            From there on a sequence keeps its state, and its outputs repeat the last one.
+          return_carry, time_major, reverse, keep_order: override the attributes.
+          use_running_average: overrides BNLSTM's attribute. LSTM takes it too, without effect, so
+            that a model can hold either.
+
+        Returns:
+          The outputs h; with `return_carry` the carry `(c, h)` after the last valid step, and the
+          outputs.
+
+        Raises:
+          ValueError: a training sequence is longer than BNLSTM's `max_steps`.
+        """
+        return_carry = self.return_carry if return_carry is None else return_carry
+        time_major = self.time_major if time_major is None else time_major
+        reverse = self.reverse if reverse is None else reverse
+        keep_order = self.keep_order if keep_order is None else keep_order
+        if self.normalize:
+            use_running_average = nn.merge_param(
+                "use_running_average", self.use_running_average, use_running_average
+            )
+
+        if not time_major:
+            inputs = jnp.swapaxes(inputs, 0, 1)  # [T, B, D]
+        if reverse:
+            inputs = flip_sequences(inputs, seq_lengths)
+        steps, batch, input_size = inputs.shape
+        valid = None  # [T, B, 1]
+        if seq_lengths is not None:
+            valid = (jnp.arange(steps)[:, None] < seq_lengths)[..., None]
+
+        params = self.lstm_params(input_size)
+        variables = {
+            term: self.statistics_variables(term, self.statistics_shape(term, steps))
+            for term in self.normalize
+        }
+        counted = valid if self.mask_statistics else None
+
+        def statistics_at(t: Array) -> dict[str, Statistics] | None:
+            """The running statistics of time steps t, the last row from there on, if to be used."""
+            if not use_running_average:
+                return None
+            return {
+                term: Statistics(*(at_steps(v.value, t) for v in pair))
+                for term, pair in variables.items()
+            }
+
+        # The input term, for all time steps at once.
+        axis = (-2,) if self.input_statistics == "per_step" else (-3, -2)
+        normalize = self.normalizer(params, statistics_at(jnp.arange(steps)), counted, axis)
+        input_term, input_statistics = normalize(
+            "input", product(inputs, params["input_kernel"], self.dtype)
+        )  # [T, B, 4H]
+
+        if initial_carry is None:
+            if init_key is None and self.initial_hidden_noise > 0:
+                init_key = self.make_rng("noise")
+            centered = "recurrent" in self.normalize and not use_running_average
+            initial_carry = self.initial_state((batch,), init_key, centered)
+        state = statistics_dtype(self.param_dtype)
+        initial_carry = jax.tree.map(lambda v: v.astype(state), initial_carry)
+
+        def step(_, carry: Carry, now: tuple) -> tuple[Carry, tuple]:
+            t, input_term, valid, counted = now
+            normalize = self.normalizer(params, statistics_at(t), counted)
+            carry, statistics = lstm_step(params, carry, input_term, normalize, valid, self.dtype)
+            return carry, (self.output(carry[1]), statistics)
+
+        scan = nn.scan(
+            step, variable_broadcast="params", split_rngs={"params": False}, unroll=self.unroll
+        )
+        carry, (outputs, statistics) = scan(
+            self, initial_carry, (jnp.arange(steps), input_term, valid, counted)
+        )
+
+        if self.normalize and not use_running_average:
+            statistics["input"] = input_statistics
+            count = jnp.full(steps, batch) if counted is None else counted.sum((1, 2))
+            self.record_statistics(variables, statistics, count)
+
+        if reverse and keep_order:
+            outputs = flip_sequences(outputs, seq_lengths)
+        if not time_major:
+            outputs = jnp.swapaxes(outputs, 0, 1)
+        return (carry, outputs) if return_carry else outputs
+
+
+class LSTM(RecurrentLayer):
+    """An LSTM over whole sequences, equations 1 to 3.
+
+        layer = LSTM(100)
+        variables = layer.init(key, x)                  # x [batch, time, input]
+        y = layer.apply(variables, x)                   # y [batch, time, 100]
+    """
+
+
+class BNLSTM(BatchNormParameters, RecurrentLayer):
+    """A batch-normalised LSTM over whole sequences, equations 6 to 8.
+
+        layer = BNLSTM(100, max_steps=784)
+        variables = layer.init(key, x, use_running_average=True)
+        y, updated = layer.apply(
+            variables, x, use_running_average=False, mutable=["batch_stats"])    # training
+        y = layer.apply({**variables, **updated}, x, use_running_average=True)   # inference
+
+    Statistics are kept for each time step, in the collection `batch_stats`:
+    `{input,recurrent,cell}_{mean,var}`, each `[max_steps, F]`. Training moves them towards those
+    of the batch; `bnlstm_jax.population` estimates them anew. Inference goes on past `max_steps`
+    with the last row. In a reversed layer the rows follow the recurrence, not the inputs.
+
+    Attributes:
+      max_steps: number of time steps with statistics of their own, no less than the longest
+        training sequence. By default the length of the sequence that initialises the layer.
+      input_statistics: `per_step`, or `sequence` for input statistics `[4H]` over all time steps
+        together.
+      mask_statistics: count only valid steps of `seq_lengths` in statistics. The paper's released
+        code counts all, with the frozen state of finished sequences: False does the same.
+    """
+
+    max_steps: int | None = None
+    input_statistics: str = "per_step"
+    mask_statistics: bool = True
+
+    @nn.nowrap
+    def statistics_shape(self, term: str, steps: int) -> tuple[int, ...]:
+        """Shape of a term's statistics, for sequences of `steps` steps."""
+        if term == "input" and self.input_statistics == "sequence":
+            return (self.term_size(term),)
+        return (self.max_steps or steps, self.term_size(term))
+
+    def record_statistics(
+        self,
+        variables: dict[str, list[nn.Variable]],
+        statistics: dict[str, Statistics],
+        count: Array,
+    ) -> None:
+        """Moves the running average, and shows the statistics as they are to whoever asks.
+
+        `statistics` are `[T, F]` or `[F]`; `count` `[T]` rows are behind each time step. Steps
+        that no row has reached leave their statistics as they are.
+        """
+        if self.axis_name is not None:
+            count = jax.lax.psum(count, self.axis_name)
+        steps = count.shape[0]
+        current = {}
+        for term, pair in variables.items():
+            reached, batch = count > 0, statistics[term]
+            if batch.mean.ndim == 1:
+                reached = reached.any()
+            else:
+                rows = pair[0].value.shape[0]
+                if steps > rows:
+                    raise ValueError(
+                        f"max_steps is {rows}, shorter than a training sequence of {steps} steps"
+                    )
+                missing = rows - steps
+                reached = jnp.pad(reached, (0, missing))[:, None]
+                batch = Statistics(*(jnp.pad(s, ((0, missing), (0, 0))) for s in batch))
+                current["count"] = jnp.pad(count, (0, missing))
+            self.update_statistics(pair, batch, where=reached)
+            current |= {f"{term}_mean": batch.mean, f"{term}_var": batch.var}
+        if self.is_mutable_collection(CURRENT_BATCH_STATS) and not self.is_initializing():
+            for name, value in current.items():
+                self.put_variable(CURRENT_BATCH_STATS, name, value)
