@@ -1,0 +1,1 @@
+"""Experiments: data, tasks, training and evaluation around the `bnlstm_jax` library."""

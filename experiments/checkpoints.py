@@ -1,0 +1,65 @@
+"""Checkpoints of a run: the latest, to go on from, and the best, to evaluate. Through Orbax."""
+
+from pathlib import Path
+
+import orbax.checkpoint as ocp
+from flax import serialization
+from flax.training.train_state import TrainState
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+
+class Checkpoints:
+    """The folder `checkpoints` of a workdir, which keeps two: the latest and the best.
+
+    Saving goes on in the background; leaving the `with` block waits for it.
+    """
+
+    def __init__(self, workdir: Path, selection: str, lower_is_better: bool) -> None:
+        """The best is the one with the lowest, or highest, metric `selection`."""
+
+        def selected(metrics: dict[str, float]) -> float:
+            return metrics[selection]
+
+        policy = preservation_policy.AnyPreservationPolicy(
+            [
+                preservation_policy.LatestN(1),
+                preservation_policy.BestN(
+                    get_metric_fn=selected,
+                    reverse=lower_is_better,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            best_fn=selected,
+            best_mode="min" if lower_is_better else "max",
+            preservation_policy=policy,
+        )
+        self._manager = ocp.CheckpointManager(workdir.absolute() / "checkpoints", options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._manager.close()
+
+    def save(self, state: TrainState, validation: dict[str, float] | None) -> None:
+        """Saves `state` at its step; `validation` metrics make it a candidate for the best."""
+        content = ocp.args.StandardSave(serialization.to_state_dict(state))
+        self._manager.save(int(state.step), args=content, metrics=validation)
+
+    def restore_latest(self, state: TrainState) -> TrainState:
+        """The latest checkpoint, in the form of `state`; `state` itself if there is none."""
+        return self._restore(self._manager.latest_step(), state)
+
+    def restore_best(self, state: TrainState) -> TrainState:
+        """The best checkpoint so far, in the form of `state`; `state` itself if there is none."""
+        self._manager.wait_until_finished()
+        return self._restore(self._manager.best_step(), state)
+
+    def _restore(self, step: int | None, state: TrainState) -> TrainState:
+        if step is None:
+            return state
+        like = ocp.args.StandardRestore(serialization.to_state_dict(state))
+        return serialization.from_state_dict(state, self._manager.restore(step, args=like))

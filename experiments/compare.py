@@ -1,0 +1,64 @@
+"""What a run, or several kinds of model side by side, came to: a table and a picture."""
+
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from experiments.evaluate import STATISTICS
+from experiments.metrics import markdown_table, read_metrics
+
+PICTURE_NAME = "comparison.png"
+LABELS = {"lstm": "LSTM", "bn_lstm": "BN-LSTM"}
+
+
+def results_table(results: list[dict[str, Any]]) -> str:
+    """The results of `experiments.train`, a line for each model and way of evaluation."""
+    names = [name for name in results[0]["rows"][0] if name not in ("split", "statistics", "error")]
+    splits = list(dict.fromkeys(row["split"] for row in results[0]["rows"]))
+    header = ["model", "normalised by"] + [f"{s} {n}" for s in splits for n in names]
+    lines = []
+    for result in results:
+        for statistics in dict.fromkeys(row["statistics"] for row in result["rows"]):
+            by_split = {r["split"]: r for r in result["rows"] if r["statistics"] == statistics}
+            values = [f"{by_split[s][n]:.4f}" for s in splits for n in names]
+            label = LABELS[result["kind"]]
+            lines.append([label, STATISTICS[statistics], *values])
+    table = markdown_table(header, lines)
+    chosen = ", ".join(
+        f"{LABELS[r['kind']]} at update {r['update']:,} of {r['updates']:,}" for r in results
+    )
+    return f"{table}\nBest checkpoint by validation error with batch statistics: {chosen}."
+
+
+def draw_curves(runs: dict[str, Path], picture: Path) -> bool:
+    """Draws training loss and validation accuracy of runs, by kind of model, into a PNG.
+
+    Returns:
+      Whether it did: not without matplotlib, of which a line is logged.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        logging.warning("no picture: matplotlib is not installed")
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (loss, accuracy) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    styles = {"lstm": ("tab:gray", "--"), "bn_lstm": ("tab:blue", "-")}
+    for kind, folder in runs.items():
+        rows = read_metrics(folder)
+        color, style = styles[kind]
+        for axes, split, name in ((loss, "train", "loss"), (accuracy, "valid", "accuracy")):
+            points = [(r["update"], r[name]) for r in rows if r["split"] == split]
+            axes.plot(*zip(*points, strict=True), style, color=color, label=LABELS[kind])
+    loss.set(xlabel="update", ylabel="training loss (nats)", ylim=(0, None))
+    accuracy.set(xlabel="update", ylabel="validation accuracy", ylim=(0, 1))
+    for axes in (loss, accuracy):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    accuracy.legend(loc="lower right")
+    figure.savefig(picture, dpi=150)
+    pyplot.close(figure)
+    return True

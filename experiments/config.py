@@ -1,0 +1,95 @@
+"""The config fields that every experiment shares, and what is asked of their values."""
+
+from ml_collections import ConfigDict
+
+from experiments.errors import UserError, unknown_name
+
+MODEL_KINDS = ("lstm", "bn_lstm")
+
+
+def base_config() -> ConfigDict:
+    """The shared fields. A config file starts from these and adds what its task needs."""
+    config = ConfigDict()
+    config.task = ""  # a module of experiments.tasks
+    config.seed = 1  # of parameters, order of examples and noise
+    config.data_dir = "data"
+    config.batch_size = 100
+    config.num_updates = 100_000
+
+    config.model = ConfigDict()
+    config.model.kind = "bn_lstm"  # lstm, bn_lstm, or both with a comma: trains and compares them
+    config.model.features = 100
+    config.model.recurrent_init = "orthogonal"  # or identity: the candidate's block alone
+    config.model.initial_scale = 0.1  # gamma
+    config.model.initial_hidden_noise = 0.0  # standard deviation; in the BN-LSTM alone
+    config.model.normalize = ("input", "recurrent", "cell")  # ablation: which terms
+    config.model.input_statistics = "per_step"  # or sequence: one for all time steps
+    config.model.momentum = 0.99  # of the running average of batch statistics
+    config.model.max_steps = 0  # time steps with statistics; 0: the length of training sequences
+    config.model.dtype = "float32"  # of matrix products' operands
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "rmsprop"  # or adam
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.decay = 0.9  # of RMSProp's mean square
+    config.optimizer.clip_norm = 1.0  # global norm of the whole gradient
+
+    # In updates. Validation uses batch statistics, and selects the best checkpoint.
+    config.log_every = 50
+    config.eval_every = 500
+    config.checkpoint_every = 500
+    config.eval_batch_size = 1000  # with population statistics
+    config.population_batch_size = 5000  # batches whose statistics are averaged
+    return config
+
+
+def model_kinds(config: ConfigDict) -> list[str]:
+    """The kinds of model that a config asks for.
+
+    Raises:
+      UserError: `config.model.kind` names something else.
+    """
+    kinds = [kind.strip() for kind in config.model.kind.split(",")]
+    for kind in kinds:
+        one_of("config.model.kind", kind, MODEL_KINDS)
+    return kinds
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses values that no experiment can run with.
+
+    Raises:
+      UserError: names the field and what it may be.
+    """
+    for name in (
+        "batch_size",
+        "num_updates",
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+        "eval_batch_size",
+        "population_batch_size",
+    ):
+        if config[name] < 1:
+            raise UserError(f"config.{name} is {config[name]}: it must be at least 1")
+    if config.model.features < 1:
+        raise UserError(f"config.model.features is {config.model.features}: at least 1 is needed")
+    if not 0 <= config.model.momentum <= 1:
+        raise UserError(f"config.model.momentum is {config.model.momentum}: it lies in 0 to 1")
+    model_kinds(config)
+    one_of("config.model.recurrent_init", config.model.recurrent_init, ("orthogonal", "identity"))
+    one_of("config.model.input_statistics", config.model.input_statistics, ("per_step", "sequence"))
+    one_of("config.model.dtype", config.model.dtype, ("float32", "bfloat16"))
+    one_of("config.optimizer.name", config.optimizer.name, ("rmsprop", "adam"))
+    for term in config.model.normalize:
+        one_of("config.model.normalize", term, ("input", "recurrent", "cell"))
+
+
+def one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuses a value that is not among those allowed.
+
+    Raises:
+      UserError: names the field, what is allowed, and what comes nearest.
+    """
+    if value not in allowed:
+        raise UserError(unknown_name(field, value, allowed))

@@ -1,0 +1,240 @@
+"""Prepared data sets: `.npy` files with a manifest, made once and verified on every reading."""
+
+import dataclasses
+import datetime
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import os
+import pkgutil
+import platform
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from experiments.errors import UserError, unknown_name
+
+FORMAT = 1  # of the prepared folder; raised when older folders can no longer be read
+
+# What a data set module's `prepare(source_dir)` returns: the arrays; metadata of JSON types; and
+# where the data came from, with the names of the `packages` that took part.
+Made = tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A data set in memory.
+
+    Attributes:
+        name: Name of the data set, as given to `load`.
+        arrays: The data by name, for example `train_images` [N, pixels].
+        info: Metadata of JSON types, for example the number of classes.
+        digest: SHA-256 over the arrays' values, shapes and types and over `info`; the same
+            wherever and with whatever library versions the data set was prepared.
+    """
+
+    name: str
+    arrays: dict[str, np.ndarray]
+    info: dict[str, Any]
+    digest: str
+
+
+def load(name: str, data_dir: str) -> Dataset:
+    """Loads a data set, preparing it first if that was not done before.
+
+    Args:
+        name: Name of a data set module in `experiments/datasets`.
+        data_dir: Folder that holds, or will hold, `prepared/<name>`, and in which original files
+            are looked for. If it cannot be written, the data set is prepared for this run only.
+
+    Raises:
+        UserError: If there is no such data set, a prepared file is damaged or missing, or the
+            original data cannot be had.
+    """
+    folder = folder_of(name, data_dir)
+    if not folder.exists():
+        arrays, info, source = make(name, Path(data_dir).expanduser())
+        try:
+            write(folder, arrays, info, source)
+        except OSError as error:
+            logging.warning(
+                "%s cannot be written (%s): %s is prepared for this run only; to prepare it once: "
+                "python -m scripts.prepare_data %s --data_dir=WRITABLE_FOLDER --source_dir=%s",
+                folder,
+                error.strerror or error,
+                name,
+                name,
+                data_dir,
+            )
+            info = json.loads(json.dumps(info))  # as it would read back from the manifest
+            return Dataset(name, arrays, info, _digest(_contents(arrays), info))
+        logging.info("Prepared %s in %s", name, folder)
+    return read(folder)
+
+
+def names() -> list[str]:
+    """Names of the data sets: the modules beside this one that offer `prepare`."""
+    return [name for name in _modules() if hasattr(_import(name), "prepare")]
+
+
+def folder_of(name: str, data_dir: str) -> Path:
+    """The folder of a prepared data set.
+
+    Raises:
+        UserError: If there is no data set of this name.
+    """
+    if name not in _modules() or not hasattr(_import(name), "prepare"):
+        raise UserError(unknown_name("the data set", name, names()))
+    return Path(data_dir).expanduser() / "prepared" / name
+
+
+def make(name: str, source_dir: Path) -> Made:
+    """Makes a data set's arrays from its original data.
+
+    Args:
+        name: Name of an existing data set.
+        source_dir: Folder in which original files are looked for.
+
+    Returns:
+        The arrays, in C order; the metadata; the source.
+
+    Raises:
+        UserError: If the original data cannot be had.
+    """
+    arrays, info, source = _import(name).prepare(source_dir)
+    return {key: np.asarray(array, order="C") for key, array in arrays.items()}, info, source
+
+
+def write(
+    folder: Path, arrays: dict[str, np.ndarray], info: dict[str, Any], source: dict[str, Any]
+) -> None:
+    """Writes a prepared folder in one step: it appears complete or not at all.
+
+    If another process has written the folder in the meantime, that one stays.
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
+    partial = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+    try:
+        partial.mkdir(parents=True)
+        files = {}
+        for name, array in arrays.items():
+            path = partial / f"{name}.npy"
+            np.save(path, array, allow_pickle=False)
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        contents = _contents(arrays)
+        packages = ["numpy", *source.get("packages", [])]
+        manifest = {
+            "format": FORMAT,
+            "name": folder.name,
+            "digest": _digest(contents, info),
+            "info": info,
+            "arrays": contents,
+            "files": files,
+            "source": source,
+            "versions": {"python": platform.python_version()}
+            | {package: importlib.metadata.version(package) for package in packages},
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            if not folder.exists():  # otherwise another process was faster
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read(folder: Path) -> Dataset:
+    """Reads a prepared folder and verifies it.
+
+    Raises:
+        UserError: If a file is damaged or missing.
+    """
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise _unusable(path, "is missing")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise _unusable(path, f"is damaged: {size} bytes instead of {expected['bytes']}")
+        if (found := file_sha256(path)) != expected["sha256"]:
+            raise _unusable(
+                path, f"is damaged: SHA-256 {found[:12]} instead of {expected['sha256'][:12]}"
+            )
+    arrays = {
+        name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in manifest["arrays"]
+    }
+    return Dataset(folder.name, arrays, manifest["info"], manifest["digest"])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Reads and checks the manifest of a prepared folder.
+
+    Raises:
+        UserError: If the manifest is missing, damaged or of another format version.
+    """
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest["format"] != FORMAT:
+            raise _unusable(path, f"has format {manifest['format']}, this program reads {FORMAT}")
+        if _digest(manifest["arrays"], manifest["info"]) != manifest["digest"]:
+            raise _unusable(path, "is damaged: its digest does not fit its contents")
+        if set(manifest["files"]) != {f"{name}.npy" for name in manifest["arrays"]}:
+            raise _unusable(path, "is damaged: its files are not those of its arrays")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _unusable(path, "is missing") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise _unusable(path, "is damaged: not a manifest") from error
+    return manifest
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _modules() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
+
+
+def _import(name: str) -> Any:
+    return importlib.import_module(f"experiments.datasets.{name}")
+
+
+def _contents(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Shape, type and SHA-256 of each array's values.
+
+    The values alone are hashed because the header of a `.npy` file depends on numpy's version.
+    """
+    return {
+        name: {
+            "shape": list(array.shape),
+            "dtype": array.dtype.str,
+            "sha256": hashlib.sha256(array).hexdigest(),
+        }
+        for name, array in arrays.items()
+    }
+
+
+def _digest(contents: dict[str, dict[str, Any]], info: dict[str, Any]) -> str:
+    canonical = json.dumps({"arrays": contents, "info": info}, sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _unusable(path: Path, problem: str) -> UserError:
+    folder = path.parent
+    return UserError(
+        f"{path} {problem}; delete the folder {folder} and run "
+        f"python -m scripts.prepare_data {folder.name} --data_dir={folder.parent.parent}"
+    )

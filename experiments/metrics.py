@@ -1,0 +1,116 @@
+"""What a run tells while it goes: a progress bar, a plain file of metrics, TensorBoard."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+from tensorboardX import SummaryWriter
+
+FILE_NAME = "metrics.jsonl"
+
+
+class UpdatesPerSecond(ProgressColumn):
+    """Speed, in updates per second."""
+
+    def render(self, task: Task) -> Text:
+        """The column's text."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.2f} updates/s" if speed else "- updates/s")
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics file, oldest first."""
+    path = workdir / FILE_NAME
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+class Reporter:
+    """Shows and writes the metrics of a run that goes on from update `start`.
+
+    Rows that a stopped run has written past `start` are dropped, to be written again.
+    """
+
+    def __init__(self, workdir: Path, title: str, start: int, num_updates: int) -> None:
+        """Opens the metrics file and TensorBoard's in `workdir`."""
+        rows = [row for row in read_metrics(workdir) if row["update"] <= start]
+        path = workdir / FILE_NAME
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(temporary, path)
+        self._file = path.open("a")
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            UpdatesPerSecond(),
+            TimeElapsedColumn(),
+            TextColumn("<"),
+            TimeRemainingColumn(),
+            console=self.console,
+            # A log file gets the lines of `write` alone, not a bar for each of them.
+            disable=not self.console.is_terminal,
+        )
+        self._bar = self._progress.add_task(
+            title, total=num_updates, completed=start, metrics="compiling"
+        )
+        self._progress.start()
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._progress.stop()
+        self._file.close()
+        self._tensorboard.close()
+
+    def advance(self, update: int) -> None:
+        """Moves the progress bar to `update`."""
+        self._progress.update(self._bar, completed=update)
+
+    def write(self, update: int, split: str, statistics: str, metrics: dict[str, float]) -> None:
+        """Adds a row to the metrics file and to TensorBoard, and shows it."""
+        row = {"update": update, "split": split, "statistics": statistics, **metrics}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            tag = split if split == "train" else f"{split}_{statistics}_statistics"
+            self._tensorboard.add_scalar(f"{tag}/{name}", value, update)
+        if split == "train":
+            self._progress.update(self._bar, metrics=format_metrics(metrics))
+        else:
+            self.console.print(
+                f"update {update:>6}  {split} ({statistics} statistics)  {format_metrics(metrics)}"
+            )
+
+
+def format_metrics(metrics: dict[str, float]) -> str:
+    """Metrics as people read them: `loss 0.512  accuracy 0.840`."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "error")
+
+
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table that reads well as it is and in Markdown."""
+    table = [list(header), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)

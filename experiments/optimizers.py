@@ -1,0 +1,43 @@
+"""The optimisers of the paper's experiments: clipped RMSProp and clipped Adam."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """The optimiser of `config.optimizer`: the global norm is clipped, then comes the rule."""
+    if config.name == "rmsprop":
+        rule = scale_by_floored_rms(config.decay)
+    else:
+        rule = optax.scale_by_adam()
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        rule,
+        optax.scale_by_learning_rate(config.learning_rate),
+    )
+
+
+def scale_by_floored_rms(decay: float, floor: float = 1e-5) -> optax.GradientTransformation:
+    """RMSProp as the paper's experiments ran it: `g / max(sqrt(v), floor)`, v starting from zero.
+
+    `optax.scale_by_rms` adds a constant to the root where this rule bounds it from below. The two
+    part for gradients of the size of the floor, which an LSTM's are when 784 steps have shrunk
+    them.
+    """
+
+    def init(params: optax.Params) -> optax.Updates:
+        return jax.tree.map(jnp.zeros_like, params)
+
+    def update(gradients, mean_square, params=None):
+        del params
+        mean_square = jax.tree.map(
+            lambda v, g: decay * v + (1 - decay) * jnp.square(g), mean_square, gradients
+        )
+        scaled = jax.tree.map(
+            lambda g, v: g / jnp.maximum(jnp.sqrt(v), floor), gradients, mean_square
+        )
+        return scaled, mean_square
+
+    return optax.GradientTransformation(init, update)

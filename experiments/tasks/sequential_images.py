@@ -1,0 +1,102 @@
+"""Classification of images that are read one pixel a time step: sequential MNIST and the like."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+
+from bnlstm_jax.models import SequenceClassifier
+from experiments import datasets
+from experiments.config import one_of
+from experiments.errors import UserError
+from experiments.layers import recurrent_layer
+from experiments.tasks import Batch, Metrics, shuffled_batch
+
+PIXEL_ORDERS = ("in_order", "permutation", "released_draw")
+
+
+def pixel_order(name: str, pixels: int, seed: int) -> np.ndarray:
+    """Which pixel is read at each time step, `[pixels]`.
+
+    Args:
+      name: `in_order`, row by row; `permutation`, every pixel once, in a random order;
+        `released_draw`, what the paper's released code does: draws with replacement, which for
+        784 pixels and seed 1 reads 501 of them, some several times.
+      pixels: number of pixels.
+      seed: of the random order.
+    """
+    random = np.random.RandomState(seed)  # whose streams NumPy keeps as they are for good
+    if name == "permutation":
+        return random.permutation(pixels)
+    if name == "released_draw":
+        return random.randint(0, pixels, pixels)
+    return np.arange(pixels)
+
+
+class Task:
+    """Pixels in [0, 1], one a time step, to a class; see `experiments.tasks.Task`."""
+
+    selection = "error"
+    lower_is_better = True
+    splits = ("valid", "test")
+
+    def __init__(self, config: ConfigDict) -> None:
+        """Loads `config.dataset` from `config.data_dir`."""
+        one_of("config.pixel_order", config.pixel_order, PIXEL_ORDERS)
+        data = datasets.load(config.dataset, config.data_dir)
+        self.config = config
+        self.max_pixel = data.info["max_pixel"]
+        pixels = data.arrays["train_images"].shape[1]
+        order = pixel_order(config.pixel_order, pixels, config.pixel_order_seed)
+        self.images = {s: data.arrays[f"{s}_images"][:, order] for s in ("train", *self.splits)}
+        self.labels = {s: data.arrays[f"{s}_labels"] for s in ("train", *self.splits)}
+        if config.batch_size > len(self.labels["train"]):
+            raise UserError(
+                f"config.batch_size is {config.batch_size}, and {config.dataset} has "
+                f"{len(self.labels['train'])} training examples: make it smaller"
+            )
+        self.model = SequenceClassifier(
+            recurrent_layer(config.model, pixels), data.info["num_classes"]
+        )
+        self.record: dict[str, Any] = {
+            "dataset": config.dataset,
+            "dataset_sha256": data.digest,
+            "examples": {split: len(labels) for split, labels in self.labels.items()},
+            "pixel_order": order.tolist(),
+        }
+
+    def train_batch(self, update: int) -> Batch:
+        """Images `[batch, time]` in uint8 and labels `[batch]` of an update."""
+        indices = shuffled_batch(
+            len(self.labels["train"]), self.config.batch_size, self.config.seed, update
+        )
+        return self._batch("train", indices)
+
+    def batches(self, split: str, batch_size: int) -> Iterator[Batch]:
+        """One pass over a split, in order."""
+        size = len(self.labels[split])
+        for start in range(0, size, batch_size):
+            yield self._batch(split, slice(start, start + batch_size))
+
+    def _batch(self, split: str, which: Any) -> Batch:
+        return {"image": self.images[split][which], "label": self.labels[split][which]}
+
+    def inputs(self, batch: Batch) -> tuple[Array, ...]:
+        """Pixels in [0, 1], `[batch, time, 1]`."""
+        return (jnp.asarray(batch["image"], jnp.float32)[..., None] / self.max_pixel,)
+
+    def metrics(self, outputs: Array, batch: Batch) -> Metrics:
+        """Cross-entropy in nats, accuracy and error rate, from logits `[batch, classes]`."""
+        labels = jnp.asarray(batch["label"], jnp.int32)
+        count = jnp.float32(len(labels))
+        log_p = jnp.take_along_axis(jax.nn.log_softmax(outputs), labels[:, None], axis=-1)
+        correct = jnp.sum(outputs.argmax(-1) == labels, dtype=jnp.float32)
+        return {
+            "loss": (-jnp.sum(log_p), count),
+            "accuracy": (correct, count),
+            "error": (count - correct, count),
+        }

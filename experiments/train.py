@@ -1,0 +1,196 @@
+"""The training loop: one for every task, read from top to bottom."""
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.training import train_state
+from ml_collections import ConfigDict
+
+from experiments import evaluate, metrics, tasks, workdir
+from experiments.checkpoints import Checkpoints
+from experiments.errors import UserError
+from experiments.optimizers import make_optimizer
+
+RESULTS_NAME = "results.json"
+
+
+class TrainState(train_state.TrainState):
+    """Parameters, optimiser and step, with what else a run goes on from.
+
+    Attributes:
+      batch_stats: running averages of batch statistics.
+      window: sums and counts of training metrics since they were last written.
+    """
+
+    batch_stats: Any
+    window: tasks.Metrics
+
+
+def random_keys(seed: int) -> tuple[jax.Array, jax.Array]:
+    """The keys of a run: of its initial parameters, and of noise on hidden states."""
+    return tuple(jax.random.split(jax.random.key(seed)))
+
+
+def create_state(task: tasks.Task, config: ConfigDict) -> TrainState:
+    """The state before the first update."""
+    batch = task.train_batch(0)
+    key, _ = random_keys(config.seed)
+    variables = jax.jit(
+        lambda: task.model.init(key, *task.inputs(batch), use_running_average=True)
+    )()
+    logits = jax.eval_shape(
+        lambda: task.model.apply(
+            variables, *task.inputs(batch), use_running_average=True, rngs={"noise": key}
+        )
+    )
+    window = jax.eval_shape(task.metrics, logits, batch)
+    return TrainState.create(
+        apply_fn=task.model.apply,
+        params=variables["params"],
+        tx=make_optimizer(config.optimizer),
+        batch_stats=variables.get("batch_stats", {}),
+        window=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), window),
+    )
+
+
+def variables_of(state: TrainState) -> dict[str, Any]:
+    """What the model is applied to: parameters, and statistics if it has any."""
+    if not state.batch_stats:
+        return {"params": state.params}
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def make_train_step(task: tasks.Task, noise: jax.Array):
+    """One update: gradient of the mean loss, optimiser, running statistics, metrics."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state: TrainState, batch: tasks.Batch) -> TrainState:
+        def loss_of(params):
+            outputs, updated = task.model.apply(
+                {**variables_of(state), "params": params},
+                *task.inputs(batch),
+                use_running_average=False,
+                rngs={"noise": jax.random.fold_in(noise, state.step)},
+                mutable=["batch_stats"],
+            )
+            batch_metrics = task.metrics(outputs, batch)
+            total, count = batch_metrics["loss"]
+            return total / count, (batch_metrics, updated.get("batch_stats", {}))
+
+        gradients, (batch_metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)
+        return state.apply_gradients(
+            grads=gradients,
+            batch_stats=batch_stats,
+            window=jax.tree.map(jnp.add, state.window, batch_metrics),
+        )
+
+    return train_step
+
+
+def train(config: ConfigDict, folder: Path) -> dict[str, Any]:
+    """Trains, or goes on training, the run in `folder`, and evaluates its best checkpoint.
+
+    Returns:
+      What `results.json` in the folder says: see `evaluate_best`.
+
+    Raises:
+      UserError: config, data or folder won't do, or the loss is no longer a number.
+    """
+    # ---- Set up. Nothing is written before config, data and folder have been checked.
+    workdir.check(config, folder)
+    task = tasks.load(config)
+    workdir.open_workdir(config, folder, task.record)
+    state = create_state(task, config)
+    _, noise = random_keys(config.seed)
+    train_step = make_train_step(task, noise)
+    evaluator = evaluate.make_evaluator(task, noise)
+
+    with Checkpoints(folder, task.selection, task.lower_is_better) as checkpoints:
+        state = checkpoints.restore_latest(state)
+        start = int(state.step)
+        title = f"{config.task} {config.model.kind}"
+        with metrics.Reporter(folder, title, start, config.num_updates) as reporter:
+            parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+            reporter.console.print(
+                f"{title}: {parameters:,} parameters, update {start:,} of {config.num_updates:,}, "
+                f"on {jax.devices()[0].device_kind}, in {folder}"
+            )
+
+            # ---- Train.
+            for update in range(start, config.num_updates):
+                state = train_step(state, task.train_batch(update))
+                done = update + 1
+                last = done == config.num_updates
+                reporter.advance(done)
+
+                if done % config.log_every == 0 or last:
+                    window = jax.device_get(state.window)
+                    averages = {name: float(s / n) for name, (s, n) in window.items()}
+                    if not math.isfinite(averages["loss"]):
+                        raise UserError(
+                            f"the loss became {averages['loss']} in the {config.log_every} updates "
+                            f"up to {done}; the last good checkpoint is in {folder}"
+                        )
+                    reporter.write(done, "train", "batch", averages)
+                    state = state.replace(window=jax.tree.map(jnp.zeros_like, state.window))
+
+                # ---- Validate, with batch statistics; they choose the best checkpoint.
+                validation = None
+                if done % config.eval_every == 0 or last:
+                    validation = evaluator(
+                        variables_of(state), task.splits[0], config.batch_size, False
+                    )
+                    statistics = "batch" if state.batch_stats else "none"
+                    reporter.write(done, task.splits[0], statistics, validation)
+
+                if done % config.checkpoint_every == 0 or validation:
+                    checkpoints.save(state, validation)
+
+        # ---- Evaluate the best.
+        results_path = folder / RESULTS_NAME
+        if start == config.num_updates and results_path.exists():
+            return json.loads(results_path.read_text())
+        return evaluate_best(task, config, state, checkpoints, folder)
+
+
+def evaluate_best(
+    task: tasks.Task,
+    config: ConfigDict,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    folder: Path,
+) -> dict[str, Any]:
+    """Evaluates the best checkpoint in every way, into `results.json`.
+
+    Returns:
+      `kind`, the `update` of the best checkpoint, `updates` trained, and under `rows` the metrics
+      by split and statistics.
+    """
+    best = checkpoints.restore_best(state)
+    _, noise = random_keys(config.seed)
+    results = {
+        "kind": config.model.kind,
+        "update": int(best.step),
+        "updates": int(state.step),
+        "rows": evaluate.evaluate_all(task, config, variables_of(best), noise),
+    }
+    workdir.write_json(folder / RESULTS_NAME, results)
+    return results
+
+
+def evaluate_run(config: ConfigDict, folder: Path) -> dict[str, Any]:
+    """Evaluates the best checkpoint of the run in `folder`; see `evaluate_best`."""
+    workdir.check(config, folder)
+    workdir.read_config(folder)
+    task = tasks.load(config)
+    state = create_state(task, config)
+    with Checkpoints(folder, task.selection, task.lower_is_better) as checkpoints:
+        state = checkpoints.restore_latest(state)
+        if int(state.step) == 0:
+            raise UserError(f"--workdir={folder} holds no checkpoint to evaluate")
+        return evaluate_best(task, config, state, checkpoints, folder)

@@ -1,0 +1,117 @@
+"""A run's folder: whose it is, and the record of how it was made."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from experiments.errors import UserError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections", "numpy")
+# May differ between the start of a run and its continuation: where data lie, how far to go.
+FREE_FIELDS = ("data_dir", "num_updates")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that the file is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The config of the run in `workdir`.
+
+    Raises:
+      UserError: there is no run.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise UserError(f"--workdir={workdir} holds no run: {path} is missing")
+    return ConfigDict(json.loads(path.read_text()))
+
+
+def check(config: ConfigDict, workdir: Path) -> None:
+    """Refuses a folder that cannot be, or must not be, the workdir of this config's run.
+
+    Raises:
+      UserError: it holds the run of another config, or is not a folder.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is not a folder")
+    if not (workdir / "config.json").exists():
+        return
+    ours, theirs = _flat(config), _flat(read_config(workdir))
+    differing = sorted(
+        name
+        for name in ours.keys() | theirs.keys()
+        if ours.get(name) != theirs.get(name) and name not in FREE_FIELDS
+    )
+    if differing:
+        name = differing[0]
+        more = f" (and {len(differing) - 1} more fields)" if len(differing) > 1 else ""
+        raise UserError(
+            f"--workdir={workdir} holds the run of another config: there config.{name} is "
+            f"{theirs.get(name)}, here it is {ours.get(name)}{more}; choose another workdir"
+        )
+
+
+def open_workdir(config: ConfigDict, workdir: Path, record: dict[str, Any]) -> None:
+    """Makes the folder, and saves the config and how, with what and when the run was started.
+
+    Raises:
+      UserError: it cannot be written, or see `check`.
+    """
+    check(config, workdir)
+    run = {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "devices": [device.device_kind for device in jax.devices()],
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        **record,
+    }
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not (workdir / "run.json").exists():
+            write_json(workdir / "run.json", run)
+        write_json(workdir / "config.json", json.loads(config.to_json_best_effort()))
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
+
+
+def _flat(config: ConfigDict) -> dict[str, Any]:
+    def items(prefix: str, value: Any):
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                yield from items(f"{prefix}.{name}" if prefix else name, inner)
+        else:
+            yield prefix, value
+
+    return dict(items("", json.loads(config.to_json_best_effort())))
+
+
+def _commit() -> str | None:
+    """The commit of the code, with a + if files differ from it; None outside a repository."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,59 @@
+"""Prepares a data set once, so that runs only read it.
+
+Usage: python -m scripts.prepare_data NAME --data_dir=FOLDER [--source_dir=FOLDER]
+
+NAME is the name of a data set, for example mnist or digits. The prepared arrays go to
+DATA_DIR/prepared/NAME. Where they are there already, they are verified.
+"""
+
+import time
+from pathlib import Path
+
+from absl import flags
+
+from experiments import errors
+from experiments.datasets import prepared
+
+DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Folder to write to, the same that runs are given.", required=True
+)
+SOURCE_DIR = flags.DEFINE_string(
+    "source_dir", None, "Folder with original files, if not --data_dir; it is only read."
+)
+
+
+def main(argv: list[str]) -> None:
+    """Prepares or verifies the data set named on the command line and prints what is there."""
+    if len(argv) != 2:
+        raise errors.UserError(
+            f"name one data set to prepare, of {', '.join(prepared.names())}; see --help"
+        )
+    name = argv[1]
+    start = time.perf_counter()
+    folder = prepared.folder_of(name, DATA_DIR.value)
+    found = folder.exists()
+    if not found:
+        source_dir = Path(SOURCE_DIR.value or DATA_DIR.value).expanduser()
+        made = prepared.make(name, source_dir)
+        try:
+            prepared.write(folder, *made)
+        except OSError as error:
+            problem = error.strerror or error
+            raise errors.UserError(f"{folder} cannot be written: {problem}") from error
+    digest = prepared.read(folder).digest
+    manifest = prepared.read_manifest(folder)
+    seconds = time.perf_counter() - start
+
+    print(f"{name} {'is there already' if found else 'was prepared'}, verified ({seconds:.1f} s)")
+    for array, content in manifest["arrays"].items():
+        file = manifest["files"][f"{array}.npy"]
+        print(
+            f"  {folder / array}.npy  {content['dtype']} {content['shape']}  "
+            f"{file['bytes']:,} bytes  SHA-256 {file['sha256'][:12]}"
+        )
+    versions = ", ".join(f"{package} {number}" for package, number in manifest["versions"].items())
+    print(f"  digest {digest}\n  prepared {manifest['date']} with {versions}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

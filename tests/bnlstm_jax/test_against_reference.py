@@ -1,0 +1,770 @@
+"""The layer against the NumPy loop of tests/reference.py.
+
+Outputs, final states, statistics and all gradients are compared in double precision, so that a
+wrong formula cannot hide behind rounding; single precision and bfloat16 have tests of their own.
+"""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bnlstm_jax
+from tests import reference
+from tests.reference import TERMS
+
+# Double precision: one normalisation multiplies a rounding error (1e-16) by at most
+# 1 / sqrt(epsilon) = 316, and a handful of steps follow each other.
+VALUES = dict(rtol=1e-9, atol=1e-10)
+# Finite differences: rounding gives about 1e-15 * 10 / 1e-5 = 1e-9; the truncation error is
+# largest where the variance vanishes, h^4 / epsilon^2.5 = 3e-8, times the factors around it.
+GRADIENTS = dict(rtol=1e-6, atol=1e-6)
+# Single precision: 316 * 6e-8 = 2e-5 where the variance vanishes, much less elsewhere.
+SINGLE = dict(rtol=2e-5, atol=2e-5)
+
+SUBSETS = [tuple(t for k, t in enumerate(TERMS) if bits >> k & 1) for bits in range(8)]
+
+
+@pytest.fixture(autouse=True)
+def full_precision_products():
+    with jax.default_matmul_precision("float32"):
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    batch: int = 5
+    time: int = 4
+    inputs: int = 3
+    features: int = 3
+    max_steps: int | None = None  # the same as time
+    lengths: tuple[int, ...] | None = None
+    train: bool = True
+    carry: bool = False  # the initial states are given, one for each row
+    plain: bool = False  # LSTM in place of BNLSTM
+    normalize: tuple[str, ...] = TERMS
+    input_statistics: str = "per_step"
+    mask_statistics: bool = True
+    reverse: bool = False
+    keep_order: bool = False
+    momentum: float = 0.9
+
+    @property
+    def terms(self):
+        return () if self.plain else self.normalize
+
+    @property
+    def rows(self):
+        return self.max_steps or self.time
+
+    def layer(self, **options):
+        options = {"param_dtype": jnp.float64, "return_carry": True, **options}
+        options = {"reverse": self.reverse, "keep_order": self.keep_order, **options}
+        if self.plain:
+            return bnlstm_jax.LSTM(self.features, **options)
+        return bnlstm_jax.BNLSTM(
+            self.features,
+            max_steps=self.rows,
+            normalize=self.normalize,
+            input_statistics=self.input_statistics,
+            mask_statistics=self.mask_statistics,
+            momentum=self.momentum,
+            **options,
+        )
+
+    def shapes(self):
+        """Shapes of the parameters and of the statistics that the layer has to have."""
+        d, h = self.inputs, self.features
+        params = {
+            "input_kernel": (d, 4 * h),
+            "recurrent_kernel": (h, 4 * h),
+            "bias": (4 * h,),
+            "cell_bias": (h,),
+            "initial_hidden": (h,),
+            "initial_cell": (h,),
+        }
+        width = {"input": 4 * h, "recurrent": 4 * h, "cell": h}
+        params |= {f"{term}_scale": (width[term],) for term in self.terms}
+        stats = {}
+        for term in self.terms:
+            whole = term == "input" and self.input_statistics == "sequence"
+            for kind in ("mean", "var"):
+                stats[f"{term}_{kind}"] = (width[term],) if whole else (self.rows, width[term])
+        return params, stats
+
+    def draw(self, seed=0):
+        """Random values for everything that enters: a dict of float64 arrays, and the rest."""
+        rng = np.random.default_rng(seed)
+        params, stats = self.shapes()
+        values = {name: 0.7 * rng.normal(size=shape) for name, shape in params.items()}
+        for term in self.terms:
+            scale = values[f"{term}_scale"]
+            scale[...] = rng.uniform(0.5, 1.5, scale.shape)
+        values["inputs"] = rng.normal(size=(self.batch, self.time, self.inputs))
+        if self.carry:
+            values["c"], values["h"] = 0.7 * rng.normal(size=(2, self.batch, self.features))
+        stats = {
+            name: rng.uniform(0.5, 2.0, shape) if name.endswith("var") else rng.normal(size=shape)
+            for name, shape in stats.items()
+        }
+        weights = {
+            "outputs": rng.normal(size=(self.batch, self.time, self.features)),
+            "c": rng.normal(size=(self.batch, self.features)),
+            "h": rng.normal(size=(self.batch, self.features)),
+        }
+        return values, stats, weights
+
+
+def split_values(values):
+    """Parameters, inputs and initial states (or None) from the dict that holds them all."""
+    params = dict(values)
+    inputs = params.pop("inputs")
+    carry = (params.pop("c"), params.pop("h")) if "c" in params else None
+    return params, inputs, carry
+
+
+def functional(weights, outputs, carry):
+    total = (weights["outputs"] * outputs).sum()
+    return total + (weights["c"] * carry[0]).sum() + (weights["h"] * carry[1]).sum()
+
+
+def run_reference(case, values, stats, lengths=None, **options):
+    params, inputs, carry = split_values(values)
+    return reference.bn_lstm(
+        params,
+        inputs,
+        normalize=case.terms,
+        statistics=None if case.train else stats,
+        seq_lengths=case.lengths if lengths is None else lengths,
+        input_statistics=case.input_statistics,
+        mask_statistics=case.mask_statistics,
+        initial_carry=carry,
+        reverse=case.reverse,
+        keep_order=case.keep_order,
+        **options,
+    )
+
+
+@functools.cache
+def compiled(layer, train):
+    """Value and gradient of the functional, with everything else the layer returns."""
+
+    def value(values, stats, weights, lengths):
+        params, inputs, carry = split_values(values)
+        options = {} if train is None else {"use_running_average": not train}
+        (carry, outputs), updates = layer.apply(
+            {"params": params, "batch_stats": stats},
+            inputs,
+            initial_carry=carry,
+            seq_lengths=lengths,
+            mutable=["batch_stats"],
+            **options,
+        )
+        return functional(weights, outputs, carry), (outputs, carry, updates)
+
+    return jax.jit(jax.value_and_grad(value, has_aux=True))
+
+
+def run_library(case, values, stats, weights, lengths=None, **options):
+    lengths = case.lengths if lengths is None else lengths
+    lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
+    function = compiled(case.layer(**options), None if case.plain else case.train)
+    (_, (outputs, carry, updates)), gradients = function(values, stats, weights, lengths)
+    return outputs, carry, updates.get("batch_stats", {}), gradients
+
+
+def assert_trees_close(found, expected, **tolerance):
+    assert set(found) == set(expected)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], err_msg=name, **tolerance)
+
+
+def assert_forward_equal(case, values, stats, got, lengths=None, **tolerance):
+    outputs, carry, updates = got
+    expected, expected_carry, found = run_reference(case, values, stats, lengths)
+    np.testing.assert_allclose(outputs, expected, **tolerance)
+    np.testing.assert_allclose(carry[0], expected_carry[0], err_msg="c", **tolerance)
+    np.testing.assert_allclose(carry[1], expected_carry[1], err_msg="h", **tolerance)
+    after = reference.running_average(stats, found, case.momentum) if case.train else stats
+    assert_trees_close(updates, after, **tolerance)
+
+
+def expected_gradients(case, values, stats, weights):
+    def value(values):
+        outputs, carry, _ = run_reference(case, values, stats)
+        return functional(weights, outputs, carry)
+
+    return reference.finite_differences(value, values)
+
+
+def check(case, change=None):
+    """Everything that the layer returns, and all gradients, against the reference."""
+    values, stats, weights = case.draw()
+    if change is not None:
+        change(values)
+    with jax.enable_x64(True):
+        *got, gradients = run_library(case, values, stats, weights)
+        assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves((got, gradients)))
+        assert_forward_equal(case, values, stats, got, **VALUES)
+        expected = expected_gradients(case, values, stats, weights)
+        assert_trees_close(gradients, expected, **GRADIENTS)
+
+
+# Rows of length one, a last step with one valid row, and rows that are never padded.
+RAGGED = (4, 1, 3, 2, 1)
+# A step with two valid rows, one with one, two with none at all; a row without any valid step.
+SPARSE = dict(time=5, lengths=(3, 1, 2, 1, 0))
+
+CASES = {
+    "training": Case(),
+    "training, given carry": Case(carry=True),
+    "training, fewer steps than max_steps": Case(time=3, max_steps=5),
+    "training, one step": Case(time=1),
+    "training, one step, given carry": Case(time=1, carry=True),
+    "training, one row": Case(batch=1),
+    "training, two rows": Case(batch=2, carry=True),
+    "training, odd sizes": Case(batch=7, time=5, inputs=1, features=2),
+    "training, one feature": Case(batch=3, inputs=5, features=1),
+    "inference": Case(train=False),
+    "inference, given carry": Case(train=False, carry=True),
+    "inference, one row, one step": Case(train=False, batch=1, time=1),
+    "inference, fewer steps than max_steps": Case(train=False, time=2, max_steps=4),
+    "inference, beyond max_steps": Case(train=False, time=7, max_steps=3),
+    "inference, beyond max_steps = 1": Case(train=False, time=3, max_steps=1),
+    "masks": Case(lengths=RAGGED),
+    "masks, given carry": Case(lengths=RAGGED, carry=True),
+    "masks, steps without valid rows": Case(**SPARSE),
+    "masks, steps without valid rows, given carry": Case(**SPARSE, carry=True),
+    "masks, no valid row at all": Case(lengths=(0, 0, 0, 0, 0)),
+    "masks, inference": Case(train=False, lengths=RAGGED),
+    "masks, inference, beyond max_steps": Case(
+        train=False, time=7, max_steps=3, lengths=(7, 1, 4, 3, 0), carry=True
+    ),
+    "all rows counted": Case(lengths=RAGGED, mask_statistics=False),
+    "all rows counted, a row without valid steps": Case(
+        lengths=(4, 0, 3, 2, 1), mask_statistics=False
+    ),
+    "all rows counted, given carry": Case(lengths=RAGGED, mask_statistics=False, carry=True),
+    "all rows counted, steps without valid rows": Case(**SPARSE, mask_statistics=False),
+    "reverse": Case(reverse=True),
+    "reverse, masks": Case(reverse=True, lengths=RAGGED),
+    "reverse, masks, keep_order": Case(reverse=True, lengths=RAGGED, keep_order=True),
+    "reverse, keep_order": Case(reverse=True, keep_order=True),
+    "reverse, sparse, keep_order": Case(**SPARSE, reverse=True, keep_order=True),
+    "reverse, all rows counted": Case(
+        reverse=True, lengths=RAGGED, mask_statistics=False, keep_order=True
+    ),
+    "reverse, masks, inference, beyond max_steps": Case(
+        train=False, reverse=True, keep_order=True, time=5, max_steps=2, lengths=(5, 1, 4, 2, 0)
+    ),
+    "sequence": Case(input_statistics="sequence"),
+    "sequence, masks": Case(input_statistics="sequence", lengths=RAGGED, carry=True),
+    "sequence, sparse": Case(**SPARSE, input_statistics="sequence"),
+    "sequence, no valid row at all": Case(input_statistics="sequence", lengths=(0, 0, 0, 0, 0)),
+    "sequence, all positions counted": Case(
+        input_statistics="sequence", lengths=RAGGED, mask_statistics=False
+    ),
+    "sequence, reverse, masks": Case(
+        input_statistics="sequence", lengths=RAGGED, reverse=True, keep_order=True
+    ),
+    "sequence, inference, beyond max_steps": Case(
+        input_statistics="sequence", train=False, time=5, max_steps=2, lengths=(5, 1, 4, 2, 0)
+    ),
+    "LSTM": Case(plain=True),
+    "LSTM, given carry": Case(plain=True, carry=True, batch=1),
+    "LSTM, masks": Case(plain=True, **SPARSE),
+    "LSTM, reverse, masks": Case(plain=True, reverse=True, lengths=RAGGED, carry=True),
+    "LSTM, reverse, masks, keep_order": Case(
+        plain=True, reverse=True, keep_order=True, lengths=RAGGED
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_equals_the_reference(case):
+    check(case)
+
+
+@pytest.mark.parametrize("normalize", SUBSETS, ids=lambda terms: "+".join(terms) or "none")
+def test_each_choice_of_normalised_terms(normalize):
+    check(Case(normalize=normalize, lengths=RAGGED))
+
+
+@pytest.mark.parametrize("normalize", SUBSETS, ids=lambda terms: "+".join(terms) or "none")
+@pytest.mark.parametrize("input_statistics", ["per_step", "sequence"])
+def test_names_shapes_and_initial_statistics(normalize, input_statistics):
+    case = Case(normalize=normalize, input_statistics=input_statistics, max_steps=6)
+    params, stats = case.shapes()
+    layer = case.layer(param_dtype=jnp.float32)
+    variables = layer.init(jax.random.key(0), jnp.ones((2, 3, 3)), use_running_average=True)
+    assert {name: leaf.shape for name, leaf in variables["params"].items()} == params
+    found = variables.get("batch_stats", {})
+    assert {name: leaf.shape for name, leaf in found.items()} == stats
+    for name, leaf in found.items():
+        np.testing.assert_array_equal(leaf, 1.0 if name.endswith("var") else 0.0)
+
+
+def test_lstm_has_the_same_parameters_without_scales():
+    case = Case(plain=True)
+    variables = case.layer().init(jax.random.key(0), jnp.ones((2, 3, 3)))
+    assert set(variables) == {"params"}
+    shapes = {name: leaf.shape for name, leaf in variables["params"].items()}
+    assert shapes == case.shapes()[0]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(momentum=0.0, max_steps=6),
+        Case(momentum=0.0, **SPARSE),
+        Case(momentum=0.0, **SPARSE, mask_statistics=False),
+        Case(momentum=0.0, input_statistics="sequence", lengths=RAGGED),
+    ],
+    ids=["plain", "masks", "all rows counted", "sequence"],
+)
+def test_without_momentum_the_statistics_are_those_of_the_batch(case):
+    values, stats, weights = case.draw()
+    with jax.enable_x64(True):
+        _, _, updates, _ = run_library(case, values, stats, weights)
+    _, _, found = run_reference(case, values, stats)
+    assert_trees_close(updates, reference.running_average(stats, found, 0.0), **VALUES)
+    if not case.mask_statistics or case.lengths is None:
+        for name, new in found.items():  # no step without rows here
+            np.testing.assert_allclose(updates[name][: len(new)], new, err_msg=name, **VALUES)
+
+
+@pytest.mark.parametrize("options", [{}, {"input_statistics": "sequence"}], ids=["step", "whole"])
+@pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
+def test_any_lengths(train, options):
+    case = Case(batch=4, train=train, **options)
+    values, stats, weights = case.draw(1)
+
+    @settings(max_examples=25, deadline=None, derandomize=True, database=None)
+    @given(st.lists(st.integers(0, case.time), min_size=case.batch, max_size=case.batch))
+    def equals_the_reference(lengths):
+        *got, gradients = run_library(case, values, stats, weights, lengths)
+        assert_forward_equal(case, values, stats, got, lengths, **VALUES)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+    with jax.enable_x64(True):
+        equals_the_reference()
+
+
+def test_training_beyond_max_steps_is_refused():
+    case = Case(time=4, max_steps=3)
+    values, stats, _ = case.draw()
+    params, inputs, _ = split_values(values)
+    layer = case.layer(param_dtype=jnp.float32)
+    variables = {"params": params, "batch_stats": stats}
+    with pytest.raises(ValueError, match="max_steps"):
+        layer.apply(variables, inputs, use_running_average=False, mutable=["batch_stats"])
+    layer.apply(variables, inputs, use_running_average=True)  # inference goes on
+
+
+# Degenerate statistics
+
+
+def test_terms_without_variance():
+    """The first two steps are the same for all rows, so all three terms vanish there."""
+
+    def change(values):
+        values["inputs"][:, :2] = values["inputs"][:1, :2]
+        values["recurrent_kernel"][:, 1] = 0.0  # a column that never varies
+        values["input_kernel"][:, 4] = 0.0
+
+    check(Case(), change)
+    check(Case(lengths=RAGGED, input_statistics="sequence"), change)
+
+
+def test_constant_inputs():
+    def change(values):
+        values["inputs"][...] = 3.0
+
+    check(Case(lengths=RAGGED, input_statistics="sequence"), change)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"lengths": (4, 4, 4, 4)}, {"input_statistics": "sequence"}],
+    ids=["per step", "masks", "sequence"],
+)
+def test_variance_far_from_the_origin_in_single_precision(options):
+    """Values near 8192 that differ in the sixth digit: E[x^2] - E[x]^2 would lose them.
+
+    The kernel picks single inputs, and all of them are multiples of 2^-6, which single precision
+    holds up to 2^18: products, sums over all the sixteen positions and means are exact. So the
+    rest is up to the variance, and to the tolerance of a well-conditioned case.
+    """
+    case = Case(batch=4, inputs=12, momentum=0.0, **options)
+    values, stats, weights = case.draw()
+    steps = np.random.default_rng(3).integers(-1, 2, size=values["inputs"].shape)
+    values["inputs"] = 8192.0 + steps / 64.0
+    values["input_kernel"] = np.eye(12)
+
+    single = values["inputs"].astype(np.float32)
+    naive, true = (single**2).mean(0) - single.mean(0) ** 2, values["inputs"].var(0)
+    assert 0.005 < np.sqrt(true.mean()) < 0.02
+    assert np.abs(naive - true).max() > 1e3 * true.max()  # squares are spaced by 4 or 8
+
+    outputs, _, updates, _ = run_library(case, values, stats, weights, param_dtype=jnp.float32)
+    expected, _, found = run_reference(case, values, stats)
+    np.testing.assert_allclose(outputs, expected, **SINGLE)
+    np.testing.assert_allclose(updates["input_mean"], found["input_mean"], rtol=1e-7)
+    np.testing.assert_allclose(updates["input_var"], found["input_var"], rtol=1e-6)
+
+
+# The first step
+
+
+@pytest.mark.parametrize("batch", [3, 5, 7])
+@pytest.mark.parametrize("lengths", [None, "ragged"])
+def test_first_step_ignores_the_recurrent_term_exactly(batch, lengths):
+    """All rows start from the same state: N(h_0 W_h) is zero, not almost zero, bit for bit."""
+    lengths = None if lengths is None else (1,) * (batch - 1) + (0,)
+    case = Case(batch=batch, time=1, lengths=lengths)
+    values, stats, weights = case.draw()
+    others = {
+        "initial_hidden": np.full(case.features, 0.3),
+        "recurrent_kernel": 10.0 * values["recurrent_kernel"],
+        "recurrent_scale": 3.0 * values["recurrent_scale"],
+    }
+
+    def outputs(values, **options):
+        found = run_library(case, values, stats, weights, **options)[0]
+        return np.asarray(found)[: batch - 1]  # the last row may hold initial_hidden itself
+
+    def compare(**options):
+        plain = outputs(values, **options)
+        for name, value in others.items():
+            np.testing.assert_array_equal(outputs({**values, name: value}, **options), plain)
+        bias = outputs({**values, "bias": values["bias"] + 1e-3}, **options)
+        assert (bias != plain).any()
+
+    compare(param_dtype=jnp.float32)
+    with jax.enable_x64(True):
+        compare()
+
+
+@pytest.mark.parametrize("lengths", [None, RAGGED])
+def test_learned_hidden_state_has_exactly_no_gradient(lengths):
+    case = Case(lengths=lengths)
+    values, stats, weights = case.draw()
+    gradients = run_library(case, values, stats, weights, param_dtype=jnp.float32)[3]
+    np.testing.assert_array_equal(gradients["initial_hidden"], 0.0)
+    assert (np.asarray(gradients["initial_cell"]) != 0.0).all()
+    gradients = run_library(
+        dataclasses.replace(case, train=False), values, stats, weights, param_dtype=jnp.float32
+    )[3]
+    assert (np.asarray(gradients["initial_hidden"]) != 0.0).all()
+
+
+# Precision
+
+
+SINGLE_CASES = {
+    "training": Case(),
+    "masks": Case(lengths=RAGGED, carry=True),
+    "sequence": Case(**SPARSE, input_statistics="sequence"),
+    "inference": Case(train=False, time=7, max_steps=3),
+    "LSTM": Case(plain=True, lengths=RAGGED),
+}
+
+
+@pytest.mark.parametrize("case", SINGLE_CASES.values(), ids=SINGLE_CASES.keys())
+def test_single_precision(case):
+    values, stats, weights = case.draw()
+    *got, gradients = run_library(case, values, stats, weights, param_dtype=jnp.float32)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((got, gradients)))
+    assert_forward_equal(case, values, stats, got, **SINGLE)
+    # Derivatives of the vanishing recurrent term of the first step carry the factor 316 once
+    # more than the values.
+    expected = expected_gradients(case, values, stats, weights)
+    assert_trees_close(gradients, expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("case", SINGLE_CASES.values(), ids=SINGLE_CASES.keys())
+def test_bfloat16_products(case):
+    """Only the factors of the products are rounded; the reference can do the same."""
+    values, stats, weights = case.draw()
+    options = {"dtype": jnp.bfloat16, "param_dtype": jnp.float32}
+    outputs, carry, updates, gradients = run_library(case, values, stats, weights, **options)
+    assert {leaf.dtype for leaf in jax.tree.leaves((carry, updates))} == {np.dtype(np.float32)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {np.dtype(np.float32)}
+    outputs = np.asarray(outputs, np.float64)
+
+    # A factor off by up to 2^-9 = 0.002 gives a term of order one that is off by about as much;
+    # normalisation divides by standard deviations of about 0.2 and more at these sizes.
+    expected, expected_carry, found = run_reference(case, values, stats)
+    np.testing.assert_allclose(outputs, expected, atol=0.05)
+    np.testing.assert_allclose(carry, expected_carry, atol=0.05)
+    if case.train:
+        after = reference.running_average(stats, found, case.momentum)
+        assert_trees_close(updates, after, rtol=0.02, atol=0.02)
+
+    # With the same roundings in the reference the difference is that of single precision,
+    # as long as no state lies so close to a rounding boundary that it falls on either side.
+    def rounded(x):
+        return np.asarray(x, np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
+
+    same, same_carry, _ = run_reference(case, values, stats, operand=rounded)
+    assert np.abs(same - expected).max() > 1e-4  # the roundings are there
+    np.testing.assert_allclose(carry, same_carry, **SINGLE)
+    final = 2.0**-8 if outputs.dtype == jnp.bfloat16 else SINGLE["atol"]
+    np.testing.assert_allclose(outputs, same, rtol=final, atol=SINGLE["atol"])
+
+    # Gradients see the roundings of both passes: a few per cent of each array's norm.
+    for name, wanted in expected_gradients(case, values, stats, weights).items():
+        error = np.linalg.norm(np.asarray(gradients[name], np.float64) - wanted)
+        assert error <= 0.05 * np.linalg.norm(wanted) + 1e-3, name
+
+
+# Options of the call
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["BNLSTM", "LSTM"])
+def test_call_options_override_the_attributes(plain):
+    case = Case(plain=plain, lengths=RAGGED)
+    values, stats, _ = case.draw()
+    params, inputs, _ = split_values(values)
+    variables = {"params": params, "batch_stats": stats}
+    lengths = jnp.asarray(RAGGED)
+    fixed = {} if plain else {"use_running_average": True}
+
+    def apply(layer, inputs, **options):
+        return layer.apply(variables, inputs, seq_lengths=lengths, **options)
+
+    def expected(**options):
+        now = dataclasses.replace(case, train=False, **options)
+        return run_reference(now, values, stats)
+
+    with jax.enable_x64(True):
+        base = case.layer(return_carry=False, **fixed)
+        opposite = case.layer(reverse=True, keep_order=True, time_major=True, **fixed)
+        if not plain:
+            opposite = opposite.clone(use_running_average=None)
+        outputs, carry, _ = expected()
+        np.testing.assert_allclose(apply(base, inputs), outputs, **VALUES)
+        call = {"reverse": False, "keep_order": False, "time_major": False, **fixed}
+        got_carry, got = apply(opposite, inputs, **call)
+        np.testing.assert_allclose(got, outputs, **VALUES)
+        np.testing.assert_allclose(got_carry, carry, **VALUES)
+        np.testing.assert_allclose(
+            apply(opposite, inputs, return_carry=False, **call), outputs, **VALUES
+        )
+        outputs, carry, _ = expected(reverse=True, keep_order=True)
+        by_time = np.swapaxes(inputs, 0, 1)
+        call = {"reverse": True, "keep_order": True, "time_major": True, "return_carry": True}
+        for got_carry, got in (apply(base, by_time, **call), apply(opposite, by_time, **fixed)):
+            np.testing.assert_allclose(np.swapaxes(got, 0, 1), outputs, **VALUES)
+            np.testing.assert_allclose(got_carry, carry, **VALUES)
+
+
+# Statistics over several shards
+
+
+SHARDED = {
+    "plain": Case(batch=6),
+    "given carry": Case(batch=6, carry=True),
+    # The shards have unequal counts at every step, and the second none from the third step on.
+    "masks": Case(batch=6, lengths=(4, 3, 4, 2, 1, 0)),
+    "all rows counted": Case(batch=6, lengths=(4, 3, 4, 2, 1, 0), mask_statistics=False),
+    "sequence": Case(batch=6, lengths=(4, 3, 4, 2, 1, 0), input_statistics="sequence"),
+    "reverse": Case(batch=6, lengths=(4, 3, 4, 2, 1, 0), reverse=True, keep_order=True),
+}
+
+
+@pytest.mark.parametrize("case", SHARDED.values(), ids=SHARDED.keys())
+def test_shards_share_their_statistics(case):
+    values, stats, weights = case.draw()
+    layer = case.layer(axis_name="batch")
+    lengths = None if case.lengths is None else np.asarray(case.lengths, np.int32)
+    rows = {name: value for name, value in values.items() if name in ("inputs", "c", "h")}
+    rows["lengths"] = lengths
+    rows["weights"] = weights
+    rows = jax.tree.map(lambda leaf: leaf.reshape(2, 3, *leaf.shape[1:]), rows)
+    lengths, weights_of_shards = rows.pop("lengths"), rows.pop("weights")
+    params = {name: value for name, value in values.items() if name not in rows}
+
+    def shard(params, rows, weights, lengths):
+        _, inputs, carry = split_values(rows)
+        (carry, outputs), updates = layer.apply(
+            {"params": params, "batch_stats": stats},
+            inputs,
+            initial_carry=carry,
+            seq_lengths=lengths,
+            use_running_average=False,
+            mutable=["batch_stats"],
+        )
+        return functional(weights, outputs, carry), (outputs, carry, updates["batch_stats"])
+
+    def total(params, rows):
+        mapped = jax.vmap(shard, in_axes=(None, 0, 0, 0), axis_name="batch")
+        values, rest = mapped(params, rows, weights_of_shards, lengths)
+        return values.sum(), rest
+
+    def of_one_shard(params, rows, weights, lengths):
+        gradients, _ = jax.grad(shard, argnums=(0, 1), has_aux=True)(params, rows, weights, lengths)
+        return jax.lax.psum(gradients[0], "batch"), gradients[1]
+
+    with jax.enable_x64(True):
+        outside = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+        (_, (outputs, carry, updates)), gradients = outside(params, rows)
+        for name, leaf in updates.items():  # the same on both shards
+            np.testing.assert_array_equal(leaf[0], leaf[1], err_msg=name)
+        updates = {name: leaf[0] for name, leaf in updates.items()}
+        outputs, *carry = (np.concatenate(leaf) for leaf in (outputs, *carry))
+        assert_forward_equal(case, values, stats, (outputs, carry, updates), **VALUES)
+
+        by_rows = {name: np.concatenate(leaf) for name, leaf in gradients[1].items()}
+        expected = expected_gradients(case, values, stats, weights)
+        assert_trees_close({**gradients[0], **by_rows}, expected, **GRADIENTS)
+
+        # The usual order in data-parallel training: gradient on each shard, then the sum.
+        inside = jax.vmap(of_one_shard, in_axes=(None, 0, 0, 0), axis_name="batch")
+        summed, by_rows = jax.jit(inside)(params, rows, weights_of_shards, lengths)
+        summed = {name: leaf[0] for name, leaf in summed.items()}
+        by_rows = {name: np.concatenate(leaf) for name, leaf in by_rows.items()}
+        assert_trees_close({**summed, **by_rows}, expected, **GRADIENTS)
+
+
+# The reference itself
+
+
+def test_reference_moments():
+    values = np.array([[1.0, -2.0], [3.0, 2.0], [100.0, 100.0]])
+    mean, var = reference.moments(values, np.array([True, True, False]))
+    np.testing.assert_array_equal(mean, [2.0, 0.0])
+    np.testing.assert_array_equal(var, [1.0, 4.0])
+    assert np.isnan(reference.moments(values, np.zeros(3, bool))).all()
+
+
+def test_reference_running_average():
+    previous = {"cell_mean": np.array([[1.0], [2.0], [3.0]])}
+    found = {"cell_mean": np.array([[5.0], [np.nan]])}
+    updated = reference.running_average(previous, found, 0.75)
+    np.testing.assert_array_equal(updated["cell_mean"], [[2.0], [2.0], [3.0]])
+    np.testing.assert_array_equal(previous["cell_mean"], [[1.0], [2.0], [3.0]])
+
+
+def test_reference_step_by_hand():
+    """Two rows, one unit: every normalised term is plus or minus one when epsilon is zero."""
+    params = {
+        "input_kernel": np.array([[1.0, 2.0, -1.0, 3.0]]),
+        "recurrent_kernel": np.ones((1, 4)),
+        "bias": np.array([0.1, 0.2, 0.3, 0.4]),
+        "cell_bias": np.array([0.5]),
+        "initial_hidden": np.array([7.0]),
+        "initial_cell": np.array([2.0]),
+        "input_scale": np.array([1.0, 2.0, 3.0, 4.0]),
+        "recurrent_scale": np.ones(4),
+        "cell_scale": np.array([0.6]),
+    }
+    # The hidden states differ here, so that the recurrent term is plus or minus one as well.
+    carry = (np.array([[2.0], [2.0]]), np.array([[0.5], [-0.5]]))
+    _, (c, h), found = reference.bn_lstm(
+        params, np.array([[[4.0]], [[1.0]]]), initial_carry=carry, epsilon=0.0
+    )
+    logistic = [1 / (1 + np.exp(-a)) for a in (1 + 1 + 0.1, 1 + 2 + 0.2, 1 - 3 + 0.3)]
+    above = logistic[0] * 2.0 + logistic[1] * np.tanh(1 + 4 + 0.4)
+    np.testing.assert_allclose(c[0], above, rtol=1e-14)
+    np.testing.assert_allclose(h[0], logistic[2] * np.tanh(0.6 + 0.5), rtol=1e-14)
+    np.testing.assert_allclose(found["input_mean"], [[2.5, 5.0, -2.5, 7.5]])
+    np.testing.assert_allclose(found["input_var"], [[2.25, 9.0, 2.25, 20.25]])
+
+
+def test_reference_agrees_with_the_lstm_of_flax():
+    case = Case(plain=True, lengths=RAGGED, carry=True)
+    values, _, _ = case.draw()
+    values["cell_bias"][...] = 0.0  # flax has none
+    params, inputs, carry = split_values(values)
+    cell = {}
+    for k, gate in enumerate("fiog"):
+        block = slice(k * case.features, (k + 1) * case.features)
+        cell["i" + gate] = {"kernel": params["input_kernel"][:, block]}
+        cell["h" + gate] = {
+            "kernel": params["recurrent_kernel"][:, block],
+            "bias": params["bias"][block],
+        }
+    with jax.enable_x64(True):
+        rnn = nn.RNN(nn.LSTMCell(case.features, param_dtype=jnp.float64), return_carry=True)
+        for reverse in (False, True):
+            flags = {"reverse": reverse, "keep_order": reverse}
+            (c, h), outputs = rnn.apply(
+                {"params": {"cell": cell}},
+                inputs,
+                initial_carry=carry,
+                seq_lengths=jnp.asarray(RAGGED),
+                **flags,
+            )
+            now = dataclasses.replace(case, **flags)
+            expected, expected_carry, _ = run_reference(now, values, {})
+            np.testing.assert_allclose(c, expected_carry[0], **VALUES)
+            np.testing.assert_allclose(h, expected_carry[1], **VALUES)
+            for b, n in enumerate(RAGGED):
+                np.testing.assert_allclose(outputs[b, :n], expected[b, :n], **VALUES)
+
+
+def test_reference_statistics_agree_with_the_batch_norm_of_flax():
+    case = Case(lengths=RAGGED, input_statistics="sequence")
+    values, stats, _ = case.draw()
+    projected = values["inputs"] @ values["input_kernel"]
+    mask = np.arange(case.time) < np.array(RAGGED)[:, None]
+    with jax.enable_x64(True):
+        norm = nn.BatchNorm(use_running_average=False, momentum=0.9, use_fast_variance=False)
+        before = {"mean": stats["input_mean"], "var": stats["input_var"]}
+        params = {"scale": np.ones(12), "bias": np.zeros(12)}
+        _, after = norm.apply(
+            {"params": params, "batch_stats": before},
+            projected,
+            mask=mask[..., None],
+            mutable=["batch_stats"],
+        )
+    _, _, found = run_reference(case, values, stats)
+    updated = reference.running_average(stats, found, 0.9)
+    for kind in ("mean", "var"):
+        np.testing.assert_allclose(after["batch_stats"][kind], updated[f"input_{kind}"], **VALUES)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_reference_in_inference_treats_each_row_alone(reverse):
+    case = Case(
+        train=False, time=5, max_steps=3, lengths=(5, 1, 3, 2, 0), reverse=reverse, carry=True
+    )
+    values, stats, _ = case.draw()
+    params, inputs, (c, h) = split_values(values)
+    outputs, carry, _ = run_reference(case, values, stats)
+    for b, n in enumerate(case.lengths):
+        row = inputs[b : b + 1, :n]
+        row = row[:, ::-1] if reverse else row
+        alone, (c_alone, h_alone), _ = reference.bn_lstm(
+            params, row, statistics=stats, initial_carry=(c[b : b + 1], h[b : b + 1])
+        )
+        np.testing.assert_allclose(outputs[b, :n], alone[0], rtol=1e-12)
+        np.testing.assert_allclose(carry[0][b], c_alone[0], rtol=1e-12)
+        np.testing.assert_allclose(carry[1][b], h_alone[0], rtol=1e-12)
+        np.testing.assert_array_equal(outputs[b, n:], np.tile(carry[1][b], (5 - n, 1)))
+
+
+@pytest.mark.parametrize("options", [{}, {"mask_statistics": False}], ids=["valid", "all"])
+def test_reference_with_its_own_statistics_gives_the_same_in_inference(options):
+    case = Case(lengths=(4, 1, 3, 4, 1), **options)
+    values, _, _ = case.draw()
+    outputs, _, found = run_reference(case, values, None)
+    again, _, _ = run_reference(dataclasses.replace(case, train=False), values, found)
+    np.testing.assert_allclose(again, outputs, rtol=1e-12, atol=1e-12)
+
+
+def test_finite_differences():
+    values = {"x": np.array([0.3, -1.2]), "y": np.array([[2.0]])}
+    gradients = reference.finite_differences(
+        lambda v: np.sin(v["x"]).sum() * v["y"][0, 0] ** 3, values
+    )
+    np.testing.assert_allclose(gradients["x"], 8.0 * np.cos(values["x"]), rtol=1e-9)
+    np.testing.assert_allclose(gradients["y"], 12.0 * np.sin(values["x"]).sum(), rtol=1e-9)

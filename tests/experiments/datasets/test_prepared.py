@@ -1,0 +1,272 @@
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.datasets import digits, load, prepared
+from experiments.errors import UserError
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+def python(code: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    words = [sys.executable, "-m", "scripts.prepare_data", *arguments]
+    return subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def digits_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    load("digits", str(folder))
+    return folder
+
+
+@pytest.fixture
+def prepared_digits(digits_once, tmp_path):
+    """The folder of freshly prepared digits; its data_dir is `tmp_path`."""
+    return Path(shutil.copytree(digits_once / "prepared", tmp_path / "prepared") / "digits")
+
+
+@pytest.fixture
+def never_prepared(monkeypatch):
+    def prepare(source_dir):
+        raise AssertionError("prepared again")
+
+    monkeypatch.setattr(digits, "prepare", prepare)
+
+
+def load_error(data_dir: Path, name: str = "digits") -> str:
+    with pytest.raises(UserError) as caught:
+        load(name, str(data_dir))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def assert_same(first, second):
+    assert (first.name, first.info, first.digest) == (second.name, second.info, second.digest)
+    assert first.arrays.keys() == second.arrays.keys()
+    for name, array in first.arrays.items():
+        assert array.dtype == second.arrays[name].dtype
+        np.testing.assert_array_equal(array, second.arrays[name])
+
+
+def test_second_load_reads_what_the_first_prepared(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="absl")
+    first = load("digits", str(tmp_path))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Prepared digits in {tmp_path / 'prepared' / 'digits'}"
+    ]
+    monkeypatch.setattr(digits, "prepare", None)
+    second = load("digits", str(tmp_path))
+    assert_same(first, second)
+    assert len(caplog.records) == 1
+    assert [path.name for path in (tmp_path / "prepared").iterdir()] == ["digits"]
+
+
+def test_manifest_describes_every_file(prepared_digits):
+    manifest = json.loads((prepared_digits / "manifest.json").read_text())
+    on_disk = {path.name for path in prepared_digits.glob("*.npy")}
+    assert set(manifest["files"]) == on_disk == {f"{name}.npy" for name in manifest["arrays"]}
+    assert len(on_disk) == 6
+    for name, file in manifest["files"].items():
+        data = (prepared_digits / name).read_bytes()
+        assert file == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        array = np.load(prepared_digits / name)
+        assert manifest["arrays"][name.removesuffix(".npy")] == {
+            "shape": list(array.shape),
+            "dtype": array.dtype.str,
+            "sha256": hashlib.sha256(array.tobytes()).hexdigest(),
+        }
+    assert manifest["versions"]["numpy"] == np.__version__
+    assert "scikit-learn" in manifest["versions"]
+
+
+@pytest.mark.parametrize("change", ["value", "dtype", "shape", "info"])
+def test_digest_tells_contents_apart(tmp_path, monkeypatch, change):
+    array, info = np.zeros((2, 3), np.uint8), {"num_classes": 10}
+    changed, changed_info = {
+        "value": (np.eye(2, 3, dtype=np.uint8), info),
+        "dtype": (array.view(np.int8), info),
+        "shape": (array.reshape(3, 2), info),
+        "info": (array, {"num_classes": 9}),
+    }[change]
+    monkeypatch.setattr(digits, "prepare", lambda source_dir: ({"x": array}, info, {}))
+    first = load("digits", str(tmp_path / "first")).digest
+    again = load("digits", str(tmp_path / "again")).digest
+    monkeypatch.setattr(digits, "prepare", lambda source_dir: ({"x": changed}, changed_info, {}))
+    other = load("digits", str(tmp_path / "other")).digest
+    assert first == again != other
+
+
+@pytest.mark.parametrize("name", ["digit", "prepared", "../digits"])
+def test_unknown_name_is_answered_with_the_nearest(tmp_path, name):
+    message = load_error(tmp_path, name)
+    assert repr(name) in message and ", ".join(prepared.names()) in message
+    assert ("did you mean digits?" in message) == (name != "prepared")
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        ("flipped", "is damaged: SHA-256 "),
+        ("truncated", "is damaged: 16127 bytes instead of 16128"),
+        ("removed", "is missing"),
+    ],
+)
+def test_damaged_array_is_reported(prepared_digits, tmp_path, never_prepared, damage, problem):
+    path = prepared_digits / "valid_images.npy"
+    data = bytearray(path.read_bytes())
+    if damage == "removed":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(data[:-1])
+    else:
+        data[-1] ^= 1
+        path.write_bytes(data)
+    message = load_error(tmp_path)
+    assert message.startswith(f"{path} {problem}")
+    assert f"delete the folder {prepared_digits} and run" in message
+    assert f"python -m scripts.prepare_data digits --data_dir={tmp_path}" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (None, "is missing"),
+        ("", "is damaged"),
+        ("[]", "is damaged"),
+        ("{}", "is damaged"),
+        ('{"format": 0}', "has format 0"),
+    ],
+)
+def test_unusable_manifest_is_reported(prepared_digits, tmp_path, never_prepared, text, problem):
+    path = prepared_digits / "manifest.json"
+    path.unlink() if text is None else path.write_text(text)
+    assert load_error(tmp_path).startswith(f"{path} {problem}")
+
+
+@pytest.mark.parametrize("part", ["info", "arrays", "files"])
+def test_changed_manifest_is_reported(prepared_digits, tmp_path, never_prepared, part):
+    path = prepared_digits / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest[part].popitem()
+    path.write_text(json.dumps(manifest))
+    assert load_error(tmp_path).startswith(f"{path} is damaged")
+
+
+def test_killed_preparation_leaves_no_folder(tmp_path):
+    killed = python(
+        """
+        import os, sys
+        import numpy as np
+        from experiments.datasets import load
+
+        save = np.save
+        def save_half(path, array, **kwargs):
+            save(path, array[: len(array) // 2], **kwargs)
+            os._exit(9)
+        np.save = save_half
+        load("digits", sys.argv[1])
+        """,
+        tmp_path,
+    )
+    assert killed.returncode == 9, killed.stderr
+    left = [path.name for path in (tmp_path / "prepared").iterdir()]
+    assert len(left) == 1 and left[0].startswith(".digits-")
+    assert load("digits", str(tmp_path)).arrays["train_images"].shape == (1297, 64)
+
+
+def test_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(path, array, **kwargs):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "save", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load("digits", str(tmp_path))
+    assert list((tmp_path / "prepared").iterdir()) == []
+
+
+def test_two_processes_may_prepare_at_once(tmp_path, monkeypatch, caplog):
+    prepare = digits.prepare
+    others = []
+
+    def slow_prepare(source_dir):
+        monkeypatch.setattr(digits, "prepare", prepare)
+        others.append(load("digits", str(tmp_path)))  # the other process comes in between
+        return prepare(source_dir)
+
+    monkeypatch.setattr(digits, "prepare", slow_prepare)
+    mine = load("digits", str(tmp_path))
+    assert_same(mine, others[0])
+    assert "cannot be written" not in caplog.text
+    assert [path.name for path in (tmp_path / "prepared").iterdir()] == ["digits"]
+
+
+def test_unwritable_data_dir_prepares_in_memory(digits_once, tmp_path, caplog):
+    caplog.set_level("INFO", logger="absl")
+    parent = tmp_path / "file"
+    parent.write_text("no folder can be made in here")
+    dataset = load("digits", str(parent / "data"))
+    assert_same(dataset, load("digits", str(digits_once)))
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert "this run only" in message and "\n" not in message
+    assert "python -m scripts.prepare_data digits --data_dir=" in message
+    assert f"--source_dir={parent / 'data'}" in message
+
+
+def test_command_prepares_then_verifies(tmp_path):
+    folder = tmp_path / "prepared" / "digits"
+    first = command("digits", f"--data_dir={tmp_path}")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("digits was prepared, verified")
+    assert first.stderr == ""
+    for path in folder.glob("*.npy"):
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        assert any(str(path) in line and sha256 in line for line in first.stdout.splitlines())
+    assert load("digits", str(tmp_path)).digest in first.stdout
+
+    second = command("digits", f"--data_dir={tmp_path}")
+    assert second.stdout.startswith("digits is there already, verified")
+    assert second.stdout.splitlines()[1:] == first.stdout.splitlines()[1:]
+
+    (folder / "test_labels.npy").unlink()
+    third = command("digits", f"--data_dir={tmp_path}")
+    assert third.returncode == 2 and third.stdout == ""
+    assert third.stderr.startswith("error: ") and third.stderr.count("\n") == 1
+    assert "test_labels.npy is missing" in third.stderr
+
+
+def test_command_reports_what_it_cannot_do(tmp_path):
+    (tmp_path / "file").touch()
+    unwritable = command("digits", f"--data_dir={tmp_path / 'file'}")
+    unnamed = command(f"--data_dir={tmp_path}")
+    for result, message in [(unwritable, "cannot be written"), (unnamed, "name one data set")]:
+        assert result.returncode == 2
+        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+        assert message in result.stderr
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_command_helps(flag):
+    output = command(flag).stdout
+    assert "python -m scripts.prepare_data NAME --data_dir=FOLDER" in output
+    assert "--source_dir" in output
+
+
+def test_names_are_the_modules_that_prepare():
+    assert {"digits", "mnist"} <= set(prepared.names())
+    assert "prepared" not in prepared.names()
