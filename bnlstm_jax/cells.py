@@ -160,6 +160,7 @@ class LSTMParameters(Recurrence):
     bias_init: initializers.Initializer = initializers.forget_bias(1.0)
 
     def setup(self) -> None:
+        """Makes the learned initial state."""
         self.initial_hidden = self.zeros("initial_hidden")
         self.initial_cell = self.zeros("initial_cell")
 
@@ -268,9 +269,7 @@ class LSTMCell(LSTMParameters, nn.RNNCellBase):
         """`(c, h)` and inputs `[batch, D]` to the new carry and the output h `[batch, H]`."""
         params = self.lstm_params(inputs.shape[-1])
         input_term = product(inputs, params["input_kernel"], self.dtype)
-        carry, _ = lstm_step(
-            params, carry, input_term, self.normalizer(params), dtype=self.dtype
-        )
+        carry, _ = lstm_step(params, carry, input_term, self.normalizer(params), dtype=self.dtype)
         return carry, self.output(carry[1])
 
     def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Carry:
@@ -283,6 +282,7 @@ class LSTMCell(LSTMParameters, nn.RNNCellBase):
 
     @property
     def num_feature_axes(self) -> int:
+        """Inputs are vectors, so one."""
         return 1
 
 
@@ -336,6 +336,7 @@ class BNSimpleCell(BatchNormParameters, nn.RNNCellBase):
     normalize: Sequence[str] = ("joint",)
 
     def setup(self) -> None:
+        """Makes the learned initial state."""
         self.initial_hidden = self.zeros("initial_hidden")
 
     @nn.compact
@@ -364,7 +365,9 @@ class BNSimpleCell(BatchNormParameters, nn.RNNCellBase):
         total = product(carry, recurrent_kernel, self.dtype) + product(
             inputs, input_kernel, self.dtype
         )
-        normalize = self.normalizer({"joint_scale": scale}, running if use_running_average else None)
+        normalize = self.normalizer(
+            {"joint_scale": scale}, running if use_running_average else None
+        )
         joint, statistics = normalize("joint", total)
         if not use_running_average:
             self.update_statistics(variables, statistics)
@@ -378,4 +381,5 @@ class BNSimpleCell(BatchNormParameters, nn.RNNCellBase):
 
     @property
     def num_feature_axes(self) -> int:
+        """Inputs are vectors, so one."""
         return 1

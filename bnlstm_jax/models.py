@@ -43,5 +43,3 @@ class SequenceClassifier(nn.Module):
             name="readout",
         )
         return readout(hidden).astype(jnp.promote_types(hidden.dtype, jnp.float32))
-
-

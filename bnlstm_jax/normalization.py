@@ -84,25 +84,27 @@ def _forward(x, where, epsilon, axis, axis_name):
     else:
         values = jnp.where(where, values, 0)  # not even infinite padding reaches a sum
         count = jnp.maximum(_total(where.astype(dtype), None, axis, axis_name), 1)
-    # Measured from one of its rows, a batch of equal rows has exactly that row for its mean: the
-    # first recurrent term, the same for every example, is standardised to exactly zero.
+    # Measured from one of its rows, a batch loses no digits to its distance from zero, and equal
+    # rows have exactly zero deviation: such is the first recurrent term, the same in all examples.
     origin = values
     for a in axis:
         origin = jax.lax.slice_in_dim(origin, 0, 1, axis=x.ndim + a)
     if axis_name is not None:
         origin = jax.lax.pmean(origin, axis_name)
-    mean = origin + _total(values - origin, where, axis, axis_name) / count
-    var = _total(jnp.square(values - mean), where, axis, axis_name) / count
-    statistics = Statistics(jnp.squeeze(mean, axis), jnp.squeeze(var, axis))
-    standardized = standardize(values, statistics, epsilon, axis)
+    values = values - origin
+    mean = _total(values, where, axis, axis_name) / count
+    deviation = values - mean
+    var = _total(jnp.square(deviation), where, axis, axis_name) / count
+    statistics = Statistics(jnp.squeeze(origin + mean, axis), jnp.squeeze(var, axis))
+    standardized = deviation * jax.lax.rsqrt(var + epsilon)
     like_x = jnp.zeros((), x.dtype)
-    return (standardized, statistics), (standardized, statistics.var, count, where, like_x)
+    return (standardized, statistics), (standardized, var, count, where, like_x)
 
 
 def _backward(epsilon, axis, axis_name, residuals, gradients):
     standardized, var, count, where, like_x = residuals
     by_values, (by_mean, by_var) = gradients
-    scale = jax.lax.rsqrt(jnp.expand_dims(var, axis) + epsilon)
+    scale = jax.lax.rsqrt(var + epsilon)
     by_mean, by_var = (jnp.expand_dims(g, axis) for g in (by_mean, by_var))
     if axis_name is not None:  # every shard's statistics depend on every shard's rows
         by_mean, by_var = jax.lax.psum((by_mean, by_var), axis_name)
@@ -113,10 +115,10 @@ def _backward(epsilon, axis, axis_name, residuals, gradients):
     by_mean = by_mean - scale * total(by_values)
     by_var = by_var - scale**2 / 2 * total(by_values * standardized)
     # A row that counts moves the mean by 1 / count and the variance by 2 (x - mean) / count.
-    through_statistics = (by_mean + 2 * by_var * standardized / scale) / count
+    by_x = scale * by_values + (by_mean + 2 * by_var * standardized / scale) / count
     if where is not None:
-        through_statistics = jnp.where(where, through_statistics, 0)
-    return (scale * by_values + through_statistics).astype(like_x.dtype), None
+        by_x = jnp.where(where, by_x, 0)
+    return by_x.astype(like_x.dtype), None
 
 
 batch_standardize.defvjp(_forward, _backward)

@@ -7,8 +7,6 @@ by `seq_lengths`, and at inference go on past `max_steps` with the last time ste
 Inside, arrays are time-major: `[T, B, F]`.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -172,9 +170,9 @@ class RecurrentLayer(LSTMParameters):
 class LSTM(RecurrentLayer):
     """An LSTM over whole sequences, equations 1 to 3.
 
-        layer = LSTM(100)
-        variables = layer.init(key, x)                  # x [batch, time, input]
-        y = layer.apply(variables, x)                   # y [batch, time, 100]
+    layer = LSTM(100)
+    variables = layer.init(key, x)                  # x [batch, time, input]
+    y = layer.apply(variables, x)                   # y [batch, time, 100]
     """
 
 

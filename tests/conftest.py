@@ -1,14 +1,27 @@
 import os
 from pathlib import Path
 
+import jax
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Programs that tests share, here and in commands that they run, are compiled once."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """A folder with original data, to be read only: `BNLSTM_DATA_DIR`, else `../shared/data`."""
-    default = Path(__file__).parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("BNLSTM_DATA_DIR", default))
-    if not folder.is_dir():
-        pytest.skip(f"needs original data: {folder} is no folder (set BNLSTM_DATA_DIR)")
+    """The folder of original data that BNLSTM_DATA_DIR names; it is only read."""
+    folder = Path(os.environ.get("BNLSTM_DATA_DIR", "")).resolve()
+    if "BNLSTM_DATA_DIR" not in os.environ or not folder.is_dir():
+        pytest.skip("needs original data: BNLSTM_DATA_DIR names no folder")
     return folder

@@ -1,0 +1,30 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bnlstm_jax
+from bnlstm_jax.models import SequenceClassifier
+
+
+@pytest.mark.parametrize("layer", [bnlstm_jax.LSTM(6), bnlstm_jax.BNLSTM(6, max_steps=5)])
+def test_classifier_reads_the_last_valid_hidden_state(layer):
+    model = SequenceClassifier(layer, num_classes=3)
+    x = jax.random.normal(jax.random.key(0), (4, 5, 2))
+    lengths = jnp.array([5, 1, 3, 4])
+    variables = model.init(jax.random.key(1), x, use_running_average=True)
+    logits = model.apply(variables, x, seq_lengths=lengths, use_running_average=True)
+
+    inner = {name: collection["layer"] for name, collection in variables.items()}
+    hidden = layer.apply(inner, x, use_running_average=True)
+    last = hidden[jnp.arange(4), lengths - 1]
+    readout = variables["params"]["readout"]
+    np.testing.assert_allclose(logits, last @ readout["kernel"] + readout["bias"], atol=1e-6)
+    assert logits.shape == (4, 3)
+
+
+def test_readout_starts_with_orthonormal_columns_and_no_bias():
+    model = SequenceClassifier(bnlstm_jax.LSTM(6), num_classes=3)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 2, 1)))["params"]["readout"]
+    np.testing.assert_allclose(params["kernel"].T @ params["kernel"], np.eye(3), atol=1e-5)
+    assert np.all(params["bias"] == 0)

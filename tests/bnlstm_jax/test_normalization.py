@@ -1,0 +1,109 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from bnlstm_jax.normalization import Statistics, batch_standardize, running_average, standardize
+
+EPSILON = 1e-5
+
+
+def two_passes(x, where, epsilon, axis=(-2,)):
+    """The same without a hand-written gradient: what automatic differentiation makes of it."""
+    if where is not None:
+        x = jnp.where(where, x, 0)
+    weight = jnp.ones_like(x) if where is None else jnp.broadcast_to(where, x.shape).astype(x.dtype)
+    count = jnp.maximum(weight.sum(axis), 1)
+    mean = (weight * x).sum(axis) / count
+    deviation = x - jnp.expand_dims(mean, axis)
+    statistics = Statistics(mean, (weight * deviation**2).sum(axis) / count)
+    return standardize(x, statistics, epsilon, axis), statistics
+
+
+@pytest.mark.parametrize("axis", [(-2,), (-3, -2)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradient_is_that_of_automatic_differentiation(axis, masked):
+    with jax.enable_x64(True):
+        random = np.random.default_rng(0)
+        x = jnp.asarray(random.normal(size=(3, 5, 4)) + 2)
+        where = jnp.asarray(random.random((3, 5, 1)) < 0.6) if masked else None
+        weights = jax.tree.map(
+            lambda s: jnp.asarray(random.normal(size=s.shape)),
+            jax.eval_shape(lambda x: two_passes(x, where, EPSILON, axis), x),
+        )
+
+        def value(function, x):  # of the standardised values and of both statistics
+            outputs = function(x, where, EPSILON, axis)
+            return sum(
+                jnp.vdot(w, o)
+                for w, o in zip(*map(jax.tree.leaves, (weights, outputs)), strict=False)
+            )
+
+        got = jax.value_and_grad(lambda x: value(batch_standardize, x))(x)
+        wanted = jax.value_and_grad(lambda x: value(two_passes, x))(x)
+        # Float64 through at most a dozen operations; values are of order 1.
+        np.testing.assert_allclose(got[0], wanted[0], rtol=1e-11)
+        np.testing.assert_allclose(got[1], wanted[1], rtol=1e-9, atol=1e-11)
+
+
+def test_gradient_against_finite_differences():
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(1).normal(size=(6, 3)))
+        check_grads(lambda x: batch_standardize(x, None, EPSILON), (x,), order=1, modes=["rev"])
+
+
+def test_statistics_are_accurate_far_from_zero():
+    # Mean 1e4, deviation 1e-2: the square of the mean leaves float32 no digit for the variance.
+    x = np.random.default_rng(0).normal(1e4, 1e-2, size=(64, 8)).astype(np.float32)
+    _, statistics = batch_standardize(jnp.asarray(x), None, EPSILON)
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(statistics.mean, exact.mean(0), rtol=1e-7)
+    np.testing.assert_allclose(statistics.var, exact.var(0), rtol=1e-3)
+    one_pass = (x**2).mean(0) - x.mean(0) ** 2
+    assert np.abs(one_pass / exact.var(0) - 1).max() > 1
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -3.7e4])
+def test_equal_rows_are_standardised_to_exactly_zero(value):
+    x = jnp.full((100, 7), value, jnp.float32)
+    standardized, statistics = batch_standardize(x, None, EPSILON)
+    assert np.all(standardized == 0)
+    assert np.all(statistics.mean == jnp.float32(value)) and np.all(statistics.var == 0)
+
+
+def test_a_single_row_and_no_row_stay_finite():
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(1, 4)), jnp.float32)
+    for where in (None, jnp.zeros((1, 1), bool)):
+        outputs = batch_standardize(x, where, EPSILON)
+        gradient = jax.grad(lambda x, w=where: batch_standardize(x, w, EPSILON)[0].sum())(x)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((outputs, gradient)))
+        assert np.all(outputs[1].var == 0)
+
+
+def test_rows_that_do_not_count_have_no_influence():
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(5, 4)), jnp.float32)
+    where = jnp.asarray([True, True, False, True, False])[:, None]
+    outputs = batch_standardize(x, where, EPSILON)
+    changed = batch_standardize(jnp.where(where, x, jnp.inf), where, EPSILON)
+    for a, b in zip(jax.tree.leaves(outputs), jax.tree.leaves(changed), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_half_precision_input_has_float32_statistics():
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(32, 4)), jnp.bfloat16)
+    standardized, statistics = batch_standardize(x, None, EPSILON)
+    gradient = jax.grad(lambda x: batch_standardize(x, None, EPSILON)[0].sum())(x)
+    assert {standardized.dtype, statistics.mean.dtype, statistics.var.dtype} == {jnp.float32.dtype}
+    assert gradient.dtype == jnp.bfloat16
+    exact = np.asarray(x, np.float64)
+    np.testing.assert_allclose(statistics.var, exact.var(0), rtol=1e-5)
+
+
+def test_running_average_moves_only_where_it_may():
+    running = Statistics(jnp.zeros((3, 2)), jnp.ones((3, 2)))
+    batch = Statistics(jnp.full((3, 2), 10.0), jnp.full((3, 2), 5.0))
+    where = jnp.asarray([True, False, True])[:, None]
+    mean, var = running_average(running, batch, 0.9, where)
+    np.testing.assert_allclose(mean, [[1, 1], [0, 0], [1, 1]], rtol=1e-6)
+    np.testing.assert_allclose(var, [[1.4, 1.4], [1, 1], [1.4, 1.4]], rtol=1e-6)

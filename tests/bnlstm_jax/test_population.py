@@ -1,0 +1,112 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bnlstm_jax
+from bnlstm_jax.models import SequenceClassifier
+
+STEPS = 6
+
+
+def make(layer, shape=(4, STEPS, 3)):
+    x = jax.random.normal(jax.random.key(1), shape)
+    return layer.init(jax.random.key(0), x, use_running_average=True)
+
+
+def batch_statistics(layer, variables, *args, **kwargs):
+    """The plain statistics of one batch: a running average without memory."""
+    forgetful = layer.clone(momentum=0.0)
+    return forgetful.apply(
+        variables, *args, **kwargs, use_running_average=False, mutable=["batch_stats"]
+    )[1]["batch_stats"]
+
+
+def test_is_the_plain_average_of_batch_statistics():
+    layer = bnlstm_jax.BNLSTM(5, max_steps=STEPS, momentum=0.3)
+    variables = make(layer)
+    batches = [jax.random.normal(jax.random.key(k), (4 + k, STEPS, 3)) for k in range(3)]
+    got = bnlstm_jax.estimate_population_statistics(
+        layer, variables, batches, use_running_average=False
+    )
+    each = [batch_statistics(layer, variables, x) for x in batches]
+    wanted = jax.tree.map(lambda *s: np.mean(s, axis=0), *each)
+    assert got.keys() == variables["batch_stats"].keys()
+    for name in wanted:
+        # Float32 sums of three.
+        np.testing.assert_allclose(got[name], wanted[name], rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_steps_average_over_the_batches_that_reach_them():
+    layer = bnlstm_jax.BNLSTM(5, max_steps=STEPS)
+    variables = make(layer)
+    long, short = (jax.random.normal(jax.random.key(k), (4, t, 3)) for k, t in ((1, 5), (2, 2)))
+    got = bnlstm_jax.estimate_population_statistics(
+        layer, variables, [long, short], use_running_average=False
+    )["cell_mean"]
+    of_long, of_short = (batch_statistics(layer, variables, x)["cell_mean"] for x in (long, short))
+    np.testing.assert_allclose(got[:2], (of_long[:2] + of_short[:2]) / 2, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(got[2:5], of_long[2:5], rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(got[5], got[4])  # reached by no batch
+
+
+def test_masked_steps_count_as_not_reached():
+    layer = bnlstm_jax.BNLSTM(5, max_steps=STEPS)
+    variables = make(layer)
+    x = jax.random.normal(jax.random.key(1), (4, STEPS, 3))
+    masked = bnlstm_jax.estimate_population_statistics(
+        layer,
+        variables,
+        [x],
+        seq_lengths=jnp.array([3, 3, 3, 3]),
+        use_running_average=False,
+    )
+    cut = bnlstm_jax.estimate_population_statistics(
+        layer, variables, [x[:, :3]], use_running_average=False
+    )
+    for name in cut:
+        np.testing.assert_allclose(masked[name], cut[name], rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("input_statistics", ["per_step", "sequence"])
+def test_one_batch_makes_inference_equal_training(input_statistics):
+    model = SequenceClassifier(
+        bnlstm_jax.BNLSTM(5, max_steps=STEPS, input_statistics=input_statistics), 3
+    )
+    variables = make(model)
+    x = jax.random.normal(jax.random.key(1), (8, STEPS, 3))
+    training, _ = model.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+    statistics = bnlstm_jax.estimate_population_statistics(
+        model, variables, [x], use_running_average=False
+    )
+    inference = model.apply({**variables, "batch_stats": statistics}, x, use_running_average=True)
+    # Standardising by small variances enlarges rounding errors of the statistics.
+    np.testing.assert_allclose(inference, training, rtol=1e-4, atol=1e-5)
+
+
+def test_takes_tuples_and_finds_layers_within_models():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, lengths, train):
+            layers = [
+                bnlstm_jax.BNLSTM(4, max_steps=STEPS, use_running_average=not train)
+                for _ in range(2)
+            ]
+            return nn.Bidirectional(*layers)(x, seq_lengths=lengths)
+
+    x, lengths = jax.random.normal(jax.random.key(1), (3, STEPS, 2)), jnp.array([6, 2, 4])
+    variables = Model().init(jax.random.key(0), x, lengths, train=False)
+    got = bnlstm_jax.estimate_population_statistics(Model(), variables, [(x, lengths)], train=True)
+    assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, variables["batch_stats"])
+    assert all(np.any(leaf != 1) and np.any(leaf != 0) for leaf in jax.tree.leaves(got))
+
+
+def test_says_what_is_wrong_where_there_is_nothing_to_average():
+    layer = bnlstm_jax.BNLSTM(5, max_steps=STEPS)
+    variables = make(layer)
+    x = jnp.zeros((4, STEPS, 3))
+    with pytest.raises(ValueError, match="no batches"):
+        bnlstm_jax.estimate_population_statistics(layer, variables, [], use_running_average=False)
+    with pytest.raises(ValueError, match="use_running_average=False"):
+        bnlstm_jax.estimate_population_statistics(layer, variables, [x], use_running_average=True)

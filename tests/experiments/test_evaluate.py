@@ -1,0 +1,84 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bnlstm_jax
+from experiments import evaluate, tasks, train
+
+NOISE = jax.random.key(0)
+
+
+@pytest.fixture
+def task_and_variables(small_config):
+    small_config.model.momentum = 0.0  # the running average is the last batch's statistics
+    task = tasks.load(small_config)
+    state = train.create_state(task, small_config)
+    step = train.make_train_step(task, NOISE)
+    return task, train.variables_of(step(state, task.train_batch(0)))
+
+
+def by_hand(task, variables, images, labels, running):
+    """Accuracy and loss of one batch, with nothing of the evaluation code."""
+    x = jnp.asarray(images, jnp.float32)[..., None] / 16
+    logits, _ = task.model.apply(variables, x, use_running_average=running, mutable=["batch_stats"])
+    p = np.exp(np.asarray(logits, np.float64))
+    p /= p.sum(-1, keepdims=True)
+    loss = -np.log(p[np.arange(len(labels)), labels])
+    return (logits.argmax(-1) == labels).astype(float), loss
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_examples_of_a_short_batch_count_like_others(task_and_variables, running):
+    task, variables = task_and_variables
+    got = evaluate.make_evaluator(task, NOISE)(variables, "valid", 150, running)
+    images, labels = task.images["valid"], task.labels["valid"]
+    parts = [
+        by_hand(task, variables, images[s], labels[s], running)
+        for s in (slice(150), slice(150, 250))
+    ]
+    correct, loss = (np.concatenate(values) for values in zip(*parts, strict=True))
+    assert got["accuracy"] == correct.mean() and got["error"] == 1 - correct.mean()
+    np.testing.assert_allclose(got["loss"], loss.mean(), rtol=1e-5)
+
+
+def test_every_way_of_evaluation_uses_its_own_statistics(task_and_variables, small_config):
+    task, variables = task_and_variables
+    small_config.population_batch_size = 600  # two whole batches, and 97 examples left over
+    rows = evaluate.evaluate_all(task, small_config, variables, NOISE)
+    assert [(row["split"], row["statistics"]) for row in rows] == [
+        (split, way) for way in ("batch", "running", "population") for split in ("valid", "test")
+    ]
+    losses = {row["statistics"]: row["loss"] for row in rows if row["split"] == "test"}
+
+    halves = []
+    for start in (0, 600):
+        x = jnp.asarray(task.images["train"][start : start + 600], jnp.float32)[..., None] / 16
+        _, updated = task.model.apply(
+            variables, x, use_running_average=False, mutable=["batch_stats"]
+        )
+        halves.append(updated["batch_stats"])  # momentum 0
+    population = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
+    test = task.images["test"], task.labels["test"]
+    wanted = {
+        "batch": by_hand(task, variables, *test, running=False)[1].mean(),
+        "running": by_hand(task, variables, *test, running=True)[1].mean(),
+        "population": by_hand(task, {**variables, "batch_stats": population}, *test, running=True)[
+            1
+        ].mean(),
+    }
+    assert len({round(loss, 3) for loss in wanted.values()}) == 3
+    for way, loss in wanted.items():
+        np.testing.assert_allclose(losses[way], loss, rtol=1e-4, err_msg=way)
+
+
+def test_an_lstm_is_evaluated_once(small_config):
+    small_config.model.kind = "lstm"
+    task = tasks.load(small_config)
+    assert isinstance(task.model.layer, bnlstm_jax.LSTM)
+    variables = train.variables_of(train.create_state(task, small_config))
+    rows = evaluate.evaluate_all(task, small_config, variables, NOISE)
+    assert [(row["split"], row["statistics"]) for row in rows] == [
+        ("valid", "none"),
+        ("test", "none"),
+    ]

@@ -1,0 +1,56 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments.optimizers import make_optimizer
+
+
+def settings(**changes):
+    values = {"name": "rmsprop", "learning_rate": 0.01, "decay": 0.5, "clip_norm": 1.0}
+    return ConfigDict(values | changes)
+
+
+def run(config, gradients):
+    """The parameters after each of the gradients, from zero."""
+    optimizer = make_optimizer(config)
+    params = jax.tree.map(jnp.zeros_like, gradients[0])
+    state = optimizer.init(params)
+    for gradient in gradients:
+        updates, state = optimizer.update(gradient, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    return params
+
+
+def test_rmsprop_is_the_rule_of_the_released_code():
+    random = np.random.default_rng(0)
+    # One parameter whose root mean square is far above the floor of 1e-5, one far below it.
+    gradients = [{"a": random.normal(size=3), "b": 1e-7 * random.normal(size=2)} for _ in range(4)]
+    wanted = {"a": np.zeros(3), "b": np.zeros(2)}
+    v = {"a": np.zeros(3), "b": np.zeros(2)}
+    for gradient in gradients:
+        norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
+        for name, g in gradient.items():
+            g = g / max(norm, 1)
+            v[name] = 0.5 * v[name] + 0.5 * g**2
+            wanted[name] -= 0.01 * g / np.maximum(np.sqrt(v[name]), 1e-5)
+    got = run(settings(), [jax.tree.map(jnp.float32, g) for g in gradients])
+    for name in wanted:
+        np.testing.assert_allclose(got[name], wanted[name], rtol=1e-4)  # float32, and steps that cancel
+
+
+def test_the_whole_gradient_is_clipped_to_its_norm():
+    # Norm 5; Adam would hide the scale, RMSProp's first step shows it only through the floor.
+    gradient = {"a": jnp.array([3e-6]), "b": jnp.array([4e-6])}
+    got = run(settings(clip_norm=1e-6, decay=0.0), [gradient])
+    np.testing.assert_allclose(got["a"], [-0.01 * 0.6e-6 / 1e-5], rtol=1e-5)
+    np.testing.assert_allclose(got["b"], [-0.01 * 0.8e-6 / 1e-5], rtol=1e-5)
+
+
+def test_adam_is_the_published_one():
+    gradients = [{"a": jnp.array([0.3])}, {"a": jnp.array([-0.1])}]
+    m = v = w = 0.0
+    for t, g in enumerate((0.3, -0.1), start=1):
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        w -= 0.01 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    np.testing.assert_allclose(run(settings(name="adam"), gradients)["a"], [w], rtol=1e-4)

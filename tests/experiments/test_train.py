@@ -1,0 +1,145 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import metrics, tasks, train, workdir
+from experiments.checkpoints import Checkpoints
+from experiments.errors import UserError
+from experiments.tasks import sequential_images
+
+
+def final_state(config, folder):
+    """Every leaf of the latest checkpoint."""
+    task = tasks.load(config)
+    with Checkpoints(folder, task.selection, task.lower_is_better) as checkpoints:
+        return checkpoints.restore_latest(train.create_state(task, config))
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("kind", ["lstm", "bn_lstm"])
+def test_a_run_leaves_what_it_promises(small_config, tmp_path, kind):
+    small_config.model.kind = kind
+    results = train.train(small_config, tmp_path)
+    rows = metrics.read_metrics(tmp_path)
+    assert [row["update"] for row in rows if row["split"] == "train"] == [3, 6, 8]
+    valid = [row for row in rows if row["split"] == "valid"]
+    assert [row["update"] for row in valid] == [4, 8]
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    best = min(valid, key=lambda row: (row["error"], -row["update"]))
+    assert results["update"] == best["update"]
+    again = next(row for row in results["rows"] if row["split"] == "valid")
+    assert again["accuracy"] == best["accuracy"]  # the best checkpoint is the one evaluated
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["packages"]["jax"] == jax.__version__ and len(run["pixel_order"]) == 64
+    assert workdir.read_config(tmp_path).to_dict() == json.loads(small_config.to_json())
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_a_continued_run_equals_an_unbroken_one(small_config, tmp_path, monkeypatch):
+    train.train(small_config, tmp_path / "unbroken")
+
+    unbroken_batch = sequential_images.Task.train_batch
+
+    def stopped_batch(task, update):
+        if update == 7:  # the checkpoint is of update 4: mid-epoch, and after the log's row of 3
+            raise KeyboardInterrupt
+        return unbroken_batch(task, update)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sequential_images.Task, "train_batch", stopped_batch)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(small_config, tmp_path / "broken")
+    train.train(small_config, tmp_path / "broken")
+
+    states = [final_state(small_config, tmp_path / name) for name in ("unbroken", "broken")]
+    assert int(states[0].step) == 8
+    for unbroken, broken in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_array_equal(unbroken, broken)
+    for name in ("metrics.jsonl", "results.json", "config.json"):
+        texts = [(tmp_path / run / name).read_text() for run in ("unbroken", "broken")]
+        assert texts[0] == texts[1], name
+
+
+def test_a_finished_run_is_not_trained_again(small_config, tmp_path, monkeypatch):
+    results = train.train(small_config, tmp_path)
+    before = contents(tmp_path / "checkpoints")
+    monkeypatch.setattr(train.evaluate, "evaluate_all", None)  # nor evaluated
+    assert train.train(small_config, tmp_path) == results
+    assert contents(tmp_path / "checkpoints") == before
+
+
+def test_a_finished_run_can_go_further(small_config, tmp_path):
+    train.train(small_config, tmp_path)
+    small_config.num_updates = 10
+    assert train.train(small_config, tmp_path)["updates"] == 10
+
+
+def test_evaluate_gives_what_training_gave(small_config, tmp_path):
+    assert train.train(small_config, tmp_path) == train.evaluate_run(small_config, tmp_path)
+
+
+def test_the_workdir_of_another_config_stays_as_it_is(small_config, tmp_path):
+    train.train(small_config, tmp_path)
+    before = contents(tmp_path)
+    small_config.optimizer.learning_rate = 0.1
+    message = r"another config: there config\.optimizer\.learning_rate is 0\.001, here it is 0\.1"
+    for run in (train.train, train.evaluate_run):
+        with pytest.raises(UserError, match=message):
+            run(small_config, tmp_path)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("batch_size", 2000, r"config\.batch_size"),
+        ("dataset", "digit", r"digits"),
+        ("data_dir", "{tmp}/prepared_by_nobody", r"damaged|missing"),
+    ],
+)
+def test_bad_input_leaves_no_workdir(small_config, tmp_path, field, value, message):
+    if field == "data_dir":
+        value = value.format(tmp=tmp_path)
+        (tmp_path / "prepared_by_nobody/prepared/digits").mkdir(parents=True)
+    small_config[field] = value
+    with pytest.raises(UserError, match=message):
+        train.train(small_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_to_evaluate(small_config, tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        train.evaluate_run(small_config, tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(small_config, tmp_path):
+    small_config.model.kind = "lstm"
+    small_config.optimizer.learning_rate = 1e38
+    with pytest.raises(UserError, match=r"loss became (nan|inf)"):
+        train.train(small_config, tmp_path)
+
+
+def test_bn_lstm_learns_the_digits_where_lstm_lags(small_config, tmp_path):
+    """The paper's point, in ten seconds: the same updates, and far fewer errors."""
+    small_config.batch_size = 64
+    small_config.num_updates = 150
+    small_config.model.features = 32
+    small_config.eval_every = small_config.checkpoint_every = 150
+    accuracy = {}
+    for kind in ("lstm", "bn_lstm"):
+        small_config.model.kind = kind
+        rows = train.train(small_config, tmp_path / kind)["rows"]
+        accuracy[kind] = {row["statistics"]: row["accuracy"] for row in rows[::2]}
+    # Chance is 0.1.
+    assert accuracy["bn_lstm"]["batch"] > accuracy["lstm"]["none"] + 0.15
+    assert accuracy["bn_lstm"]["population"] > accuracy["lstm"]["none"] + 0.15
