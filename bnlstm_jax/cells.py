@@ -166,6 +166,8 @@ class LSTMParameters(Recurrence):
 
     def lstm_params(self, input_size: int) -> dict[str, Array]:
         """The parameters that a step uses, under the names they have in the variables."""
+        if unknown := set(self.normalize) - {"input", "recurrent", "cell"}:
+            raise ValueError(f"normalize names {unknown}; it may name input, recurrent and cell")
         units, gates = self.features, 4 * self.features
         zeros = nn.initializers.zeros_init()
         shapes = {
@@ -229,7 +231,9 @@ class BatchNormParameters(Recurrence):
             if term not in self.normalize:
                 return x, None
             if given is None:
-                x, statistics = batch_standardize(x, where, self.epsilon, axis, self.axis_name)
+                # As in flax.linen.BatchNorm, variables are initialised outside of mapped axes.
+                axis_name = None if self.is_initializing() else self.axis_name
+                x, statistics = batch_standardize(x, where, self.epsilon, axis, axis_name)
             else:
                 statistics = given[term]
                 x = standardize(x, statistics, self.epsilon, axis)

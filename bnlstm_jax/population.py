@@ -45,28 +45,24 @@ def estimate_population_statistics(
     """
 
     @jax.jit
-    def add_batch(totals: Any, index: int, arguments: tuple) -> Any:
+    def weighted_statistics(variables: Any, index: int, arguments: tuple) -> Any:
+        """Statistics of a batch, zero where no row is behind them, and ones where some is."""
         keys = {name: jax.random.fold_in(key, index) for name, key in (rngs or {}).items()}
-        _, updated = model.apply(
-            variables,
-            *arguments,
-            rngs=keys,
-            mutable=["batch_stats", CURRENT_BATCH_STATS],
-            **kwargs,
-        )
+        mutable = ["batch_stats", CURRENT_BATCH_STATS]
+        _, updated = model.apply(variables, *arguments, rngs=keys, mutable=mutable, **kwargs)
         current = flatten_dict(updated.get(CURRENT_BATCH_STATS, {}))
         weighted = {}
         for path, value in current.items():
-            if path[-1] == "count":
-                continue
-            reached = _reached(current[(*path[:-1], "count")], value)
-            weighted[path] = (jnp.where(reached, value, 0), reached.astype(value.dtype))
-        return weighted if totals is None else jax.tree.map(jnp.add, totals, weighted)
+            if path[-1] != "count":
+                reached = _reached(current[(*path[:-1], "count")], value)
+                weighted[path] = jnp.where(reached, value, 0), reached.astype(value.dtype)
+        return weighted
 
-    totals = None
+    totals: dict[tuple[str, ...], Any] = {}
     for index, batch in enumerate(batches):
         arguments = batch if isinstance(batch, tuple) else (batch,)
-        totals = add_batch(totals, index, arguments)
+        weighted = weighted_statistics(variables, index, arguments)
+        totals = jax.tree.map(jnp.add, totals, weighted) if totals else weighted
     if not totals:
         raise ValueError(
             "no batch statistics to average: there were no batches, or the model was called "

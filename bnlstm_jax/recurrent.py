@@ -130,7 +130,7 @@ class RecurrentLayer(LSTMParameters):
         # The input term, for all time steps at once.
         axis = (-2,) if self.input_statistics == "per_step" else (-3, -2)
         normalize = self.normalizer(params, statistics_at(jnp.arange(steps)), counted, axis)
-        input_term, input_statistics = normalize(
+        input_term, of_input = normalize(
             "input", product(inputs, params["input_kernel"], self.dtype)
         )  # [T, B, 4H]
 
@@ -156,7 +156,7 @@ class RecurrentLayer(LSTMParameters):
         )
 
         if self.normalize and not use_running_average:
-            statistics["input"] = input_statistics
+            statistics["input"] = of_input
             count = jnp.full(steps, batch) if counted is None else counted.sum((1, 2))
             self.record_statistics(variables, statistics, count)
 
@@ -170,20 +170,25 @@ class RecurrentLayer(LSTMParameters):
 class LSTM(RecurrentLayer):
     """An LSTM over whole sequences, equations 1 to 3.
 
-    layer = LSTM(100)
-    variables = layer.init(key, x)                  # x [batch, time, input]
-    y = layer.apply(variables, x)                   # y [batch, time, 100]
+    Example::
+
+        layer = LSTM(100)
+        variables = layer.init(key, x)  # x [batch, time, input]
+        y = layer.apply(variables, x)  # y [batch, time, 100]
     """
 
 
 class BNLSTM(BatchNormParameters, RecurrentLayer):
     """A batch-normalised LSTM over whole sequences, equations 6 to 8.
 
+    Example::
+
         layer = BNLSTM(100, max_steps=784)
         variables = layer.init(key, x, use_running_average=True)
+        # Training, then inference.
         y, updated = layer.apply(
-            variables, x, use_running_average=False, mutable=["batch_stats"])    # training
-        y = layer.apply({**variables, **updated}, x, use_running_average=True)   # inference
+            variables, x, use_running_average=False, mutable=["batch_stats"])
+        y = layer.apply({**variables, **updated}, x, use_running_average=True)
 
     Statistics are kept for each time step, in the collection `batch_stats`:
     `{input,recurrent,cell}_{mean,var}`, each `[max_steps, F]`. Training moves them towards those
@@ -206,6 +211,10 @@ class BNLSTM(BatchNormParameters, RecurrentLayer):
     @nn.nowrap
     def statistics_shape(self, term: str, steps: int) -> tuple[int, ...]:
         """Shape of a term's statistics, for sequences of `steps` steps."""
+        if self.input_statistics not in ("per_step", "sequence"):
+            raise ValueError(
+                f"input_statistics is {self.input_statistics!r}; it is 'per_step' or 'sequence'"
+            )
         if term == "input" and self.input_statistics == "sequence":
             return (self.term_size(term),)
         return (self.max_steps or steps, self.term_size(term))
@@ -221,7 +230,7 @@ class BNLSTM(BatchNormParameters, RecurrentLayer):
         `statistics` are `[T, F]` or `[F]`; `count` `[T]` rows are behind each time step. Steps
         that no row has reached leave their statistics as they are.
         """
-        if self.axis_name is not None:
+        if self.axis_name is not None and not self.is_initializing():
             count = jax.lax.psum(count, self.axis_name)
         steps = count.shape[0]
         current = {}

@@ -36,7 +36,9 @@ def test_rmsprop_is_the_rule_of_the_released_code():
             wanted[name] -= 0.01 * g / np.maximum(np.sqrt(v[name]), 1e-5)
     got = run(settings(), [jax.tree.map(jnp.float32, g) for g in gradients])
     for name in wanted:
-        np.testing.assert_allclose(got[name], wanted[name], rtol=1e-4)  # float32, and steps that cancel
+        np.testing.assert_allclose(
+            got[name], wanted[name], rtol=1e-4
+        )  # float32, and steps that cancel
 
 
 def test_the_whole_gradient_is_clipped_to_its_norm():
