@@ -5,8 +5,7 @@ from typing import Any
 
 from absl import logging
 
-from experiments.evaluate import STATISTICS
-from experiments.metrics import markdown_table, read_metrics
+from experiments.metrics import STATISTICS, markdown_table, read_metrics
 
 PICTURE_NAME = "comparison.png"
 LABELS = {"lstm": "LSTM", "bn_lstm": "BN-LSTM"}

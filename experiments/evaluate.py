@@ -1,6 +1,8 @@
 """Evaluation: with the batch's statistics, with running averages, with population statistics."""
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -8,25 +10,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bnlstm_jax import estimate_population_statistics
+from experiments.metrics import STATISTICS, track
 from experiments.tasks import Batch, Metrics, Task
 
-# How each kind of evaluation normalises, as it is named wherever its numbers stand.
-STATISTICS = {
-    "batch": "batch statistics",
-    "running": "population statistics, running average",
-    "population": "population statistics, re-estimated",
-    "none": "no normalisation",
-}
-
 Variables = dict[str, Any]
-Evaluator = Callable[[Variables, str, int, bool], dict[str, float]]
+Evaluator = Callable[..., dict[str, float]]
 
 
 def make_evaluator(task: Task, noise: jax.Array) -> Evaluator:
     """A function of variables, split, batch size and `use_running_average` that gives averages.
 
-    Every example counts the same, also those of a short last batch. The key `noise` feeds noise
-    on initial hidden states, which is drawn anew for each batch and the same in each evaluation.
+    With a `title` it shows a progress bar. Every example counts the same, also those of a short
+    last batch. The key `noise` feeds noise on initial hidden states, which is drawn anew for each
+    batch and the same in each evaluation.
     """
 
     @jax.jit(static_argnames="use_running_average")
@@ -43,10 +39,17 @@ def make_evaluator(task: Task, noise: jax.Array) -> Evaluator:
         return task.metrics(outputs, batch)
 
     def evaluate(
-        variables: Variables, split: str, batch_size: int, use_running_average: bool
+        variables: Variables,
+        split: str,
+        batch_size: int,
+        use_running_average: bool,
+        title: str | None = None,
     ) -> dict[str, float]:
         sums: dict[str, np.ndarray] = {}
-        for index, batch in enumerate(task.batches(split, batch_size)):
+        batches = task.batches(split, batch_size)
+        if title:
+            batches = track(batches, title, math.ceil(task.num_examples(split) / batch_size))
+        for index, batch in enumerate(batches):
             metrics = metrics_of(variables, batch, index, use_running_average)
             for name, sum_and_count in metrics.items():
                 sums[name] = sums.get(name, 0) + np.asarray(sum_and_count, np.float64)
@@ -64,34 +67,34 @@ def population_variables(
     over after the last whole one is not used.
     """
     size = config.population_batch_size
-
-    def whole_batches():
-        for number, batch in enumerate(task.batches("train", size)):
-            if number == 0 or len(jax.tree.leaves(batch)[0]) == size:
-                yield task.inputs(batch)
-
+    whole = max(1, task.num_examples("train") // size)
+    batches = itertools.islice(task.batches("train", size), whole)
     statistics = estimate_population_statistics(
-        task.model, variables, whole_batches(), rngs={"noise": noise}, use_running_average=False
+        task.model,
+        variables,
+        map(task.inputs, track(batches, "re-estimating population statistics", whole)),
+        rngs={"noise": noise},
+        use_running_average=False,
     )
     return {**variables, "batch_stats": statistics}
 
 
 def evaluate_all(
     task: Task, config: ConfigDict, variables: Variables, noise: jax.Array
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Every split, evaluated in every way: rows with `split`, `statistics`, and the metrics."""
     evaluate = make_evaluator(task, noise)
-    if "batch_stats" in variables:
-        population = population_variables(task, config, variables, noise)
-        ways = [
-            ("batch", variables, config.batch_size, False),
-            ("running", variables, config.eval_batch_size, True),
-            ("population", population, config.eval_batch_size, True),
-        ]
-    else:
-        ways = [("none", variables, config.eval_batch_size, True)]
-    return [
-        {"split": split, "statistics": name, **evaluate(values, split, batch_size, running)}
-        for name, values, batch_size, running in ways
-        for split in task.splits
-    ]
+
+    def rows(values: Variables, statistics: str, batch_size: int) -> Iterator[dict[str, Any]]:
+        for split in task.splits:
+            title = f"evaluating {split} ({STATISTICS[statistics]})"
+            metrics = evaluate(values, split, batch_size, statistics != "batch", title)
+            yield {"split": split, "statistics": statistics, **metrics}
+
+    if "batch_stats" not in variables:
+        yield from rows(variables, "none", config.eval_batch_size)
+        return
+    yield from rows(variables, "batch", config.batch_size)
+    yield from rows(variables, "running", config.eval_batch_size)
+    variables = population_variables(task, config, variables, noise)
+    yield from rows(variables, "population", config.eval_batch_size)

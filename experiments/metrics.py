@@ -4,8 +4,9 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import rich.progress
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,6 +22,16 @@ from rich.text import Text
 from tensorboardX import SummaryWriter
 
 FILE_NAME = "metrics.jsonl"
+# What normalised, as it is written in files, and as it is named wherever people read a number.
+STATISTICS = {
+    "batch": "batch statistics",
+    "running": "population statistics, running average",
+    "population": "population statistics, re-estimated",
+    "none": "no normalisation",
+}
+
+
+T = TypeVar("T")
 
 
 class UpdatesPerSecond(ProgressColumn):
@@ -92,14 +103,19 @@ class Reporter:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for name, value in metrics.items():
-            tag = split if split == "train" else f"{split}_{statistics}_statistics"
-            self._tensorboard.add_scalar(f"{tag}/{name}", value, update)
+            self._tensorboard.add_scalar(f"{split}/{name}", value, update)
         if split == "train":
             self._progress.update(self._bar, metrics=format_metrics(metrics))
         else:
             self.console.print(
-                f"update {update:>6}  {split} ({statistics} statistics)  {format_metrics(metrics)}"
+                f"update {update:>6}  {split} ({STATISTICS[statistics]})  {format_metrics(metrics)}"
             )
+
+
+def track(items: Iterable[T], title: str, total: int) -> Iterable[T]:
+    """The items, under a progress bar that is gone when they are."""
+    terminal = Console().is_terminal
+    return rich.progress.track(items, title, total, transient=True, disable=not terminal)
 
 
 def format_metrics(metrics: dict[str, float]) -> str:

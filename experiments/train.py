@@ -122,6 +122,7 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any]:
             )
 
             # ---- Train.
+            statistics = "batch" if state.batch_stats else "none"
             for update in range(start, config.num_updates):
                 state = train_step(state, task.train_batch(update))
                 done = update + 1
@@ -130,13 +131,13 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any]:
 
                 if done % config.log_every == 0 or last:
                     window = jax.device_get(state.window)
-                    averages = {name: float(s / n) for name, (s, n) in window.items()}
+                    averages = {name: float(s) / float(n) for name, (s, n) in window.items()}
                     if not math.isfinite(averages["loss"]):
                         raise UserError(
                             f"the loss became {averages['loss']} in the {config.log_every} updates "
                             f"up to {done}; the last good checkpoint is in {folder}"
                         )
-                    reporter.write(done, "train", "batch", averages)
+                    reporter.write(done, "train", statistics, averages)
                     state = state.replace(window=jax.tree.map(jnp.zeros_like, state.window))
 
                 # ---- Validate, with batch statistics; they choose the best checkpoint.
@@ -145,7 +146,6 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any]:
                     validation = evaluator(
                         variables_of(state), task.splits[0], config.batch_size, False
                     )
-                    statistics = "batch" if state.batch_stats else "none"
                     reporter.write(done, task.splits[0], statistics, validation)
 
                 if done % config.checkpoint_every == 0 or validation:
@@ -177,7 +177,7 @@ def evaluate_best(
         "kind": config.model.kind,
         "update": int(best.step),
         "updates": int(state.step),
-        "rows": evaluate.evaluate_all(task, config, variables_of(best), noise),
+        "rows": list(evaluate.evaluate_all(task, config, variables_of(best), noise)),
     }
     workdir.write_json(folder / RESULTS_NAME, results)
     return results

@@ -40,6 +40,9 @@ class Task(Protocol):
     def train_batch(self, update: int) -> Batch:
         """The batch of update 0, 1, ...: a pure function of the config's seed and `update`."""
 
+    def num_examples(self, split: str) -> int:
+        """Number of examples of a split, the training split `train` among them."""
+
     def batches(self, split: str, batch_size: int) -> Iterator[Batch]:
         """One pass over a split, in order; the last batch may be short."""
 

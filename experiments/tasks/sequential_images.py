@@ -76,10 +76,13 @@ class Task:
         )
         return self._batch("train", indices)
 
+    def num_examples(self, split: str) -> int:
+        """Number of images of a split."""
+        return len(self.labels[split])
+
     def batches(self, split: str, batch_size: int) -> Iterator[Batch]:
         """One pass over a split, in order."""
-        size = len(self.labels[split])
-        for start in range(0, size, batch_size):
+        for start in range(0, self.num_examples(split), batch_size):
             yield self._batch(split, slice(start, start + batch_size))
 
     def _batch(self, split: str, which: Any) -> Batch:
