@@ -94,7 +94,8 @@ class Recurrence(nn.Module):
       features: number of hidden units H.
       input_kernel_init, recurrent_kernel_init: initialisers of the kernels; an LSTM's are
         `[D, 4H]` and `[H, 4H]`.
-      initial_hidden_noise: standard deviation of Gaussian noise on the initial hidden state.
+      initial_hidden_noise: standard deviation of Gaussian noise on the initial hidden state, at
+        inference too; a layer draws it from the rng stream `noise`.
       dtype: dtype of the operands of matrix products and of the outputs; sums, statistics and
         state stay float32. By default that of inputs and parameters.
       param_dtype: dtype of the parameters.
@@ -107,7 +108,7 @@ class Recurrence(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
-    # Without batch normalisation; BatchNormParameters makes fields of these.
+    # No batch normalisation: none of the terms. The normalised modules say otherwise.
     normalize = ()
     use_running_average = None
 
@@ -200,8 +201,6 @@ class BatchNormParameters(Recurrence):
     """What normalised cells and layers share; the names are those of `flax.linen.BatchNorm`.
 
     Attributes:
-      normalize: which terms are normalised, of `input`, `recurrent` and `cell`. A term left out
-        enters as it is and has neither scale nor statistics.
       use_running_average: normalise by the statistics in the collection `batch_stats` (inference)
         rather than by those of the batch (training). Given here or in the call.
       momentum: decay of the running average of batch statistics.
@@ -210,7 +209,6 @@ class BatchNormParameters(Recurrence):
       scale_init: initialiser of the scales (gamma); 0.1 in the paper.
     """
 
-    normalize: Sequence[str] = ("input", "recurrent", "cell")
     use_running_average: bool | None = None
     momentum: float = 0.99
     epsilon: float = 1e-5
@@ -262,6 +260,17 @@ class BatchNormParameters(Recurrence):
             variable.value = value
 
 
+class BNLSTMParameters(BatchNormParameters, LSTMParameters):
+    """What the batch-normalised LSTM's cell and layer share.
+
+    Attributes:
+      normalize: which terms are normalised, of `input`, `recurrent` and `cell`. A term left out
+        enters as it is and has neither scale nor statistics.
+    """
+
+    normalize: Sequence[str] = ("input", "recurrent", "cell")
+
+
 class LSTMCell(LSTMParameters, nn.RNNCellBase):
     """One step of an LSTM with learned initial state, equations 1 to 3.
 
@@ -290,12 +299,13 @@ class LSTMCell(LSTMParameters, nn.RNNCellBase):
         return 1
 
 
-class BNLSTMCell(BatchNormParameters, LSTMCell):
+class BNLSTMCell(BNLSTMParameters, LSTMCell):
     """One step of a batch-normalised LSTM, equations 6 to 8.
 
     The collection `batch_stats` holds running means and variances of one step, each `[F]`. For
     statistics per time step unroll the cell with `variable_axes={'batch_stats': 0}`, in
-    `flax.linen.RNN` or `flax.linen.scan`; the layer `bnlstm_jax.BNLSTM` does it by itself.
+    `flax.linen.RNN` or `flax.linen.scan`; the layer `bnlstm_jax.BNLSTM` does it by itself, and
+    it alone can have its population statistics re-estimated.
     """
 
     @nn.compact
@@ -337,7 +347,7 @@ class BNSimpleCell(BatchNormParameters, nn.RNNCellBase):
     In the figure W_h starts as the identity.
     """
 
-    normalize: Sequence[str] = ("joint",)
+    normalize = ("joint",)
 
     def setup(self) -> None:
         """Makes the learned initial state."""

@@ -53,7 +53,7 @@ def batch_standardize(
 
     Gradients flow through the statistics. They are written out below, because the well-known short
     form needs one stored array and two reductions where automatic differentiation of the two
-    passes needs several of each.
+    passes needs several of each. Only reverse-mode differentiation is defined.
 
     Args:
       x: values, `[..., batch, F]`.
@@ -61,7 +61,8 @@ def batch_standardize(
         for zeros. Where no row counts, mean and variance are zero, and all stays finite.
       epsilon: added to the variance.
       axis: the axes over which statistics are taken, negative numbers.
-      axis_name: mapped axis (of `vmap`, `pmap`, `shard_map`) over which rows are pooled too.
+      axis_name: mapped axis of `vmap`, `pmap` or `shard_map(check_vma=False)`, over which rows are
+        pooled too.
 
     Returns:
       The standardised values, in the shape of `x`, and the statistics, `[..., F]`; all of them in
@@ -84,11 +85,16 @@ def _forward(x, where, epsilon, axis, axis_name):
     else:
         values = jnp.where(where, values, 0)  # not even infinite padding reaches a sum
         count = jnp.maximum(_total(where.astype(dtype), None, axis, axis_name), 1)
-    # Measured from one of its rows, a batch loses no digits to its distance from zero, and equal
+    # Measured from a row that counts, a batch loses no digits to its distance from zero, and equal
     # rows have exactly zero deviation: such is the first recurrent term, the same in all examples.
-    origin = values
+    origin, counts = values, where
     for a in axis:
-        origin = jax.lax.slice_in_dim(origin, 0, 1, axis=x.ndim + a)
+        if counts is None:
+            origin = jax.lax.slice_in_dim(origin, 0, 1, axis=x.ndim + a)
+        else:
+            first = jnp.argmax(counts, axis=a, keepdims=True)
+            origin = jnp.take_along_axis(origin, first, axis=a)
+            counts = jnp.any(counts, axis=a, keepdims=True)
     if axis_name is not None:
         origin = jax.lax.pmean(origin, axis_name)
     values = values - origin

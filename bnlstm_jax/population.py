@@ -30,7 +30,8 @@ def estimate_population_statistics(
         y = model.apply({**variables, "batch_stats": stats}, x, use_running_average=True)
 
     Args:
-      model: a module with BNLSTM layers in it, anywhere.
+      model: a module with BNLSTM layers in it, anywhere, each called once. One with an `axis_name`
+        is to be cloned without.
       variables: its variables, with the parameters that the statistics are to describe.
       batches: training data; each is the argument of a call of the model, or a tuple of them.
       rngs: keys for the model's random streams, folded with the number of the batch.
@@ -41,7 +42,7 @@ def estimate_population_statistics(
       reach its time step; steps that none reaches take the statistics of the last one reached.
 
     Raises:
-      ValueError: there are no batches, or the model computed no batch statistics.
+      ValueError: there are no batches, or no BNLSTM of the model used batch statistics.
     """
 
     @jax.jit
@@ -65,8 +66,9 @@ def estimate_population_statistics(
         totals = jax.tree.map(jnp.add, totals, weighted) if totals else weighted
     if not totals:
         raise ValueError(
-            "no batch statistics to average: there were no batches, or the model was called "
-            "without what makes it use batch statistics, such as use_running_average=False"
+            "no batch statistics to average: there were no batches, or the model has no BNLSTM "
+            "layer, or was called without what makes it use batch statistics, such as "
+            "use_running_average=False"
         )
     statistics = flatten_dict(variables["batch_stats"])
     for path, (total, weight) in totals.items():

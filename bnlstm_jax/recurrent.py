@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bnlstm_jax.cells import BatchNormParameters, Carry, LSTMParameters, lstm_step, product
+from bnlstm_jax.cells import BNLSTMParameters, Carry, LSTMParameters, lstm_step, product
 from bnlstm_jax.normalization import Statistics, statistics_dtype
 
 # Statistics of the batch at hand, unaveraged, with the number of rows behind each time step.
@@ -55,7 +55,7 @@ class RecurrentLayer(LSTMParameters):
     keep_order: bool = False
     unroll: int = 1
 
-    # Without batch normalisation; BNLSTM makes fields of these.
+    # What BNLSTM makes fields of.
     max_steps = None
     input_statistics = "per_step"
     mask_statistics = True
@@ -178,7 +178,7 @@ class LSTM(RecurrentLayer):
     """
 
 
-class BNLSTM(BatchNormParameters, RecurrentLayer):
+class BNLSTM(BNLSTMParameters, RecurrentLayer):
     """A batch-normalised LSTM over whole sequences, equations 6 to 8.
 
     Example::
@@ -193,7 +193,8 @@ class BNLSTM(BatchNormParameters, RecurrentLayer):
     Statistics are kept for each time step, in the collection `batch_stats`:
     `{input,recurrent,cell}_{mean,var}`, each `[max_steps, F]`. Training moves them towards those
     of the batch; `bnlstm_jax.population` estimates them anew. Inference goes on past `max_steps`
-    with the last row. In a reversed layer the rows follow the recurrence, not the inputs.
+    with the last row. In a reversed layer the rows follow the recurrence, not the inputs. Under
+    batch statistics only reverse-mode differentiation (`jax.grad`, `jax.vjp`) is defined.
 
     Attributes:
       max_steps: number of time steps with statistics of their own, no less than the longest
@@ -233,7 +234,7 @@ class BNLSTM(BatchNormParameters, RecurrentLayer):
         if self.axis_name is not None and not self.is_initializing():
             count = jax.lax.psum(count, self.axis_name)
         steps = count.shape[0]
-        current = {}
+        current = {"count": count}
         for term, pair in variables.items():
             reached, batch = count > 0, statistics[term]
             if batch.mean.ndim == 1:

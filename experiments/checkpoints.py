@@ -1,5 +1,6 @@
 """Checkpoints of a run: the latest, to go on from, and the best, to evaluate. Through Orbax."""
 
+import math
 from pathlib import Path
 
 import orbax.checkpoint as ocp
@@ -15,7 +16,8 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, selection: str, lower_is_better: bool) -> None:
-        """The best is the one with the lowest, or highest, metric `selection`."""
+        """The best is the one with the lowest, or highest, metric `selection`; the later of two."""
+        self._selection = selection
 
         def selected(metrics: dict[str, float]) -> float:
             return metrics[selection]
@@ -45,21 +47,22 @@ class Checkpoints:
         self._manager.close()
 
     def save(self, state: TrainState, validation: dict[str, float] | None) -> None:
-        """Saves `state` at its step; `validation` metrics make it a candidate for the best."""
+        """Saves `state` at its step; finite `validation` makes it a candidate for the best."""
+        if validation and not math.isfinite(validation[self._selection]):
+            validation = None
         content = ocp.args.StandardSave(serialization.to_state_dict(state))
         self._manager.save(int(state.step), args=content, metrics=validation)
 
-    def restore_latest(self, state: TrainState) -> TrainState:
-        """The latest checkpoint, in the form of `state`; `state` itself if there is none."""
-        return self._restore(self._manager.latest_step(), state)
+    def latest_step(self) -> int | None:
+        """The update of the latest checkpoint, if there is any."""
+        return self._manager.latest_step()
 
-    def restore_best(self, state: TrainState) -> TrainState:
-        """The best checkpoint so far, in the form of `state`; `state` itself if there is none."""
+    def best_step(self) -> int | None:
+        """The update of the best checkpoint, if one has been validated."""
         self._manager.wait_until_finished()
-        return self._restore(self._manager.best_step(), state)
+        return self._manager.best_step()
 
-    def _restore(self, step: int | None, state: TrainState) -> TrainState:
-        if step is None:
-            return state
+    def restore(self, step: int, state: TrainState) -> TrainState:
+        """The checkpoint of an update, in the form of `state`."""
         like = ocp.args.StandardRestore(serialization.to_state_dict(state))
         return serialization.from_state_dict(state, self._manager.restore(step, args=like))

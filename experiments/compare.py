@@ -13,7 +13,7 @@ LABELS = {"lstm": "LSTM", "bn_lstm": "BN-LSTM"}
 
 def results_table(results: list[dict[str, Any]]) -> str:
     """The results of `experiments.train`, a line for each model and way of evaluation."""
-    names = [name for name in results[0]["rows"][0] if name not in ("split", "statistics", "error")]
+    names = [name for name in results[0]["rows"][0] if name not in ("split", "statistics")]
     splits = list(dict.fromkeys(row["split"] for row in results[0]["rows"]))
     header = ["model", "normalised by"] + [f"{s} {n}" for s in splits for n in names]
     lines = []
@@ -27,11 +27,11 @@ def results_table(results: list[dict[str, Any]]) -> str:
     chosen = ", ".join(
         f"{LABELS[r['kind']]} at update {r['update']:,} of {r['updates']:,}" for r in results
     )
-    return f"{table}\nBest checkpoint by validation error with batch statistics: {chosen}."
+    return f"{table}\nBest checkpoint by validation {results[0]['selection']}: {chosen}."
 
 
-def draw_curves(runs: dict[str, Path], picture: Path) -> bool:
-    """Draws training loss and validation accuracy of runs, by kind of model, into a PNG.
+def draw_curves(runs: dict[str, Path], metric: str, picture: Path) -> bool:
+    """Draws training loss and a validation metric of runs, by kind of model, into a PNG.
 
     Returns:
       Whether it did: not without matplotlib, of which a line is logged.
@@ -44,20 +44,20 @@ def draw_curves(runs: dict[str, Path], picture: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (loss, accuracy) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, (loss, validation) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     styles = {"lstm": ("tab:gray", "--"), "bn_lstm": ("tab:blue", "-")}
     for kind, folder in runs.items():
         rows = read_metrics(folder)
         color, style = styles[kind]
-        for axes, split, name in ((loss, "train", "loss"), (accuracy, "valid", "accuracy")):
+        for axes, split, name in ((loss, "train", "loss"), (validation, "valid", metric)):
             points = [(r["update"], r[name]) for r in rows if r["split"] == split]
             axes.plot(*zip(*points, strict=True), style, color=color, label=LABELS[kind])
     loss.set(xlabel="update", ylabel="training loss (nats)", ylim=(0, None))
-    accuracy.set(xlabel="update", ylabel="validation accuracy", ylim=(0, 1))
-    for axes in (loss, accuracy):
+    validation.set(xlabel="update", ylabel=f"validation {metric}", ylim=(0, None))
+    for axes in (loss, validation):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    accuracy.legend(loc="lower right")
+    validation.legend(loc="best")
     figure.savefig(picture, dpi=150)
     pyplot.close(figure)
     return True

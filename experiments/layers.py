@@ -22,7 +22,7 @@ def recurrent_layer(model: ConfigDict, sequence_length: int) -> bnlstm_jax.LSTM 
         )
     shared = {
         "features": model.features,
-        "dtype": model.dtype if model.dtype != "float32" else None,
+        "dtype": None if model.dtype == "float32" else model.dtype,
         "recurrent_kernel_init": (
             initializers.identity_block()
             if model.recurrent_init == "identity"

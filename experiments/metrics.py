@@ -120,7 +120,7 @@ def track(items: Iterable[T], title: str, total: int) -> Iterable[T]:
 
 def format_metrics(metrics: dict[str, float]) -> str:
     """Metrics as people read them: `loss 0.512  accuracy 0.840`."""
-    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "error")
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

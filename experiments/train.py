@@ -104,14 +104,16 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any]:
     # ---- Set up. Nothing is written before config, data and folder have been checked.
     workdir.check(config, folder)
     task = tasks.load(config)
-    workdir.open_workdir(config, folder, task.record)
     state = create_state(task, config)
+    workdir.open_workdir(config, folder, task.record)
     _, noise = random_keys(config.seed)
     train_step = make_train_step(task, noise)
     evaluator = evaluate.make_evaluator(task, noise)
+    statistics = "batch" if state.batch_stats else "none"
 
     with Checkpoints(folder, task.selection, task.lower_is_better) as checkpoints:
-        state = checkpoints.restore_latest(state)
+        if (latest := checkpoints.latest_step()) is not None:
+            state = checkpoints.restore(latest, state)
         start = int(state.step)
         title = f"{config.task} {config.model.kind}"
         with metrics.Reporter(folder, title, start, config.num_updates) as reporter:
@@ -122,39 +124,43 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any]:
             )
 
             # ---- Train.
-            statistics = "batch" if state.batch_stats else "none"
             for update in range(start, config.num_updates):
                 state = train_step(state, task.train_batch(update))
                 done = update + 1
                 last = done == config.num_updates
+                log = last or done % config.log_every == 0
+                validate = last or done % config.eval_every == 0
+                save = validate or done % config.checkpoint_every == 0
                 reporter.advance(done)
 
-                if done % config.log_every == 0 or last:
+                if log or save:
                     window = jax.device_get(state.window)
                     averages = {name: float(s) / float(n) for name, (s, n) in window.items()}
                     if not math.isfinite(averages["loss"]):
                         raise UserError(
-                            f"the loss became {averages['loss']} in the {config.log_every} updates "
-                            f"up to {done}; the last good checkpoint is in {folder}"
+                            f"the loss became {averages['loss']} by update {done}; the latest "
+                            f"checkpoint is of update {checkpoints.latest_step()}, in {folder}"
                         )
+                if log:
                     reporter.write(done, "train", statistics, averages)
                     state = state.replace(window=jax.tree.map(jnp.zeros_like, state.window))
 
                 # ---- Validate, with batch statistics; they choose the best checkpoint.
                 validation = None
-                if done % config.eval_every == 0 or last:
+                if validate:
                     validation = evaluator(
                         variables_of(state), task.splits[0], config.batch_size, False
                     )
                     reporter.write(done, task.splits[0], statistics, validation)
-
-                if done % config.checkpoint_every == 0 or validation:
+                if save:
                     checkpoints.save(state, validation)
 
         # ---- Evaluate the best.
         results_path = folder / RESULTS_NAME
-        if start == config.num_updates and results_path.exists():
-            return json.loads(results_path.read_text())
+        if results_path.exists() and start == config.num_updates:
+            results = json.loads(results_path.read_text())
+            if results["updates"] == start:
+                return results
         return evaluate_best(task, config, state, checkpoints, folder)
 
 
@@ -168,15 +174,22 @@ def evaluate_best(
     """Evaluates the best checkpoint in every way, into `results.json`.
 
     Returns:
-      `kind`, the `update` of the best checkpoint, `updates` trained, and under `rows` the metrics
-      by split and statistics.
+      `kind`, the `update` of the best checkpoint, `updates` trained, the metric `selection` that
+      chose it, and under `rows` the metrics by split and statistics.
+
+    Raises:
+      UserError: no checkpoint has been validated.
     """
-    best = checkpoints.restore_best(state)
+    best_step = checkpoints.best_step()
+    if best_step is None:
+        raise UserError(f"--workdir={folder} holds no validated checkpoint to evaluate yet")
+    best = checkpoints.restore(best_step, state)
     _, noise = random_keys(config.seed)
     results = {
         "kind": config.model.kind,
-        "update": int(best.step),
-        "updates": int(state.step),
+        "update": best_step,
+        "updates": checkpoints.latest_step(),
+        "selection": task.selection,
         "rows": list(evaluate.evaluate_all(task, config, variables_of(best), noise)),
     }
     workdir.write_json(folder / RESULTS_NAME, results)
@@ -185,12 +198,9 @@ def evaluate_best(
 
 def evaluate_run(config: ConfigDict, folder: Path) -> dict[str, Any]:
     """Evaluates the best checkpoint of the run in `folder`; see `evaluate_best`."""
+    workdir.read_config(folder)  # refuses a folder without a run
     workdir.check(config, folder)
-    workdir.read_config(folder)
     task = tasks.load(config)
     state = create_state(task, config)
     with Checkpoints(folder, task.selection, task.lower_is_better) as checkpoints:
-        state = checkpoints.restore_latest(state)
-        if int(state.step) == 0:
-            raise UserError(f"--workdir={folder} holds no checkpoint to evaluate")
         return evaluate_best(task, config, state, checkpoints, folder)

@@ -16,8 +16,9 @@ from ml_collections import ConfigDict
 from experiments.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections", "numpy")
-# May differ between the start of a run and its continuation: where data lie, how far to go.
-FREE_FIELDS = ("data_dir", "num_updates")
+# May differ between the start of a run and its continuation: where data lie, how far to go, and
+# what evaluation can afford.
+FREE_FIELDS = ("data_dir", "num_updates", "eval_batch_size", "population_batch_size")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -67,11 +68,13 @@ def check(config: ConfigDict, workdir: Path) -> None:
 def open_workdir(config: ConfigDict, workdir: Path, record: dict[str, Any]) -> None:
     """Makes the folder, and saves the config and how, with what and when the run was started.
 
+    `run.json` has an entry for each start, the first and those that went on, and the `record`.
+
     Raises:
       UserError: it cannot be written, or see `check`.
     """
     check(config, workdir)
-    run = {
+    start = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
@@ -79,12 +82,12 @@ def open_workdir(config: ConfigDict, workdir: Path, record: dict[str, Any]) -> N
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "devices": [device.device_kind for device in jax.devices()],
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        **record,
     }
+    path = workdir / "run.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if not (workdir / "run.json").exists():
-            write_json(workdir / "run.json", run)
+        earlier = json.loads(path.read_text())["starts"] if path.exists() else []
+        write_json(path, {"starts": [*earlier, start], **record})
         write_json(workdir / "config.json", json.loads(config.to_json_best_effort()))
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from error

@@ -1,19 +1,21 @@
 # Sourced by scripts/run and scripts/test: makes the virtual environment .venv, or brings it up to
 # date, and puts it first on the path. Arguments are the requirement files.
 #
-#   PYTHON   the interpreter to make it with, 3.11 or newer (default: python3)
+#   PYTHON   the interpreter to make it with, 3.11 or newer (default: python3); to change it later,
+#            remove .venv
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 unset PYTHONPATH # whatever else is installed, the environment's packages are the ones that count
-python=${PYTHON:-python3}
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-    echo "error: Python 3.11 or newer is needed, as python3 or named by PYTHON=..." >&2
-    exit 2
-fi
-if [ ! -x .venv/bin/python ] && ! "$python" -m venv .venv; then
-    rm -rf .venv
-    echo "error: $python cannot make a virtual environment; on Debian: apt install python3-venv" >&2
-    exit 2
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    python=${PYTHON:-python3}
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        echo "error: Python 3.11 or newer is needed, as python3 or named by PYTHON=..." >&2
+        exit 2
+    fi
+    if ! "$python" -m venv --clear .venv; then
+        echo "error: $python cannot make .venv; on Debian: apt install python3-venv" >&2
+        exit 2
+    fi
 fi
 for requirements in "$@"; do
     installed=.venv/$(echo "$requirements" | tr / -)

@@ -40,7 +40,18 @@ def test_config_builds_and_steps(name, variant, request, tmp_path):
         assert ("initial_hidden" in learned) == (kind == "lstm")
 
 
-def test_shared_fields_are_in_every_config():
-    for name, variant in VARIANTS:
-        config = importlib.import_module(f"configs.{name}").get_config(*variant)
-        assert set(shared.base_config()) <= set(config), name
+def test_settings_are_those_of_the_released_code():
+    for name, noise, order in (("mnist", 0.1, "in_order"), ("pmnist", 0.0, "released_draw")):
+        config = importlib.import_module(f"configs.{name}").get_config()
+        assert config.optimizer.to_dict() == {
+            "name": "rmsprop",
+            "learning_rate": 1e-3,
+            "decay": 0.5,
+            "clip_norm": 1.0,
+        }
+        assert (config.batch_size, config.num_updates, config.eval_every) == (100, 100_000, 500)
+        assert (config.eval_batch_size, config.population_batch_size) == (1000, 5000)
+        model = config.model
+        assert (model.features, model.initial_scale, model.momentum) == (100, 0.1, 0.99)
+        assert (model.recurrent_init, model.initial_hidden_noise) == ("identity", noise)
+        assert (config.pixel_order, config.pixel_order_seed) == (order, 1)

@@ -25,7 +25,7 @@ class Task(Protocol):
 
     Attributes:
       model: maps `(*inputs(batch), use_running_average)` to outputs.
-      selection: the validation metric by which the best checkpoint is chosen.
+      selection: the metric people look at; on validation data it chooses the best checkpoint.
       lower_is_better: which way `selection` goes.
       splits: the splits that are evaluated, the one that selects first.
       record: facts that are saved beside the run, in JSON types.

@@ -40,8 +40,8 @@ def pixel_order(name: str, pixels: int, seed: int) -> np.ndarray:
 class Task:
     """Pixels in [0, 1], one a time step, to a class; see `experiments.tasks.Task`."""
 
-    selection = "error"
-    lower_is_better = True
+    selection = "accuracy"
+    lower_is_better = False
     splits = ("valid", "test")
 
     def __init__(self, config: ConfigDict) -> None:
@@ -60,7 +60,9 @@ class Task:
                 f"{len(self.labels['train'])} training examples: make it smaller"
             )
         self.model = SequenceClassifier(
-            recurrent_layer(config.model, pixels), data.info["num_classes"]
+            recurrent_layer(config.model, pixels),
+            data.info["num_classes"],
+            dtype=None if config.model.dtype == "float32" else config.model.dtype,
         )
         self.record: dict[str, Any] = {
             "dataset": config.dataset,
@@ -93,7 +95,7 @@ class Task:
         return (jnp.asarray(batch["image"], jnp.float32)[..., None] / self.max_pixel,)
 
     def metrics(self, outputs: Array, batch: Batch) -> Metrics:
-        """Cross-entropy in nats, accuracy and error rate, from logits `[batch, classes]`."""
+        """Cross-entropy in nats and accuracy, from logits `[batch, classes]`."""
         labels = jnp.asarray(batch["label"], jnp.int32)
         count = jnp.float32(len(labels))
         log_p = jnp.take_along_axis(jax.nn.log_softmax(outputs), labels[:, None], axis=-1)
@@ -101,5 +103,4 @@ class Task:
         return {
             "loss": (-jnp.sum(log_p), count),
             "accuracy": (correct, count),
-            "error": (count - correct, count),
         }

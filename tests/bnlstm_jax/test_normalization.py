@@ -53,10 +53,13 @@ def test_gradient_against_finite_differences():
         check_grads(lambda x: batch_standardize(x, None, EPSILON), (x,), order=1, modes=["rev"])
 
 
-def test_statistics_are_accurate_far_from_zero():
+@pytest.mark.parametrize("masked", [False, True])
+def test_statistics_are_accurate_far_from_zero(masked):
     # Mean 1e4, deviation 1e-2: the square of the mean leaves float32 no digit for the variance.
     x = np.random.default_rng(0).normal(1e4, 1e-2, size=(64, 8)).astype(np.float32)
-    _, statistics = batch_standardize(jnp.asarray(x), None, EPSILON)
+    where = jnp.arange(64)[:, None] > 2 if masked else None  # the first rows do not count
+    _, statistics = batch_standardize(jnp.asarray(x), where, EPSILON)
+    x = x[3:] if masked else x
     exact = x.astype(np.float64)
     np.testing.assert_allclose(statistics.mean, exact.mean(0), rtol=1e-7)
     np.testing.assert_allclose(statistics.var, exact.var(0), rtol=1e-3)

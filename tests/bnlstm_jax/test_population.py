@@ -70,10 +70,12 @@ def test_masked_steps_count_as_not_reached():
 
 
 @pytest.mark.parametrize("input_statistics", ["per_step", "sequence"])
-def test_one_batch_makes_inference_equal_training(input_statistics):
-    model = SequenceClassifier(
-        bnlstm_jax.BNLSTM(5, max_steps=STEPS, input_statistics=input_statistics), 3
+@pytest.mark.parametrize("normalize", [("input", "recurrent", "cell"), ("input",), ("cell",)])
+def test_one_batch_makes_inference_equal_training(input_statistics, normalize):
+    layer = bnlstm_jax.BNLSTM(
+        5, max_steps=STEPS, normalize=normalize, input_statistics=input_statistics
     )
+    model = SequenceClassifier(layer, 3)
     variables = make(model)
     x = jax.random.normal(jax.random.key(1), (8, STEPS, 3))
     training, _ = model.apply(variables, x, use_running_average=False, mutable=["batch_stats"])

@@ -55,6 +55,11 @@ def test_both_models_from_one_command(prepared_dir, tmp_path):
     assert f"Curves: {tmp_path}/comparison.png" in run(*arguments)
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
+    # A run can be evaluated without saying again what it was.
+    output = run("--mode=evaluate", f"--workdir={tmp_path / 'bn_lstm'}")
+    results = json.loads((tmp_path / "bn_lstm" / "results.json").read_text())
+    assert f"| {results['rows'][0]['accuracy']:.4f} " in output and "| LSTM " not in output
+
 
 @pytest.mark.parametrize(
     "arguments, message",
@@ -65,10 +70,16 @@ def test_both_models_from_one_command(prepared_dir, tmp_path):
             "config.model.knd: the config has no field knd; did you mean kind?",
         ),
         (["--config=configs/pminst.py"], "did you mean configs/pmnist.py?"),
+        (["--config", "configs/pminst.py"], "did you mean configs/pmnist.py?"),
         (["--config=configs/pmnist.py:tru"], "did you mean true?"),
+        (
+            ["--config=configs/digits.py:small"],
+            "configs/digits.py:small: this config has no variants",
+        ),
         (["--config.seed=one"], "--config.seed=one"),
         (["--config.model.kind=bnlstm"], "config.model.kind is 'bnlstm'"),
         (["--config.batch_size=0"], "config.batch_size is 0: it must be at least 1"),
+        (["--config.seed=-1"], "config.seed is -1: it must be at least 0"),
         (["--wrkdir=x"], "did you mean: workdir"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",

@@ -14,7 +14,7 @@ def final_state(config, folder):
     """Every leaf of the latest checkpoint."""
     task = tasks.load(config)
     with Checkpoints(folder, task.selection, task.lower_is_better) as checkpoints:
-        return checkpoints.restore_latest(train.create_state(task, config))
+        return checkpoints.restore(checkpoints.latest_step(), train.create_state(task, config))
 
 
 def contents(folder):
@@ -34,12 +34,13 @@ def test_a_run_leaves_what_it_promises(small_config, tmp_path, kind):
     valid = [row for row in rows if row["split"] == "valid"]
     assert [row["update"] for row in valid] == [4, 8]
     assert json.loads((tmp_path / "results.json").read_text()) == results
-    best = min(valid, key=lambda row: (row["error"], -row["update"]))
+    best = max(valid, key=lambda row: (row["accuracy"], row["update"]))
     assert results["update"] == best["update"]
     again = next(row for row in results["rows"] if row["split"] == "valid")
     assert again["accuracy"] == best["accuracy"]  # the best checkpoint is the one evaluated
     run = json.loads((tmp_path / "run.json").read_text())
-    assert run["packages"]["jax"] == jax.__version__ and len(run["pixel_order"]) == 64
+    assert len(run["starts"]) == 1 and len(run["pixel_order"]) == 64
+    assert run["starts"][0]["packages"]["jax"] == jax.__version__
     assert workdir.read_config(tmp_path).to_dict() == json.loads(small_config.to_json())
     assert list((tmp_path / "tensorboard").glob("events*"))
 
@@ -77,10 +78,29 @@ def test_a_finished_run_is_not_trained_again(small_config, tmp_path, monkeypatch
     assert contents(tmp_path / "checkpoints") == before
 
 
-def test_a_finished_run_can_go_further(small_config, tmp_path):
+def test_a_finished_run_can_go_further(small_config, tmp_path, monkeypatch):
     train.train(small_config, tmp_path)
+    seen = []
+    batch = sequential_images.Task.train_batch
+    monkeypatch.setattr(
+        sequential_images.Task, "train_batch", lambda t, u: seen.append(u) or batch(t, u)
+    )
     small_config.num_updates = 10
     assert train.train(small_config, tmp_path)["updates"] == 10
+    assert seen == [0, 8, 9]  # 0 for the shapes alone
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert len(run["starts"]) == 2
+
+
+def test_results_of_an_earlier_update_are_not_final(small_config, tmp_path, monkeypatch):
+    small_config.num_updates = 4
+    train.train(small_config, tmp_path)
+    small_config.num_updates = 8
+    with monkeypatch.context() as patch:
+        patch.setattr(train.evaluate, "evaluate_all", lambda *_: 1 / 0)  # stopped at the very end
+        with pytest.raises(ZeroDivisionError):
+            train.train(small_config, tmp_path)
+    assert train.train(small_config, tmp_path)["updates"] == 8
 
 
 def test_evaluate_gives_what_training_gave(small_config, tmp_path):
@@ -116,6 +136,19 @@ def test_bad_input_leaves_no_workdir(small_config, tmp_path, field, value, messa
     assert not (tmp_path / "run").exists()
 
 
+def test_nothing_validated_to_evaluate(small_config, tmp_path, monkeypatch):
+    small_config.checkpoint_every = 2
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.evaluate, "make_evaluator", lambda *_: stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(small_config, tmp_path)
+    with pytest.raises(UserError, match="holds no validated checkpoint"):
+        train.evaluate_run(small_config, tmp_path)
+
+
 def test_nothing_to_evaluate(small_config, tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         train.evaluate_run(small_config, tmp_path / "nowhere")
@@ -125,8 +158,12 @@ def test_nothing_to_evaluate(small_config, tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(small_config, tmp_path):
     small_config.model.kind = "lstm"
     small_config.optimizer.learning_rate = 1e38
-    with pytest.raises(UserError, match=r"loss became (nan|inf)"):
+    small_config.checkpoint_every = 1
+    small_config.log_every = 100
+    with pytest.raises(UserError, match=r"loss became (nan|inf) by update 2.* of update 1,"):
         train.train(small_config, tmp_path)
+    kept = final_state(small_config, tmp_path)
+    assert int(kept.step) == 1
 
 
 def test_bn_lstm_learns_the_digits_where_lstm_lags(small_config, tmp_path):
