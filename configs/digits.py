@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config.model.kind = "lstm,bn_lstm"
     config.model.features = 64
     config.model.recurrent_init = "identity"
-    config.model.momentum = 0.9  # 0.99 would still remember its start after 600 updates
+    config.model.momentum = 0.9  # 0.99 would not forget its start within 600 updates
     config.log_every = 20
     config.eval_every = 50
     config.checkpoint_every = 100

@@ -2,10 +2,12 @@
 
 import json
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import rich.progress
 from rich.console import Console
 from rich.progress import (
@@ -22,6 +24,7 @@ from rich.text import Text
 from tensorboardX import SummaryWriter
 
 FILE_NAME = "metrics.jsonl"
+SECONDS_SHOWN = 0.5  # between movements of the progress bar
 # What normalised, as it is written in files, and as it is named wherever people read a number.
 STATISTICS = {
     "batch": "batch statistics",
@@ -83,6 +86,7 @@ class Reporter:
         self._bar = self._progress.add_task(
             title, total=num_updates, completed=start, metrics="compiling"
         )
+        self._shown = time.monotonic()
         self._progress.start()
 
     def __enter__(self) -> "Reporter":
@@ -93,9 +97,15 @@ class Reporter:
         self._file.close()
         self._tensorboard.close()
 
-    def advance(self, update: int) -> None:
-        """Moves the progress bar to `update`."""
-        self._progress.update(self._bar, completed=update)
+    def advance(self, step: jax.Array) -> None:
+        """Moves the progress bar to an update that may still be under way on the device.
+
+        The device is waited for, now and then, so that the bar shows what is done rather than what
+        has been asked for.
+        """
+        if time.monotonic() - self._shown > SECONDS_SHOWN:
+            self._progress.update(self._bar, completed=int(step))
+            self._shown = time.monotonic()
 
     def write(self, update: int, split: str, statistics: str, metrics: dict[str, float]) -> None:
         """Adds a row to the metrics file and to TensorBoard, and shows it."""
@@ -105,7 +115,7 @@ class Reporter:
         for name, value in metrics.items():
             self._tensorboard.add_scalar(f"{split}/{name}", value, update)
         if split == "train":
-            self._progress.update(self._bar, metrics=format_metrics(metrics))
+            self._progress.update(self._bar, completed=update, metrics=format_metrics(metrics))
         else:
             self.console.print(
                 f"update {update:>6}  {split} ({STATISTICS[statistics]})  {format_metrics(metrics)}"

@@ -131,7 +131,7 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any]:
                 log = last or done % config.log_every == 0
                 validate = last or done % config.eval_every == 0
                 save = validate or done % config.checkpoint_every == 0
-                reporter.advance(done)
+                reporter.advance(state.step)
 
                 if log or save:
                     window = jax.device_get(state.window)

@@ -44,7 +44,7 @@ class Case:
     batch: int = 5
     time: int = 4
     inputs: int = 3
-    features: int = 3
+    features: int = 2
     max_steps: int | None = None  # the same as time
     lengths: tuple[int, ...] | None = None
     train: bool = True
@@ -67,7 +67,7 @@ class Case:
 
     @property
     def usual_shapes(self):
-        return (self.batch, self.time, self.inputs, self.features) == (5, 4, 3, 3)
+        return (self.batch, self.time, self.inputs, self.features) == (5, 4, 3, 2)
 
     def layer(self, **options):
         options = {"param_dtype": jnp.float64, "return_carry": True, **options}
@@ -239,7 +239,7 @@ CASES = {
     "training, fewer steps than max_steps": Case(max_steps=6),
     "training, one step": Case(time=1, carry=True),
     "training, one row": Case(batch=1),
-    "training, odd sizes": Case(batch=7, time=5, inputs=1, features=2, lengths=(*RAGGED, 5, 2)),
+    "training, odd sizes": Case(batch=7, time=5, inputs=1, features=3, lengths=(*RAGGED, 5, 2)),
     "inference": Case(train=False),
     "inference, given carry": Case(train=False, carry=True),
     "inference, fewer steps than max_steps": Case(train=False, max_steps=6),
@@ -447,7 +447,7 @@ def test_variance_far_from_the_origin_in_single_precision(options):
     holds up to 2^18: products, sums over all the sixteen positions and means are exact. So the
     rest is up to the variance, and to the tolerance of a well-conditioned case.
     """
-    case = Case(batch=4, inputs=12, momentum=0.0, **options)
+    case = Case(batch=4, inputs=12, features=3, momentum=0.0, **options)
     values, stats, _ = case.draw()
     steps = np.random.default_rng(3).integers(-1, 2, size=values["inputs"].shape)
     values["inputs"] = 8192.0 + steps / 64.0
@@ -476,7 +476,7 @@ def test_variance_far_from_the_origin_in_single_precision(options):
 
 @pytest.mark.parametrize(
     "batch, features, options",
-    [(7, 50, {}), (67, 17, {}), (5, 3, {"lengths": (1, 1, 1, 1, 0)})],
+    [(7, 50, {}), (67, 17, {}), (5, 2, {"lengths": (1, 1, 1, 1, 0)})],
     ids=["7 rows", "67 rows", "masks"],
 )
 def test_first_step_ignores_the_recurrent_term_exactly(batch, features, options):
@@ -691,7 +691,7 @@ def test_shards_share_their_statistics(case):
         expected = expected_gradients(case, values, stats, weights)
         assert_trees_close({**gradients[0], **by_rows}, expected, **GRADIENTS)
 
-        if case.carry:
+        if case is not SHARDED["masks"]:
             return
         # The usual order in data-parallel training: gradient on each shard, then the sum.
         inside = jax.vmap(of_one_shard, in_axes=(None, 0, 0, 0), axis_name="batch")
@@ -786,7 +786,7 @@ def test_reference_statistics_agree_with_the_batch_norm_of_flax():
     with jax.enable_x64(True):
         norm = nn.BatchNorm(use_running_average=False, momentum=0.9, use_fast_variance=False)
         before = {"mean": stats["input_mean"], "var": stats["input_var"]}
-        params = {"scale": np.ones(12), "bias": np.zeros(12)}
+        params = {"scale": np.ones(8), "bias": np.zeros(8)}
         _, after = norm.apply(
             {"params": params, "batch_stats": before},
             projected,

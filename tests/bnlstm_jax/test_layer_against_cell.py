@@ -15,7 +15,7 @@ import pytest
 import bnlstm_jax
 from tests import reference
 
-BATCH, TIME, INPUTS, FEATURES = 5, 4, 3, 3
+BATCH, TIME, INPUTS, FEATURES = 5, 4, 3, 2
 TERMS = reference.TERMS
 SUBSETS = {"LSTM": None, "all": TERMS, "no cell": TERMS[:2], "recurrent": TERMS[1:2], "none": ()}
 
