@@ -83,7 +83,7 @@ def _forward(x, where, epsilon, axis, axis_name):
         count = math.prod(x.shape[a] for a in axis)
         count = count if axis_name is None else count * jax.lax.psum(1, axis_name)
     else:
-        values = jnp.where(where, values, 0)  # not even infinite padding reaches a sum
+        values = jnp.where(where, values, 0)  # whatever padding holds
         count = jnp.maximum(_total(where.astype(dtype), None, axis, axis_name), 1)
     # Measured from a row that counts, a batch loses no digits to its distance from zero, and equal
     # rows have exactly zero deviation: such is the first recurrent term, the same in all examples.
@@ -102,6 +102,9 @@ def _forward(x, where, epsilon, axis, axis_name):
     deviation = values - mean
     var = _total(jnp.square(deviation), where, axis, axis_name) / count
     statistics = Statistics(jnp.squeeze(origin + mean, axis), jnp.squeeze(var, axis))
+    if axis_name is not None:  # a copy for each shard, with a gradient of its own, under vmap too
+        zero = 0 * jax.lax.axis_index(axis_name).astype(dtype)
+        statistics = Statistics(*(s + zero for s in statistics))
     standardized = deviation * jax.lax.rsqrt(var + epsilon)
     like_x = jnp.zeros((), x.dtype)
     return (standardized, statistics), (standardized, var, count, where, like_x)

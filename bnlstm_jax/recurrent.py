@@ -33,7 +33,7 @@ def at_steps(statistics: Array, t: Array) -> Array:
     """Rows t of statistics `[max_steps, F]`, the last row beyond; `[F]` are for every step."""
     if statistics.ndim == 1:
         return statistics
-    return statistics[jnp.minimum(t, statistics.shape[0] - 1)]
+    return jnp.asarray(statistics)[jnp.minimum(t, statistics.shape[0] - 1)]
 
 
 class RecurrentLayer(LSTMParameters):

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +44,32 @@ def test_gradient_is_that_of_automatic_differentiation(axis, masked):
 
         got = jax.value_and_grad(lambda x: value(batch_standardize, x))(x)
         wanted = jax.value_and_grad(lambda x: value(two_passes, x))(x)
+        # Float64 through at most a dozen operations; values are of order 1.
+        np.testing.assert_allclose(got[0], wanted[0], rtol=1e-11)
+        np.testing.assert_allclose(got[1], wanted[1], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_shards_pool_their_rows_and_gradients(masked):
+    with jax.enable_x64(True):
+        random = np.random.default_rng(5)
+        x, a = (jnp.asarray(random.normal(size=(2, 4, 3))) for _ in range(2))
+        b = [jnp.asarray(random.normal(size=(2, 3))) for _ in range(2)]
+        where = jnp.asarray([[1, 0, 0, 0], [1, 1, 0, 1]], bool)[..., None] if masked else None
+
+        def value(x, where, a, b, axis_name=None):  # of the values and of both statistics
+            standardized, statistics = batch_standardize(x, where, EPSILON, (-2,), axis_name)
+            return jnp.vdot(a, standardized) + sum(map(jnp.vdot, b, statistics))
+
+        def sharded(x):
+            shard = functools.partial(value, axis_name="shards")
+            return jax.vmap(shard, axis_name="shards")(x, where, a, b).sum()
+
+        def whole(x):
+            rows = None if where is None else where.reshape(8, 1)
+            return value(x.reshape(8, 3), rows, a.reshape(8, 3), [s.sum(0) for s in b])
+
+        got, wanted = (jax.value_and_grad(function)(x) for function in (sharded, whole))
         # Float64 through at most a dozen operations; values are of order 1.
         np.testing.assert_allclose(got[0], wanted[0], rtol=1e-11)
         np.testing.assert_allclose(got[1], wanted[1], rtol=1e-9, atol=1e-11)
