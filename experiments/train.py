@@ -43,12 +43,12 @@ def create_state(task: tasks.Task, config: ConfigDict) -> TrainState:
     variables = jax.jit(
         lambda: task.model.init(key, *task.inputs(batch), use_running_average=True)
     )()
-    logits = jax.eval_shape(
+    outputs = jax.eval_shape(
         lambda: task.model.apply(
             variables, *task.inputs(batch), use_running_average=True, rngs={"noise": key}
         )
     )
-    window = jax.eval_shape(task.metrics, logits, batch)
+    window = jax.eval_shape(task.metrics, outputs, batch)
     return TrainState.create(
         apply_fn=task.model.apply,
         params=variables["params"],
