@@ -1,4 +1,4 @@
-"""Permuted 8x8 digits: LSTM against BN-LSTM in two minutes on a laptop, with no download.
+"""Permuted 8x8 digits: LSTM against BN-LSTM in a minute on a laptop, with no download.
 
     python -m experiments.main --config=configs/digits.py
 
