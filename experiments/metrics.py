@@ -1,7 +1,6 @@
 """What a run tells while it goes: a progress bar, a plain file of metrics, TensorBoard."""
 
 import json
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +22,8 @@ from rich.progress import (
 from rich.text import Text
 from tensorboardX import SummaryWriter
 
+from experiments.workdir import write_text
+
 FILE_NAME = "metrics.jsonl"
 SECONDS_SHOWN = 0.5  # between movements of the progress bar
 # What normalised, as it is written in files, and as it is named wherever people read a number.
@@ -32,7 +33,6 @@ STATISTICS = {
     "population": "population statistics, re-estimated",
     "none": "no normalisation",
 }
-
 
 T = TypeVar("T")
 
@@ -64,9 +64,7 @@ class Reporter:
         """Opens the metrics file and TensorBoard's in `workdir`."""
         rows = [row for row in read_metrics(workdir) if row["update"] <= start]
         path = workdir / FILE_NAME
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(temporary, path)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a")
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self.console = Console(highlight=False, soft_wrap=True)

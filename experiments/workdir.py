@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from experiments.errors import UserError
@@ -22,11 +23,16 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collection
 FREE_FIELDS = ("data_dir", "num_updates", "eval_batch_size", "population_batch_size")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that the file is there whole or not at all."""
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that it is there whole or as it was before."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -69,12 +75,12 @@ def check(config: ConfigDict, workdir: Path) -> None:
 def open_workdir(config: ConfigDict, workdir: Path, record: dict[str, Any]) -> None:
     """Makes the folder, and saves the config and how, with what and when the run was started.
 
-    `run.json` has an entry for each start, the first and those that went on, and the `record`.
+    Call `check` first. `run.json` has an entry for each start, the first and those that went on,
+    and the `record`.
 
     Raises:
-      UserError: it cannot be written, or see `check`.
+      UserError: it cannot be written.
     """
-    check(config, workdir)
     start = {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -95,14 +101,7 @@ def open_workdir(config: ConfigDict, workdir: Path, record: dict[str, Any]) -> N
 
 
 def _flat(config: ConfigDict) -> dict[str, Any]:
-    def items(prefix: str, value: Any):
-        if isinstance(value, dict):
-            for name, inner in value.items():
-                yield from items(f"{prefix}.{name}" if prefix else name, inner)
-        else:
-            yield prefix, value
-
-    return dict(items("", json.loads(config.to_json_best_effort())))
+    return flatten_dict(json.loads(config.to_json_best_effort()), sep=".")
 
 
 def _commit() -> str | None:
