@@ -50,6 +50,15 @@ def product(x: Array, kernel: Array, dtype: Any = None) -> Array:
     )
 
 
+def look_up(symbols: Array, kernel: Array, dtype: Any = None) -> Array:
+    """`product(one_hot(symbols), kernel, dtype)` without the one-hot vectors: rows of a table.
+
+    Integers `[...]` in `[0, V)` and a kernel `[V, F]` give `[..., F]`.
+    """
+    dtype = dtype or kernel.dtype
+    return kernel.astype(dtype).astype(statistics_dtype(dtype))[symbols]
+
+
 def lstm_step(
     params: dict[str, Array],
     carry: Carry,

@@ -7,6 +7,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from bnlstm_jax import initializers
+from bnlstm_jax.cells import Carry
+
+
+def readout(num_classes: int, dtype: Any) -> nn.Dense:
+    """The linear map from hidden states to logits."""
+    return nn.Dense(
+        num_classes, dtype=dtype, kernel_init=initializers.semi_orthogonal(), name="readout"
+    )
 
 
 class SequenceClassifier(nn.Module):
@@ -36,10 +44,43 @@ class SequenceClassifier(nn.Module):
             return_carry=True,
             use_running_average=use_running_average,
         )
-        readout = nn.Dense(
-            self.num_classes,
-            dtype=self.dtype,
-            kernel_init=initializers.semi_orthogonal(),
-            name="readout",
+        logits = readout(self.num_classes, self.dtype)(hidden)
+        return logits.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+
+
+class LanguageModel(nn.Module):
+    """A recurrent layer over symbols, and a linear read-out of every hidden state.
+
+    Attributes:
+      layer: an LSTM or BNLSTM with a `vocab_size`.
+      dtype: dtype of the read-out's product; logits are float32.
+    """
+
+    layer: nn.Module
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self,
+        symbols: Array,
+        initial_carry: Carry | None = None,
+        first_step: Array | int | None = None,
+        use_running_average: bool | None = None,
+    ) -> tuple[Carry, Array]:
+        """Symbols `[batch, time]` to the logits of what follows each, `[batch, time, V]`, in nats.
+
+        At inference a long text may be read in pieces: each takes the carry of the one before as
+        `initial_carry`, and the number of symbols before it as `first_step`.
+
+        Returns:
+          The carry `(c, h)` after the last symbol, and the logits.
+        """
+        carry, hidden = self.layer(
+            symbols,
+            initial_carry=initial_carry,
+            first_step=first_step,
+            return_carry=True,
+            use_running_average=use_running_average,
         )
-        return readout(hidden).astype(jnp.promote_types(hidden.dtype, jnp.float32))
+        logits = readout(self.layer.vocab_size, self.dtype)(hidden)
+        return carry, logits.astype(jnp.promote_types(hidden.dtype, jnp.float32))

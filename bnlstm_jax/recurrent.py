@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bnlstm_jax.cells import BNLSTMParameters, Carry, LSTMParameters, lstm_step, product
+from bnlstm_jax.cells import BNLSTMParameters, Carry, LSTMParameters, look_up, lstm_step, product
 from bnlstm_jax.normalization import Statistics, statistics_dtype
 
 # Statistics of the batch at hand, unaveraged, with the number of rows behind each time step.
@@ -21,12 +21,12 @@ CURRENT_BATCH_STATS = "current_batch_stats"
 
 
 def flip_sequences(x: Array, seq_lengths: Array | None) -> Array:
-    """Reverses `x` `[T, B, F]` in time; with lengths `[B]`, the padding stays at the end."""
+    """Reverses `x` `[T, B, ...]` in time; with lengths `[B]`, the padding stays at the end."""
     if seq_lengths is None:
         return jnp.flip(x, axis=0)
     t = jnp.arange(x.shape[0])[:, None]
     source = jnp.where(t < seq_lengths, seq_lengths - 1 - t, t)
-    return jnp.take_along_axis(x, source[..., None], axis=0)
+    return jnp.take_along_axis(x, source.reshape(source.shape + (1,) * (x.ndim - 2)), axis=0)
 
 
 def at_steps(statistics: Array, t: Array) -> Array:
@@ -42,6 +42,8 @@ class RecurrentLayer(LSTMParameters):
     Keywords are those of `flax.linen.RNN`, and both layers fit `flax.linen.Bidirectional`.
 
     Attributes:
+      vocab_size: number of symbols V where inputs are integers in `[0, V)`. A symbol stands for its
+        one-hot vector, whose product with the input kernel `[V, 4H]` is a row of it.
       time_major: sequences are `[time, batch, ...]` rather than `[batch, time, ...]`.
       return_carry: return `(carry, outputs)` rather than outputs alone.
       reverse: run from the last valid step of each sequence to its first.
@@ -49,6 +51,7 @@ class RecurrentLayer(LSTMParameters):
       unroll: time steps per iteration of the compiled loop.
     """
 
+    vocab_size: int | None = None
     time_major: bool = False
     return_carry: bool = False
     reverse: bool = False
@@ -67,6 +70,7 @@ class RecurrentLayer(LSTMParameters):
         *,
         initial_carry: Carry | None = None,
         init_key: Array | None = None,
+        first_step: Array | int | None = None,
         seq_lengths: Array | None = None,
         return_carry: bool | None = None,
         time_major: bool | None = None,
@@ -77,9 +81,12 @@ class RecurrentLayer(LSTMParameters):
         """Runs over sequences `[batch, time, input]`, giving outputs `[batch, time, features]`.
 
         Args:
-          inputs: the sequences, `[batch, time, input]`, or `[time, batch, input]` if `time_major`.
+          inputs: the sequences, `[batch, time, input]`, or `[time, batch, input]` if `time_major`;
+            with `vocab_size` integers, without the last axis.
           initial_carry: `(c, h)`, each `[batch, features]`; the learned state if None.
           init_key: key of the noise on the initial hidden state; the rng stream `noise` if None.
+          first_step: number of time steps run before, for a long sequence that is run in pieces
+            with the carry handed on. At inference statistics are those of the steps from there.
           seq_lengths: valid steps of each sequence, integers `[batch]`, at least 1; all if None.
             From there on a sequence keeps its state, and its outputs repeat the last one.
           return_carry, time_major, reverse, keep_order: override the attributes.
@@ -91,7 +98,9 @@ class RecurrentLayer(LSTMParameters):
           outputs.
 
         Raises:
-          ValueError: a training sequence is longer than BNLSTM's `max_steps`.
+          ValueError: inputs have another rank or type than the layer is made for; a training
+            sequence is not given from its first step on, or, without `max_steps`, is longer than
+            that which initialised the layer.
         """
         return_carry = self.return_carry if return_carry is None else return_carry
         time_major = self.time_major if time_major is None else time_major
@@ -102,11 +111,19 @@ class RecurrentLayer(LSTMParameters):
                 "use_running_average", self.use_running_average, use_running_average
             )
 
+        self.check_inputs(inputs)
+        if first_step is None:
+            first_step = 0
+        elif self.normalize and not use_running_average:
+            raise ValueError("under batch statistics a sequence is run whole: without first_step")
         if not time_major:
-            inputs = jnp.swapaxes(inputs, 0, 1)  # [T, B, D]
+            inputs = jnp.swapaxes(inputs, 0, 1)  # [T, B, D], or [T, B] symbols
         if reverse:
             inputs = flip_sequences(inputs, seq_lengths)
-        steps, batch, input_size = inputs.shape
+        if self.vocab_size is None:
+            steps, batch, input_size = inputs.shape
+        else:
+            steps, batch, input_size = *inputs.shape, self.vocab_size
         valid = None  # [T, B, 1]
         if seq_lengths is not None:
             valid = (jnp.arange(steps)[:, None] < seq_lengths)[..., None]
@@ -128,10 +145,12 @@ class RecurrentLayer(LSTMParameters):
             }
 
         # The input term, for all time steps at once.
+        t = first_step + jnp.arange(steps)
+        times_kernel = product if self.vocab_size is None else look_up
         axis = (-2,) if self.input_statistics == "per_step" else (-3, -2)
-        normalize = self.normalizer(params, statistics_at(jnp.arange(steps)), counted, axis)
+        normalize = self.normalizer(params, statistics_at(t), counted, axis)
         input_term, of_input = normalize(
-            "input", product(inputs, params["input_kernel"], self.dtype)
+            "input", times_kernel(inputs, params["input_kernel"], self.dtype)
         )  # [T, B, 4H]
 
         if initial_carry is None:
@@ -151,9 +170,7 @@ class RecurrentLayer(LSTMParameters):
         scan = nn.scan(
             step, variable_broadcast="params", split_rngs={"params": False}, unroll=self.unroll
         )
-        carry, (outputs, statistics) = scan(
-            self, initial_carry, (jnp.arange(steps), input_term, valid, counted)
-        )
+        carry, (outputs, statistics) = scan(self, initial_carry, (t, input_term, valid, counted))
 
         if self.normalize and not use_running_average:
             statistics["input"] = of_input
@@ -165,6 +182,18 @@ class RecurrentLayer(LSTMParameters):
         if not time_major:
             outputs = jnp.swapaxes(outputs, 0, 1)
         return (carry, outputs) if return_carry else outputs
+
+    @nn.nowrap
+    def check_inputs(self, inputs: Array) -> None:
+        """Refuses inputs of another kind than the layer is made for."""
+        given = f"these are {inputs.dtype}{list(inputs.shape)}"
+        if self.vocab_size is None and inputs.ndim != 3:
+            symbols = "; for symbols [batch, time] set vocab_size" if inputs.ndim == 2 else ""
+            raise ValueError(f"inputs are to be [batch, time, input], {given}{symbols}")
+        if self.vocab_size is not None and (
+            inputs.ndim != 2 or not jnp.issubdtype(inputs.dtype, jnp.integer)
+        ):
+            raise ValueError(f"with vocab_size inputs are integers [batch, time], {given}")
 
 
 class LSTM(RecurrentLayer):
@@ -197,8 +226,9 @@ class BNLSTM(BNLSTMParameters, RecurrentLayer):
     batch statistics only reverse-mode differentiation (`jax.grad`, `jax.vjp`) is defined.
 
     Attributes:
-      max_steps: number of time steps with statistics of their own, no less than the longest
-        training sequence. By default the length of the sequence that initialises the layer.
+      max_steps: number of time steps with statistics of their own; those of later steps are not
+        kept. By default the length of the sequence that initialises the layer, and no training
+        sequence may be longer then.
       input_statistics: `per_step`, or `sequence` for input statistics `[4H]` over all time steps
         together.
       mask_statistics: count only valid steps of `seq_lengths` in statistics. The paper's released
@@ -229,7 +259,8 @@ class BNLSTM(BNLSTMParameters, RecurrentLayer):
         """Moves the running average, and shows the statistics as they are to whoever asks.
 
         `statistics` are `[T, F]` or `[F]`; `count` `[T]` rows are behind each time step. Steps
-        that no row has reached leave their statistics as they are.
+        that no row has reached leave their statistics as they are; steps past the last one with
+        statistics of its own leave none.
         """
         if self.axis_name is not None and not self.is_initializing():
             count = jax.lax.psum(count, self.axis_name)
@@ -241,14 +272,19 @@ class BNLSTM(BNLSTMParameters, RecurrentLayer):
                 reached = reached.any()
             else:
                 rows = pair[0].value.shape[0]
-                if steps > rows:
+                if steps > rows and self.max_steps is None:
                     raise ValueError(
-                        f"max_steps is {rows}, shorter than a training sequence of {steps} steps"
+                        f"statistics are kept for {rows} time steps, the length of the sequence "
+                        f"that initialised the layer, and this one has {steps}: set max_steps"
                     )
-                missing = rows - steps
-                reached = jnp.pad(reached, (0, missing))[:, None]
-                batch = Statistics(*(jnp.pad(s, ((0, missing), (0, 0))) for s in batch))
-                current["count"] = jnp.pad(count, (0, missing))
+
+                def to_rows(x: Array, rows: int = rows) -> Array:
+                    x = x[:rows]
+                    return jnp.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
+
+                reached = to_rows(reached)[:, None]
+                batch = Statistics(*map(to_rows, batch))
+                current["count"] = to_rows(count)
             self.update_statistics(pair, batch, where=reached)
             current |= {f"{term}_mean": batch.mean, f"{term}_var": batch.var}
         if self.is_mutable_collection(CURRENT_BATCH_STATS) and not self.is_initializing():

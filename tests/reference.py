@@ -127,12 +127,15 @@ def bn_lstm(
 
 
 def running_average(previous, found, momentum):
-    """Running statistics after one batch: rows without a new value (too late, NaN) stay."""
+    """Running statistics after one batch: rows without a new value (too late, NaN) stay.
+
+    Values of steps that have no row are left out.
+    """
     updated = {}
     for name, old in previous.items():
         new = np.array(old, np.float64)
         seen = new[: len(found[name])]  # a view: the steps that this batch has reached
-        step = momentum * seen + (1.0 - momentum) * found[name]
+        step = momentum * seen + (1.0 - momentum) * found[name][: len(new)]
         seen[...] = np.where(np.isnan(step), seen, step)
         updated[name] = new
     return updated

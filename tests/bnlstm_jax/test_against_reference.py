@@ -237,6 +237,9 @@ CASES = {
     "training": Case(),
     "training, given carry": Case(carry=True),
     "training, fewer steps than max_steps": Case(max_steps=6),
+    "training, beyond max_steps": Case(max_steps=2),
+    "masks, beyond max_steps": Case(max_steps=2, lengths=SPARSE),
+    "sequence, beyond max_steps": Case(max_steps=1, lengths=RAGGED, input_statistics="sequence"),
     "training, one step": Case(time=1, carry=True),
     "training, one row": Case(batch=1),
     "training, odd sizes": Case(batch=7, time=5, inputs=1, features=3, lengths=(*RAGGED, 5, 2)),
@@ -373,13 +376,11 @@ def test_any_lengths(options):
         equals_the_reference()
 
 
-def test_training_beyond_max_steps_is_refused():
-    case = Case(time=4, max_steps=3)
-    values, stats, _ = jax.tree.map(jnp.asarray, case.draw())
-    params, inputs, _ = split_values(values)
-    layer = case.layer(param_dtype=jnp.float32)
-    variables = {"params": params, "batch_stats": stats}
-    with pytest.raises(ValueError, match="max_steps"):
+def test_training_beyond_the_initialising_sequence_is_refused():
+    layer = bnlstm_jax.BNLSTM(2)
+    inputs = jnp.ones((5, 4, 3))
+    variables = layer.init(jax.random.key(0), inputs[:, :3], use_running_average=True)
+    with pytest.raises(ValueError, match=r"3 time steps.*has 4: set max_steps"):
         layer.apply(variables, inputs, use_running_average=False, mutable=["batch_stats"])
     layer.apply(variables, inputs, use_running_average=True)  # inference goes on
 

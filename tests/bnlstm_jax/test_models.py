@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import bnlstm_jax
-from bnlstm_jax.models import SequenceClassifier
+from bnlstm_jax.models import LanguageModel, SequenceClassifier
 
 
 @pytest.mark.parametrize("layer", [bnlstm_jax.LSTM(6), bnlstm_jax.BNLSTM(6, max_steps=5)])
@@ -28,3 +28,28 @@ def test_readout_starts_with_orthonormal_columns_and_no_bias():
     params = model.init(jax.random.key(0), jnp.zeros((1, 2, 1)))["params"]["readout"]
     np.testing.assert_allclose(params["kernel"].T @ params["kernel"], np.eye(3), atol=1e-5)
     assert np.all(params["bias"] == 0)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [bnlstm_jax.LSTM(6, vocab_size=4), bnlstm_jax.BNLSTM(6, max_steps=3, vocab_size=4)],
+    ids=["lstm", "bn_lstm"],
+)
+def test_language_model_reads_every_hidden_state(layer):
+    model = LanguageModel(layer)
+    symbols = np.random.default_rng(0).integers(0, 4, (2, 5))
+    variables = model.init(jax.random.key(1), symbols, use_running_average=True)
+    carry, logits = model.apply(variables, symbols, use_running_average=True)
+
+    inner = {name: collection["layer"] for name, collection in variables.items()}
+    expected_carry, hidden = layer.apply(
+        inner, symbols, use_running_average=True, return_carry=True
+    )
+    readout = variables["params"]["readout"]
+    np.testing.assert_allclose(logits, hidden @ readout["kernel"] + readout["bias"], atol=1e-6)
+    assert logits.shape == (2, 5, 4)
+    jax.tree.map(np.testing.assert_array_equal, carry, expected_carry)
+
+    first, _ = model.apply(variables, symbols[:, :2], use_running_average=True)
+    _, rest = model.apply(variables, symbols[:, 2:], first, 2, use_running_average=True)
+    np.testing.assert_allclose(rest, logits[:, 2:], atol=1e-6)
