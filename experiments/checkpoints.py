@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import orbax.checkpoint as ocp
 from flax import serialization
@@ -66,3 +67,8 @@ class Checkpoints:
         """The checkpoint of an update, in the form of `state`."""
         like = ocp.args.StandardRestore(serialization.to_state_dict(state))
         return serialization.from_state_dict(state, self._manager.restore(step, args=like))
+
+    def restore_variables(self, step: int) -> dict[str, Any]:
+        """The model's variables in the checkpoint of an update, whatever they are."""
+        state = self._manager.restore(step, args=ocp.args.StandardRestore())
+        return {name: state[name] for name in ("params", "batch_stats") if state[name]}

@@ -13,25 +13,38 @@ LABELS = {"lstm": "LSTM", "bn_lstm": "BN-LSTM"}
 
 def results_table(results: list[dict[str, Any]]) -> str:
     """The results of `experiments.train`, a line for each model and way of evaluation."""
-    names = [name for name in results[0]["rows"][0] if name not in ("split", "statistics")]
-    splits = list(dict.fromkeys(row["split"] for row in results[0]["rows"]))
-    header = ["model", "normalised by"] + [f"{s} {n}" for s in splits for n in names]
+    names = results[0]["shown"]
+    rows = results[0]["rows"]
+    splits = list(dict.fromkeys(row["split"] for row in rows))
+    readings = any("reading" in row for row in rows)
+    header = ["model", "normalised by", *["read as"] * readings]
+    header += [f"{s} {n}" for s in splits for n in names]
     lines = []
     for result in results:
-        for statistics in dict.fromkeys(row["statistics"] for row in result["rows"]):
-            by_split = {r["split"]: r for r in result["rows"] if r["statistics"] == statistics}
-            values = [f"{by_split[s][n]:.4f}" for s in splits for n in names]
+        ways: dict[tuple[str, str], dict[str, Any]] = {}  # by statistics and reading, then by split
+        for row in result["rows"]:
+            way = row["statistics"], row.get("reading", "")
+            ways.setdefault(way, {})[row["split"]] = row
+        for (statistics, reading), by_split in ways.items():
+            values = [
+                f"{by_split[s][n]:.4f}" if s in by_split else "" for s in splits for n in names
+            ]
             label = LABELS[result["kind"]]
-            lines.append([label, STATISTICS[statistics], *values])
+            lines.append([label, STATISTICS[statistics], *[reading] * readings, *values])
     table = markdown_table(header, lines)
     chosen = ", ".join(
         f"{LABELS[r['kind']]} at update {r['update']:,} of {r['updates']:,}" for r in results
     )
-    return f"{table}\nBest checkpoint by validation {results[0]['selection']}: {chosen}."
+    return (
+        f"Data: {results[0]['data']}\n\n{table}\n"
+        f"Best checkpoint by validation {results[0]['selection']}: {chosen}."
+    )
 
 
-def draw_curves(runs: dict[str, Path], metric: str, picture: Path) -> bool:
+def draw_curves(runs: dict[str, Path], data: str, metric: str, picture: Path) -> bool:
     """Draws training loss and a validation metric of runs, by kind of model, into a PNG.
+
+    `data` is the name of what they were trained on.
 
     Returns:
       Whether it did: not without matplotlib, of which a line is logged.
@@ -52,8 +65,11 @@ def draw_curves(runs: dict[str, Path], metric: str, picture: Path) -> bool:
         for axes, split, name in ((loss, "train", "loss"), (validation, "valid", metric)):
             points = [(r["update"], r[name]) for r in rows if r["split"] == split]
             axes.plot(*zip(*points, strict=True), style, color=color, label=LABELS[kind])
+    figure.suptitle(data, fontsize="medium")
     loss.set(xlabel="update", ylabel="training loss (nats)", ylim=(0, None))
-    validation.set(xlabel="update", ylabel=f"validation {metric}", ylim=(0, None))
+    validation.set(xlabel="update", ylabel=f"validation {metric.replace('_', ' ')}")
+    if metric == "accuracy":
+        validation.set_ylim(0, None)
     for axes in (loss, validation):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

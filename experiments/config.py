@@ -26,7 +26,7 @@ def base_config() -> ConfigDict:
     config.model.normalize = ("input", "recurrent", "cell")  # ablation: which terms
     config.model.input_statistics = "per_step"  # or sequence: one for all time steps
     config.model.momentum = 0.99  # of the running average of batch statistics
-    config.model.max_steps = 0  # time steps with statistics; 0: the length of training sequences
+    config.model.max_steps = 0  # time steps with statistics; 0: all of training sequences
     config.model.dtype = "float32"  # of matrix products' operands; or bfloat16
 
     config.optimizer = ConfigDict()

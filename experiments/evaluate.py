@@ -10,15 +10,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bnlstm_jax import estimate_population_statistics
-from experiments.metrics import STATISTICS, track
-from experiments.tasks import Batch, Metrics, Task
+from experiments.metrics import describe, track
+from experiments.tasks import Batch, Metrics, Reading, Task
 
 Variables = dict[str, Any]
 Evaluator = Callable[..., dict[str, float]]
 
 
 def make_evaluator(task: Task, noise: jax.Array) -> Evaluator:
-    """A function of variables, split, batch size and `use_running_average` that gives averages.
+    """A function of variables, reading, split, batch size and `use_running_average`: averages.
 
     With a `title` it shows a progress bar. Every example counts the same, also those of a short
     last batch. The key `noise` feeds noise on initial hidden states, which is drawn anew for each
@@ -26,9 +26,9 @@ def make_evaluator(task: Task, noise: jax.Array) -> Evaluator:
     """
 
     @jax.jit(static_argnames="use_running_average")
-    def metrics_of(
+    def run(
         variables: Variables, batch: Batch, index: int, use_running_average: bool
-    ) -> Metrics:
+    ) -> tuple[Metrics, Any]:
         outputs, _ = task.model.apply(
             variables,
             *task.inputs(batch),
@@ -36,21 +36,26 @@ def make_evaluator(task: Task, noise: jax.Array) -> Evaluator:
             rngs={"noise": jax.random.fold_in(noise, index)},
             mutable=["batch_stats"],  # so that batch statistics may be taken; they are dropped
         )
-        return task.metrics(outputs, batch)
+        return task.metrics(outputs, batch), outputs[0] if "carry" in batch else None
 
     def evaluate(
         variables: Variables,
+        reading: Reading,
         split: str,
         batch_size: int,
         use_running_average: bool,
         title: str | None = None,
     ) -> dict[str, float]:
         sums: dict[str, np.ndarray] = {}
-        batches = task.batches(split, batch_size)
+        batches = task.batches(split, batch_size, reading)
         if title:
-            batches = track(batches, title, math.ceil(task.num_examples(split) / batch_size))
+            examples = task.num_examples(split, reading)
+            batches = track(batches, title, math.ceil(examples / batch_size))
+        carry = None
         for index, batch in enumerate(batches):
-            metrics = metrics_of(variables, batch, index, use_running_average)
+            if reading.continued:
+                batch = {**batch, "carry": carry}
+            metrics, carry = run(variables, batch, index, use_running_average)
             for name, sum_and_count in metrics.items():
                 sums[name] = sums.get(name, 0) + np.asarray(sum_and_count, np.float64)
         return {name: float(total / count) for name, (total, count) in sums.items()}
@@ -58,43 +63,64 @@ def make_evaluator(task: Task, noise: jax.Array) -> Evaluator:
     return evaluate
 
 
-def population_variables(
+def population_statistics(
     task: Task, config: ConfigDict, variables: Variables, noise: jax.Array
 ) -> Variables:
-    """`variables` with statistics re-estimated over one pass of the training data.
+    """The collection `batch_stats`, re-estimated over one pass of the training data.
 
     Whole batches of `config.population_batch_size` are averaged with equal weight; what is left
     over after the last whole one is not used.
     """
-    size = config.population_batch_size
-    whole = max(1, task.num_examples("train") // size)
-    batches = itertools.islice(task.batches("train", size), whole)
-    statistics = estimate_population_statistics(
+    size, reading = config.population_batch_size, task.readings[0]
+    whole = max(1, task.num_examples("train", reading) // size)
+    batches = itertools.islice(task.batches("train", size, reading), whole)
+    return estimate_population_statistics(
         task.model,
         variables,
         map(task.inputs, track(batches, "re-estimating population statistics", whole)),
         rngs={"noise": noise},
         use_running_average=False,
     )
-    return {**variables, "batch_stats": statistics}
 
 
 def evaluate_all(
-    task: Task, config: ConfigDict, variables: Variables, noise: jax.Array
+    task: Task,
+    config: ConfigDict,
+    variables: Variables,
+    population: Variables | None,
+    noise: jax.Array,
 ) -> Iterator[dict[str, Any]]:
-    """Every split, evaluated in every way: rows with `split`, `statistics`, and the metrics."""
+    """Every split, read and normalised in every way.
+
+    Validation's reading is evaluated with batch statistics (in batches of `config.batch_size`),
+    with running averages and with `population` statistics; the others with batch statistics, where
+    there is a batch, and with population statistics.
+
+    Yields:
+      Rows with `split`, `statistics`, the name of the `reading` where it has one, and the metrics.
+    """
     evaluate = make_evaluator(task, noise)
+    first = task.readings[0]
 
-    def rows(values: Variables, statistics: str, batch_size: int) -> Iterator[dict[str, Any]]:
-        for split in task.splits:
-            title = f"evaluating {split} ({STATISTICS[statistics]})"
-            metrics = evaluate(values, split, batch_size, statistics != "batch", title)
-            yield {"split": split, "statistics": statistics, **metrics}
+    def rows(statistics: str, values: Variables, reading: Reading) -> Iterator[dict[str, Any]]:
+        size = config.eval_batch_size
+        if reading.continued:
+            size = 1
+        elif statistics == "batch" and reading == first:
+            size = config.batch_size
+        for split in reading.splits:
+            row = {"split": split, "statistics": statistics}
+            row |= {"reading": reading.name} if reading.name else {}
+            title = f"evaluating {task.data} {describe(row)}"
+            yield row | evaluate(values, reading, split, size, statistics != "batch", title)
 
-    if "batch_stats" not in variables:
-        yield from rows(variables, "none", config.eval_batch_size)
+    if population is None:
+        for reading in task.readings:
+            yield from rows("none", variables, reading)
         return
-    yield from rows(variables, "batch", config.batch_size)
-    yield from rows(variables, "running", config.eval_batch_size)
-    variables = population_variables(task, config, variables, noise)
-    yield from rows(variables, "population", config.eval_batch_size)
+    for reading in task.readings:
+        if not reading.continued:
+            yield from rows("batch", variables, reading)
+    yield from rows("running", variables, first)
+    for reading in task.readings:
+        yield from rows("population", {**variables, "batch_stats": population}, reading)

@@ -5,24 +5,24 @@ from ml_collections import ConfigDict
 
 import bnlstm_jax
 from bnlstm_jax import initializers
-from experiments.errors import UserError
 
 
-def recurrent_layer(model: ConfigDict, sequence_length: int) -> bnlstm_jax.LSTM | bnlstm_jax.BNLSTM:
+def matmul_dtype(model: ConfigDict) -> str | None:
+    """The dtype of products' operands, as modules are told: None for that of the parameters."""
+    return None if model.dtype == "float32" else model.dtype
+
+
+def recurrent_layer(
+    model: ConfigDict, sequence_length: int, vocab_size: int | None = None
+) -> bnlstm_jax.LSTM | bnlstm_jax.BNLSTM:
     """The layer of `config.model`, for training sequences of `sequence_length` steps.
 
-    Raises:
-      UserError: `max_steps` is shorter than that.
+    With `vocab_size` its inputs are symbols.
     """
-    max_steps = model.max_steps or sequence_length
-    if max_steps < sequence_length:
-        raise UserError(
-            f"config.model.max_steps is {max_steps}, shorter than a training sequence of "
-            f"{sequence_length} steps: make it at least that, or 0 for just that"
-        )
     shared = {
         "features": model.features,
-        "dtype": None if model.dtype == "float32" else model.dtype,
+        "vocab_size": vocab_size,
+        "dtype": matmul_dtype(model),
         "recurrent_kernel_init": (
             initializers.identity_block()
             if model.recurrent_init == "identity"
@@ -33,7 +33,7 @@ def recurrent_layer(model: ConfigDict, sequence_length: int) -> bnlstm_jax.LSTM 
         return bnlstm_jax.LSTM(**shared)
     return bnlstm_jax.BNLSTM(
         **shared,
-        max_steps=max_steps,
+        max_steps=model.max_steps or sequence_length,
         normalize=tuple(model.normalize),
         input_statistics=model.input_statistics,
         momentum=model.momentum,

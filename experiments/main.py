@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
-from experiments import compare, config, train, workdir
-from experiments.errors import UserError, run, unknown_name
+from experiments import compare, config, errors, train, workdir
+from experiments.errors import UserError, unknown_name
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; by default runs/ and the name of the config file."
@@ -22,26 +22,40 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "evaluate"], "Train and evaluate, or evaluate the best checkpoint."
 )
+_PROFILE = flags.DEFINE_boolean("profile", False, "Say where the time of updates went.")
+
+DEFAULT_CONFIG = "configs/digits.py"
+
+
+def option(argv: Sequence[str], name: str) -> str | None:
+    """What the command line gives for a flag, before flags are parsed; None if it does not."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        flag, given, value = word.partition("=")
+        if flag in (f"-{name}", f"--{name}"):
+            return value if given else following
+    return None
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses the command line.
 
+    The config is that of `--config`; without it, of the run to evaluate; else of the digits.
+
     Raises:
       UserError: the config file is not there, or has no such variant or field.
     """
-    file = ""
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        flag, given, value = word.partition("=")
-        if flag in ("-config", "--config"):
-            file = value if given else following
-            if not Path(file.partition(":")[0]).is_file():
-                configs = map(str, Path("configs").glob("*.py"))
-                raise UserError(unknown_name("--config", file, configs))
+    file = option(argv, "config")
+    if file is not None and not Path(file.partition(":")[0]).is_file():
+        configs = map(str, Path("configs").glob("*.py"))
+        raise UserError(unknown_name("--config", file, configs))
+    described = "Config file; --config.FIELD=VALUE sets its fields."
+    run = Path(option(argv, "workdir") or "")
+    evaluate = option(argv, "mode") == "evaluate"
     try:
-        config_flags.DEFINE_config_file(
-            "config", "configs/digits.py", "Config file; --config.FIELD=VALUE sets its fields."
-        )
+        if evaluate and file is None and (run / "config.json").exists():
+            config_flags.DEFINE_config_dict("config", workdir.read_config(run), described)
+        else:
+            config_flags.DEFINE_config_file("config", file or DEFAULT_CONFIG, described)
         return flags.FLAGS(argv)
     except flags.Error as error:
         if "get_config() takes 0 positional arguments" in str(error):
@@ -58,20 +72,16 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         raise
 
 
-def chosen_config(folder: Path) -> ConfigDict:
-    """The config of the command line; if it names none, that of the run to evaluate."""
-    flag = flags.FLAGS["config"]
-    unchanged = not flag.present and not any(n.startswith("config.") for n in flags.FLAGS)
-    if _MODE.value == "evaluate" and unchanged and (folder / "config.json").exists():
-        return workdir.read_config(folder)
-    return flag.value
+def default_workdir() -> str:
+    """`runs/` and the name of the config file."""
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    return f"runs/{Path(file.partition(':')[0]).stem}"
 
 
 def main(_: list[str]) -> None:
     """Runs every kind of model that the config names, and prints what they came to."""
-    file = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
-    folder = Path(_WORKDIR.value or f"runs/{Path(file).stem}")
-    base = chosen_config(folder)
+    base = flags.FLAGS.config
+    folder = Path(_WORKDIR.value or default_workdir())
     config.check(base)
 
     kinds = config.model_kinds(base)
@@ -81,16 +91,19 @@ def main(_: list[str]) -> None:
         own.model.kind = kind
         runs[kind] = own, folder / kind if len(kinds) > 1 else folder
         workdir.check(*runs[kind])
-    run_one = {"train": train.train, "evaluate": train.evaluate_run}[_MODE.value]
-    results = [run_one(*runs[kind]) for kind in kinds]
+    if _MODE.value == "evaluate":
+        results = [train.evaluate_run(*runs[kind]) for kind in kinds]
+    else:
+        results = [train.train(*runs[kind], profile=_PROFILE.value) for kind in kinds]
 
     print(f"\n{compare.results_table(results)}\n")
     picture = folder / compare.PICTURE_NAME
     folders = {kind: runs[kind][1] for kind in kinds}
-    if compare.draw_curves(folders, results[0]["selection"], picture):
+    first = results[0]
+    if compare.draw_curves(folders, first["data"], first["shown"][0], picture):
         print(f"Curves: {picture}")
     print(f"TensorBoard (pip install tensorboard): tensorboard --logdir={folder}")
 
 
 if __name__ == "__main__":
-    run(main, parse_flags)
+    errors.run(main, parse_flags)

@@ -1,12 +1,13 @@
 """What a run tells while it goes: a progress bar, a plain file of metrics, TensorBoard."""
 
+import collections
+import contextlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
 import rich.progress
 from rich.console import Console
 from rich.progress import (
@@ -54,14 +55,22 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
 
 
+def describe(row: dict[str, Any]) -> str:
+    """What was evaluated and how: `test (population statistics, re-estimated, one sequence)`."""
+    reading = f", {row['reading']}" if "reading" in row else ""
+    return f"{row['split']} ({STATISTICS[row['statistics']]}{reading})"
+
+
 class Reporter:
     """Shows and writes the metrics of a run that goes on from update `start`.
 
-    Rows that a stopped run has written past `start` are dropped, to be written again.
+    `data` is the name of the data, shown beside every number. Rows that a stopped run has written
+    past `start` are dropped, to be written again.
     """
 
-    def __init__(self, workdir: Path, title: str, start: int, num_updates: int) -> None:
+    def __init__(self, workdir: Path, title: str, data: str, start: int, num_updates: int) -> None:
         """Opens the metrics file and TensorBoard's in `workdir`."""
+        self._data = data
         rows = [row for row in read_metrics(workdir) if row["update"] <= start]
         path = workdir / FILE_NAME
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -95,29 +104,58 @@ class Reporter:
         self._file.close()
         self._tensorboard.close()
 
-    def advance(self, step: jax.Array) -> None:
-        """Moves the progress bar to an update that may still be under way on the device.
+    def due(self) -> bool:
+        """Whether it is time to move the progress bar."""
+        return time.monotonic() - self._shown > SECONDS_SHOWN
 
-        The device is waited for, now and then, so that the bar shows what is done rather than what
-        has been asked for.
+    def advance(self, update: int) -> None:
+        """Moves the progress bar to an update."""
+        self._progress.update(self._bar, completed=update)
+        self._shown = time.monotonic()
+
+    def write(self, row: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Adds metrics to the metrics file and to TensorBoard, and shows them.
+
+        `row` says what they are of: `update`, `split`, `statistics`, `reading` if that has a name.
         """
-        if time.monotonic() - self._shown > SECONDS_SHOWN:
-            self._progress.update(self._bar, completed=int(step))
-            self._shown = time.monotonic()
-
-    def write(self, update: int, split: str, statistics: str, metrics: dict[str, float]) -> None:
-        """Adds a row to the metrics file and to TensorBoard, and shows it."""
-        row = {"update": update, "split": split, "statistics": statistics, **metrics}
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(row | metrics) + "\n")
         self._file.flush()
+        update, split = row["update"], row["split"]
         for name, value in metrics.items():
             self._tensorboard.add_scalar(f"{split}/{name}", value, update)
         if split == "train":
             self._progress.update(self._bar, completed=update, metrics=format_metrics(metrics))
         else:
             self.console.print(
-                f"update {update:>6}  {split} ({STATISTICS[statistics]})  {format_metrics(metrics)}"
+                f"update {update:>6}  {self._data} {describe(row)}  {format_metrics(metrics)}"
             )
+
+
+class Stopwatch:
+    """Where the host's time goes: seconds by name of what it does."""
+
+    def __init__(self) -> None:
+        """Starts with nothing done."""
+        self.seconds: dict[str, float] = collections.defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Adds the time that its block takes."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    def table(self, updates: int) -> str:
+        """Time per update, in all and by what it went to."""
+        total = sum(self.seconds.values())
+        parts = [*self.seconds.items(), ("in all", total)]
+        rows = [
+            (name, f"{1e3 * seconds / updates:.3f}", f"{seconds / total:.2%}")
+            for name, seconds in parts
+        ]
+        return markdown_table([f"mean of {updates} updates", "ms", "share"], rows)
 
 
 def track(items: Iterable[T], title: str, total: int) -> Iterable[T]:

@@ -40,15 +40,18 @@ def create_state(task: tasks.Task, config: ConfigDict) -> TrainState:
     """The state before the first update."""
     batch = task.train_batch(0)
     key, _ = random_keys(config.seed)
-    variables = jax.jit(
-        lambda: task.model.init(key, *task.inputs(batch), use_running_average=True)
-    )()
-    outputs = jax.eval_shape(
-        lambda: task.model.apply(
+
+    def init(batch: tasks.Batch) -> Any:
+        return task.model.init(key, *task.inputs(batch), use_running_average=True)
+
+    def metrics_of(variables: Any, batch: tasks.Batch) -> tasks.Metrics:
+        outputs = task.model.apply(
             variables, *task.inputs(batch), use_running_average=True, rngs={"noise": key}
         )
-    )
-    window = jax.eval_shape(task.metrics, outputs, batch)
+        return task.metrics(outputs, batch)
+
+    variables = jax.jit(init)(batch)
+    window = jax.eval_shape(metrics_of, variables, batch)
     return TrainState.create(
         apply_fn=task.model.apply,
         params=variables["params"],
@@ -92,8 +95,10 @@ def make_train_step(task: tasks.Task, noise: jax.Array):
     return train_step
 
 
-def train(config: ConfigDict, folder: Path) -> dict[str, Any]:
+def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, Any]:
     """Trains, or goes on training, the run in `folder`, and evaluates its best checkpoint.
+
+    With `profile`, says where the time of updates went, the first one of this start aside.
 
     Returns:
       What `results.json` in the folder says: see `evaluate_best`.
@@ -104,19 +109,21 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any]:
     # ---- Set up. Nothing is written before config, data and folder have been checked.
     workdir.check(config, folder)
     task = tasks.load(config)
+    workdir.check_record(task.record, folder)
     state = create_state(task, config)
     workdir.open_workdir(config, folder, task.record)
     _, noise = random_keys(config.seed)
     train_step = make_train_step(task, noise)
     evaluator = evaluate.make_evaluator(task, noise)
     statistics = "batch" if state.batch_stats else "none"
+    reading = task.readings[0]
 
     with Checkpoints(folder, task.selection, task.lower_is_better) as checkpoints:
         if (latest := checkpoints.latest_step()) is not None:
             state = checkpoints.restore(latest, state)
         start = int(state.step)
-        title = f"{config.task} {config.model.kind}"
-        with metrics.Reporter(folder, title, start, config.num_updates) as reporter:
+        title = f"{task.data} {config.model.kind}"
+        with metrics.Reporter(folder, title, task.data, start, config.num_updates) as reporter:
             parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
             reporter.console.print(
                 f"{title}: {parameters:,} parameters, update {start:,} of {config.num_updates:,}, "
@@ -124,15 +131,23 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any]:
             )
 
             # ---- Train.
+            doing = metrics.Stopwatch()
             for update in range(start, config.num_updates):
-                state = train_step(state, task.train_batch(update))
+                with doing("input"):
+                    batch = task.train_batch(update)
+                with doing("dispatch and device"):
+                    state = train_step(state, batch)
                 done = update + 1
                 last = done == config.num_updates
                 log = last or done % config.log_every == 0
                 validate = last or done % config.eval_every == 0
                 save = validate or done % config.checkpoint_every == 0
-                reporter.advance(state.step)
 
+                if log or save or reporter.due():
+                    with doing("dispatch and device"):
+                        jax.block_until_ready(state)
+                    with doing("logging"):
+                        reporter.advance(done)
                 if log or save:
                     window = jax.device_get(state.window)
                     averages = {name: float(s) / float(n) for name, (s, n) in window.items()}
@@ -142,18 +157,28 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any]:
                             f"checkpoint is of update {checkpoints.latest_step()}, in {folder}"
                         )
                 if log:
-                    reporter.write(done, "train", statistics, averages)
-                    state = state.replace(window=jax.tree.map(jnp.zeros_like, state.window))
+                    with doing("logging"):
+                        row = {"update": done, "split": "train", "statistics": statistics}
+                        reporter.write(row, averages)
+                        window = jax.tree.map(jnp.zeros_like, state.window)
+                        state = state.replace(window=window)
 
                 # ---- Validate, with batch statistics; they choose the best checkpoint.
                 validation = None
                 if validate:
+                    split = reading.splits[0]
                     validation = evaluator(
-                        variables_of(state), task.splits[0], config.batch_size, False
+                        variables_of(state), reading, split, config.batch_size, False
                     )
-                    reporter.write(done, task.splits[0], statistics, validation)
+                    row = {"update": done, "split": split, "statistics": statistics}
+                    row |= {"reading": reading.name} if reading.name else {}
+                    reporter.write(row, validation)
                 if save:
                     checkpoints.save(state, validation)
+                if update == start:
+                    doing = metrics.Stopwatch()  # without the time of compilation
+            if profile and config.num_updates - start > 1:
+                reporter.console.print(doing.table(config.num_updates - start - 1))
 
         # ---- Evaluate the best.
         results_path = folder / RESULTS_NAME
@@ -173,9 +198,12 @@ def evaluate_best(
 ) -> dict[str, Any]:
     """Evaluates the best checkpoint in every way, into `results.json`.
 
+    Its re-estimated population statistics go into `population_statistics.npz`.
+
     Returns:
-      `kind`, the `update` of the best checkpoint, `updates` trained, the metric `selection` that
-      chose it, and under `rows` the metrics by split and statistics.
+      The name of the `data`, `kind`, the `update` of the best checkpoint, `updates` trained, the
+      metric `selection` that chose it, the metrics to be `shown`, and under `rows` the metrics by
+      split, statistics and reading.
 
     Raises:
       UserError: no checkpoint has been validated.
@@ -183,14 +211,20 @@ def evaluate_best(
     best_step = checkpoints.best_step()
     if best_step is None:
         raise UserError(f"--workdir={folder} holds no validated checkpoint to evaluate yet")
-    best = checkpoints.restore(best_step, state)
+    variables = variables_of(checkpoints.restore(best_step, state))
     _, noise = random_keys(config.seed)
+    population = None
+    if state.batch_stats:
+        population = evaluate.population_statistics(task, config, variables, noise)
+        workdir.write_statistics(folder, best_step, population)
     results = {
+        "data": task.data,
         "kind": config.model.kind,
         "update": best_step,
         "updates": checkpoints.latest_step(),
         "selection": task.selection,
-        "rows": list(evaluate.evaluate_all(task, config, variables_of(best), noise)),
+        "shown": list(task.shown),
+        "rows": list(evaluate.evaluate_all(task, config, variables, population, noise)),
     }
     workdir.write_json(folder / RESULTS_NAME, results)
     return results
@@ -201,6 +235,7 @@ def evaluate_run(config: ConfigDict, folder: Path) -> dict[str, Any]:
     workdir.read_config(folder)  # refuses a folder without a run
     workdir.check(config, folder)
     task = tasks.load(config)
+    workdir.check_record(task.record, folder)
     state = create_state(task, config)
     with Checkpoints(folder, task.selection, task.lower_is_better) as checkpoints:
         return evaluate_best(task, config, state, checkpoints, folder)

@@ -12,15 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax.traverse_util import flatten_dict
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from experiments.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections", "numpy")
 # May differ between the start of a run and its continuation: where data lie, how far to go, and
-# what evaluation can afford.
-FREE_FIELDS = ("data_dir", "num_updates", "eval_batch_size", "population_batch_size")
+# how to evaluate.
+FREE_FIELDS = (
+    "data_dir",
+    "text_file",
+    "num_updates",
+    "eval_batch_size",
+    "eval_lengths",
+    "whole_text",
+    "chunk_length",
+    "population_batch_size",
+)
+STATISTICS_NAME = "population_statistics.npz"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -44,7 +55,62 @@ def read_config(workdir: Path) -> ConfigDict:
     path = workdir / "config.json"
     if not path.exists():
         raise UserError(f"--workdir={workdir} holds no run: {path} is missing")
-    return ConfigDict(json.loads(path.read_text()))
+    return ConfigDict(json.loads(path.read_text(), object_hook=_tuples))
+
+
+def read_record(workdir: Path) -> dict[str, Any]:
+    """What `run.json` says of the run in `workdir`: the facts of its task, and its `starts`.
+
+    Raises:
+      UserError: there is no run.
+    """
+    path = workdir / "run.json"
+    if not path.exists():
+        raise UserError(f"--workdir={workdir} holds no run: {path} is missing")
+    return json.loads(path.read_text())
+
+
+def check_record(record: dict[str, Any], workdir: Path) -> None:
+    """Refuses to go on with a run on other data, or data read otherwise, than it began with.
+
+    Raises:
+      UserError: the record of the run in `workdir` is another.
+    """
+    if not (workdir / "run.json").exists():
+        return
+    theirs = read_record(workdir)
+    ours = json.loads(json.dumps(record))
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            raise UserError(
+                f"--workdir={workdir} holds the run on other data: there {name} is "
+                f"{_short(theirs.get(name))}, here it is {_short(value)}; choose another workdir, "
+                "or bring back the data it was trained on"
+            )
+
+
+def write_statistics(workdir: Path, step: int, batch_stats: dict[str, Any]) -> None:
+    """Saves re-estimated population statistics, those of the checkpoint of update `step`.
+
+    NumPy reads the file: names as `layer/recurrent_mean`, each `[max_steps, F]` or `[F]`.
+    """
+    path = workdir / STATISTICS_NAME
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        np.savez(file, update=step, **flatten_dict(batch_stats, sep="/"))
+    os.replace(temporary, path)
+
+
+def read_statistics(workdir: Path, step: int) -> dict[str, Any] | None:
+    """The population statistics of a checkpoint as a collection; None if they were not saved."""
+    path = workdir / STATISTICS_NAME
+    if not path.exists():
+        return None
+    with np.load(path) as file:
+        arrays = dict(file)
+    if arrays.pop("update") != step:
+        return None
+    return unflatten_dict(arrays, sep="/")
 
 
 def check(config: ConfigDict, workdir: Path) -> None:
@@ -102,6 +168,17 @@ def open_workdir(config: ConfigDict, workdir: Path, record: dict[str, Any]) -> N
 
 def _flat(config: ConfigDict) -> dict[str, Any]:
     return flatten_dict(json.loads(config.to_json_best_effort()), sep=".")
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON's lists as the tuples that config fields are."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+
+
+def _short(value: Any) -> str:
+    """A value for a message of one line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:70]}... ({len(value)} in all)"
 
 
 def _commit() -> str | None:

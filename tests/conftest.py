@@ -19,9 +19,12 @@ def compilation_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def data_dir() -> Path:
-    """The folder of original data that BNLSTM_DATA_DIR names; it is only read."""
+def data_dir(tmp_path_factory) -> Path:
+    """A folder of the original data in BNLSTM_DATA_DIR, which itself is only read."""
     folder = Path(os.environ.get("BNLSTM_DATA_DIR", "")).resolve()
     if "BNLSTM_DATA_DIR" not in os.environ or not folder.is_dir():
         pytest.skip("needs original data: BNLSTM_DATA_DIR names no folder")
-    return folder
+    links = tmp_path_factory.mktemp("data")  # where data sets are prepared, once
+    for path in folder.iterdir():
+        (links / path.name).symlink_to(path)
+    return links

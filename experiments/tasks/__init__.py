@@ -3,10 +3,11 @@
 The loop knows a task by the interface `Task` and by nothing else.
 """
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import numpy as np
@@ -15,9 +16,26 @@ from ml_collections import ConfigDict
 
 from experiments.errors import UserError, unknown_name
 
-Batch = Mapping[str, np.ndarray]
+Batch = Mapping[str, Any]
 # Sums over examples or predictions, and their number, so that averages over batches are exact.
 Metrics = dict[str, tuple[Array, Array]]
+
+
+class Reading(NamedTuple):
+    """A way in which splits are read in evaluation.
+
+    Attributes:
+      splits: the splits that are read so.
+      name: what results call it, such as `segments of 100`; empty where there is but one way.
+      length: time steps of an example, where a task leaves that open.
+      continued: examples are consecutive pieces of one sequence, read one by one: each goes on from
+        the carry of the one before. The model returns it, as the first of its outputs.
+    """
+
+    splits: tuple[str, ...]
+    name: str = ""
+    length: int | None = None
+    continued: bool = False
 
 
 class Task(Protocol):
@@ -25,31 +43,39 @@ class Task(Protocol):
 
     Attributes:
       model: maps `(*inputs(batch), use_running_average)` to outputs.
-      selection: the metric people look at; on validation data it chooses the best checkpoint.
+      data: name of the data, as results carry it.
+      readings: ways of evaluation. The first is validation's, and the first of its splits is what
+        checkpoints are chosen on.
+      selection: the metric that chooses the best checkpoint.
       lower_is_better: which way `selection` goes.
-      splits: the splits that are evaluated, the one that selects first.
+      shown: the metrics that tables show; pictures show the first.
       record: facts that are saved beside the run, in JSON types.
     """
 
     model: nn.Module
+    data: str
+    readings: tuple[Reading, ...]
     selection: str
     lower_is_better: bool
-    splits: tuple[str, ...]
+    shown: tuple[str, ...]
     record: dict[str, Any]
 
     def train_batch(self, update: int) -> Batch:
         """The batch of update 0, 1, ...: a pure function of the config's seed and `update`."""
 
-    def num_examples(self, split: str) -> int:
+    def num_examples(self, split: str, reading: Reading) -> int:
         """Number of examples of a split, the training split `train` among them."""
 
-    def batches(self, split: str, batch_size: int) -> Iterator[Batch]:
+    def batches(self, split: str, batch_size: int, reading: Reading) -> Iterator[Batch]:
         """One pass over a split, in order; the last batch may be short."""
 
-    def inputs(self, batch: Batch) -> tuple[Array, ...]:
-        """What the model is called with. Traced: jax operations only."""
+    def inputs(self, batch: Batch) -> tuple[Any, ...]:
+        """What the model is called with. Traced: jax operations only.
 
-    def metrics(self, outputs: Array, batch: Batch) -> Metrics:
+        In a continued reading the batch has an entry `carry`, which is None at the start.
+        """
+
+    def metrics(self, outputs: Any, batch: Batch) -> Metrics:
         """Metrics of a batch, `loss` among them, which training minimises. Traced."""
 
 
@@ -65,12 +91,20 @@ def load(config: ConfigDict) -> Task:
     return importlib.import_module(f"{__name__}.{config.task}").Task(config)
 
 
-def shuffled_batch(num_examples: int, batch_size: int, seed: int, update: int) -> np.ndarray:
-    """Indices of the examples of an update: every epoch in an order of its own, none left out.
+def updates_per_epoch(num_examples: int, batch_size: int) -> int:
+    """Number of batches of an epoch. The last holds what is left, as in the paper's experiments."""
+    return -(-num_examples // batch_size)
 
-    The last batch of an epoch holds what is left, as in the paper's experiments.
-    """
-    per_epoch = -(-num_examples // batch_size)
-    epoch, number = divmod(update, per_epoch)
-    order = np.random.default_rng([seed, epoch]).permutation(num_examples)
+
+def shuffled_batch(num_examples: int, batch_size: int, seed: int, update: int) -> np.ndarray:
+    """Indices of the examples of an update: every epoch in an order of its own, none left out."""
+    epoch, number = divmod(update, updates_per_epoch(num_examples, batch_size))
+    order = _order(num_examples, seed, epoch)
     return order[number * batch_size : (number + 1) * batch_size]
+
+
+@functools.lru_cache(maxsize=1)
+def _order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    order = np.random.default_rng([seed, epoch]).permutation(num_examples)
+    order.flags.writeable = False  # it is kept for the updates to come
+    return order

@@ -13,8 +13,8 @@ from bnlstm_jax.models import SequenceClassifier
 from experiments import datasets
 from experiments.config import one_of
 from experiments.errors import UserError
-from experiments.layers import recurrent_layer
-from experiments.tasks import Batch, Metrics, shuffled_batch
+from experiments.layers import matmul_dtype, recurrent_layer
+from experiments.tasks import Batch, Metrics, Reading, shuffled_batch
 
 PIXEL_ORDERS = ("in_order", "permutation", "released_draw")
 
@@ -40,20 +40,23 @@ def pixel_order(name: str, pixels: int, seed: int) -> np.ndarray:
 class Task:
     """Pixels in [0, 1], one a time step, to a class; see `experiments.tasks.Task`."""
 
+    readings = (Reading(splits=("valid", "test")),)
     selection = "accuracy"
     lower_is_better = False
-    splits = ("valid", "test")
+    shown = ("accuracy", "loss")
 
     def __init__(self, config: ConfigDict) -> None:
         """Loads `config.dataset` from `config.data_dir`."""
         one_of("config.pixel_order", config.pixel_order, PIXEL_ORDERS)
         data = datasets.load(config.dataset, config.data_dir)
         self.config = config
+        self.data = config.dataset
         self.max_pixel = data.info["max_pixel"]
         pixels = data.arrays["train_images"].shape[1]
         order = pixel_order(config.pixel_order, pixels, config.pixel_order_seed)
-        self.images = {s: data.arrays[f"{s}_images"][:, order] for s in ("train", *self.splits)}
-        self.labels = {s: data.arrays[f"{s}_labels"] for s in ("train", *self.splits)}
+        splits = ("train", "valid", "test")
+        self.images = {split: data.arrays[f"{split}_images"][:, order] for split in splits}
+        self.labels = {split: data.arrays[f"{split}_labels"] for split in splits}
         if config.batch_size > len(self.labels["train"]):
             raise UserError(
                 f"config.batch_size is {config.batch_size}, and {config.dataset} has "
@@ -62,7 +65,7 @@ class Task:
         self.model = SequenceClassifier(
             recurrent_layer(config.model, pixels),
             data.info["num_classes"],
-            dtype=None if config.model.dtype == "float32" else config.model.dtype,
+            dtype=matmul_dtype(config.model),
         )
         self.record: dict[str, Any] = {
             "dataset": config.dataset,
@@ -78,13 +81,14 @@ class Task:
         )
         return self._batch("train", indices)
 
-    def num_examples(self, split: str) -> int:
+    def num_examples(self, split: str, reading: Reading) -> int:
         """Number of images of a split."""
+        del reading
         return len(self.labels[split])
 
-    def batches(self, split: str, batch_size: int) -> Iterator[Batch]:
+    def batches(self, split: str, batch_size: int, reading: Reading) -> Iterator[Batch]:
         """One pass over a split, in order."""
-        for start in range(0, self.num_examples(split), batch_size):
+        for start in range(0, self.num_examples(split, reading), batch_size):
             yield self._batch(split, slice(start, start + batch_size))
 
     def _batch(self, split: str, which: Any) -> Batch:

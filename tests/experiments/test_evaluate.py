@@ -31,7 +31,7 @@ def by_hand(task, variables, images, labels, running):
 @pytest.mark.parametrize("running", [False, True])
 def test_examples_of_a_short_batch_count_like_others(task_and_variables, running):
     task, variables = task_and_variables
-    got = evaluate.make_evaluator(task, NOISE)(variables, "valid", 150, running)
+    got = evaluate.make_evaluator(task, NOISE)(variables, task.readings[0], "valid", 150, running)
     images, labels = task.images["valid"], task.labels["valid"]
     parts = [
         by_hand(task, variables, images[s], labels[s], running)
@@ -45,7 +45,8 @@ def test_examples_of_a_short_batch_count_like_others(task_and_variables, running
 def test_every_way_of_evaluation_uses_its_own_statistics(task_and_variables, small_config):
     task, variables = task_and_variables
     small_config.population_batch_size = 600  # two whole batches, and 97 examples left over
-    rows = list(evaluate.evaluate_all(task, small_config, variables, NOISE))
+    statistics = evaluate.population_statistics(task, small_config, variables, NOISE)
+    rows = list(evaluate.evaluate_all(task, small_config, variables, statistics, NOISE))
     assert [(row["split"], row["statistics"]) for row in rows] == [
         (split, way) for way in ("batch", "running", "population") for split in ("valid", "test")
     ]
@@ -77,7 +78,7 @@ def test_an_lstm_is_evaluated_once(small_config):
     task = tasks.load(small_config)
     assert isinstance(task.model.layer, bnlstm_jax.LSTM)
     variables = train.variables_of(train.create_state(task, small_config))
-    rows = list(evaluate.evaluate_all(task, small_config, variables, NOISE))
+    rows = list(evaluate.evaluate_all(task, small_config, variables, None, NOISE))
     assert [(row["split"], row["statistics"]) for row in rows] == [
         ("valid", "none"),
         ("test", "none"),

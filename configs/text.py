@@ -1,0 +1,32 @@
+"""A text of your own, any UTF-8 file, character by character.
+
+    python -m experiments.main --config=configs/text.py --config.text_file=book.txt
+
+The first 90% train, the next 5% validate, the last 5% test (`--config.split`). The symbols are the
+characters of the training text, and one more for all that it lacks: such characters of validation
+and test text count as that one, which the model never learns to expect.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.config import base_config
+from experiments.tasks.char_lm import text_config
+
+
+def get_config() -> ConfigDict:
+    """The config."""
+    config = text_config(base_config())
+    config.dataset = "text"
+    config.batch_size = 32
+    config.num_updates = 2000
+    config.model.kind = "bn_lstm"
+    config.model.features = 200
+    config.model.momentum = 0.95
+    config.optimizer.name = "adam"
+    config.optimizer.learning_rate = 2e-3
+    config.log_every = 20
+    config.eval_every = 200
+    config.checkpoint_every = 200
+    config.eval_batch_size = 100
+    config.population_batch_size = 100
+    return config

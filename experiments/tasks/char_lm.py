@@ -1,0 +1,183 @@
+"""Character-level language models: each character of a text from those before it."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+
+from bnlstm_jax.models import LanguageModel
+from experiments.config import one_of
+from experiments.datasets import corpus
+from experiments.errors import UserError
+from experiments.layers import matmul_dtype, recurrent_layer
+from experiments.tasks import Batch, Metrics, Reading, shuffled_batch, updates_per_epoch
+
+SPLITS = ("train", "valid", "test")
+SELECTIONS = ("accuracy", "bits_per_character")
+
+
+def text_config(config: ConfigDict) -> ConfigDict:
+    """Adds the fields of this task to those that all share."""
+    config.task = "char_lm"
+    config.dataset = "text"  # or ptb, text8
+    config.text_file = ""  # UTF-8, for the data set `text`
+    # Sizes of training, validation and test text, in this order from the start of the text: numbers
+    # of characters, or fractions. Empty where the data set has its own.
+    config.split = (0.9, 0.05, 0.05)
+    config.segment_length = 100  # in characters: one prediction less
+    config.selection = "bits_per_character"  # or accuracy; on validation text, the best checkpoint
+    # Ways of evaluation, beside training's segments.
+    config.eval_lengths = ()  # of further segments of the test text
+    config.whole_text = ("test",)  # splits that are read as one sequence
+    config.chunk_length = 1000  # of the pieces in which that is done; results do not depend on it
+    return config
+
+
+def make_model(config: ConfigDict, vocab_size: int) -> LanguageModel:
+    """The model of a config, for texts of `vocab_size` symbols."""
+    layer = recurrent_layer(config.model, config.segment_length - 1, vocab_size)
+    return LanguageModel(layer, matmul_dtype(config.model))
+
+
+class Task:
+    """Characters of a corpus to the next ones; see `experiments.tasks.Task`.
+
+    The text lies on the device. A batch says where its segments begin, and is gathered there.
+    """
+
+    shown = ("bits_per_character", "accuracy")
+
+    def __init__(self, config: ConfigDict) -> None:
+        """Loads the corpus `config.dataset`."""
+        check(config)
+        data = corpus.load(config.dataset, config.data_dir, config.text_file, config.split)
+        self.config = config
+        self.data = data.name
+        self.selection = config.selection
+        self.lower_is_better = config.selection == "bits_per_character"
+        self.readings = make_readings(config)
+        self.sizes = {split: len(data.splits[split]) for split in SPLITS}
+        self.num_segments = self.sizes["train"] // config.segment_length - 1  # at every offset
+        self._check_sizes()
+        self.model = make_model(config, len(data.vocabulary))
+        self.text = {split: jax.device_put(data.splits[split]) for split in SPLITS}
+        self.record: dict[str, Any] = {
+            "dataset": data.name,
+            "vocabulary": data.vocabulary,
+            "dataset_sha256": data.digest,
+            "characters": self.sizes,
+        }
+
+    def train_batch(self, update: int) -> Batch:
+        """Segments of an update: each epoch cuts the text anew, from a random offset on."""
+        length, seed = self.config.segment_length, self.config.seed
+        schedule = self.num_segments, self.config.batch_size
+        epoch = update // updates_per_epoch(*schedule)
+        offset = np.random.default_rng([seed, epoch, 1]).integers(length)
+        indices = shuffled_batch(*schedule, seed, update)
+        return self._segments("train", offset + length * indices, length)
+
+    def num_examples(self, split: str, reading: Reading) -> int:
+        """Number of segments of a split, or of the pieces of the whole."""
+        if reading.continued:
+            return math.ceil((self.sizes[split] - 1) / reading.length)
+        return self.sizes[split] // reading.length
+
+    def batches(self, split: str, batch_size: int, reading: Reading) -> Iterator[Batch]:
+        """Segments from the start of a split on, or the pieces of the whole, one by one."""
+        if reading.continued:
+            for start in range(0, self.sizes[split] - 1, reading.length):
+                end = min(start + reading.length + 1, self.sizes[split])
+                yield self._segments(split, np.array([start]), end - start)
+            return
+        starts = reading.length * np.arange(self.num_examples(split, reading))
+        for first in range(0, len(starts), batch_size):
+            yield self._segments(split, starts[first : first + batch_size], reading.length)
+
+    def _segments(self, split: str, starts: np.ndarray, length: int) -> Batch:
+        steps = np.arange(length, dtype=np.int32)
+        return {"text": self.text[split], "start": starts.astype(np.int32), "steps": steps}
+
+    def inputs(self, batch: Batch) -> tuple[Any, ...]:
+        """All symbols of the segments but the last, `[batch, time]`; then carry and first step."""
+        symbols = gather(batch)[:, :-1]
+        return (symbols, batch["carry"], batch["start"][0]) if "carry" in batch else (symbols,)
+
+    def metrics(self, outputs: tuple[Any, Array], batch: Batch) -> Metrics:
+        """Cross-entropy in nats and in bits, and accuracy, of logits `[batch, time, V]`."""
+        _, logits = outputs
+        targets = gather(batch)[:, 1:]
+        count = jnp.float32(targets.size)
+        log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)
+        nats = -jnp.sum(log_p)
+        correct = jnp.sum(logits.argmax(-1) == targets, dtype=jnp.float32)
+        return {
+            "loss": (nats, count),
+            "bits_per_character": (nats / math.log(2), count),
+            "accuracy": (correct, count),
+        }
+
+    def _check_sizes(self) -> None:
+        """Refuses texts that are too short for the config."""
+        length, batch_size = self.config.segment_length, self.config.batch_size
+        for split, size in self.sizes.items():
+            least = 2 * length if split == "train" else length  # in training there is an offset
+            if size < least:
+                raise UserError(
+                    f"config.segment_length is {length}, and the {split} text of {self.data} has "
+                    f"{size:,} characters: it needs {least:,}; make segments shorter or give more"
+                )
+        if batch_size > self.num_segments:
+            raise UserError(
+                f"config.batch_size is {batch_size}, and the training text of {self.data} has "
+                f"{self.num_segments} segments of {length} characters: make it smaller"
+            )
+        for reading in self.readings:
+            size = min(self.sizes[split] for split in reading.splits)
+            if not reading.continued and reading.length > size:
+                raise UserError(
+                    f"config.eval_lengths has {reading.length}, and there are {size:,} characters"
+                )
+
+
+def gather(batch: Batch) -> Array:
+    """The symbols of a batch's segments, int32 `[batch, length]`. Traced."""
+    return batch["text"][batch["start"][:, None] + batch["steps"]].astype(jnp.int32)
+
+
+def make_readings(config: ConfigDict) -> tuple[Reading, ...]:
+    """Training's segments, segments of other lengths, and the whole as one sequence."""
+
+    def segments(splits: tuple[str, ...], length: int) -> Reading:
+        return Reading(splits, f"segments of {length}", length)
+
+    readings = [segments(("valid", "test"), config.segment_length)]
+    lengths = dict.fromkeys(config.eval_lengths)
+    readings += [segments(("test",), n) for n in lengths if n != config.segment_length]
+    if config.whole_text:
+        whole = tuple(config.whole_text)
+        readings.append(Reading(whole, "one sequence", config.chunk_length, continued=True))
+    return tuple(readings)
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses values that this task cannot run with.
+
+    Raises:
+      UserError: names the field and what it may be.
+    """
+    one_of("config.selection", config.selection, SELECTIONS)
+    for split in config.whole_text:
+        one_of("config.whole_text", split, SPLITS)
+    # A prediction takes two characters, a piece of the whole one prediction.
+    lengths = [("segment_length", config.segment_length, 2)]
+    lengths += [("eval_lengths", length, 2) for length in config.eval_lengths]
+    lengths += [("chunk_length", config.chunk_length, 1)]
+    for name, length, least in lengths:
+        if length < least:
+            raise UserError(f"config.{name} is {length}: it must be at least {least}")
