@@ -1,6 +1,7 @@
 """Mistakes that the user can mend, and how the commands report them."""
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
@@ -28,8 +29,9 @@ def run(
     """Runs a command: absl's `app.run`, with user errors reported plainly.
 
     A `UserError`, or a flag that cannot be parsed, becomes one line `error: ...` on stderr and exit
-    status 2; any other exception keeps its traceback. Warnings are logged, and more on request by
-    `--verbosity`. `-h` means `--help`, which absl alone does not know.
+    status 2; an output that is closed, as by `head`, ends it quietly; any other exception keeps its
+    traceback. Warnings are logged, and more on request by `--verbosity`. `-h` means `--help`, which
+    absl alone does not know.
 
     Args:
         main: Called with what `flags_parser` returns.
@@ -47,6 +49,9 @@ def run(
             except KeyboardInterrupt:
                 print("stopped", file=sys.stderr)
                 sys.exit(130)
+            except BrokenPipeError:  # the reader, such as head, has had enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left
+                sys.exit(141)
 
         return call
 

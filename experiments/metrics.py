@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import datetime
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,7 @@ from experiments.workdir import write_text
 
 FILE_NAME = "metrics.jsonl"
 SECONDS_SHOWN = 0.5  # between movements of the progress bar
+SECONDS_LOGGED = 60  # between lines that take its place in a log file
 # What normalised, as it is written in files, and as it is named wherever people read a number.
 STATISTICS = {
     "batch": "batch statistics",
@@ -87,13 +89,13 @@ class Reporter:
             TextColumn("<"),
             TimeRemainingColumn(),
             console=self.console,
-            # A log file gets the lines of `write` alone, not a bar for each of them.
+            # A log file gets lines, not a bar for each of them.
             disable=not self.console.is_terminal,
         )
         self._bar = self._progress.add_task(
             title, total=num_updates, completed=start, metrics="compiling"
         )
-        self._shown = time.monotonic()
+        self._shown = self._logged = time.monotonic()
         self._progress.start()
 
     def __enter__(self) -> "Reporter":
@@ -123,12 +125,15 @@ class Reporter:
         update, split = row["update"], row["split"]
         for name, value in metrics.items():
             self._tensorboard.add_scalar(f"{split}/{name}", value, update)
-        if split == "train":
-            self._progress.update(self._bar, completed=update, metrics=format_metrics(metrics))
-        else:
-            self.console.print(
-                f"update {update:>6}  {self._data} {describe(row)}  {format_metrics(metrics)}"
-            )
+        line = f"update {update:>6}  {self._data} {describe(row)}  {format_metrics(metrics)}"
+        if split != "train":
+            self.console.print(line)
+            return
+        self._progress.update(self._bar, completed=update, metrics=format_metrics(metrics))
+        if not self.console.is_terminal and time.monotonic() - self._logged > SECONDS_LOGGED:
+            (bar,) = self._progress.tasks
+            self.console.print(f"{line}  {time_left(bar.time_remaining)}")
+            self._logged = time.monotonic()
 
 
 class Stopwatch:
@@ -158,10 +163,24 @@ class Stopwatch:
         return markdown_table([f"mean of {updates} updates", "ms", "share"], rows)
 
 
-def track(items: Iterable[T], title: str, total: int) -> Iterable[T]:
-    """The items, under a progress bar that is gone when they are."""
-    terminal = Console().is_terminal
-    return rich.progress.track(items, title, total, transient=True, disable=not terminal)
+def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
+    """The items, under a passing progress bar; in a log file, with a line a minute."""
+    if Console().is_terminal:
+        yield from rich.progress.track(items, title, total, transient=True)
+        return
+    start = logged = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - logged > SECONDS_LOGGED:
+            left = time_left((now - start) / done * (total - done))
+            print(f"{title}: {done:,} of {total:,}, {left}", flush=True)
+            logged = now
+
+
+def time_left(seconds: float | None) -> str:
+    """A time as people read it: `0:12:30 left`."""
+    return f"{datetime.timedelta(seconds=round(seconds)) if seconds is not None else '?'} left"
 
 
 def format_metrics(metrics: dict[str, float]) -> str:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +62,34 @@ def test_both_models_from_one_command(prepared_dir, tmp_path):
     assert f"| {results['rows'][0]['accuracy']:.4f} " in output and "| LSTM " not in output
 
 
+def test_a_text_of_ones_own(tmp_path):
+    text = tmp_path / "book.txt"
+    text.write_text("".join(np.random.default_rng(0).choice(list("one, two."), 3000)))
+    folder = tmp_path / "run"
+    small = ["--config.split=2000,500,500", "--config.segment_length=20", "--config.batch_size=9"]
+    output = run(
+        "--config=configs/text.py",
+        f"--workdir={folder}",
+        f"--config.text_file={text}",
+        "--profile",
+        *small,
+        *SMALL,
+    )
+    name = "book.txt (2,000 / 500 / 500 characters)"
+    assert f"update      3  {name} valid (batch statistics, segments of 20)" in output
+    assert f"Data: {name}" in output
+    assert "| mean of 5 updates   | ms" in output and "| logging " in output
+    line = next(line for line in output.splitlines() if "| one sequence " in line)
+    row = json.loads((folder / "results.json").read_text())["rows"][-1]
+    assert row["reading"] == "one sequence" and row["split"] == "test"
+    assert f" {row['bits_per_character']:.4f} " in line
+
+    # Evaluated anew, as the run was but for what is said here.
+    output = run("--mode=evaluate", f"--workdir={folder}", "--config.eval_lengths=30,40")
+    for length in (20, 30, 40):
+        assert f"| population statistics, re-estimated    | segments of {length} " in output
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -81,6 +110,11 @@ def test_both_models_from_one_command(prepared_dir, tmp_path):
         (["--config.batch_size=0"], "config.batch_size is 0: it must be at least 1"),
         (["--config.seed=-1"], "config.seed is -1: it must be at least 0"),
         (["--wrkdir=x"], "did you mean: workdir"),
+        (["--config=configs/text.py"], "config.text_file is empty"),
+        (
+            ["--config=configs/text.py", "--config.text_file=README.md", "--config.split=9,9,9"],
+            "config.segment_length is 100, and the train text of README.md",
+        ),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
