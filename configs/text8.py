@@ -36,6 +36,6 @@ def get_config() -> ConfigDict:
     config.log_every = 20
     config.eval_every = UPDATES_PER_EPOCH
     config.checkpoint_every = 500
-    config.eval_batch_size = 1000
-    config.population_batch_size = 1000
+    config.eval_batch_size = 128
+    config.population_batch_size = 1000  # a `[179, 1000, 8000]` float32 array is 5.7 GB
     return config

@@ -4,10 +4,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization
 from flax.training.train_state import TrainState
 from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from experiments import workdir
+from experiments.errors import UserError
 
 
 class Checkpoints:
@@ -16,7 +21,7 @@ class Checkpoints:
     Saving goes on in the background; leaving the `with` block waits for it.
     """
 
-    def __init__(self, workdir: Path, selection: str, lower_is_better: bool) -> None:
+    def __init__(self, folder: Path, selection: str, lower_is_better: bool) -> None:
         """The best is the one with the lowest, or highest, metric `selection`; the later of two."""
         self._selection = selection
 
@@ -39,7 +44,11 @@ class Checkpoints:
             best_mode="min" if lower_is_better else "max",
             preservation_policy=policy,
         )
-        self._manager = ocp.CheckpointManager(workdir.absolute() / "checkpoints", options=options)
+        self._manager = ocp.CheckpointManager(
+            folder.absolute() / "checkpoints",
+            options=options,
+            item_handlers=ocp.StandardCheckpointHandler(),  # for `item_metadata`
+        )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -70,5 +79,32 @@ class Checkpoints:
 
     def restore_variables(self, step: int) -> dict[str, Any]:
         """The model's variables in the checkpoint of an update, whatever they are."""
-        state = self._manager.restore(step, args=ocp.args.StandardRestore())
+        # Into NumPy arrays: the machine that saved them may have had other devices.
+        saved = dict(self._manager.item_metadata(step))
+        like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved)
+        state = self._manager.restore(step, args=ocp.args.StandardRestore(like))
         return {name: state[name] for name in ("params", "batch_stats") if state[name]}
+
+
+def read_best(folder: Path) -> tuple[int, dict[str, Any], str]:
+    """The best checkpoint so far of the run in `folder`, which may still be going on.
+
+    Returns:
+      Its update; the model's variables, with re-estimated population statistics where they have
+      been saved; and which statistics there are: `population`, `running`, or `none`.
+
+    Raises:
+      UserError: there is no run, or no checkpoint that has been validated.
+    """
+    record = workdir.read_record(folder)
+    with Checkpoints(folder, record["selection"], record["lower_is_better"]) as checkpoints:
+        update = checkpoints.best_step()
+        if update is None:
+            raise UserError(f"--workdir={folder} holds no validated checkpoint yet")
+        variables = checkpoints.restore_variables(update)
+    if "batch_stats" not in variables:
+        return update, variables, "none"
+    population = workdir.read_statistics(folder, update)
+    if population is None:
+        return update, variables, "running"
+    return update, {**variables, "batch_stats": population}, "population"

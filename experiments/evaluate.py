@@ -109,8 +109,7 @@ def evaluate_all(
         elif statistics == "batch" and reading == first:
             size = config.batch_size
         for split in reading.splits:
-            row = {"split": split, "statistics": statistics}
-            row |= {"reading": reading.name} if reading.name else {}
+            row = reading.row(split, statistics)
             title = f"evaluating {task.data} {describe(row)}"
             yield row | evaluate(values, reading, split, size, statistics != "batch", title)
 

@@ -49,11 +49,11 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         configs = map(str, Path("configs").glob("*.py"))
         raise UserError(unknown_name("--config", file, configs))
     described = "Config file; --config.FIELD=VALUE sets its fields."
-    run = Path(option(argv, "workdir") or "")
-    evaluate = option(argv, "mode") == "evaluate"
+    folder = option(argv, "workdir")
     try:
-        if evaluate and file is None and (run / "config.json").exists():
-            config_flags.DEFINE_config_dict("config", workdir.read_config(run), described)
+        if file is None and folder is not None and option(argv, "mode") == "evaluate":
+            saved = workdir.read_config(Path(folder))
+            config_flags.DEFINE_config_dict("config", saved, described)
         else:
             config_flags.DEFINE_config_file("config", file or DEFAULT_CONFIG, described)
         return flags.FLAGS(argv)

@@ -111,7 +111,8 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
     task = tasks.load(config)
     workdir.check_record(task.record, folder)
     state = create_state(task, config)
-    workdir.open_workdir(config, folder, task.record)
+    choice = {"selection": task.selection, "lower_is_better": task.lower_is_better}
+    workdir.open_workdir(config, folder, {**task.record, **choice})
     _, noise = random_keys(config.seed)
     train_step = make_train_step(task, noise)
     evaluator = evaluate.make_evaluator(task, noise)
@@ -170,9 +171,7 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
                     validation = evaluator(
                         variables_of(state), reading, split, config.batch_size, False
                     )
-                    row = {"update": done, "split": split, "statistics": statistics}
-                    row |= {"reading": reading.name} if reading.name else {}
-                    reporter.write(row, validation)
+                    reporter.write({"update": done, **reading.row(split, statistics)}, validation)
                 if save:
                     checkpoints.save(state, validation)
                 if update == start:

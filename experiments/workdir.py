@@ -50,11 +50,13 @@ def read_config(workdir: Path) -> ConfigDict:
     """The config of the run in `workdir`.
 
     Raises:
-      UserError: there is no run.
+      UserError: there is no run, or there are several, in folders inside.
     """
     path = workdir / "config.json"
     if not path.exists():
-        raise UserError(f"--workdir={workdir} holds no run: {path} is missing")
+        inside = sorted(str(path.parent) for path in workdir.glob("*/config.json"))
+        problem = f"choose {' or '.join(inside)}" if inside else f"{path} is missing"
+        raise UserError(f"--workdir={workdir} is not the folder of a run: {problem}")
     return ConfigDict(json.loads(path.read_text(), object_hook=_tuples))
 
 
@@ -66,7 +68,7 @@ def read_record(workdir: Path) -> dict[str, Any]:
     """
     path = workdir / "run.json"
     if not path.exists():
-        raise UserError(f"--workdir={workdir} holds no run: {path} is missing")
+        raise UserError(f"--workdir={workdir} is not the folder of a run: {path} is missing")
     return json.loads(path.read_text())
 
 

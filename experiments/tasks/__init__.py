@@ -37,6 +37,11 @@ class Reading(NamedTuple):
     length: int | None = None
     continued: bool = False
 
+    def row(self, split: str, statistics: str) -> dict[str, str]:
+        """What results say of an evaluation, beside its metrics."""
+        row = {"split": split, "statistics": statistics}
+        return row | {"reading": self.name} if self.name else row
+
 
 class Task(Protocol):
     """What a task module's class `Task(config)` offers.

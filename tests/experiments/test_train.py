@@ -150,7 +150,7 @@ def test_nothing_validated_to_evaluate(small_config, tmp_path, monkeypatch):
 
 
 def test_nothing_to_evaluate(small_config, tmp_path):
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="is not the folder of a run"):
         train.evaluate_run(small_config, tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
 

@@ -1,0 +1,132 @@
+"""Draws population statistics by time step, as the paper's appendix does.
+
+    python -m scripts.plot_statistics --workdir=runs/ptb_bn_lstm
+
+Mean and variance of the recurrent term and of the cell, each line a unit, a random few of them: of
+the best checkpoint so far of any BN-LSTM, re-estimated where the run is finished, else its running
+averages. It needs the folder of the run alone, not the data.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from flax.traverse_util import flatten_dict
+
+from experiments import errors, workdir
+from experiments.checkpoints import read_best
+from experiments.compare import LABELS
+from experiments.errors import UserError
+from experiments.metrics import STATISTICS
+
+PICTURE_NAME = "population_statistics.png"
+TERMS = {"recurrent": "recurrent term $h_{t-1} W_h$", "cell": "cell $c_t$"}
+MOMENTS = {"mean": "mean", "var": "variance"}
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the command line; only here are flags defined, so that importing this defines none."""
+    flags.DEFINE_string("workdir", None, "Folder of a BN-LSTM's run.", required=True)
+    flags.DEFINE_string(
+        "output", None, f"Picture to write, by default {PICTURE_NAME} in the folder of the run."
+    )
+    flags.DEFINE_integer("units", 30, "Number of units of each term.", lower_bound=1)
+    flags.DEFINE_integer("steps", None, "Number of time steps, by default all.", lower_bound=1)
+    return flags.FLAGS(argv)
+
+
+def find_statistics(batch_stats: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+    """What there is of `TERMS`, each `[max_steps, F]`, under names as `recurrent_mean`, by layer.
+
+    Layers are found by these names, whatever their own are.
+    """
+    names = [f"{term}_{moment}" for term in TERMS for moment in MOMENTS]
+    layers: dict[str, dict[str, np.ndarray]] = {}
+    for (*layer, name), value in flatten_dict(batch_stats).items():
+        if name in names:
+            layers.setdefault("/".join(layer), {})[name] = np.asarray(value)
+    return layers
+
+
+def draw_statistics(
+    statistics: dict[str, np.ndarray], units: int, steps: int | None, title: str
+) -> Any:
+    """A figure of a layer's statistics: a row for each moment, a column for each term.
+
+    Shows the first `steps` time steps of some `units`, always the same ones.
+
+    Raises:
+      UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("matplotlib is not installed: pip install matplotlib") from error
+
+    terms = [term for term in TERMS if f"{term}_mean" in statistics]
+    figure = Figure(figsize=(4.5 * len(terms), 6), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    panels = figure.subplots(len(MOMENTS), len(terms), sharex=True, squeeze=False)
+    for column, term in zip(panels.T, terms, strict=True):
+        column[0].set_title(TERMS[term], fontsize="medium")
+        column[-1].set_xlabel("time step")
+        features = statistics[f"{term}_mean"].shape[1]
+        chosen = np.random.default_rng(1).permutation(features)[:units]
+        colors = colormaps["viridis"](np.linspace(0, 0.8, len(chosen)))  # they differ in print, too
+        for axes, (moment, label) in zip(column, MOMENTS.items(), strict=True):
+            values = statistics[f"{term}_{moment}"]
+            axes.set_prop_cycle(color=colors)
+            axes.plot(values[:steps, chosen], linewidth=0.7)
+            axes.set_ylabel(label)
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        column[-1].set_ylim(0, None)  # of the variance
+    return figure
+
+
+def save(figure: Any, picture: Path) -> None:
+    """Writes a figure, in the format of the file's ending, whole or not at all.
+
+    Raises:
+      UserError: it cannot be written there, or not so.
+    """
+    temporary = picture.with_name(picture.name + ".tmp")
+    try:
+        figure.savefig(temporary, format=picture.suffix[1:], dpi=150)
+        os.replace(temporary, picture)
+    except (OSError, ValueError) as error:  # ValueError: an unknown ending
+        temporary.unlink(missing_ok=True)
+        problem = getattr(error, "strerror", None) or error
+        raise UserError(f"--output={picture} cannot be written: {problem}") from error
+
+
+def main(_: list[str]) -> None:
+    """Draws the picture, and says where it is."""
+    given = flags.FLAGS
+    folder = Path(given.workdir)
+    config = workdir.read_config(folder)
+    label = LABELS[config.model.kind]
+    update, variables, which = read_best(folder)
+    layers = find_statistics(variables.get("batch_stats", {}))
+    if not layers:
+        raise UserError(
+            f"--workdir={folder} has no statistics to draw: its model, {label}, normalises neither "
+            "the recurrent term nor the cell"
+        )
+    layer, statistics = min(layers.items())
+    data = workdir.read_record(folder)["dataset"]
+    title = f"{data}, {label}, update {update:,}"
+    if len(layers) > 1:
+        title += f", {layer} of {len(layers)} layers"
+    figure = draw_statistics(statistics, given.units, given.steps, f"{title}\n{STATISTICS[which]}")
+    picture = Path(given.output or folder / PICTURE_NAME)
+    save(figure, picture)
+    print(f"{STATISTICS[which].capitalize()}, of update {update:,}: {picture}")
+
+
+if __name__ == "__main__":
+    errors.run(main, parse_flags)

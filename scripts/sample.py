@@ -1,0 +1,174 @@
+"""Writes text with a trained character model.
+
+    python -m scripts.sample --workdir=runs/ptb_bn_lstm --prompt="the " --length=500
+
+It needs the folder of the run alone, not the data, and draws from the best checkpoint so far, with
+re-estimated population statistics where the run is finished. A run that trained two kinds of model
+has a folder for each, as runs/ptb_small/bn_lstm.
+"""
+
+import itertools
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax.traverse_util import flatten_dict
+from jax import Array
+
+from bnlstm_jax.models import LanguageModel
+from experiments import errors, workdir
+from experiments.checkpoints import read_best
+from experiments.datasets import corpus
+from experiments.errors import UserError
+from experiments.tasks import char_lm
+
+Variables = dict[str, Any]
+COLDEST = 1e-6  # the lowest temperature that is not taken for 0: logits by it do not overflow
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the command line; only here are flags defined, so that importing this defines none."""
+    flags.DEFINE_string("workdir", None, "Folder of a character model's run.", required=True)
+    flags.DEFINE_string(
+        "prompt", None, "Text to go on from; by default the start of a line, or of a word."
+    )
+    flags.DEFINE_integer("length", 500, "Number of characters to draw.", lower_bound=1)
+    flags.DEFINE_float(
+        "temperature", 1.0, "What logits are divided by: 0 takes the most likely character."
+    )
+    flags.DEFINE_integer(
+        "seed", 1, "The same seed draws the same text.", lower_bound=0, upper_bound=2**32 - 1
+    )
+    flags.register_validator(
+        "temperature",
+        lambda temperature: 0 <= temperature < math.inf,  # which NaN is not
+        "it must be a number, at least 0",
+    )
+    return flags.FLAGS(argv)
+
+
+def check_prompt(prompt: str | None, vocabulary: str) -> str:
+    """The text to begin with: what is asked for, or a character that most texts have.
+
+    Raises:
+      UserError: it is empty, or has characters that the model does not know.
+    """
+    known = vocabulary.replace(corpus.UNKNOWN, "")
+    if prompt is None:
+        return next(character for character in "\n " + known if character in known)
+    if not prompt:
+        raise UserError("--prompt is empty: give at least one character, or leave the flag out")
+    strange = "".join(dict.fromkeys(character for character in prompt if character not in known))
+    if strange:
+        lower = prompt.lower()
+        hint = f"there are {known if len(known) <= 100 else known[:100] + '...'!r}"
+        if set(lower) <= set(known):
+            hint = f"did you mean {lower!r}?"
+        raise UserError(
+            f"--prompt has {strange!r}, not among the characters of the training text: {hint}"
+        )
+    return prompt
+
+
+def check_fits(model: LanguageModel, variables: Variables, folder: Path) -> None:
+    """Refuses variables that are not those of the model.
+
+    Raises:
+      UserError: names the first that differs.
+    """
+
+    def init() -> Variables:
+        return model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32), use_running_average=True)
+
+    ours, theirs = (
+        {name: leaf.shape for name, leaf in flatten_dict(tree, sep="/").items()}
+        for tree in (jax.eval_shape(init), variables)
+    )
+    for name in sorted(ours.keys() | theirs.keys()):
+        here, there = ours.get(name, "missing"), theirs.get(name, "missing")
+        if here != there:
+            raise UserError(
+                f"--workdir={folder}: the checkpoint is not of the model that config.json and "
+                f"run.json describe: {name} is {there} in the one, {here} in the other"
+            )
+
+
+def draw(logits: Array, excluded: np.ndarray, key: Array, temperature: float) -> Array:
+    """A symbol by its logits `[V]`, none of those excluded; at temperature 0 the likeliest one."""
+    if temperature < COLDEST:
+        return jnp.where(excluded, -jnp.inf, logits).argmax()
+    return jax.random.categorical(key, jnp.where(excluded, -jnp.inf, logits / temperature))
+
+
+def sample(
+    model: LanguageModel,
+    variables: Variables,
+    vocabulary: str,
+    prompt: str,
+    temperature: float,
+    seed: int,
+) -> Iterator[str]:
+    """Characters after a prompt, without end. `corpus.UNKNOWN` is never drawn."""
+    key, noise = jax.random.split(jax.random.key(seed))
+    excluded = np.array([character == corpus.UNKNOWN for character in vocabulary])
+
+    @jax.jit
+    def read_and_draw(variables: Variables, symbols: Array, carry: Any, position: int):
+        """The carry after symbols `[1, T]` that follow `position` others, and the next symbol."""
+        carry, logits = model.apply(
+            variables,
+            symbols,
+            initial_carry=carry,
+            first_step=position,
+            use_running_average=True,
+            rngs={"noise": noise},
+        )
+        key_here = jax.random.fold_in(key, position + symbols.shape[1])
+        return carry, draw(logits[0, -1], excluded, key_here, temperature)
+
+    symbols, carry, position = corpus.encode(prompt, vocabulary).astype(np.int32), None, 0
+    while True:
+        carry, symbol = read_and_draw(variables, symbols[None], carry, position)
+        yield vocabulary[int(symbol)]
+        position += len(symbols)
+        symbols = symbol[None]
+
+
+def main(_: list[str]) -> None:
+    """Writes the prompt and what follows it."""
+    given = flags.FLAGS
+    folder = Path(given.workdir)
+    config = workdir.read_config(folder)
+    if config.task != "char_lm":
+        raise UserError(
+            f"--workdir={folder} holds a run of the task {config.task}: "
+            "only models of the task char_lm write text"
+        )
+    vocabulary = workdir.read_record(folder)["vocabulary"]
+    prompt = check_prompt(given.prompt, vocabulary)
+    model = char_lm.make_model(config, len(vocabulary))
+    update, variables, statistics = read_best(folder)
+    check_fits(model, variables, folder)
+    if statistics == "running":
+        print(
+            f"no re-estimated population statistics of update {update} yet: using the running "
+            "average",
+            file=sys.stderr,
+        )
+    text = sample(model, variables, vocabulary, prompt, given.temperature, given.seed)
+    try:
+        print(prompt, end="", flush=True)
+        for character in itertools.islice(text, given.length):
+            print(character, end="", flush=True)
+    finally:
+        print()
+
+
+if __name__ == "__main__":
+    errors.run(main, parse_flags)

@@ -1,0 +1,32 @@
+"""Commands beside training, tried on runs as small as can be."""
+
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs import text
+from experiments import train
+
+LETTERS = "abcdefg T\n"
+
+
+def text_config(folder: Path, kind: str) -> ConfigDict:
+    """A small model of a short text of random letters in `folder`: 9 time steps."""
+    file = folder / "letters.txt"
+    file.write_text("".join(np.random.default_rng(0).choice(list(LETTERS), 3000)))
+    config = text.get_config()
+    config.text_file = str(file)
+    config.segment_length = 10
+    config.batch_size = 16
+    config.num_updates = config.eval_every = config.log_every = config.checkpoint_every = 3
+    config.model.kind = kind
+    config.model.features = 8
+    return config
+
+
+def train_texts(folder: Path) -> Path:
+    """Trains both kinds on one text; their runs are `folder / "runs" / kind`."""
+    for kind in ("lstm", "bn_lstm"):
+        train.train(text_config(folder, kind), folder / "runs" / kind)
+    return folder / "runs"

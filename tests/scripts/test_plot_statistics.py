@@ -1,0 +1,185 @@
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from configs import digits
+from experiments import train
+from experiments.checkpoints import read_best
+from experiments.errors import UserError
+from scripts import plot_statistics
+from tests.scripts import train_texts
+
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return train_texts(tmp_path_factory.mktemp("plot"))
+
+
+@pytest.fixture
+def finished(runs, tmp_path):
+    """A copy of a run, to be spoilt and drawn into."""
+    return Path(shutil.copytree(runs / "bn_lstm", tmp_path / "run"))
+
+
+@pytest.fixture
+def draw(monkeypatch, capsys):
+    """Runs the command in this process; the figure, and what was printed."""
+    figures = []
+    save = plot_statistics.save
+
+    def kept(figure, picture):
+        figures.append(figure)
+        save(figure, picture)
+
+    def draw(folder, **given):
+        given = {"output": None, "units": 30, "steps": None} | given
+        flags = SimpleNamespace(workdir=str(folder), **given)
+        monkeypatch.setattr(plot_statistics.flags, "FLAGS", flags)
+        monkeypatch.setattr(plot_statistics, "save", kept)
+        plot_statistics.main([])
+        return figures[-1], capsys.readouterr().out
+
+    return draw
+
+
+def lines(axes):
+    """What is drawn, `[steps, lines]`; x is the time step."""
+    for line in axes.get_lines():
+        np.testing.assert_array_equal(line.get_xdata(), np.arange(len(line.get_ydata())))
+    return np.stack([line.get_ydata() for line in axes.get_lines()], axis=1)
+
+
+def panels(figure):
+    """What is drawn, under the names of the statistics, rows first."""
+    names = ("recurrent_mean", "cell_mean", "recurrent_var", "cell_var")
+    labels = [axes.get_ylabel() for axes in figure.axes]
+    assert labels == ["mean", "mean", "variance", "variance"]
+    titles = [axes.get_title() for axes in figure.axes]
+    assert "recurrent" in titles[0] and "cell" in titles[1]
+    return dict(zip(names, map(lines, figure.axes), strict=True))
+
+
+def test_what_is_drawn_are_the_statistics():
+    rng = np.random.default_rng(0)
+    sizes = {"recurrent": 12, "cell": 3}
+    statistics = {
+        f"{term}_{moment}": rng.uniform(1, 2, (7, size))
+        for term, size in sizes.items()
+        for moment in ("mean", "var")
+    }
+    shown = panels(plot_statistics.draw_statistics(statistics, 5, 6, "title"))
+    for term, size in sizes.items():
+        mean = statistics[f"{term}_mean"]
+        units = [int(np.flatnonzero(mean[0] == y)[0]) for y in shown[f"{term}_mean"][0]]
+        assert len(units) == len(set(units)) == min(5, size)
+        assert units != list(range(5))  # they are not the first ones
+        for moment in ("mean", "var"):  # of the same units
+            name = f"{term}_{moment}"
+            np.testing.assert_array_equal(shown[name], statistics[name][:6, units])
+    again = panels(plot_statistics.draw_statistics(statistics, 5, 6, "title"))
+    np.testing.assert_array_equal(again["recurrent_mean"], shown["recurrent_mean"])
+
+
+def test_the_picture_of_a_run(finished, draw, tmp_path):
+    figure, output = draw(finished)
+    picture = finished / "population_statistics.png"
+    assert output == f"Population statistics, re-estimated, of update 3: {picture}\n"
+    assert picture.read_bytes().startswith(PNG)
+    for word in ("letters.txt", "BN-LSTM, update 3", "population statistics, re-estimated"):
+        assert word in figure.get_suptitle()
+    with np.load(finished / "population_statistics.npz") as file:
+        for name, values in panels(figure).items():
+            saved = file[f"layer/{name}"]
+            assert values.shape == (9, min(30, saved.shape[1]))
+            assert set(values[-1]) <= set(saved[-1])
+
+    # Before training is over there is the running average.
+    (finished / "population_statistics.npz").unlink()
+    figure, output = draw(finished, output=str(tmp_path / "other.png"), steps=4, units=2)
+    assert "population statistics, running average" in figure.get_suptitle()
+    assert output.startswith("Population statistics, running average, of update 3")
+    assert (tmp_path / "other.png").read_bytes().startswith(PNG)
+    _, variables, _ = read_best(finished)
+    for name, values in panels(figure).items():
+        assert values.shape == (4, 2)
+        assert set(values[-1]) <= set(np.asarray(variables["batch_stats"]["layer"][name])[3])
+
+
+def test_the_picture_of_a_run_on_images(tmp_path, draw):
+    config = digits.get_config()
+    config.data_dir = str(tmp_path)
+    config.num_updates = config.eval_every = config.log_every = 2
+    config.model.kind = "bn_lstm"
+    config.model.features = 4
+    train.train(config, tmp_path / "run")
+    figure, _ = draw(tmp_path / "run")
+    assert figure.get_suptitle().startswith("digits, BN-LSTM, update 2\n")
+    assert panels(figure)["recurrent_var"].shape == (64, 16)
+
+
+def test_layers_are_found_by_their_statistics():
+    row = np.ones((3, 2))
+    layer = {"recurrent_mean": row, "recurrent_var": row, "input_mean": row, "input_var": row}
+    tree = {"decoder": {"rnn": layer}, "encoder": {"rnn": layer, "norm": {"mean": row}}}
+    layers = plot_statistics.find_statistics(tree)
+    assert set(layers) == {"decoder/rnn", "encoder/rnn"}
+    assert set(layers["decoder/rnn"]) == {"recurrent_mean", "recurrent_var"}
+    figure = plot_statistics.draw_statistics(layers["decoder/rnn"], 30, None, "")
+    assert [lines(axes).shape for axes in figure.axes] == [(3, 2), (3, 2)]
+
+
+def test_a_model_without_statistics(runs, draw, tmp_path):
+    with pytest.raises(UserError, match="has no statistics to draw: its model, LSTM, normalises"):
+        draw(runs / "lstm", output=str(tmp_path / "picture.png"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_two_runs(runs, draw):
+    with pytest.raises(UserError, match=f"choose {runs}/bn_lstm or {runs}/lstm$"):
+        draw(runs)
+
+
+@pytest.mark.parametrize(
+    "output, message",
+    [
+        ("none/picture.png", "No such file"),
+        ("folder.png", "Is a directory"),
+        ("picture.doc", "not supported"),
+        ("picture", "''"),
+    ],
+)
+def test_a_picture_that_cannot_be_written(runs, draw, tmp_path, output, message):
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(UserError, match=f"--output=.*{output} cannot be written: .*{message}"):
+        draw(runs / "bn_lstm", output=str(tmp_path / output))
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder.png"]
+
+
+def test_without_matplotlib(finished, draw, monkeypatch):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match="matplotlib is not installed: pip install matplotlib"):
+        draw(finished)
+    assert not (finished / "population_statistics.png").exists()
+
+
+def test_a_mistake_is_one_line(runs):
+    command = [sys.executable, "-m", "scripts.plot_statistics", f"--workdir={runs / 'lstm'}"]
+    done = subprocess.run(
+        [*command, "--units=5", "--steps=3", "--output=picture.png"],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "has no statistics to draw" in done.stderr

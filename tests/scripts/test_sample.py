@@ -1,0 +1,250 @@
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import workdir
+from experiments.checkpoints import read_best
+from experiments.datasets.corpus import UNKNOWN, encode
+from experiments.errors import UserError
+from experiments.tasks import char_lm
+from scripts import sample
+from tests.scripts import LETTERS, train_texts
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "scripts.sample"]
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return train_texts(tmp_path_factory.mktemp("sample"))
+
+
+@pytest.fixture
+def finished(runs, tmp_path):
+    """A copy of a run, to be spoilt."""
+    return Path(shutil.copytree(runs / "bn_lstm", tmp_path / "run"))
+
+
+@pytest.fixture
+def write(monkeypatch, capsys):
+    """Runs the command in this process; what it writes to stdout and to stderr."""
+
+    def write(folder, **given):
+        given = {"prompt": None, "length": 20, "temperature": 1.0, "seed": 1} | given
+        monkeypatch.setattr(sample.flags, "FLAGS", SimpleNamespace(workdir=str(folder), **given))
+        sample.main([])
+        return capsys.readouterr()
+
+    return write
+
+
+def opened(folder, scale=0.7):
+    """Model, variables and vocabulary of a run; parameters moved, so that predictions differ."""
+    config = workdir.read_config(folder)
+    vocabulary = workdir.read_record(folder)["vocabulary"]
+    _, variables, _ = read_best(folder)
+    rng = np.random.default_rng(2)
+    variables["params"] = jax.tree.map(
+        lambda leaf: leaf + scale * rng.normal(size=leaf.shape).astype(np.float32),
+        variables["params"],
+    )
+    return char_lm.make_model(config, len(vocabulary)), variables, vocabulary
+
+
+def drawn(run, prompt, length, temperature, seed=1):
+    return "".join(itertools.islice(sample.sample(*run, prompt, temperature, seed), length))
+
+
+def logits_of(run, text, length=0):
+    """The model's own, of what follows each character of `text`, read from the start in one go.
+
+    Read with what makes it `length` characters, so that texts that grow are compiled once.
+    """
+    model, variables, vocabulary = run
+    symbols = jnp.asarray(encode(text.ljust(length), vocabulary)[None], jnp.int32)
+    _, logits = model.apply(variables, symbols, use_running_average=True)
+    return np.asarray(logits[0, : len(text)], np.float64)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "bn_lstm"])
+def test_at_temperature_0_each_character_is_the_likeliest(runs, kind):
+    run = opened(runs / kind)
+    text = prompt = "fab "
+    for _ in range(30):  # there are statistics for 9 time steps
+        likely = np.argsort(logits_of(run, text, 40)[-1])[::-1]
+        text += next(run[2][i] for i in likely if run[2][i] != UNKNOWN)
+    assert prompt + drawn(run, prompt, 30, 0.0) == text
+    assert len(set(text)) > 4
+    assert drawn(run, prompt, 30, 1e-30, seed=5) == text[len(prompt) :]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_draws_follow_the_logits(temperature):
+    """Frequencies of 20,000 draws, each within 5 of its standard deviations."""
+    logits = np.array([0.0, 1.0, -2.0, 6.0, 2.5], np.float32)
+    excluded = np.array([False, False, False, True, False])
+    p = np.where(excluded, 0, np.exp(logits / temperature))
+    p /= p.sum()
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    symbols = jax.vmap(lambda key: sample.draw(logits, excluded, key, temperature))(keys)
+    frequency = np.bincount(symbols, minlength=5) / len(keys)
+    assert np.all(np.abs(frequency - p) <= 5 * np.sqrt(p * (1 - p) / len(keys)))
+
+
+@pytest.mark.parametrize("kind", ["lstm", "bn_lstm"])
+def test_a_long_text_is_one_of_the_model(runs, kind):
+    """3,000 characters, of which 9 time steps have statistics.
+
+    Given the text so far, the surprise at a character less its expectation has mean 0; so the sum
+    over all of them is within 5 of its standard deviations.
+    """
+    run, temperature = opened(runs / kind), 0.8
+    text = "a" + drawn(run, "a", 3000, temperature)
+    assert len(text) == 3001 and set(text) <= set(LETTERS)
+    logits = logits_of(run, text)[:-1]
+    assert np.all(np.isfinite(logits))
+    logits[:, run[2].index(UNKNOWN)] = -1e9
+    log_p = np.asarray(jax.nn.log_softmax(logits / temperature))
+    p = np.exp(log_p)
+    surprise = -np.take_along_axis(log_p, encode(text[1:], run[2])[:, None].astype(int), 1)[:, 0]
+    entropy = -(p * log_p).sum(1)
+    variance = (p * log_p**2).sum(1) - entropy**2
+    assert abs(np.sum(surprise - entropy)) < 5 * np.sqrt(variance.sum())
+    assert variance.mean() > 0.1 and entropy.std() > 0.05  # so that it is a test
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 50.0, 1e30])
+def test_the_symbol_of_unknown_characters_is_not_drawn(runs, temperature):
+    run = opened(runs / "bn_lstm")
+    bias = run[1]["params"]["readout"]["bias"]
+    run[1]["params"]["readout"]["bias"] = bias.at[run[2].index(UNKNOWN)].add(100.0)
+    assert logits_of(run, "a")[-1].argmax() == run[2].index(UNKNOWN)
+    assert UNKNOWN not in drawn(run, "a", 300, temperature)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "bn_lstm"])
+def test_the_command_needs_the_folder_alone(runs, kind, write, tmp_path):
+    folder = tmp_path / "moved"
+    shutil.copytree(runs / kind, folder)
+    before = sorted(folder.rglob("*"))
+    first = write(folder, prompt="dab")
+    assert first.out.startswith("dab") and first.out.endswith("\n") and len(first.out) == 24
+    assert first.err == ""
+    assert write(folder, prompt="dab") == first
+    assert write(folder, prompt="dab", seed=2) != first
+    assert write(folder).out.startswith("\n")
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_statistics_are_the_re_estimated_ones_if_there_are_any(finished, write):
+    update, variables, which = read_best(finished)
+    with np.load(finished / "population_statistics.npz") as file:
+        for name, value in variables["batch_stats"]["layer"].items():
+            np.testing.assert_array_equal(value, file[f"layer/{name}"])
+    assert which == "population" and update == 3
+
+    (finished / "population_statistics.npz").unlink()
+    _, running, which = read_best(finished)
+    assert which == "running"
+    assert not np.allclose(
+        running["batch_stats"]["layer"]["cell_mean"], variables["batch_stats"]["layer"]["cell_mean"]
+    )
+    assert write(finished).err == (
+        "no re-estimated population statistics of update 3 yet: using the running average\n"
+    )
+
+
+def change(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_a_folder_without_a_run_of_its_own(runs, tmp_path, write):
+    with pytest.raises(UserError, match=f"{tmp_path} is not the folder of a run"):
+        write(tmp_path)
+    with pytest.raises(UserError, match=f"choose {runs}/bn_lstm or {runs}/lstm$"):
+        write(runs)
+
+
+def test_a_run_of_another_task(finished, write):
+    change(finished / "config.json", task="sequential_images")
+    with pytest.raises(UserError, match=r"a run of the task sequential_images: only .* char_lm"):
+        write(finished)
+
+
+def test_a_run_without_a_validated_checkpoint(finished, write):
+    shutil.rmtree(finished / "checkpoints")
+    with pytest.raises(UserError, match="holds no validated checkpoint yet"):
+        write(finished)
+
+
+@pytest.mark.parametrize(
+    "prompt, message",
+    [
+        ("", "--prompt is empty"),
+        ("aZa?Z", r"--prompt has 'Z\?', not .* training text: there are '\\n Tabcdefg'"),
+        ("FAB", "--prompt has 'FAB', not .*: did you mean 'fab'"),
+        (UNKNOWN, f"--prompt has '{UNKNOWN}'"),
+    ],
+)
+def test_a_prompt_that_will_not_do(finished, write, prompt, message):
+    shutil.rmtree(finished / "checkpoints")  # which is not read before
+    with pytest.raises(UserError, match=message):
+        write(finished, prompt=prompt)
+
+
+def test_the_prompt_by_default():
+    assert sample.check_prompt(None, "ab \n") == "\n"
+    assert sample.check_prompt(None, "ab ") == " "
+    assert sample.check_prompt(None, UNKNOWN + "ab") == "a"
+
+
+def test_a_checkpoint_of_another_model(finished, write):
+    change(finished / "run.json", vocabulary="abc")
+    with pytest.raises(UserError, match=r"input_kernel is \(11, 32\) .*, \(3, 32\)"):
+        write(finished)
+
+
+def test_a_checkpoint_of_another_kind(finished, write):
+    config = json.loads((finished / "config.json").read_text())
+    change(finished / "config.json", model=config["model"] | {"kind": "lstm"})
+    with pytest.raises(UserError, match=r"batch_stats/layer/cell_mean is \(9, 8\) .*, missing"):
+        write(finished)
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--temperature=nan", "--temperature=nan: it must be a number, at least 0"),
+        ("--temperature=-0.5", "--temperature=-0.5: it must be a number, at least 0"),
+        ("--length=0", "--length=0: 0 is not a positive integer"),
+        ("--seed=3", "is not the folder of a run"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, argument, message):
+    command = [*COMMAND, f"--workdir={tmp_path}", argument]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_a_reader_that_leaves_ends_it_quietly(runs):
+    command = [*COMMAND, f"--workdir={runs / 'lstm'}", "--prompt=dab", "--length=1000000"]
+    pipe = subprocess.PIPE
+    buffered = {k: v for k, v in ENVIRONMENT.items() if k != "PYTHONUNBUFFERED"}  # as users have it
+    with subprocess.Popen(command, cwd=ROOT, env=buffered, stdout=pipe, stderr=pipe) as process:
+        assert process.stdout.read(50).startswith(b"dab")  # long before it is done
+        process.stdout.close()
+        assert process.wait(timeout=60) == 141
+        assert process.stderr.read() == b""
