@@ -53,10 +53,12 @@ def product(x: Array, kernel: Array, dtype: Any = None) -> Array:
 def look_up(symbols: Array, kernel: Array, dtype: Any = None) -> Array:
     """`product(one_hot(symbols), kernel, dtype)` without the one-hot vectors: rows of a table.
 
-    Integers `[...]` in `[0, V)` and a kernel `[V, F]` give `[..., F]`.
+    Integers `[...]` in `[0, V)` and a kernel `[V, F]` give `[..., F]`; others, as in
+    `flax.linen.Embed`, NaN.
     """
     dtype = dtype or kernel.dtype
-    return kernel.astype(dtype).astype(statistics_dtype(dtype))[symbols]
+    table = kernel.astype(dtype).astype(statistics_dtype(dtype))
+    return jnp.take(table, symbols.astype(jnp.int32), axis=0)
 
 
 def lstm_step(

@@ -3,18 +3,28 @@
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jax import Array
 
 from bnlstm_jax import initializers
-from bnlstm_jax.cells import Carry
+from bnlstm_jax.cells import Carry, product
 
 
-def readout(num_classes: int, dtype: Any) -> nn.Dense:
-    """The linear map from hidden states to logits."""
-    return nn.Dense(
-        num_classes, dtype=dtype, kernel_init=initializers.semi_orthogonal(), name="readout"
-    )
+class Readout(nn.Module):
+    """A linear map from hidden states `[..., H]` to logits `[..., features]`.
+
+    As in the recurrent layers, `dtype` is that of the product's operands alone.
+    """
+
+    features: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, hidden: Array) -> Array:
+        """Logits, in float32 or wider."""
+        shape = hidden.shape[-1], self.features
+        kernel = self.param("kernel", initializers.semi_orthogonal(), shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape[1:])
+        return product(hidden, kernel, self.dtype) + bias
 
 
 class SequenceClassifier(nn.Module):
@@ -23,7 +33,7 @@ class SequenceClassifier(nn.Module):
     Attributes:
       layer: an LSTM or BNLSTM.
       num_classes: number of classes K.
-      dtype: dtype of the read-out's product; logits are float32.
+      dtype: dtype of the operands of the read-out's product; logits are float32.
     """
 
     layer: nn.Module
@@ -44,8 +54,7 @@ class SequenceClassifier(nn.Module):
             return_carry=True,
             use_running_average=use_running_average,
         )
-        logits = readout(self.num_classes, self.dtype)(hidden)
-        return logits.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+        return Readout(self.num_classes, self.dtype, name="readout")(hidden)
 
 
 class LanguageModel(nn.Module):
@@ -53,7 +62,7 @@ class LanguageModel(nn.Module):
 
     Attributes:
       layer: an LSTM or BNLSTM with a `vocab_size`.
-      dtype: dtype of the read-out's product; logits are float32.
+      dtype: dtype of the operands of the read-out's product; logits are float32.
     """
 
     layer: nn.Module
@@ -66,14 +75,15 @@ class LanguageModel(nn.Module):
         initial_carry: Carry | None = None,
         first_step: Array | int | None = None,
         use_running_average: bool | None = None,
-    ) -> tuple[Carry, Array]:
+        return_carry: bool = False,
+    ) -> Array | tuple[Carry, Array]:
         """Symbols `[batch, time]` to the logits of what follows each, `[batch, time, V]`, in nats.
 
         At inference a long text may be read in pieces: each takes the carry of the one before as
         `initial_carry`, and the number of symbols before it as `first_step`.
 
         Returns:
-          The carry `(c, h)` after the last symbol, and the logits.
+          The logits; with `return_carry` the carry `(c, h)` after the last symbol, and the logits.
         """
         carry, hidden = self.layer(
             symbols,
@@ -82,5 +92,5 @@ class LanguageModel(nn.Module):
             return_carry=True,
             use_running_average=use_running_average,
         )
-        logits = readout(self.layer.vocab_size, self.dtype)(hidden)
-        return carry, logits.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+        logits = Readout(self.layer.vocab_size, self.dtype, name="readout")(hidden)
+        return (carry, logits) if return_carry else logits

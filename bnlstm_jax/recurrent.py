@@ -112,9 +112,8 @@ class RecurrentLayer(LSTMParameters):
             )
 
         self.check_inputs(inputs)
-        if first_step is None:
-            first_step = 0
-        elif self.normalize and not use_running_average:
+        from_start = first_step is None or (isinstance(first_step, int) and first_step == 0)
+        if self.normalize and not use_running_average and not from_start:
             raise ValueError("under batch statistics a sequence is run whole: without first_step")
         if not time_major:
             inputs = jnp.swapaxes(inputs, 0, 1)  # [T, B, D], or [T, B] symbols
@@ -145,7 +144,7 @@ class RecurrentLayer(LSTMParameters):
             }
 
         # The input term, for all time steps at once.
-        t = first_step + jnp.arange(steps)
+        t = (0 if first_step is None else first_step) + jnp.arange(steps)
         times_kernel = product if self.vocab_size is None else look_up
         axis = (-2,) if self.input_statistics == "per_step" else (-3, -2)
         normalize = self.normalizer(params, statistics_at(t), counted, axis)

@@ -22,7 +22,11 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, selection: str, lower_is_better: bool) -> None:
-        """The best is the one with the lowest, or highest, metric `selection`; the later of two."""
+        """The best is the one with the lowest, or highest, metric `selection`; the later of two.
+
+        Raises:
+          UserError: the folder cannot be written.
+        """
         self._selection = selection
 
         def selected(metrics: dict[str, float]) -> float:
@@ -44,11 +48,14 @@ class Checkpoints:
             best_mode="min" if lower_is_better else "max",
             preservation_policy=policy,
         )
-        self._manager = ocp.CheckpointManager(
-            folder.absolute() / "checkpoints",
-            options=options,
-            item_handlers=ocp.StandardCheckpointHandler(),  # for `item_metadata`
-        )
+        try:
+            self._manager = ocp.CheckpointManager(
+                folder.absolute() / "checkpoints",
+                options=options,
+                item_handlers=ocp.StandardCheckpointHandler(),  # for `item_metadata`
+            )
+        except OSError as error:
+            raise UserError(f"--workdir={folder} cannot be written: {error.strerror}") from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -97,10 +104,17 @@ def read_best(folder: Path) -> tuple[int, dict[str, Any], str]:
       UserError: there is no run, or no checkpoint that has been validated.
     """
     record = workdir.read_record(folder)
+    if "selection" not in record:
+        raise UserError(
+            f"{folder / 'run.json'} is of an earlier version: start the run again, to complete it"
+        )
+    nothing = UserError(f"--workdir={folder} holds no validated checkpoint yet")
+    if not (folder / "checkpoints").is_dir():  # nor is the folder made here
+        raise nothing
     with Checkpoints(folder, record["selection"], record["lower_is_better"]) as checkpoints:
         update = checkpoints.best_step()
         if update is None:
-            raise UserError(f"--workdir={folder} holds no validated checkpoint yet")
+            raise nothing
         variables = checkpoints.restore_variables(update)
     if "batch_stats" not in variables:
         return update, variables, "none"

@@ -94,8 +94,13 @@ def check(config: ConfigDict) -> None:
     one_of("config.model.input_statistics", config.model.input_statistics, ("per_step", "sequence"))
     one_of("config.model.dtype", config.model.dtype, ("float32", "bfloat16"))
     one_of("config.optimizer.name", config.optimizer.name, ("rmsprop", "adam"))
-    for term in config.model.normalize:
+    for term in words(config.model.normalize):
         one_of("config.model.normalize", term, ("input", "recurrent", "cell"))
+
+
+def words(field: tuple[str, ...]) -> tuple[str, ...]:
+    """The words of a field: a tuple, or one string with commas, as the command line gives it."""
+    return tuple(word.strip() for part in field for word in part.split(",") if word.strip())
 
 
 def one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:

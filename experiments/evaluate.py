@@ -25,18 +25,25 @@ def make_evaluator(task: Task, noise: jax.Array) -> Evaluator:
     batch and the same in each evaluation.
     """
 
-    @jax.jit(static_argnames="use_running_average")
+    @jax.jit(static_argnames=("use_running_average", "continued"))
     def run(
-        variables: Variables, batch: Batch, index: int, use_running_average: bool
-    ) -> tuple[Metrics, Any]:
+        variables: Variables,
+        batch: Batch,
+        carry: Any,
+        index: int,
+        use_running_average: bool,
+        continued: bool,
+    ) -> tuple[Any, Metrics]:
         outputs, _ = task.model.apply(
             variables,
-            *task.inputs(batch),
+            *task.inputs(batch, carry),
             use_running_average=use_running_average,
             rngs={"noise": jax.random.fold_in(noise, index)},
             mutable=["batch_stats"],  # so that batch statistics may be taken; they are dropped
+            **({"return_carry": True} if continued else {}),
         )
-        return task.metrics(outputs, batch), outputs[0] if "carry" in batch else None
+        carry, outputs = outputs if continued else (None, outputs)
+        return carry, task.metrics(outputs, batch)
 
     def evaluate(
         variables: Variables,
@@ -53,9 +60,9 @@ def make_evaluator(task: Task, noise: jax.Array) -> Evaluator:
             batches = track(batches, title, math.ceil(examples / batch_size))
         carry = None
         for index, batch in enumerate(batches):
-            if reading.continued:
-                batch = {**batch, "carry": carry}
-            metrics, carry = run(variables, batch, index, use_running_average)
+            carry, metrics = run(
+                variables, batch, carry, index, use_running_average, reading.continued
+            )
             for name, sum_and_count in metrics.items():
                 sums[name] = sums.get(name, 0) + np.asarray(sum_and_count, np.float64)
         return {name: float(total / count) for name, (total, count) in sums.items()}
@@ -88,9 +95,9 @@ def evaluate_all(
     config: ConfigDict,
     variables: Variables,
     population: Variables | None,
-    noise: jax.Array,
+    evaluate: Evaluator,
 ) -> Iterator[dict[str, Any]]:
-    """Every split, read and normalised in every way.
+    """Every split, read and normalised in every way, through `make_evaluator(task, ...)`.
 
     Validation's reading is evaluated with batch statistics (in batches of `config.batch_size`),
     with running averages and with `population` statistics; the others with batch statistics, where
@@ -99,7 +106,6 @@ def evaluate_all(
     Yields:
       Rows with `split`, `statistics`, the name of the `reading` where it has one, and the metrics.
     """
-    evaluate = make_evaluator(task, noise)
     first = task.readings[0]
 
     def rows(statistics: str, values: Variables, reading: Reading) -> Iterator[dict[str, Any]]:
@@ -110,7 +116,7 @@ def evaluate_all(
             size = config.batch_size
         for split in reading.splits:
             row = reading.row(split, statistics)
-            title = f"evaluating {task.data} {describe(row)}"
+            title = f"evaluating {describe(row)}, {task.data}"
             yield row | evaluate(values, reading, split, size, statistics != "batch", title)
 
     if population is None:

@@ -5,6 +5,8 @@ from ml_collections import ConfigDict
 
 import bnlstm_jax
 from bnlstm_jax import initializers
+from experiments.config import words
+from experiments.errors import UserError
 
 
 def matmul_dtype(model: ConfigDict) -> str | None:
@@ -18,7 +20,16 @@ def recurrent_layer(
     """The layer of `config.model`, for training sequences of `sequence_length` steps.
 
     With `vocab_size` its inputs are symbols.
+
+    Raises:
+      UserError: there are to be statistics of steps that no training sequence has.
     """
+    if model.max_steps > sequence_length:
+        raise UserError(
+            f"config.model.max_steps is {model.max_steps}, and training sequences have "
+            f"{sequence_length} steps: later ones would never have statistics; make it at most "
+            "that, or 0 for all of them"
+        )
     shared = {
         "features": model.features,
         "vocab_size": vocab_size,
@@ -34,7 +45,7 @@ def recurrent_layer(
     return bnlstm_jax.BNLSTM(
         **shared,
         max_steps=model.max_steps or sequence_length,
-        normalize=tuple(model.normalize),
+        normalize=words(model.normalize),
         input_statistics=model.input_statistics,
         momentum=model.momentum,
         scale_init=nn.initializers.constant(model.initial_scale),

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import rich.progress
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -17,8 +16,8 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskProgressColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.text import Text
@@ -28,6 +27,7 @@ from experiments.workdir import write_text
 
 FILE_NAME = "metrics.jsonl"
 SECONDS_SHOWN = 0.5  # between movements of the progress bar
+SECONDS_AVERAGED = 300  # for the time left; updates may be waited for in bursts
 SECONDS_LOGGED = 60  # between lines that take its place in a log file
 # What normalised, as it is written in files, and as it is named wherever people read a number.
 STATISTICS = {
@@ -78,17 +78,16 @@ class Reporter:
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a")
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, markup=False)
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[metrics]}"),
-            UpdatesPerSecond(),
-            TimeElapsedColumn(),
-            TextColumn("<"),
             TimeRemainingColumn(),
+            TextColumn("left", markup=False),
+            UpdatesPerSecond(),
+            TextColumn("{task.fields[metrics]}", markup=False),
+            TextColumn("{task.description}", markup=False),  # what may be cut off comes last
             console=self.console,
+            speed_estimate_period=SECONDS_AVERAGED,
             # A log file gets lines, not a bar for each of them.
             disable=not self.console.is_terminal,
         )
@@ -166,7 +165,15 @@ class Stopwatch:
 def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
     """The items, under a passing progress bar; in a log file, with a line a minute."""
     if Console().is_terminal:
-        yield from rich.progress.track(items, title, total, transient=True)
+        columns = (
+            BarColumn(bar_width=20),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left", markup=False),
+            TextColumn("{task.description}", markup=False),  # what may be cut off comes last
+        )
+        with Progress(*columns, transient=True) as progress:
+            yield from progress.track(items, total, description=title)
         return
     start = logged = time.monotonic()
     for done, item in enumerate(items, 1):

@@ -111,8 +111,6 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
     task = tasks.load(config)
     workdir.check_record(task.record, folder)
     state = create_state(task, config)
-    choice = {"selection": task.selection, "lower_is_better": task.lower_is_better}
-    workdir.open_workdir(config, folder, {**task.record, **choice})
     _, noise = random_keys(config.seed)
     train_step = make_train_step(task, noise)
     evaluator = evaluate.make_evaluator(task, noise)
@@ -123,6 +121,13 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
         if (latest := checkpoints.latest_step()) is not None:
             state = checkpoints.restore(latest, state)
         start = int(state.step)
+        if start > config.num_updates:
+            raise UserError(
+                f"config.num_updates is {config.num_updates}, and the run in {folder} is at update "
+                f"{start}: ask for more, or leave it as it is with --mode=evaluate"
+            )
+        choice = {"selection": task.selection, "lower_is_better": task.lower_is_better}
+        workdir.open_workdir(config, folder, {**task.record, **choice})
         title = f"{task.data} {config.model.kind}"
         with metrics.Reporter(folder, title, task.data, start, config.num_updates) as reporter:
             parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -183,9 +188,10 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
         results_path = folder / RESULTS_NAME
         if results_path.exists() and start == config.num_updates:
             results = json.loads(results_path.read_text())
-            if results["updates"] == start:
+            evaluation = evaluation_fields(config)
+            if results["updates"] == start and results.get("evaluation") == evaluation:
                 return results
-        return evaluate_best(task, config, state, checkpoints, folder)
+        return evaluate_best(task, config, state, checkpoints, folder, evaluator)
 
 
 def evaluate_best(
@@ -194,15 +200,17 @@ def evaluate_best(
     state: TrainState,
     checkpoints: Checkpoints,
     folder: Path,
+    evaluator: evaluate.Evaluator,
 ) -> dict[str, Any]:
     """Evaluates the best checkpoint in every way, into `results.json`.
 
-    Its re-estimated population statistics go into `population_statistics.npz`.
+    What the file holds of the same checkpoint, read in ways that are not asked for now, stays. The
+    re-estimated population statistics go into `population_statistics.npz`.
 
     Returns:
       The name of the `data`, `kind`, the `update` of the best checkpoint, `updates` trained, the
-      metric `selection` that chose it, the metrics to be `shown`, and under `rows` the metrics by
-      split, statistics and reading.
+      metric `selection` that chose it, the metrics to be `shown`, the config's fields on
+      `evaluation`, and under `rows` the metrics by split, statistics and reading.
 
     Raises:
       UserError: no checkpoint has been validated.
@@ -223,10 +231,38 @@ def evaluate_best(
         "updates": checkpoints.latest_step(),
         "selection": task.selection,
         "shown": list(task.shown),
-        "rows": list(evaluate.evaluate_all(task, config, variables, population, noise)),
+        "evaluation": evaluation_fields(config),
+        "rows": list(evaluate.evaluate_all(task, config, variables, population, evaluator)),
     }
+    results["rows"] += other_rows(folder / RESULTS_NAME, results)
     workdir.write_json(folder / RESULTS_NAME, results)
     return results
+
+
+def evaluation_fields(config: ConfigDict) -> dict[str, Any]:
+    """The fields on which the final evaluation depends, as JSON has them."""
+    fields = json.loads(config.to_json_best_effort())
+    return {name: fields[name] for name in workdir.EVALUATION_FIELDS if name in fields}
+
+
+def other_rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an earlier `results.json` that are as good as the new ones, and not among them."""
+    if not path.exists():
+        return []
+    earlier = json.loads(path.read_text())
+
+    def model(results: dict[str, Any]) -> tuple[Any, ...]:
+        fields = results.get("evaluation", {})
+        return results["update"], fields.get("population_batch_size")
+
+    if model(earlier) != model(results):
+        return []
+
+    def way(row: dict[str, Any]) -> tuple[str, ...]:
+        return row["split"], row["statistics"], row.get("reading", "")
+
+    known = set(map(way, results["rows"]))
+    return [row for row in earlier["rows"] if way(row) not in known]
 
 
 def evaluate_run(config: ConfigDict, folder: Path) -> dict[str, Any]:
@@ -236,5 +272,7 @@ def evaluate_run(config: ConfigDict, folder: Path) -> dict[str, Any]:
     task = tasks.load(config)
     workdir.check_record(task.record, folder)
     state = create_state(task, config)
+    _, noise = random_keys(config.seed)
+    evaluator = evaluate.make_evaluator(task, noise)
     with Checkpoints(folder, task.selection, task.lower_is_better) as checkpoints:
-        return evaluate_best(task, config, state, checkpoints, folder)
+        return evaluate_best(task, config, state, checkpoints, folder, evaluator)

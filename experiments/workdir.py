@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,14 @@ from experiments.errors import UserError
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections", "numpy")
 # May differ between the start of a run and its continuation: where data lie, how far to go, and
 # how to evaluate.
-FREE_FIELDS = (
-    "data_dir",
-    "text_file",
-    "num_updates",
+EVALUATION_FIELDS = (
     "eval_batch_size",
     "eval_lengths",
     "whole_text",
     "chunk_length",
     "population_batch_size",
 )
+FREE_FIELDS = ("data_dir", "text_file", "num_updates", *EVALUATION_FIELDS)
 STATISTICS_NAME = "population_statistics.npz"
 
 
@@ -83,7 +82,7 @@ def check_record(record: dict[str, Any], workdir: Path) -> None:
     theirs = read_record(workdir)
     ours = json.loads(json.dumps(record))
     for name, value in ours.items():
-        if theirs.get(name) != value:
+        if theirs.get(name) != value and name != "dataset":  # a file may be renamed
             raise UserError(
                 f"--workdir={workdir} holds the run on other data: there {name} is "
                 f"{_short(theirs.get(name))}, here it is {_short(value)}; choose another workdir, "
@@ -104,14 +103,24 @@ def write_statistics(workdir: Path, step: int, batch_stats: dict[str, Any]) -> N
 
 
 def read_statistics(workdir: Path, step: int) -> dict[str, Any] | None:
-    """The population statistics of a checkpoint as a collection; None if they were not saved."""
+    """The population statistics of a checkpoint as a collection; None if they were not saved.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
     path = workdir / STATISTICS_NAME
     if not path.exists():
         return None
-    with np.load(path) as file:
-        arrays = dict(file)
-    if arrays.pop("update") != step:
-        return None
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+        if arrays.pop("update") != step:
+            return None
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} is damaged: delete it, and run "
+            f"python -m experiments.main --mode=evaluate --workdir={workdir}"
+        ) from error
     return unflatten_dict(arrays, sep="/")
 
 

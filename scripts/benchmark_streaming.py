@@ -28,7 +28,7 @@ from experiments.compare import LABELS
 
 FEATURES = flags.DEFINE_integer("features", 1000, "Hidden units H.", lower_bound=1)
 CHARACTERS = flags.DEFINE_integer(
-    "characters", 446_184, "Length of the long text; that of Penn Treebank's test.", lower_bound=2
+    "characters", 446_184, "Length of the long text; that of Penn Treebank's test.", lower_bound=100
 )
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Measurements of each.", lower_bound=1)
 

@@ -127,6 +127,7 @@ def sample(
             initial_carry=carry,
             first_step=position,
             use_running_average=True,
+            return_carry=True,
             rngs={"noise": noise},
         )
         key_here = jax.random.fold_in(key, position + symbols.shape[1])
@@ -161,6 +162,7 @@ def main(_: list[str]) -> None:
             "average",
             file=sys.stderr,
         )
+    sys.stdout.reconfigure(errors="replace")  # where the terminal lacks a character
     text = sample(model, variables, vocabulary, prompt, given.temperature, given.seed)
     try:
         print(prompt, end="", flush=True)

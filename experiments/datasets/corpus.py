@@ -137,7 +137,8 @@ def _text(text_file: str, split: tuple[float, ...]) -> Corpus:
     fractions, sizes = _fractions(split), _sizes(split)
     if fractions is None and sizes is None:
         _refuse(
-            split, "three fractions that sum to at most 1, or three whole numbers of characters"
+            split,
+            "three fractions above 0 that sum to at most 1, or three whole numbers of characters",
         )
     text = _read(text_file)
     if fractions:
@@ -164,9 +165,10 @@ def _read(text_file: str) -> str:
         raise UserError("config.text_file is empty: give the path of a UTF-8 text file")
     try:
         data = Path(text_file).expanduser().read_bytes()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
+        problem = getattr(error, "strerror", error)
         raise UserError(
-            f"config.text_file is {text_file}, which cannot be read: {error.strerror}"
+            f"config.text_file is {text_file}, which cannot be read: {problem}"
         ) from error
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")  # the byte order mark
@@ -175,6 +177,11 @@ def _read(text_file: str) -> str:
             f"config.text_file is {text_file}, which is not UTF-8: byte {error.start} is "
             f"{data[error.start]:#04x}; convert the file, for example with iconv"
         ) from error
+    if "\0" in text:
+        raise UserError(
+            f"config.text_file is {text_file}, which holds NUL characters, as UTF-16 does: convert "
+            "the file to UTF-8, for example with iconv"
+        )
     if not text:
         raise UserError(f"config.text_file is {text_file}, which holds no text")
     return text

@@ -29,7 +29,7 @@ class Reading(NamedTuple):
       name: what results call it, such as `segments of 100`; empty where there is but one way.
       length: time steps of an example, where a task leaves that open.
       continued: examples are consecutive pieces of one sequence, read one by one: each goes on from
-        the carry of the one before. The model returns it, as the first of its outputs.
+        the carry of the one before, which the model returns when called with `return_carry`.
     """
 
     splits: tuple[str, ...]
@@ -74,13 +74,10 @@ class Task(Protocol):
     def batches(self, split: str, batch_size: int, reading: Reading) -> Iterator[Batch]:
         """One pass over a split, in order; the last batch may be short."""
 
-    def inputs(self, batch: Batch) -> tuple[Any, ...]:
-        """What the model is called with. Traced: jax operations only.
+    def inputs(self, batch: Batch, carry: Any = None) -> tuple[Any, ...]:
+        """What the model is called with; after a first piece, with its carry. Traced."""
 
-        In a continued reading the batch has an entry `carry`, which is None at the start.
-        """
-
-    def metrics(self, outputs: Any, batch: Batch) -> Metrics:
+    def metrics(self, outputs: Array, batch: Batch) -> Metrics:
         """Metrics of a batch, `loss` among them, which training minimises. Traced."""
 
 
@@ -94,6 +91,25 @@ def load(config: ConfigDict) -> Task:
     if config.task not in names:
         raise UserError(unknown_name("config.task", config.task, names))
     return importlib.import_module(f"{__name__}.{config.task}").Task(config)
+
+
+def check_batch_size(config: ConfigDict, num_examples: int, data: str) -> None:
+    """Refuses batches that cannot be made of the training data, or not be normalised.
+
+    Raises:
+      UserError: names the field.
+    """
+    size = config.batch_size
+    if size > num_examples:
+        raise UserError(
+            f"config.batch_size is {size}, and {data} has {num_examples} training examples: make "
+            "it smaller"
+        )
+    if config.model.kind != "lstm" and size - -num_examples % size == 1:
+        raise UserError(
+            f"config.batch_size is {size}: of the {num_examples} training examples of {data} the "
+            "last batch would have one, which has no batch statistics; choose another size"
+        )
 
 
 def updates_per_epoch(num_examples: int, batch_size: int) -> int:

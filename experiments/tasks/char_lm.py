@@ -7,17 +7,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax import Array
 from ml_collections import ConfigDict
 
 from bnlstm_jax.models import LanguageModel
-from experiments.config import one_of
+from experiments.config import one_of, words
 from experiments.datasets import corpus
+from experiments.datasets.corpus import SPLITS, UNKNOWN
 from experiments.errors import UserError
 from experiments.layers import matmul_dtype, recurrent_layer
-from experiments.tasks import Batch, Metrics, Reading, shuffled_batch, updates_per_epoch
+from experiments.tasks import (
+    Batch,
+    Metrics,
+    Reading,
+    check_batch_size,
+    shuffled_batch,
+    updates_per_epoch,
+)
 
-SPLITS = ("train", "valid", "test")
 SELECTIONS = ("accuracy", "bits_per_character")
 
 
@@ -64,6 +72,7 @@ class Task:
         self.sizes = {split: len(data.splits[split]) for split in SPLITS}
         self.num_segments = self.sizes["train"] // config.segment_length - 1  # at every offset
         self._check_sizes()
+        self._tell_unknown(data)
         self.model = make_model(config, len(data.vocabulary))
         self.text = {split: jax.device_put(data.splits[split]) for split in SPLITS}
         self.record: dict[str, Any] = {
@@ -103,39 +112,60 @@ class Task:
         steps = np.arange(length, dtype=np.int32)
         return {"text": self.text[split], "start": starts.astype(np.int32), "steps": steps}
 
-    def inputs(self, batch: Batch) -> tuple[Any, ...]:
-        """All symbols of the segments but the last, `[batch, time]`; then carry and first step."""
+    def inputs(self, batch: Batch, carry: Any = None) -> tuple[Any, ...]:
+        """All symbols of the segments but the last, `[batch, time]`; carry and first step."""
         symbols = gather(batch)[:, :-1]
-        return (symbols, batch["carry"], batch["start"][0]) if "carry" in batch else (symbols,)
+        return (symbols,) if carry is None else (symbols, carry, batch["start"][0])
 
-    def metrics(self, outputs: tuple[Any, Array], batch: Batch) -> Metrics:
+    def metrics(self, outputs: Array, batch: Batch) -> Metrics:
         """Cross-entropy in nats and in bits, and accuracy, of logits `[batch, time, V]`."""
-        _, logits = outputs
         targets = gather(batch)[:, 1:]
         count = jnp.float32(targets.size)
-        log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)
+        log_p = jnp.take_along_axis(jax.nn.log_softmax(outputs), targets[..., None], axis=-1)
         nats = -jnp.sum(log_p)
-        correct = jnp.sum(logits.argmax(-1) == targets, dtype=jnp.float32)
+        correct = jnp.sum(outputs.argmax(-1) == targets, dtype=jnp.float32)
         return {
             "loss": (nats, count),
             "bits_per_character": (nats / math.log(2), count),
             "accuracy": (correct, count),
         }
 
+    def _tell_unknown(self, data: corpus.Corpus) -> None:
+        """Warns of characters that the training text lacks."""
+        symbol = data.vocabulary.find(UNKNOWN)
+        for split in ("valid", "test"):
+            if symbol >= 0 and (share := np.mean(data.splits[split] == symbol)):
+                logging.warning(
+                    "%.3f%% of the %s text of %s are characters that the training text lacks; "
+                    "they count as one symbol, which is never learned",
+                    100 * share,
+                    split,
+                    self.data,
+                )
+
     def _check_sizes(self) -> None:
         """Refuses texts that are too short for the config."""
         length, batch_size = self.config.segment_length, self.config.batch_size
         for split, size in self.sizes.items():
             least = 2 * length if split == "train" else length  # in training there is an offset
+            if size > np.iinfo(np.int32).max:
+                raise UserError(
+                    f"the {split} text of {self.data} has {size:,} characters, and positions are "
+                    "counted in 32 bits: set config.split to fewer"
+                )
             if size < least:
                 raise UserError(
                     f"config.segment_length is {length}, and the {split} text of {self.data} has "
                     f"{size:,} characters: it needs {least:,}; make segments shorter or give more"
                 )
-        if batch_size > self.num_segments:
-            raise UserError(
-                f"config.batch_size is {batch_size}, and the training text of {self.data} has "
-                f"{self.num_segments} segments of {length} characters: make it smaller"
+        check_batch_size(self.config, self.num_segments, self.data)
+        validated = self.sizes["valid"] // length
+        if self.config.model.kind != "lstm" and validated < batch_size:
+            logging.warning(
+                "The validation text of %s has %d segments, fewer than a batch: their batch "
+                "statistics, by which the best checkpoint is chosen, are noisy",
+                self.data,
+                validated,
             )
         for reading in self.readings:
             size = min(self.sizes[split] for split in reading.splits)
@@ -159,8 +189,8 @@ def make_readings(config: ConfigDict) -> tuple[Reading, ...]:
     readings = [segments(("valid", "test"), config.segment_length)]
     lengths = dict.fromkeys(config.eval_lengths)
     readings += [segments(("test",), n) for n in lengths if n != config.segment_length]
-    if config.whole_text:
-        whole = tuple(config.whole_text)
+    if words(config.whole_text):
+        whole = tuple(dict.fromkeys(words(config.whole_text)))
         readings.append(Reading(whole, "one sequence", config.chunk_length, continued=True))
     return tuple(readings)
 
@@ -172,12 +202,14 @@ def check(config: ConfigDict) -> None:
       UserError: names the field and what it may be.
     """
     one_of("config.selection", config.selection, SELECTIONS)
-    for split in config.whole_text:
+    for split in words(config.whole_text):
         one_of("config.whole_text", split, SPLITS)
     # A prediction takes two characters, a piece of the whole one prediction.
     lengths = [("segment_length", config.segment_length, 2)]
     lengths += [("eval_lengths", length, 2) for length in config.eval_lengths]
     lengths += [("chunk_length", config.chunk_length, 1)]
     for name, length, least in lengths:
-        if length < least:
-            raise UserError(f"config.{name} is {length}: it must be at least {least}")
+        if not isinstance(length, int) or length < least:
+            raise UserError(
+                f"config.{name} is {length!r}: it must be a whole number, at least {least}"
+            )

@@ -12,9 +12,8 @@ from ml_collections import ConfigDict
 from bnlstm_jax.models import SequenceClassifier
 from experiments import datasets
 from experiments.config import one_of
-from experiments.errors import UserError
 from experiments.layers import matmul_dtype, recurrent_layer
-from experiments.tasks import Batch, Metrics, Reading, shuffled_batch
+from experiments.tasks import Batch, Metrics, Reading, check_batch_size, shuffled_batch
 
 PIXEL_ORDERS = ("in_order", "permutation", "released_draw")
 
@@ -57,11 +56,7 @@ class Task:
         splits = ("train", "valid", "test")
         self.images = {split: data.arrays[f"{split}_images"][:, order] for split in splits}
         self.labels = {split: data.arrays[f"{split}_labels"] for split in splits}
-        if config.batch_size > len(self.labels["train"]):
-            raise UserError(
-                f"config.batch_size is {config.batch_size}, and {config.dataset} has "
-                f"{len(self.labels['train'])} training examples: make it smaller"
-            )
+        check_batch_size(config, len(self.labels["train"]), self.data)
         self.model = SequenceClassifier(
             recurrent_layer(config.model, pixels),
             data.info["num_classes"],
@@ -94,8 +89,9 @@ class Task:
     def _batch(self, split: str, which: Any) -> Batch:
         return {"image": self.images[split][which], "label": self.labels[split][which]}
 
-    def inputs(self, batch: Batch) -> tuple[Array, ...]:
+    def inputs(self, batch: Batch, carry: Any = None) -> tuple[Array, ...]:
         """Pixels in [0, 1], `[batch, time, 1]`."""
+        del carry
         return (jnp.asarray(batch["image"], jnp.float32)[..., None] / self.max_pixel,)
 
     def metrics(self, outputs: Array, batch: Batch) -> Metrics:

@@ -39,7 +39,9 @@ def test_language_model_reads_every_hidden_state(layer):
     model = LanguageModel(layer)
     symbols = np.random.default_rng(0).integers(0, 4, (2, 5))
     variables = model.init(jax.random.key(1), symbols, use_running_average=True)
-    carry, logits = model.apply(variables, symbols, use_running_average=True)
+    logits = model.apply(variables, symbols, use_running_average=True)
+    carry, alike = model.apply(variables, symbols, use_running_average=True, return_carry=True)
+    np.testing.assert_array_equal(alike, logits)
 
     inner = {name: collection["layer"] for name, collection in variables.items()}
     expected_carry, hidden = layer.apply(
@@ -50,6 +52,15 @@ def test_language_model_reads_every_hidden_state(layer):
     assert logits.shape == (2, 5, 4)
     jax.tree.map(np.testing.assert_array_equal, carry, expected_carry)
 
-    first, _ = model.apply(variables, symbols[:, :2], use_running_average=True)
-    _, rest = model.apply(variables, symbols[:, 2:], first, 2, use_running_average=True)
+    first, _ = model.apply(variables, symbols[:, :2], use_running_average=True, return_carry=True)
+    rest = model.apply(variables, symbols[:, 2:], first, 2, use_running_average=True)
     np.testing.assert_allclose(rest, logits[:, 2:], atol=1e-6)
+
+
+def test_bfloat16_rounds_operands_not_logits():
+    model = LanguageModel(bnlstm_jax.LSTM(6, vocab_size=4, dtype="bfloat16"), dtype="bfloat16")
+    symbols = np.random.default_rng(0).integers(0, 4, (2, 5))
+    variables = model.init(jax.random.key(1), symbols)
+    logits = model.apply(variables, symbols)
+    assert logits.dtype == np.float32
+    assert np.any(logits != logits.astype("bfloat16").astype(np.float32))

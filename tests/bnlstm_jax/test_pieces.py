@@ -66,7 +66,7 @@ def test_the_first_step_matters_until_statistics_end():
 
 def test_pieces_have_no_batch_statistics():
     layer, variables, inputs = layer_and_variables("bn_lstm")
+    training = layer.clone(use_running_average=False)
     with pytest.raises(ValueError, match="without first_step"):
-        layer.clone(use_running_average=False).apply(
-            variables, inputs, first_step=3, mutable=["batch_stats"]
-        )
+        training.apply(variables, inputs, first_step=3, mutable=["batch_stats"])
+    training.apply(variables, inputs, first_step=0, mutable=["batch_stats"])

@@ -135,3 +135,10 @@ def test_inputs_of_another_kind_are_refused(kind):
         of_symbols.init(key, one_hot(symbols))
     with pytest.raises(ValueError, match=r"integers \[batch, time\], these are float32\[4, 5\]"):
         of_symbols.init(key, symbols.astype(np.float32))
+
+
+def test_symbols_out_of_range_are_not_taken_for_others():
+    kernel = jnp.ones((SYMBOLS, 2))
+    got = look_up(np.array([0, SYMBOLS - 1, SYMBOLS, 200], np.uint8), kernel)
+    np.testing.assert_array_equal(np.isnan(got[:, 0]), [False, False, True, True])
+    assert look_up(np.array([3], np.int8), jnp.ones((200, 2))).shape == (1, 2)

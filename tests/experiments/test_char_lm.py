@@ -8,6 +8,7 @@ import pytest
 
 from configs import ptb, text
 from experiments import evaluate, tasks, train
+from experiments.checkpoints import read_best
 from experiments.errors import UserError
 from experiments.tasks import char_lm
 from tests import reference
@@ -169,7 +170,7 @@ def test_segments_of_any_length(config, length, batch_statistics):
 
 def test_every_way_of_evaluation_has_a_name(config):
     config.eval_lengths = (5, LENGTH, 20)
-    config.whole_text = ("valid", "test")
+    config.whole_text = ("valid, test",)  # as the command line gives it
     segments = [f"segments of {n}" for n in (LENGTH, 5, 20)]
     for kind in ("lstm", "bn_lstm"):
         config.model.kind = kind
@@ -178,7 +179,8 @@ def test_every_way_of_evaluation_has_a_name(config):
         population = None
         if kind == "bn_lstm":
             population = evaluate.population_statistics(task, config, variables, NOISE)
-        rows = list(evaluate.evaluate_all(task, config, variables, population, NOISE))
+        run = evaluate.make_evaluator(task, NOISE)
+        rows = list(evaluate.evaluate_all(task, config, variables, population, run))
         ways = {(row["statistics"], row["reading"], row["split"]): row["loss"] for row in rows}
         everywhere = {(segments[0], s) for s in ("valid", "test")}
         longer = {(name, "test") for name in segments[1:]}
@@ -210,7 +212,7 @@ def test_metrics_are_means_over_predictions(config):
     task = tasks.load(config)
     batch = task.train_batch(0)
     logits = np.random.default_rng(0).normal(size=(16, LENGTH - 1, len(LETTERS) + 1))
-    metrics = task.metrics((None, jnp.asarray(logits, jnp.float32)), batch)
+    metrics = task.metrics(jnp.asarray(logits, jnp.float32), batch)
     targets = np.asarray(char_lm.gather(batch))[:, 1:]
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     nats = -np.log(np.take_along_axis(p, targets[..., None], -1))
@@ -228,7 +230,14 @@ def test_a_run_keeps_its_statistics_and_names_its_data(config, tmp_path):
     assert record["dataset"] == results["data"] and record["characters"] == SIZES
     assert record["vocabulary"] == "".join(sorted(LETTERS)) + "\ufffd"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert {row["reading"] for row in rows if row["split"] == "valid"} == {"segments of 10"}
+    valid = [row for row in rows if row["split"] == "valid"]
+    assert {row["reading"] for row in valid} == {"segments of 10"}
+
+    # The best is that of the fewest bits, and evaluated as when it was chosen: in the same batches.
+    best = min(valid, key=lambda row: row["bits_per_character"])
+    assert results["update"] == best["update"]
+    again = next(row for row in results["rows"] if row["statistics"] == "batch")
+    assert again["bits_per_character"] == best["bits_per_character"]
 
     # The saved statistics are those that gave the results.
     with np.load(folder / "population_statistics.npz") as file:
@@ -236,9 +245,8 @@ def test_a_run_keeps_its_statistics_and_names_its_data(config, tmp_path):
         saved = {name.removeprefix("layer/"): file[name] for name in file if name != "update"}
     assert saved["recurrent_mean"].shape == (LENGTH - 1, 20) and len(saved) == 6
     task = tasks.load(config)
-    with train.Checkpoints(folder, task.selection, task.lower_is_better) as checkpoints:
-        variables = checkpoints.restore_variables(results["update"])
-    variables["batch_stats"] = {"layer": saved}
+    _, variables, _ = read_best(folder)
+    np.testing.assert_array_equal(variables["batch_stats"]["layer"]["cell_var"], saved["cell_var"])
     nats, _ = by_hand(variables, np.asarray(task.text["test"])[None])
     row = next(r for r in results["rows"] if r["reading"] == "one sequence")
     np.testing.assert_allclose(row["loss"], nats.mean(), rtol=1e-4)
@@ -264,15 +272,18 @@ def test_a_run_refuses_to_go_on_with_other_data(config, tmp_path, change):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"segment_length": 1}, r"config\.segment_length is 1: it must be at least 2"),
-        ({"chunk_length": 0}, r"config\.chunk_length is 0: it must be at least 1"),
-        ({"eval_lengths": (20, 1)}, r"config\.eval_lengths is 1: it must be at least 2"),
+        ({"segment_length": 1}, r"config\.segment_length is 1: .* whole number, at least 2"),
+        ({"chunk_length": 0}, r"config\.chunk_length is 0: .* whole number, at least 1"),
+        ({"eval_lengths": (20, 1)}, r"config\.eval_lengths is 1: .* whole number, at least 2"),
+        ({"eval_lengths": (20.5,)}, r"config\.eval_lengths is 20\.5: .* whole number"),
+        ({"eval_lengths": ("abc",)}, r"config\.eval_lengths is 'abc': .* whole number"),
         ({"eval_lengths": (300,)}, r"config\.eval_lengths has 300, and there are 231 characters"),
         ({"whole_text": ("tset",)}, r"config\.whole_text is 'tset'.*did you mean test"),
         ({"selection": "loss"}, r"config\.selection is 'loss'"),
         ({"segment_length": 206}, r"the valid text of letters\.txt .* has 205 characters"),
         ({"segment_length": 307}, r"the train text of letters\.txt .* it needs 614"),
-        ({"batch_size": 61}, r"config\.batch_size is 61, .* has 60 segments of 10"),
+        ({"batch_size": 61}, r"config\.batch_size is 61, .* has 60 training examples"),
+        ({"batch_size": 59}, r"config\.batch_size is 59: .* last batch would have one"),
     ],
     ids=str,
 )
@@ -280,6 +291,64 @@ def test_bad_values_are_refused(config, changes, message):
     config.update(changes)
     with pytest.raises(UserError, match=message):
         tasks.load(config)
+
+
+def test_a_renamed_text_is_the_same_text(config, tmp_path):
+    folder = tmp_path / "run"
+    results = train.train(config, folder)
+    config.text_file = str((tmp_path / "letters.txt").rename(tmp_path / "renamed.txt"))
+    assert train.train(config, folder) == results  # finished, and not evaluated again
+
+
+@pytest.mark.parametrize("field", ["segment_length", "split", "selection", "dataset"])
+def test_a_run_keeps_the_fields_that_make_it_comparable(config, tmp_path, field):
+    config.num_updates = 1
+    train.train(config, tmp_path / "run")
+    other = {"segment_length": 9, "split": (0.5, 0.2, 0.2), "selection": "accuracy"}
+    config.update({field: other.get(field, "text8")})
+    with pytest.raises(UserError, match=f"another config: there config.{field} is"):
+        train.train(config, tmp_path / "run")
+
+
+def test_evaluation_of_a_finished_run_can_be_extended(config, tmp_path):
+    folder = tmp_path / "run"
+
+    def readings(results):
+        assert json.loads((folder / "results.json").read_text()) == results
+        return {row["reading"] for row in results["rows"]}
+
+    before = train.train(config, folder)
+    segments = "segments of 10", "one sequence"
+    assert readings(before) == {*segments}
+    config.eval_lengths = (20,)
+    extended = train.train(config, folder)
+    assert readings(extended) == {*segments, "segments of 20"}
+    config.eval_lengths, config.whole_text = (30,), ()
+    more = train.evaluate_run(config, folder)
+    assert readings(more) == {*segments, "segments of 20", "segments of 30"}
+    # What is the same checkpoint's stays; of other population statistics it does not.
+    assert all(row in more["rows"] for row in before["rows"])
+    config.population_batch_size = 30
+    assert readings(train.evaluate_run(config, folder)) == {"segments of 10", "segments of 30"}
+
+    config.num_updates = 3
+    saved = (folder / "config.json").read_text()
+    with pytest.raises(UserError, match=r"config\.num_updates is 3, and the run .* at update 4"):
+        train.train(config, folder)
+    assert (folder / "config.json").read_text() == saved
+
+
+def test_characters_that_training_lacks_are_told(config, tmp_path, caplog):
+    letters = (tmp_path / "letters.txt").read_text()
+    (tmp_path / "letters.txt").write_text(letters[:-100] + "ü" * 100)
+    config.batch_size = 30
+    with caplog.at_level("WARNING"):
+        task = tasks.load(config)
+    messages = [record.getMessage() for record in caplog.records]
+    share = f"{100 * 100 / SIZES['test']:.3f}% of the test text of letters.txt"
+    assert len(messages) == 2 and "has 20 segments, fewer than a batch" in messages[0]
+    assert messages[1].startswith(share)
+    assert np.sum(np.asarray(task.text["test"]) == len(LETTERS)) == 100
 
 
 def test_penn_treebank_as_in_the_paper(data_dir):

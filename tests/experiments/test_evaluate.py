@@ -46,7 +46,8 @@ def test_every_way_of_evaluation_uses_its_own_statistics(task_and_variables, sma
     task, variables = task_and_variables
     small_config.population_batch_size = 600  # two whole batches, and 97 examples left over
     statistics = evaluate.population_statistics(task, small_config, variables, NOISE)
-    rows = list(evaluate.evaluate_all(task, small_config, variables, statistics, NOISE))
+    run = evaluate.make_evaluator(task, NOISE)
+    rows = list(evaluate.evaluate_all(task, small_config, variables, statistics, run))
     assert [(row["split"], row["statistics"]) for row in rows] == [
         (split, way) for way in ("batch", "running", "population") for split in ("valid", "test")
     ]
@@ -78,7 +79,8 @@ def test_an_lstm_is_evaluated_once(small_config):
     task = tasks.load(small_config)
     assert isinstance(task.model.layer, bnlstm_jax.LSTM)
     variables = train.variables_of(train.create_state(task, small_config))
-    rows = list(evaluate.evaluate_all(task, small_config, variables, None, NOISE))
+    run = evaluate.make_evaluator(task, NOISE)
+    rows = list(evaluate.evaluate_all(task, small_config, variables, None, run))
     assert [(row["split"], row["statistics"]) for row in rows] == [
         ("valid", "none"),
         ("test", "none"),

@@ -180,7 +180,7 @@ def test_training_text_may_hold_the_unknown_character(book):
 
 
 def test_bytes_become_characters_as_they_are(book):
-    text = "\ufeffa\r\nb\n\n\U0001f600\u00e9e\u0301\u0000\u2028"
+    text = "\ufeffa\r\nb\n\n\U0001f600\u00e9e\u0301\u2028"
     data = read(book(codecs.BOM_UTF8 + text.encode() * 3), *(3 * [len(text)]))
     for split in data.splits:
         assert decoded(data, split) == text
@@ -219,6 +219,8 @@ def test_text_file_that_cannot_be_read(tmp_path, book):
     for content in (b"", codecs.BOM_UTF8):
         path = book(content)
         assert error(text_file=path) == f"config.text_file is {path}, which holds no text"
+    message = error(text_file="~nobody-of-this-name/book.txt")
+    assert message.startswith("config.text_file is ~nobody-of-this-name/book.txt, which cannot")
 
 
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
@@ -272,3 +274,8 @@ def test_encode():
 def test_corpus_is_no_data_set_of_its_own():
     assert {"ptb", "text8"} <= set(prepared.names())
     assert not {"corpus", "originals"} & set(prepared.names())
+
+
+def test_nul_characters_are_those_of_another_encoding(book):
+    message = error(text_file=book("plain".encode("utf-16-le")))
+    assert "NUL characters, as UTF-16 does: convert the file" in message
