@@ -41,15 +41,14 @@ def reader(kind: str, features: int, characters: int) -> Callable[[], None]:
     """What evaluates a random text of so many characters with an untrained model."""
     config = ptb.get_config()
     config.model.kind, config.model.features = kind, features
-    train_size = 2 * config.segment_length * config.batch_size
+    valid_size = config.segment_length * config.batch_size
+    train_size = 2 * valid_size
     with tempfile.TemporaryDirectory() as folder:
         letters = np.random.default_rng(0).integers(ord("0"), ord("0") + SYMBOLS, train_size)
-        text = "".join(
-            map(chr, np.resize(letters, train_size + config.segment_length + characters))
-        )
+        text = "".join(map(chr, np.resize(letters, train_size + valid_size + characters)))
         config.dataset, config.text_file = "text", str(Path(folder) / "text.txt")
         Path(config.text_file).write_text(text)
-        config.split = (train_size, config.segment_length, characters)
+        config.split = (train_size, valid_size, characters)
         task = tasks.load(config)
     variables = train.variables_of(train.create_state(task, config))
     run, reading = evaluate.make_evaluator(task, jax.random.key(0)), task.readings[-1]
