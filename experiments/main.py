@@ -22,7 +22,9 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "evaluate"], "Train and evaluate, or evaluate the best checkpoint."
 )
-_PROFILE = flags.DEFINE_boolean("profile", False, "Say where the time of updates went.")
+_PROFILE = flags.DEFINE_boolean(
+    "profile", False, "Say where the time of updates went, the first, which compiles, aside."
+)
 
 DEFAULT_CONFIG = "configs/digits.py"
 

@@ -20,6 +20,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 from tensorboardX import SummaryWriter
 
@@ -82,10 +83,10 @@ class Reporter:
         self._progress = Progress(
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("left", markup=False),
+            TextColumn("left"),
             UpdatesPerSecond(),
-            TextColumn("{task.fields[metrics]}", markup=False),
-            TextColumn("{task.description}", markup=False),  # what may be cut off comes last
+            rest_of_line("{task.fields[metrics]}  {task.description}"),
+            expand=True,
             console=self.console,
             speed_estimate_period=SECONDS_AVERAGED,
             # A log file gets lines, not a bar for each of them.
@@ -162,17 +163,23 @@ class Stopwatch:
         return markdown_table([f"mean of {updates} updates", "ms", "share"], rows)
 
 
+def rest_of_line(text: str) -> TextColumn:
+    """A column that takes the space which the others leave, and is cut off where that is little."""
+    return TextColumn(text, markup=False, table_column=Column(ratio=1, no_wrap=True))
+
+
 def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
     """The items, under a passing progress bar; in a log file, with a line a minute."""
-    if Console().is_terminal:
+    console = Console()
+    if console.is_terminal:
         columns = (
             BarColumn(bar_width=20),
             TaskProgressColumn(),
             TimeRemainingColumn(),
-            TextColumn("left", markup=False),
-            TextColumn("{task.description}", markup=False),  # what may be cut off comes last
+            TextColumn("left"),
+            rest_of_line("{task.description}"),
         )
-        with Progress(*columns, transient=True) as progress:
+        with Progress(*columns, console=console, expand=True, transient=True) as progress:
             yield from progress.track(items, total, description=title)
         return
     start = logged = time.monotonic()
