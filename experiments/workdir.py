@@ -1,5 +1,6 @@
 """A run's folder: whose it is, and the record of how it was made."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -9,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,22 @@ FREE_FIELDS = ("data_dir", "text_file", "num_updates", *EVALUATION_FIELDS)
 STATISTICS_NAME = "population_statistics.npz"
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which then takes the place of `path`: that is whole, or as it was before."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file so that it is there whole or as it was before."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -95,11 +108,8 @@ def write_statistics(workdir: Path, step: int, batch_stats: dict[str, Any]) -> N
 
     NumPy reads the file: names as `layer/recurrent_mean`, each `[max_steps, F]` or `[F]`.
     """
-    path = workdir / STATISTICS_NAME
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with replacing(workdir / STATISTICS_NAME) as temporary, temporary.open("wb") as file:
         np.savez(file, update=step, **flatten_dict(batch_stats, sep="/"))
-    os.replace(temporary, path)
 
 
 def read_statistics(workdir: Path, step: int) -> dict[str, Any] | None:

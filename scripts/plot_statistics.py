@@ -7,7 +7,6 @@ the best checkpoint so far of any BN-LSTM, re-estimated where the run is finishe
 averages. It needs the folder of the run alone, not the data.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,12 +93,10 @@ def save(figure: Any, picture: Path) -> None:
     Raises:
       UserError: it cannot be written there, or not so.
     """
-    temporary = picture.with_name(picture.name + ".tmp")
     try:
-        figure.savefig(temporary, format=picture.suffix[1:], dpi=150)
-        os.replace(temporary, picture)
+        with workdir.replacing(picture) as temporary:
+            figure.savefig(temporary, format=picture.suffix[1:], dpi=150)
     except (OSError, ValueError) as error:  # ValueError: an unknown ending
-        temporary.unlink(missing_ok=True)
         problem = getattr(error, "strerror", None) or error
         raise UserError(f"--output={picture} cannot be written: {problem}") from error
 

@@ -6,7 +6,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import text
-from experiments import train
 
 LETTERS = "abcdefg T\n"
 
@@ -23,10 +22,3 @@ def text_config(folder: Path, kind: str) -> ConfigDict:
     config.model.kind = kind
     config.model.features = 8
     return config
-
-
-def train_texts(folder: Path) -> Path:
-    """Trains both kinds on one text; their runs are `folder / "runs" / kind`."""
-    for kind in ("lstm", "bn_lstm"):
-        train.train(text_config(folder, kind), folder / "runs" / kind)
-    return folder / "runs"

@@ -1,5 +1,4 @@
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,20 +12,8 @@ from experiments import train
 from experiments.checkpoints import read_best
 from experiments.errors import UserError
 from scripts import plot_statistics
-from tests.scripts import train_texts
 
 PNG = b"\x89PNG"
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return train_texts(tmp_path_factory.mktemp("plot"))
-
-
-@pytest.fixture
-def finished(runs, tmp_path):
-    """A copy of a run, to be spoilt and drawn into."""
-    return Path(shutil.copytree(runs / "bn_lstm", tmp_path / "run"))
 
 
 @pytest.fixture

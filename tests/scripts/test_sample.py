@@ -18,22 +18,11 @@ from experiments.datasets.corpus import UNKNOWN, encode
 from experiments.errors import UserError
 from experiments.tasks import char_lm
 from scripts import sample
-from tests.scripts import LETTERS, train_texts
+from tests.scripts import LETTERS
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "scripts.sample"]
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu"}
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return train_texts(tmp_path_factory.mktemp("sample"))
-
-
-@pytest.fixture
-def finished(runs, tmp_path):
-    """A copy of a run, to be spoilt."""
-    return Path(shutil.copytree(runs / "bn_lstm", tmp_path / "run"))
 
 
 @pytest.fixture

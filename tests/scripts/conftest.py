@@ -1,0 +1,22 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+from experiments import train
+from tests.scripts import text_config
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Path:
+    """A folder with finished runs of both kinds of model on one text; it is only read."""
+    folder = tmp_path_factory.mktemp("commands")
+    for kind in ("lstm", "bn_lstm"):
+        train.train(text_config(folder, kind), folder / "runs" / kind)
+    return folder / "runs"
+
+
+@pytest.fixture
+def finished(runs, tmp_path) -> Path:
+    """A copy of a run, to be spoilt and written into."""
+    return Path(shutil.copytree(runs / "bn_lstm", tmp_path / "run"))
