@@ -26,13 +26,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from bnlstm_jax import initializers
-from bnlstm_jax.normalization import (
-    Statistics,
-    batch_standardize,
-    running_average,
-    standardize,
-    statistics_dtype,
-)
+from bnlstm_jax.batch_norm import Normalized
+from bnlstm_jax.normalization import Statistics, statistics_dtype
 
 Carry = tuple[Array, Array]
 # Maps the name and the value of a term to what takes its place, and the statistics that did it.
@@ -94,7 +89,9 @@ def lstm_step(
     f, i, o, g = jnp.split(recurrent_term + input_term + params["bias"], 4, axis=-1)  # (1), (6)
     c = keep_finished(jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g), c)  # (2), (7)
     cell_term, statistics["cell"] = normalize("cell", c)
-    h = keep_finished(jax.nn.sigmoid(o) * jnp.tanh(cell_term + params["cell_bias"]), h)  # (3), (8)
+    if "cell_bias" in params:
+        cell_term = cell_term + params["cell_bias"]
+    h = keep_finished(jax.nn.sigmoid(o) * jnp.tanh(cell_term), h)  # (3), (8)
     return (c, h), statistics
 
 
@@ -127,10 +124,10 @@ class Recurrence(nn.Module):
         """A parameter `[H]` that starts at zero."""
         return self.param(name, nn.initializers.zeros_init(), (self.features,), self.param_dtype)
 
-    def initial_value(self, learned: str, batch: tuple[int, ...]) -> Array:
+    def initial_value(self, learned: str | None, batch: tuple[int, ...]) -> Array:
         """A learned initial state for every example, `[*batch, H]`; zeros in an unbound module."""
         value = jnp.zeros(self.features, self.param_dtype)
-        if self.scope is not None:
+        if learned and self.scope is not None:
             value = getattr(self, learned)
         value = value.astype(statistics_dtype(self.param_dtype))
         return jnp.broadcast_to(value, (*batch, self.features))
@@ -167,14 +164,22 @@ class LSTMParameters(Recurrence):
 
     Attributes:
       bias_init: initialiser of the bias `[4H]`.
+      bias_factor: what the bias is multiplied by. The released reader adds it twice, which doubles
+        its learning rate.
+      use_cell_bias: add b_c, in (3) or (8).
+      learn_initial_cell: learn the initial cell state; else it stays zero.
     """
 
     bias_init: initializers.Initializer = initializers.forget_bias(1.0)
+    bias_factor: float = 1.0
+    use_cell_bias: bool = True
+    learn_initial_cell: bool = True
 
     def setup(self) -> None:
         """Makes the learned initial state."""
         self.initial_hidden = self.zeros("initial_hidden")
-        self.initial_cell = self.zeros("initial_cell")
+        if self.learn_initial_cell:
+            self.initial_cell = self.zeros("initial_cell")
 
     def lstm_params(self, input_size: int) -> dict[str, Array]:
         """The parameters that a step uses, under the names they have in the variables."""
@@ -186,14 +191,17 @@ class LSTMParameters(Recurrence):
             "input_kernel": (self.input_kernel_init, (input_size, gates)),
             "recurrent_kernel": (self.recurrent_kernel_init, (units, gates)),
             "bias": (self.bias_init, (gates,)),
-            "cell_bias": (zeros, (units,)),
         }
+        if self.use_cell_bias:
+            shapes["cell_bias"] = (zeros, (units,))
         for term in self.normalize:
             shapes[f"{term}_scale"] = (self.scale_init, (self.term_size(term),))
-        return {
+        params = {
             name: self.param(name, init, shape, self.param_dtype)
             for name, (init, shape) in shapes.items()
         }
+        params["bias"] = self.bias_factor * params["bias"]
+        return params
 
     @nn.nowrap
     def term_size(self, term: str) -> int:
@@ -204,71 +212,40 @@ class LSTMParameters(Recurrence):
         self, batch: tuple[int, ...], key: Array | None, centered: bool = False
     ) -> Carry:
         """The learned initial state for every example, `(c, h)`, each `[*batch, H]`."""
-        c = self.initial_value("initial_cell", batch)
+        c = self.initial_value("initial_cell" if self.learn_initial_cell else None, batch)
         return c, self.initial_hidden_state(batch, key, centered)
 
 
-class BatchNormParameters(Recurrence):
-    """What normalised cells and layers share; the names are those of `flax.linen.BatchNorm`.
+class BatchNormParameters(Normalized, Recurrence):
+    """What normalised cells and layers share."""
 
-    Attributes:
-      use_running_average: normalise by the statistics in the collection `batch_stats` (inference)
-        rather than by those of the batch (training). Given here or in the call.
-      momentum: decay of the running average of batch statistics.
-      epsilon: added to the variance.
-      axis_name: mapped axis over which batches are pooled for their statistics.
-      scale_init: initialiser of the scales (gamma); 0.1 in the paper.
-    """
-
-    use_running_average: bool | None = None
-    momentum: float = 0.99
-    epsilon: float = 1e-5
-    axis_name: str | None = None
-    scale_init: initializers.Initializer = nn.initializers.constant(0.1)
+    @nn.nowrap
+    def epsilon_of(self, term: str) -> float:
+        """What is added to the variance of a term."""
+        return self.epsilon
 
     @nn.nowrap
     def normalizer(
         self,
         params: dict[str, Array],
         given: dict[str, Statistics] | None,
-        where: Array | None = None,
+        where: dict[str, Array | None] | None = None,
         axis: tuple[int, ...] = (-2,),
     ) -> Normalizer:
-        """Equation 5 without its shift, by the statistics `given`, or the batch's own if None."""
+        """Equation 5 without its shift, by the statistics `given`, or the batch's own if None.
+
+        `where` says for each term which rows count.
+        """
 
         def normalize(term: str, x: Array) -> tuple[Array, Statistics | None]:
             if term not in self.normalize:
                 return x, None
-            if given is None:
-                # As in flax.linen.BatchNorm, variables are initialised outside of mapped axes.
-                axis_name = None if self.is_initializing() else self.axis_name
-                x, statistics = batch_standardize(x, where, self.epsilon, axis, axis_name)
-            else:
-                statistics = given[term]
-                x = standardize(x, statistics, self.epsilon, axis)
+            counted = None if where is None else where[term]
+            statistics = None if given is None else given[term]
+            x, statistics = self.standardize(x, statistics, self.epsilon_of(term), counted, axis)
             return params[f"{term}_scale"] * x, statistics
 
         return normalize
-
-    def statistics_variables(self, term: str, shape: tuple[int, ...]) -> list[nn.Variable]:
-        """The running mean (from 0) and variance (from 1) of a term in `batch_stats`."""
-        dtype = statistics_dtype(self.param_dtype)
-        return [
-            self.variable("batch_stats", f"{term}_mean", jnp.zeros, shape, dtype),
-            self.variable("batch_stats", f"{term}_var", jnp.ones, shape, dtype),
-        ]
-
-    def update_statistics(
-        self, variables: list[nn.Variable], batch: Statistics, where: Array | None = None
-    ) -> None:
-        """Moves running statistics towards those of the batch, unless the module initialises."""
-        if self.is_initializing():
-            return
-        running = Statistics(*(v.value for v in variables))
-        for variable, value in zip(
-            variables, running_average(running, batch, self.momentum, where), strict=True
-        ):
-            variable.value = value
 
 
 class BNLSTMParameters(BatchNormParameters, LSTMParameters):
@@ -277,9 +254,17 @@ class BNLSTMParameters(BatchNormParameters, LSTMParameters):
     Attributes:
       normalize: which terms are normalised, of `input`, `recurrent` and `cell`. A term left out
         enters as it is and has neither scale nor statistics.
+      input_epsilon: `epsilon` of the input term, where that is another.
     """
 
     normalize: Sequence[str] = ("input", "recurrent", "cell")
+    input_epsilon: float | None = None
+
+    @nn.nowrap
+    def epsilon_of(self, term: str) -> float:
+        """What is added to the variance of a term."""
+        own = term == "input" and self.input_epsilon is not None
+        return self.input_epsilon if own else self.epsilon
 
 
 class LSTMCell(LSTMParameters, nn.RNNCellBase):
@@ -329,7 +314,7 @@ class BNLSTMCell(BNLSTMParameters, LSTMCell):
         )
         params = self.lstm_params(inputs.shape[-1])
         variables = {
-            term: self.statistics_variables(term, (self.term_size(term),))
+            term: self.statistics_variables((self.term_size(term),), f"{term}_")
             for term in self.normalize
         }
         running = {term: Statistics(*(v.value for v in pair)) for term, pair in variables.items()}
@@ -341,8 +326,9 @@ class BNLSTMCell(BNLSTMParameters, LSTMCell):
         carry, statistics = lstm_step(params, carry, input_term, normalize, dtype=self.dtype)
         if not use_running_average:
             statistics["input"] = input_statistics
+            rows = jnp.array(inputs.shape[0])
             for term in self.normalize:
-                self.update_statistics(variables[term], statistics[term])
+                self.update_statistics(variables[term], statistics[term], rows, f"{term}_")
         return carry, self.output(carry[1])
 
 
@@ -384,7 +370,7 @@ class BNSimpleCell(BatchNormParameters, nn.RNNCellBase):
         )
         bias = self.zeros("bias")
         scale = self.param("joint_scale", self.scale_init, shape, self.param_dtype)
-        variables = self.statistics_variables("joint", shape)
+        variables = self.statistics_variables(shape, "joint_")
         running = {"joint": Statistics(*(v.value for v in variables))}
 
         total = product(carry, recurrent_kernel, self.dtype) + product(
@@ -395,7 +381,7 @@ class BNSimpleCell(BatchNormParameters, nn.RNNCellBase):
         )
         joint, statistics = normalize("joint", total)
         if not use_running_average:
-            self.update_statistics(variables, statistics)
+            self.update_statistics(variables, statistics, jnp.array(inputs.shape[0]), "joint_")
         h = jnp.tanh(joint + bias)
         return h, self.output(h)
 

@@ -17,12 +17,13 @@ class Readout(nn.Module):
 
     features: int
     dtype: Any = None
+    kernel_init: initializers.Initializer = initializers.semi_orthogonal()
 
     @nn.compact
     def __call__(self, hidden: Array) -> Array:
         """Logits, in float32 or wider."""
         shape = hidden.shape[-1], self.features
-        kernel = self.param("kernel", initializers.semi_orthogonal(), shape)
+        kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros_init(), shape[1:])
         return product(hidden, kernel, self.dtype) + bias
 

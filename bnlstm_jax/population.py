@@ -5,6 +5,7 @@ final numbers use this estimate instead: statistics of whole batches under the f
 averaged with equal weight, for each time step.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnlstm_jax.recurrent import CURRENT_BATCH_STATS
+from bnlstm_jax.batch_norm import CURRENT_BATCH_STATS
 
 
 def estimate_population_statistics(
@@ -22,6 +23,7 @@ def estimate_population_statistics(
     batches: Iterable[Any],
     *,
     rngs: dict[str, jax.Array] | None = None,
+    late_steps: str = "skip",
     **kwargs: Any,
 ) -> dict[str, Any]:
     """The collection `batch_stats` of `model`, re-estimated from `batches` of training data.
@@ -30,20 +32,24 @@ def estimate_population_statistics(
         y = model.apply({**variables, "batch_stats": stats}, x, use_running_average=True)
 
     Args:
-      model: a module with BNLSTM layers in it, anywhere, each called once. One with an `axis_name`
-        is to be cloned without.
+      model: a module with BNLSTM or BatchNorm layers in it, anywhere, each called once. One with
+        an `axis_name` is to be cloned without.
       variables: its variables, with the parameters that the statistics are to describe.
       batches: training data; each is the argument of a call of the model, or a tuple of them.
       rngs: keys for the model's random streams, folded with the number of the batch.
+      late_steps: what a batch of shorter sequences says of time steps that it does not reach:
+        `skip`, nothing; or `repeat`, the statistics of its last step, as in the released reader.
       **kwargs: what makes the model use batch statistics, such as `use_running_average=False`.
 
     Returns:
-      `batch_stats` with every statistic of a BNLSTM replaced by its average over the batches that
-      reach its time step; steps that none reaches take the statistics of the last one reached.
+      `batch_stats` with every statistic of those layers replaced by its average over the batches
+      that reach its time step; steps that none reaches take the statistics of the last one reached.
 
     Raises:
-      ValueError: there are no batches, or no BNLSTM of the model used batch statistics.
+      ValueError: there are no batches, or no layer of the model used batch statistics.
     """
+    if late_steps not in ("skip", "repeat"):
+        raise ValueError(f"late_steps is {late_steps!r}; it is 'skip' or 'repeat'")
 
     @jax.jit
     def weighted_statistics(variables: Any, index: int, arguments: tuple) -> Any:
@@ -54,8 +60,12 @@ def estimate_population_statistics(
         current = flatten_dict(updated.get(CURRENT_BATCH_STATS, {}))
         weighted = {}
         for path, value in current.items():
-            if path[-1] != "count":
-                reached = _reached(current[(*path[:-1], "count")], value)
+            prefix, kind = re.fullmatch("(.*)(mean|var|count)", path[-1]).groups()
+            if kind != "count":
+                reached = current[(*path[:-1], f"{prefix}count")][..., None] > 0
+                if late_steps == "repeat":
+                    value = _repeat_last(value, reached)
+                    reached = jnp.full_like(reached, jnp.any(reached))
                 weighted[path] = jnp.where(reached, value, 0), reached.astype(value.dtype)
         return weighted
 
@@ -66,20 +76,20 @@ def estimate_population_statistics(
         totals = jax.tree.map(jnp.add, totals, weighted) if totals else weighted
     if not totals:
         raise ValueError(
-            "no batch statistics to average: there were no batches, or the model has no BNLSTM "
-            "layer, or was called without what makes it use batch statistics, such as "
+            "no batch statistics to average: there were no batches, or the model has no layer "
+            "with any, or was called without what makes it use batch statistics, such as "
             "use_running_average=False"
         )
     statistics = flatten_dict(variables["batch_stats"])
     for path, (total, weight) in totals.items():
-        average = total / jnp.maximum(weight, 1)
-        if total.ndim == 2:
-            last = jnp.maximum(jnp.sum(weight > 0) - 1, 0)
-            average = average[jnp.minimum(jnp.arange(len(average)), last)]
+        average = _repeat_last(total / jnp.maximum(weight, 1), weight > 0)
         statistics[path] = average.astype(statistics[path].dtype)
     return unflatten_dict(statistics)
 
 
-def _reached(count: jax.Array, statistic: jax.Array) -> jax.Array:
-    """Whether a batch's statistic has rows behind it: `[steps, 1]`, or a scalar for `[F]`."""
-    return (count > 0)[:, None] if statistic.ndim == 2 else (count > 0).any()
+def _repeat_last(statistic: jax.Array, reached: jax.Array) -> jax.Array:
+    """Time steps after the last one `reached`, `[T, 1]`, take its statistics `[T, F]`."""
+    if statistic.ndim == 1:  # for all time steps together
+        return statistic
+    last = jnp.maximum(jnp.sum(reached) - 1, 0)
+    return statistic[jnp.minimum(jnp.arange(len(statistic)), last)]

@@ -7,6 +7,8 @@ by `seq_lengths`, and at inference go on past `max_steps` with the last time ste
 Inside, arrays are time-major: `[T, B, F]`.
 """
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,10 +16,6 @@ from jax import Array
 
 from bnlstm_jax.cells import BNLSTMParameters, Carry, LSTMParameters, look_up, lstm_step, product
 from bnlstm_jax.normalization import Statistics, statistics_dtype
-
-# Statistics of the batch at hand, unaveraged, with the number of rows behind each time step.
-# Written when an `apply` names it among its mutable collections; see `bnlstm_jax.population`.
-CURRENT_BATCH_STATS = "current_batch_stats"
 
 
 def flip_sequences(x: Array, seq_lengths: Array | None) -> Array:
@@ -129,10 +127,14 @@ class RecurrentLayer(LSTMParameters):
 
         params = self.lstm_params(input_size)
         variables = {
-            term: self.statistics_variables(term, self.statistics_shape(term, steps))
+            term: self.statistics_variables(self.statistics_shape(term, steps), f"{term}_")
             for term in self.normalize
         }
-        counted = valid if self.mask_statistics else None
+        masked = [term for term in self.normalize if self.masks_statistics(term)]
+
+        def counted(valid: Array | None) -> dict[str, Array | None]:
+            """Which rows count in each term's statistics."""
+            return {term: valid if term in masked else None for term in self.normalize}
 
         def statistics_at(t: Array) -> dict[str, Statistics] | None:
             """The running statistics of time steps t, the last row from there on, if to be used."""
@@ -147,7 +149,7 @@ class RecurrentLayer(LSTMParameters):
         t = (0 if first_step is None else first_step) + jnp.arange(steps)
         times_kernel = product if self.vocab_size is None else look_up
         axis = (-2,) if self.input_statistics == "per_step" else (-3, -2)
-        normalize = self.normalizer(params, statistics_at(t), counted, axis)
+        normalize = self.normalizer(params, statistics_at(t), counted(valid), axis)
         input_term, of_input = normalize(
             "input", times_kernel(inputs, params["input_kernel"], self.dtype)
         )  # [T, B, 4H]
@@ -161,20 +163,22 @@ class RecurrentLayer(LSTMParameters):
         initial_carry = jax.tree.map(lambda v: v.astype(state), initial_carry)
 
         def step(_, carry: Carry, now: tuple) -> tuple[Carry, tuple]:
-            t, input_term, valid, counted = now
-            normalize = self.normalizer(params, statistics_at(t), counted)
+            t, input_term, valid = now
+            normalize = self.normalizer(params, statistics_at(t), counted(valid))
             carry, statistics = lstm_step(params, carry, input_term, normalize, valid, self.dtype)
             return carry, (self.output(carry[1]), statistics)
 
         scan = nn.scan(
             step, variable_broadcast="params", split_rngs={"params": False}, unroll=self.unroll
         )
-        carry, (outputs, statistics) = scan(self, initial_carry, (t, input_term, valid, counted))
+        carry, (outputs, statistics) = scan(self, initial_carry, (t, input_term, valid))
 
         if self.normalize and not use_running_average:
             statistics["input"] = of_input
-            count = jnp.full(steps, batch) if counted is None else counted.sum((1, 2))
-            self.record_statistics(variables, statistics, count)
+            for term in self.normalize:
+                every = valid is None or term not in masked
+                count = jnp.full(steps, batch) if every else valid.sum((1, 2))
+                self.record_statistics(term, variables[term], statistics[term], count)
 
         if reverse and keep_order:
             outputs = flip_sequences(outputs, seq_lengths)
@@ -231,12 +235,20 @@ class BNLSTM(BNLSTMParameters, RecurrentLayer):
       input_statistics: `per_step`, or `sequence` for input statistics `[4H]` over all time steps
         together.
       mask_statistics: count only valid steps of `seq_lengths` in statistics. The paper's released
-        code counts all, with the frozen state of finished sequences: False does the same.
+        code counts all, with the frozen state of finished sequences: False does the same. Names of
+        terms choose those for which only valid steps count.
     """
 
     max_steps: int | None = None
     input_statistics: str = "per_step"
-    mask_statistics: bool = True
+    mask_statistics: bool | Sequence[str] = True
+
+    @nn.nowrap
+    def masks_statistics(self, term: str) -> bool:
+        """Whether only valid steps count in a term's statistics."""
+        if isinstance(self.mask_statistics, bool):
+            return self.mask_statistics
+        return term in self.mask_statistics
 
     @nn.nowrap
     def statistics_shape(self, term: str, steps: int) -> tuple[int, ...]:
@@ -250,42 +262,26 @@ class BNLSTM(BNLSTMParameters, RecurrentLayer):
         return (self.max_steps or steps, self.term_size(term))
 
     def record_statistics(
-        self,
-        variables: dict[str, list[nn.Variable]],
-        statistics: dict[str, Statistics],
-        count: Array,
+        self, term: str, variables: list[nn.Variable], batch: Statistics, count: Array
     ) -> None:
-        """Moves the running average, and shows the statistics as they are to whoever asks.
+        """Moves the running average of a term; see `update_statistics`.
 
-        `statistics` are `[T, F]` or `[F]`; `count` `[T]` rows are behind each time step. Steps
-        that no row has reached leave their statistics as they are; steps past the last one with
-        statistics of its own leave none.
+        `batch` is `[T, F]` or `[F]`; `count` `[T]` rows are behind each time step. Steps past the
+        last one with statistics of its own leave none.
         """
-        if self.axis_name is not None and not self.is_initializing():
-            count = jax.lax.psum(count, self.axis_name)
-        steps = count.shape[0]
-        current = {"count": count}
-        for term, pair in variables.items():
-            reached, batch = count > 0, statistics[term]
-            if batch.mean.ndim == 1:
-                reached = reached.any()
-            else:
-                rows = pair[0].value.shape[0]
-                if steps > rows and self.max_steps is None:
-                    raise ValueError(
-                        f"statistics are kept for {rows} time steps, the length of the sequence "
-                        f"that initialised the layer, and this one has {steps}: set max_steps"
-                    )
+        if batch.mean.ndim == 1:
+            count = count.sum()
+        else:
+            rows, steps = variables[0].value.shape[0], count.shape[0]
+            if steps > rows and self.max_steps is None:
+                raise ValueError(
+                    f"statistics are kept for {rows} time steps, the length of the sequence that "
+                    f"initialised the layer, and this one has {steps}: set max_steps"
+                )
 
-                def to_rows(x: Array, rows: int = rows) -> Array:
-                    x = x[:rows]
-                    return jnp.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
+            def to_rows(x: Array) -> Array:
+                x = x[:rows]
+                return jnp.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
 
-                reached = to_rows(reached)[:, None]
-                batch = Statistics(*map(to_rows, batch))
-                current["count"] = to_rows(count)
-            self.update_statistics(pair, batch, where=reached)
-            current |= {f"{term}_mean": batch.mean, f"{term}_var": batch.var}
-        if self.is_mutable_collection(CURRENT_BATCH_STATS) and not self.is_initializing():
-            for name, value in current.items():
-                self.put_variable(CURRENT_BATCH_STATS, name, value)
+            batch, count = Statistics(*map(to_rows, batch)), to_rows(count)
+        self.update_statistics(variables, batch, count, f"{term}_")

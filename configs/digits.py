@@ -9,11 +9,12 @@ steps, 1,297 training, 250 validation and 250 test images. Trains both models, o
 from ml_collections import ConfigDict
 
 from experiments.config import base_config
+from experiments.layers import layer_config
 
 
 def get_config() -> ConfigDict:
     """The config."""
-    config = base_config()
+    config = layer_config(base_config())
     config.task = "sequential_images"
     config.dataset = "digits"
     config.pixel_order = "permutation"

@@ -11,11 +11,12 @@ figures may have been made with 0.9 (`--config.optimizer.decay=0.9`).
 from ml_collections import ConfigDict
 
 from experiments.config import base_config
+from experiments.layers import layer_config
 
 
 def get_config() -> ConfigDict:
     """The config."""
-    config = base_config()
+    config = layer_config(base_config())
     config.task = "sequential_images"
     config.dataset = "mnist"
     config.pixel_order = "in_order"

@@ -8,7 +8,20 @@ from absl import logging
 from experiments.metrics import STATISTICS, markdown_table, read_metrics
 
 PICTURE_NAME = "comparison.png"
-LABELS = {"lstm": "LSTM", "bn_lstm": "BN-LSTM"}
+LABELS = {
+    "lstm": "LSTM",
+    "bn_lstm": "BN-LSTM",
+    "bn_everywhere": "BN-everywhere",
+    "bn_e_star": "BN-e*",
+    "bn_e_star_star": "BN-e**",
+}
+STYLES = {
+    "lstm": ("tab:gray", "--"),
+    "bn_lstm": ("tab:blue", "-"),
+    "bn_everywhere": ("tab:orange", "-"),
+    "bn_e_star": ("tab:green", "-"),
+    "bn_e_star_star": ("tab:red", "-"),
+}
 
 
 def results_table(results: list[dict[str, Any]]) -> str:
@@ -58,17 +71,16 @@ def draw_curves(runs: dict[str, Path], data: str, metric: str, picture: Path) ->
     from matplotlib import pyplot
 
     figure, (loss, validation) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    styles = {"lstm": ("tab:gray", "--"), "bn_lstm": ("tab:blue", "-")}
     for kind, folder in runs.items():
         rows = read_metrics(folder)
-        color, style = styles[kind]
+        color, style = STYLES[kind]
         for axes, split, name in ((loss, "train", "loss"), (validation, "valid", metric)):
             points = [(r["update"], r[name]) for r in rows if r["split"] == split]
             axes.plot(*zip(*points, strict=True), style, color=color, label=LABELS[kind])
     figure.suptitle(data, fontsize="medium")
     loss.set(xlabel="update", ylabel="training loss (nats)", ylim=(0, None))
     validation.set(xlabel="update", ylabel=f"validation {metric.replace('_', ' ')}")
-    if metric == "accuracy":
+    if metric in ("accuracy", "error"):
         validation.set_ylim(0, None)
     for axes in (loss, validation):
         axes.grid(alpha=0.3)

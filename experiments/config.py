@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 from experiments.errors import UserError, unknown_name
 
 MODEL_KINDS = ("lstm", "bn_lstm")
+READER_KINDS = (*MODEL_KINDS, "bn_everywhere", "bn_e_star", "bn_e_star_star")  # answer questions
 
 
 def base_config() -> ConfigDict:
@@ -18,13 +19,9 @@ def base_config() -> ConfigDict:
     config.num_updates = 100_000
 
     config.model = ConfigDict()
-    config.model.kind = "bn_lstm"  # lstm, bn_lstm, or both with a comma: trains and compares them
+    config.model.kind = "bn_lstm"  # or lstm; several with commas: trains and compares them
     config.model.features = 100
-    config.model.recurrent_init = "orthogonal"  # or identity: the candidate's block alone
     config.model.initial_scale = 0.1  # gamma
-    config.model.initial_hidden_noise = 0.0  # standard deviation; in the BN-LSTM alone
-    config.model.normalize = ("input", "recurrent", "cell")  # ablation: which terms
-    config.model.input_statistics = "per_step"  # or sequence: one for all time steps
     config.model.momentum = 0.99  # of the running average of batch statistics
     config.model.max_steps = 0  # time steps with statistics; 0: all of training sequences
     config.model.dtype = "float32"  # of matrix products' operands; or bfloat16
@@ -34,6 +31,7 @@ def base_config() -> ConfigDict:
     config.optimizer.learning_rate = 1e-3
     config.optimizer.decay = 0.9  # of RMSProp's mean square
     config.optimizer.clip_norm = 1.0  # global norm of the whole gradient
+    config.optimizer.clip_rule = "norm"  # or released_reader: see experiments/optimizers.py
 
     # In updates. Validation uses batch statistics, and selects the best checkpoint.
     config.log_every = 50
@@ -43,6 +41,9 @@ def base_config() -> ConfigDict:
     # Whole batches, over whose statistics is averaged. Make it smaller where memory is: 5,000
     # examples of 784 steps and 100 units hold a `[784, 5000, 400]` float32 array, 6.3 GB.
     config.population_batch_size = 5000
+    config.population_batches = 0  # at most so many; 0: one pass of the training data
+    # What a batch says of time steps that it does not reach: skip (nothing), or repeat its last.
+    config.population_late_steps = "skip"
     return config
 
 
@@ -53,8 +54,9 @@ def model_kinds(config: ConfigDict) -> list[str]:
       UserError: `config.model.kind` names something else.
     """
     kinds = [kind.strip() for kind in config.model.kind.split(",")]
+    allowed = READER_KINDS if config.task == "question_answering" else MODEL_KINDS
     for kind in kinds:
-        one_of("config.model.kind", kind, MODEL_KINDS)
+        one_of("config.model.kind", kind, allowed)
     return kinds
 
 
@@ -73,9 +75,9 @@ def check(config: ConfigDict) -> None:
         "checkpoint_every": 1,
         "eval_batch_size": 1,
         "population_batch_size": 1,
+        "population_batches": 0,
         "model.features": 1,
         "model.max_steps": 0,
-        "model.initial_hidden_noise": 0,
         "model.momentum": 0,
         "optimizer.learning_rate": 0,
         "optimizer.decay": 0,
@@ -90,12 +92,10 @@ def check(config: ConfigDict) -> None:
         if flat[name] > bound:
             raise UserError(f"config.{name} is {flat[name]}: it must be at most {bound}")
     model_kinds(config)
-    one_of("config.model.recurrent_init", config.model.recurrent_init, ("orthogonal", "identity"))
-    one_of("config.model.input_statistics", config.model.input_statistics, ("per_step", "sequence"))
     one_of("config.model.dtype", config.model.dtype, ("float32", "bfloat16"))
     one_of("config.optimizer.name", config.optimizer.name, ("rmsprop", "adam"))
-    for term in words(config.model.normalize):
-        one_of("config.model.normalize", term, ("input", "recurrent", "cell"))
+    one_of("config.optimizer.clip_rule", config.optimizer.clip_rule, ("norm", "released_reader"))
+    one_of("config.population_late_steps", config.population_late_steps, ("skip", "repeat"))
 
 
 def words(field: tuple[str, ...]) -> tuple[str, ...]:

@@ -75,17 +75,19 @@ def population_statistics(
 ) -> Variables:
     """The collection `batch_stats`, re-estimated over one pass of the training data.
 
-    Whole batches of `config.population_batch_size` are averaged with equal weight; what is left
-    over after the last whole one is not used.
+    Whole batches of `config.population_batch_size` are averaged with equal weight, at most
+    `config.population_batches` of them; what is left over after the last whole one is not used.
     """
     size, reading = config.population_batch_size, task.readings[0]
     whole = max(1, task.num_examples("train", reading) // size)
+    whole = min(whole, config.population_batches or whole)
     batches = itertools.islice(task.batches("train", size, reading), whole)
     return estimate_population_statistics(
         task.model,
         variables,
         map(task.inputs, track(batches, "re-estimating population statistics", whole)),
         rngs={"noise": noise},
+        late_steps=config.population_late_steps,
         use_running_average=False,
     )
 

@@ -5,13 +5,39 @@ from ml_collections import ConfigDict
 
 import bnlstm_jax
 from bnlstm_jax import initializers
-from experiments.config import words
+from experiments.config import one_of, words
 from experiments.errors import UserError
 
 
 def matmul_dtype(model: ConfigDict) -> str | None:
     """The dtype of products' operands, as modules are told: None for that of the parameters."""
     return None if model.dtype == "float32" else model.dtype
+
+
+def layer_config(config: ConfigDict) -> ConfigDict:
+    """Adds the fields of a model that is one recurrent layer to those that all models share."""
+    config.model.recurrent_init = "orthogonal"  # or identity: the candidate's block alone
+    config.model.initial_hidden_noise = 0.0  # standard deviation; in the BN-LSTM alone
+    config.model.normalize = ("input", "recurrent", "cell")  # ablation: which terms
+    config.model.input_statistics = "per_step"  # or sequence: one for all time steps
+    return config
+
+
+def check(model: ConfigDict) -> None:
+    """Refuses values that no layer can be made with.
+
+    Raises:
+      UserError: names the field and what it may be.
+    """
+    one_of("config.model.recurrent_init", model.recurrent_init, ("orthogonal", "identity"))
+    one_of("config.model.input_statistics", model.input_statistics, ("per_step", "sequence"))
+    for term in words(model.normalize):
+        one_of("config.model.normalize", term, ("input", "recurrent", "cell"))
+    if not model.initial_hidden_noise >= 0:  # which NaN is not
+        raise UserError(
+            f"config.model.initial_hidden_noise is {model.initial_hidden_noise}: it must be at "
+            "least 0"
+        )
 
 
 def recurrent_layer(
@@ -22,8 +48,10 @@ def recurrent_layer(
     With `vocab_size` its inputs are symbols.
 
     Raises:
-      UserError: there are to be statistics of steps that no training sequence has.
+      UserError: a field won't do, or there are to be statistics of steps that no training sequence
+        has.
     """
+    check(model)
     if model.max_steps > sequence_length:
         raise UserError(
             f"config.model.max_steps is {model.max_steps}, and training sequences have "

@@ -23,7 +23,7 @@ _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "evaluate"], "Train and evaluate, or evaluate the best checkpoint."
 )
 _PROFILE = flags.DEFINE_boolean(
-    "profile", False, "Say where the time of updates went, the first, which compiles, aside."
+    "profile", False, "Say where the time of updates went, without that of compilation."
 )
 
 DEFAULT_CONFIG = "configs/digits.py"

@@ -8,12 +8,14 @@ from ml_collections import ConfigDict
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """The optimiser of `config.optimizer`: the global norm is clipped, then comes the rule."""
+    released_reader = config.clip_rule == "released_reader"
+    clip = clip_by_root_of_norm if released_reader else optax.clip_by_global_norm
     if config.name == "rmsprop":
         rule = scale_by_floored_rms(config.decay)
     else:
         rule = optax.scale_by_adam()
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        clip(config.clip_norm),
         rule,
         optax.scale_by_learning_rate(config.learning_rate),
     )
@@ -39,5 +41,24 @@ def scale_by_floored_rms(decay: float, floor: float = 1e-5) -> optax.GradientTra
             lambda g, v: g / jnp.maximum(jnp.sqrt(v), floor), gradients, mean_square
         )
         return scaled, mean_square
+
+    return optax.GradientTransformation(init, update)
+
+
+def clip_by_root_of_norm(clip_norm: float) -> optax.GradientTransformation:
+    """Clipping as the released reader has it, which takes the norm for its square.
+
+    A gradient of norm n above `clip_norm ** 2` is multiplied by `clip_norm / sqrt(n)`, to the norm
+    `clip_norm * sqrt(n)`; one below it stays as it is.
+    """
+
+    def init(params: optax.Params) -> optax.EmptyState:
+        return optax.EmptyState()
+
+    def update(gradients, state, params=None):
+        del params
+        norm = optax.tree.norm(gradients)
+        factor = jnp.where(norm > clip_norm**2, clip_norm / jnp.sqrt(norm), 1)
+        return jax.tree.map(lambda g: factor * g, gradients), state
 
     return optax.GradientTransformation(init, update)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.training import train_state
 from ml_collections import ConfigDict
 
@@ -32,7 +33,7 @@ class TrainState(train_state.TrainState):
 
 
 def random_keys(seed: int) -> tuple[jax.Array, jax.Array]:
-    """The keys of a run: of its initial parameters, and of noise on hidden states."""
+    """The keys of a run: of its initial parameters, and of noise in its updates."""
     return tuple(jax.random.split(jax.random.key(seed)))
 
 
@@ -73,12 +74,14 @@ def make_train_step(task: tasks.Task, noise: jax.Array):
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: tasks.Batch) -> TrainState:
+        key = jax.random.fold_in(noise, state.step)
+
         def loss_of(params):
             outputs, updated = task.model.apply(
                 {**variables_of(state), "params": params},
                 *task.inputs(batch),
                 use_running_average=False,
-                rngs={"noise": jax.random.fold_in(noise, state.step)},
+                rngs={"noise": key, "dropout": jax.random.fold_in(key, 1)},
                 mutable=["batch_stats"],
             )
             batch_metrics = task.metrics(outputs, batch)
@@ -98,7 +101,8 @@ def make_train_step(task: tasks.Task, noise: jax.Array):
 def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, Any]:
     """Trains, or goes on training, the run in `folder`, and evaluates its best checkpoint.
 
-    With `profile`, says where the time of updates went, the first one of this start aside.
+    With `profile`, says where the time of updates went, those aside for which a program was
+    compiled.
 
     Returns:
       What `results.json` in the folder says: see `evaluate_best`.
@@ -135,14 +139,23 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
                 f"{title}: {parameters:,} parameters, update {start:,} of {config.num_updates:,}, "
                 f"on {jax.devices()[0].device_kind}, in {folder}"
             )
+            for note in task.notes:
+                reporter.console.print(f"  {note}")
 
             # ---- Train.
             doing = metrics.Stopwatch()
+            programs = set()  # by the shapes of the batches that they were compiled for
             for update in range(start, config.num_updates):
                 with doing("input"):
                     batch = task.train_batch(update)
-                with doing("dispatch and device"):
-                    state = train_step(state, batch)
+                shapes = tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch))
+                if shapes in programs:
+                    with doing("dispatch and device"):
+                        state = train_step(state, batch)
+                else:
+                    with doing("compilation"):
+                        state = jax.block_until_ready(train_step(state, batch))
+                    programs.add(shapes)
                 done = update + 1
                 last = done == config.num_updates
                 log = last or done % config.log_every == 0
@@ -179,10 +192,14 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
                     reporter.write({"update": done, **reading.row(split, statistics)}, validation)
                 if save:
                     checkpoints.save(state, validation)
-                if update == start:
-                    doing = metrics.Stopwatch()  # without the time of compilation
-            if profile and config.num_updates - start > 1:
-                reporter.console.print(doing.table(config.num_updates - start - 1))
+            updates = config.num_updates - start
+            if updates:
+                seconds = doing.seconds.pop("compilation")
+                reporter.console.print(
+                    f"{updates:,} updates, {len(programs)} programs compiled in {seconds:.1f} s"
+                )
+            if profile and updates > len(programs):
+                reporter.console.print(doing.table(updates - len(programs)))
 
         # ---- Evaluate the best.
         results_path = folder / RESULTS_NAME

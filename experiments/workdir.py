@@ -30,6 +30,8 @@ EVALUATION_FIELDS = (
     "whole_text",
     "chunk_length",
     "population_batch_size",
+    "population_batches",
+    "population_late_steps",
 )
 FREE_FIELDS = ("data_dir", "text_file", "num_updates", *EVALUATION_FIELDS)
 STATISTICS_NAME = "population_statistics.npz"

@@ -6,7 +6,7 @@ The loop knows a task by the interface `Task` and by nothing else.
 import functools
 import importlib
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -55,6 +55,7 @@ class Task(Protocol):
       lower_is_better: which way `selection` goes.
       shown: the metrics that tables show; pictures show the first.
       record: facts that are saved beside the run, in JSON types.
+      notes: what a run says of its data when it starts.
     """
 
     model: nn.Module
@@ -64,6 +65,7 @@ class Task(Protocol):
     lower_is_better: bool
     shown: tuple[str, ...]
     record: dict[str, Any]
+    notes: Sequence[str]
 
     def train_batch(self, update: int) -> Batch:
         """The batch of update 0, 1, ...: a pure function of the config's seed and `update`."""
@@ -93,8 +95,12 @@ def load(config: ConfigDict) -> Task:
     return importlib.import_module(f"{__name__}.{config.task}").Task(config)
 
 
-def check_batch_size(config: ConfigDict, num_examples: int, data: str) -> None:
+def check_batch_size(
+    config: ConfigDict, num_examples: int, data: str, drop_last: bool = False
+) -> None:
     """Refuses batches that cannot be made of the training data, or not be normalised.
+
+    `drop_last`: training leaves out an epoch's last batch where it is short.
 
     Raises:
       UserError: names the field.
@@ -105,7 +111,11 @@ def check_batch_size(config: ConfigDict, num_examples: int, data: str) -> None:
             f"config.batch_size is {size}, and {data} has {num_examples} training examples: make "
             "it smaller"
         )
-    if config.model.kind != "lstm" and size - -num_examples % size == 1:
+    if config.model.kind == "lstm":
+        return
+    if drop_last and size == 1:
+        raise UserError("config.batch_size is 1, which has no batch statistics: make it greater")
+    if not drop_last and size - -num_examples % size == 1:
         raise UserError(
             f"config.batch_size is {size}: of the {num_examples} training examples of {data} the "
             "last batch would have one, which has no batch statistics; choose another size"
@@ -120,12 +130,13 @@ def updates_per_epoch(num_examples: int, batch_size: int) -> int:
 def shuffled_batch(num_examples: int, batch_size: int, seed: int, update: int) -> np.ndarray:
     """Indices of the examples of an update: every epoch in an order of its own, none left out."""
     epoch, number = divmod(update, updates_per_epoch(num_examples, batch_size))
-    order = _order(num_examples, seed, epoch)
+    order = epoch_order(num_examples, seed, epoch)
     return order[number * batch_size : (number + 1) * batch_size]
 
 
 @functools.lru_cache(maxsize=1)
-def _order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    """Examples in the order of an epoch."""
     order = np.random.default_rng([seed, epoch]).permutation(num_examples)
     order.flags.writeable = False  # it is kept for the updates to come
     return order

@@ -16,7 +16,7 @@ from experiments.config import one_of, words
 from experiments.datasets import corpus
 from experiments.datasets.corpus import SPLITS, UNKNOWN
 from experiments.errors import UserError
-from experiments.layers import matmul_dtype, recurrent_layer
+from experiments.layers import layer_config, matmul_dtype, recurrent_layer
 from experiments.tasks import (
     Batch,
     Metrics,
@@ -31,6 +31,7 @@ SELECTIONS = ("accuracy", "bits_per_character")
 
 def text_config(config: ConfigDict) -> ConfigDict:
     """Adds the fields of this task to those that all share."""
+    layer_config(config)
     config.task = "char_lm"
     config.dataset = "text"  # or ptb, text8
     config.text_file = ""  # UTF-8, for the data set `text`
@@ -59,6 +60,7 @@ class Task:
     """
 
     shown = ("bits_per_character", "accuracy")
+    notes: tuple[str, ...] = ()
 
     def __init__(self, config: ConfigDict) -> None:
         """Loads the corpus `config.dataset`."""

@@ -43,6 +43,7 @@ class Task:
     selection = "accuracy"
     lower_is_better = False
     shown = ("accuracy", "loss")
+    notes: tuple[str, ...] = ()
 
     def __init__(self, config: ConfigDict) -> None:
         """Loads `config.dataset` from `config.data_dir`."""

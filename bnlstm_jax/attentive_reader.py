@@ -1,0 +1,284 @@
+"""The Attentive Reader in the five forms of the paper: questions on passages, answered by a word.
+
+After Hermann et al., "Teaching Machines to Read and Comprehend" (2015), as the released code of
+"Recurrent Batch Normalization" has it. For row vectors, with masks over the padding everywhere:
+
+    y_t, u = encoder of the passage at t, last state of the question's encoder
+    m_t = tanh(N(y_t W_d) + N(u W_u) + b_d + s_t)           s_t = (y_t M) . (u M)
+    a   = softmax over the passage of m_t . w
+    r   = sum over the passage of a_t y_t
+    g   = tanh(N(r W_r) + N(u W_q) + N(y W_m) + b_q)        y the mean over the passage of y_t
+    logits = g W_o + b_o
+
+N is batch normalisation (equation 5 of the paper) in the forms that normalise attention and
+read-out, and nothing in the others. The term s_t is not in Hermann's reader, nor is y.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from bnlstm_jax import initializers
+from bnlstm_jax.batch_norm import BatchNorm
+from bnlstm_jax.cells import look_up, product
+from bnlstm_jax.models import Readout
+from bnlstm_jax.recurrent import BNLSTM, LSTM
+
+# The paper's five readers, each as fields of `AttentiveReader`.
+FORMS = {
+    "lstm": {},
+    "bn_lstm": {"normalize_recurrence": True},
+    "bn_everywhere": {"normalize_recurrence": True, "normalize_attention": True},
+    "bn_e_star": {
+        "normalize_recurrence": True,
+        "normalize_attention": True,
+        "input_statistics": "sequence",
+    },
+    "bn_e_star_star": {
+        "normalize_recurrence": True,
+        "normalize_attention": True,
+        "input_statistics": "sequence",
+        "bidirectional": True,
+    },
+}
+
+
+class Encoder(nn.Module):
+    """A recurrent layer over padded sequences, in one direction or in both.
+
+    Attributes:
+      layer: an LSTM or BNLSTM; a second one like it runs backwards, if there is to be one.
+      bidirectional: run backwards too, from the last valid step of each sequence to its first.
+    """
+
+    layer: nn.Module
+    bidirectional: bool = False
+
+    @nn.compact
+    def __call__(
+        self, inputs: Sequence[Array], lengths: Array, use_running_average: bool | None
+    ) -> tuple[Array, Array]:
+        """Encodes sequences.
+
+        Args:
+          inputs: sequences `[batch, time, D]` for each direction.
+          lengths: their valid steps, integers `[batch]`.
+          use_running_average: as of BNLSTM.
+
+        Returns:
+          The hidden states y `[batch, time, K]` and the last ones u `[batch, K]`: K is H, or 2H
+          with both directions side by side. Behind the valid steps y repeats the last forward
+          state, and is zero in the backward part.
+        """
+        names = ("forward", "backward") if self.bidirectional else ("forward",)
+        hidden, last = [], []
+        for name, x in zip(names, inputs, strict=True):
+            backward = name == "backward"
+            layer = self.layer.clone(
+                parent=self, name=name, reverse=backward, keep_order=backward, return_carry=True
+            )
+            (_, u), y = layer(x, seq_lengths=lengths, use_running_average=use_running_average)
+            hidden.append(jnp.where(padding_mask(lengths, y.shape[1]), y, 0) if backward else y)
+            last.append(u)
+        return jnp.concatenate(hidden, -1), jnp.concatenate(last, -1)
+
+
+class AttentiveReader(nn.Module):
+    """Answers questions on passages by a word of the vocabulary.
+
+    Example::
+
+        reader = AttentiveReader(65_830, 240, **FORMS["bn_e_star"])
+        logits = reader.apply(
+            variables, passages, questions, passage_lengths, question_lengths,
+            use_running_average=True)
+
+    The weights of attention `[batch, time]` are in the collection `intermediates`, under
+    `attention`, for an `apply` that names it among its mutable collections.
+
+    Attributes:
+      vocab_size: number of words V.
+      features: hidden units of an encoder's direction, size of embeddings, and units of attention
+        and read-out, d.
+      normalize_recurrence: the encoders are BNLSTMs rather than LSTMs.
+      input_statistics: as of BNLSTM, `per_step` or `sequence`.
+      normalize_attention: normalise the terms of attention and read-out, all but s_t.
+      bidirectional: encode in both directions.
+      mask_statistics: count nothing in statistics that is padding. The released code masks the
+        input's where they are of whole sequences, and no others: finished sequences count with
+        their last state, and in W_d's term there is one step of padding behind the longest passage.
+        False does the same.
+      identical_blocks: all square kernels start from one matrix, as in the released code; see
+        `initializers.orthogonal_blocks`.
+      bias_factor: of the LSTM's bias; 2 in the released code, which adds it twice. BN-LSTMs have 1:
+        the mean takes the other away.
+      mean_passage: give the read-out the mean over the passage, y.
+      bilinear: give attention the term s_t.
+      dropout_rate: of embeddings, for each direction apart, and of g.
+      unscaled_dropout: in training what dropout keeps is not scaled up; at inference all is scaled
+        down. So did the released code on four sentences.
+      passage_steps, question_steps: `max_steps` of the encoders' statistics.
+      momentum, epsilon, scale_init: of all normalisation.
+      sequence_epsilon: added to the variance of sequence-wise input statistics.
+      dtype: dtype of the operands of matrix products; logits are float32.
+    """
+
+    vocab_size: int
+    features: int
+    normalize_recurrence: bool = False
+    input_statistics: str = "per_step"
+    normalize_attention: bool = False
+    bidirectional: bool = False
+    mask_statistics: bool = True
+    identical_blocks: bool = False
+    bias_factor: float = 1.0
+    mean_passage: bool = True
+    bilinear: bool = True
+    dropout_rate: float = 0.5
+    unscaled_dropout: bool = False
+    passage_steps: int | None = None
+    question_steps: int | None = None
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    sequence_epsilon: float = 1e-6
+    scale_init: initializers.Initializer = nn.initializers.constant(0.1)
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self,
+        passages: Array,
+        questions: Array,
+        passage_lengths: Array,
+        question_lengths: Array,
+        use_running_average: bool | None = None,
+        deterministic: bool | None = None,
+    ) -> Array:
+        """Passages and questions, padded, to the logits of answers `[batch, V]`, in nats.
+
+        Args:
+          passages: words, integers `[batch, time]`, with anything in `[0, V)` behind their ends.
+          questions: the same, of another length.
+          passage_lengths: words of each passage, integers `[batch]`.
+          question_lengths: words of each question.
+          use_running_average: normalise by the collection `batch_stats`, not by the batch's own.
+          deterministic: no dropout; by default, where there is no rng stream `dropout`.
+        """
+        if deterministic is None:
+            deterministic = not self.has_rng("dropout")
+
+        def dropout(x: Array) -> Array:
+            x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
+            return (1 - self.dropout_rate) * x if self.unscaled_dropout else x
+
+        # ---- Encode.
+        fan_uniform = initializers.fan_uniform()
+        square = initializers.orthogonal_blocks(identical=self.identical_blocks)
+        embedding = self.param("embedding", fan_uniform, (self.vocab_size, self.features))
+
+        def encode(
+            name: str, words: Array, lengths: Array, steps: int | None
+        ) -> tuple[Array, Array]:
+            embedded = look_up(words, embedding, self.dtype)
+            inputs = [dropout(embedded) for _ in range(1 + self.bidirectional)]
+            encoder = Encoder(self.recurrent_layer(square, steps), self.bidirectional, name=name)
+            return encoder(inputs, lengths, use_running_average)
+
+        y, _ = encode("passage", passages, passage_lengths, self.passage_steps)  # [B, T, K]
+        _, u = encode("question", questions, question_lengths, self.question_steps)  # [B, K]
+        size = y.shape[-1]
+
+        def term(name: str, x: Array, init=fan_uniform, where: Array | None = None) -> Array:
+            """`N(x W)`, or `x W` where attention is not normalised: `[..., d]`."""
+            kernel = self.param(f"{name}_kernel", init, (size, self.features))
+            x = product(x, kernel, self.dtype)
+            if not self.normalize_attention:
+                return x
+            return BatchNorm(name=f"{name}_norm", **self.normalization())(
+                x, where, use_running_average
+            )
+
+        def bias(name: str) -> Array:
+            return self.param(name, nn.initializers.zeros_init(), (self.features,))
+
+        # ---- Attend.
+        valid = padding_mask(passage_lengths, passages.shape[1])  # [B, T, 1]
+        counted = valid
+        if not self.mask_statistics:
+            longest = jnp.full_like(passage_lengths, jnp.max(passage_lengths))
+            counted = padding_mask(longest + 1, passages.shape[1])
+        init = square if size == self.features else fan_uniform
+        m = term("passage", y, init, counted) + bias("attention_bias")
+        m += term("question", u)[:, None]
+        if self.bilinear:  # (y M) . (u M) = y . (u M M^T), without a product for each y
+            kernel = self.param("bilinear_kernel", square, (size, size))
+            v = product(product(u, kernel, self.dtype), kernel.T, self.dtype)
+            m += jnp.einsum("btk,bk->bt", y, v)[..., None]
+        width = 1 / math.sqrt(self.features)
+        kernel = self.param("attention_kernel", uniform(width), (self.features, 1))
+        scores = product(jnp.tanh(m), kernel, self.dtype)
+        # Finite where a passage is empty: then nothing is attended to.
+        scores = jnp.where(valid, scores, jnp.finfo(scores.dtype).min)
+        attention = jnp.where(valid, jax.nn.softmax(scores, axis=1), 0)  # [B, T, 1]
+        self.sow("intermediates", "attention", attention[..., 0])
+        attended = jnp.sum(attention * y, axis=1)
+
+        # ---- Answer.
+        g = term("attended", attended) + term("readout_question", u) + bias("readout_bias")
+        if self.mean_passage:
+            total = jnp.sum(jnp.where(valid, y, 0), axis=1)
+            g += term("mean", total / jnp.maximum(passage_lengths, 1)[:, None])
+        g = dropout(jnp.tanh(g))
+        return Readout(self.vocab_size, self.dtype, fan_uniform, name="readout")(g)
+
+    @nn.nowrap
+    def normalization(self) -> dict[str, Any]:
+        """What all normalisation shares."""
+        return {
+            "momentum": self.momentum,
+            "epsilon": self.epsilon,
+            "scale_init": self.scale_init,
+        }
+
+    @nn.nowrap
+    def recurrent_layer(self, init: initializers.Initializer, steps: int | None) -> nn.Module:
+        """A layer of the encoders, without a parent."""
+        shared = {
+            "features": self.features,
+            "input_kernel_init": init,
+            "recurrent_kernel_init": init,
+            "bias_init": nn.initializers.zeros_init(),
+            "learn_initial_cell": False,
+            "dtype": self.dtype,
+            "parent": None,
+        }
+        if not self.normalize_recurrence:
+            return LSTM(**shared, bias_factor=self.bias_factor, use_cell_bias=False)
+        sequence = self.input_statistics == "sequence"
+        return BNLSTM(
+            **shared,
+            **self.normalization(),
+            max_steps=steps,
+            input_statistics=self.input_statistics,
+            input_epsilon=self.sequence_epsilon if sequence else None,
+            mask_statistics=self.mask_statistics or (("input",) if sequence else ()),
+        )
+
+
+def padding_mask(lengths: Array, steps: int) -> Array:
+    """Which of `steps` time steps are valid, boolean `[batch, steps, 1]`, for lengths `[batch]`."""
+    return (jnp.arange(steps) < lengths[:, None])[..., None]
+
+
+def uniform(bound: float) -> initializers.Initializer:
+    """Uniform within `bound` of zero."""
+
+    def init(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init

@@ -1,0 +1,326 @@
+"""Questions on passages, in the form of the CNN data set: loaded, cut to sentences, numbered.
+
+Prepared, such a data set has these arrays for each split, under a name like `train_passages`:
+
+    passages, passage_ends      int32 [tokens] of all passages one after the other, as indices of
+                                words in `vocabulary`; and int64 [N], where each of them ends
+    questions, question_ends    the same for the questions
+    answers                     int32 [N], words of the vocabulary too
+    names, name_ends            uint8 [bytes] and int64 [N]: what each question is called
+    entities, entity_ends       uint8 [bytes] and int64 [N]: lines like `@entity7:Levinson`, the
+                                entities of each question as people know them; may be left out
+
+`vocabulary` uint8 [bytes] holds the words of all splits, sorted, a line each, in UTF-8.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments import datasets
+from experiments.config import one_of
+from experiments.metrics import track
+
+SPLITS = ("train", "valid", "test")
+ENTITY = "@entity"  # words that contain it stand for entities
+PLACEHOLDER = "@placeholder"  # stands for the answer, in a question
+NIL, UNKNOWN, NUMBER = SPECIALS = ("<nil>", "<unk>", "<num>")  # padding; rare words; digits
+SENTENCE_ENDS = (".", "!", "?")
+SENTENCE_RULES = ("words", "entities", "rare_words")
+SENTENCE_TIES = ("earlier", "later")
+
+
+class Texts(NamedTuple):
+    """Texts one after the other.
+
+    Attributes:
+        words: int32 [tokens], indices of words.
+        ends: int64 [N], where each text ends.
+    """
+
+    words: np.ndarray
+    ends: np.ndarray
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """The words of a text."""
+        return self.words[self.ends[index - 1] if index else 0 : self.ends[index]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Numbers of words, int64 [N]."""
+        return np.diff(self.ends, prepend=0)
+
+
+class Split(NamedTuple):
+    """The questions of a split.
+
+    Attributes:
+        passages: N passages.
+        questions: N questions.
+        answers: int32 [N], a word each.
+        indices: int64 [N], the numbers of the questions in the data set as prepared.
+    """
+
+    passages: Texts
+    questions: Texts
+    answers: np.ndarray
+    indices: np.ndarray
+
+    def select(self, chosen: np.ndarray) -> "Split":
+        """The questions of these positions."""
+        return Split(
+            _concatenate([self.passages[i] for i in chosen]),
+            _concatenate([self.questions[i] for i in chosen]),
+            self.answers[chosen],
+            self.indices[chosen],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """A data set of questions.
+
+    Attributes:
+        name: Of the data, as results carry it.
+        words: What the indices in `splits` stand for.
+        splits: `train`, `valid` and `test`.
+        digest: SHA-256 of the prepared data.
+        skipped: Numbers of questions that preparation left out, by split.
+    """
+
+    name: str
+    words: list[str]
+    splits: dict[str, Split]
+    digest: str
+    skipped: dict[str, int]
+
+
+class Selection(NamedTuple):
+    """How the sentences of a passage are chosen; see `choose_sentences`.
+
+    Attributes:
+        number: How many are kept.
+        rule: What shared words count, one of `SENTENCE_RULES`; see `word_weights`.
+        length_power: Scores are divided by this power of the number of words.
+        ties: Of sentences that are as good as each other, the `earlier` is kept, or the `later`.
+    """
+
+    number: int
+    rule: str
+    length_power: float
+    ties: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """The words that a model knows.
+
+    Attributes:
+        words: The special ones, then those of the training questions, the most frequent first.
+        table: int32, by the index of a word in the data set: its index in `words`.
+        entities: int32, indices in `words` of those that stand for entities.
+    """
+
+    words: list[str]
+    table: np.ndarray
+    entities: np.ndarray
+
+
+class Question(NamedTuple):
+    """A question as words.
+
+    Attributes:
+        name: What it is called.
+        passage: Words of the passage.
+        question: Words of the question.
+        answer: A word, one of the passage's entities.
+        entities: Lines like `@entity7:Levinson`.
+    """
+
+    name: str
+    passage: list[str]
+    question: list[str]
+    answer: str
+    entities: list[str]
+
+
+def sorted_words(words: Iterable[str]) -> list[str]:
+    """Distinct words in the order in which a vocabulary has them."""
+    return sorted(set(words))
+
+
+def pack_words(words: Iterable[str]) -> np.ndarray:
+    """Words as the bytes of an array, a line each."""
+    return pack_bytes("\n".join(words))
+
+
+def pack_bytes(text: str) -> np.ndarray:
+    """A text as an array of its bytes in UTF-8."""
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def pack(splits: dict[str, list[Question]], prefix: str = "") -> dict[str, np.ndarray]:
+    """The arrays of a data set that fits in memory as words."""
+    every = [question for questions in splits.values() for question in questions]
+    vocabulary = sorted_words(word for q in every for word in (*q.passage, *q.question, q.answer))
+    index = {word: i for i, word in enumerate(vocabulary)}
+    arrays = {f"{prefix}vocabulary": pack_words(vocabulary)}
+
+    def add(name: str, end_name: str, items: list[np.ndarray], dtype: type) -> None:
+        arrays[name] = np.concatenate([np.zeros(0, dtype), *items])
+        arrays[end_name] = np.cumsum([len(item) for item in items], dtype=np.int64)
+
+    def words(text: list[str]) -> np.ndarray:
+        return np.array([index[word] for word in text], np.int32)
+
+    for split, questions in splits.items():
+        to = f"{prefix}{split}_"
+        add(f"{to}passages", f"{to}passage_ends", [words(q.passage) for q in questions], np.int32)
+        add(
+            f"{to}questions", f"{to}question_ends", [words(q.question) for q in questions], np.int32
+        )
+        arrays[f"{to}answers"] = words([q.answer for q in questions])
+        add(f"{to}names", f"{to}name_ends", [pack_bytes(q.name) for q in questions], np.uint8)
+        entities = [pack_bytes("\n".join(q.entities)) for q in questions]
+        add(f"{to}entities", f"{to}entity_ends", entities, np.uint8)
+    return arrays
+
+
+def load(dataset: str, data_dir: str, subset: str = "") -> Questions:
+    """Loads a data set of questions.
+
+    Args:
+        dataset: `cnn` or `babi`.
+        data_dir: Folder of prepared data and original files.
+        subset: `qa1`, `qa2`, `qa4` or `qa5`, a task of bAbI.
+
+    Raises:
+        UserError: If an argument is not as above, or the data cannot be had.
+    """
+    one_of("config.dataset", dataset, ("cnn", "babi"))
+    one_of("config.subset", subset, ("",) if dataset == "cnn" else ("qa1", "qa2", "qa4", "qa5"))
+    data = datasets.load(dataset, data_dir)
+    prefix = f"{subset}_" if subset else ""
+
+    def texts(name: str) -> Texts:
+        ends = f"{name.removesuffix('s')}_ends"
+        return Texts(data.arrays[prefix + name], data.arrays[prefix + ends])
+
+    splits = {}
+    for split in SPLITS:
+        answers = data.arrays[f"{prefix}{split}_answers"]
+        passages, questions = texts(f"{split}_passages"), texts(f"{split}_questions")
+        splits[split] = Split(passages, questions, answers, np.arange(len(answers)))
+    counts = {split: len(splits[split].answers) for split in SPLITS}
+    if dataset == "babi":
+        name = f"bAbI task {subset.removeprefix('qa')}"
+    elif data.info["complete"]:
+        name = "CNN"
+    else:
+        name = f"part of CNN ({' / '.join(f'{counts[split]:,}' for split in SPLITS)} questions)"
+    words = bytes(data.arrays[f"{prefix}vocabulary"]).decode().split("\n")
+    skipped = data.info.get("skipped", {})
+    skipped = {split: sum(map(len, skipped.get(split, {}).values())) for split in SPLITS}
+    return Questions(name, words, splits, data.digest, skipped)
+
+
+def make_vocabulary(questions: Questions, min_count: int, join_numbers: bool) -> Vocabulary:
+    """The words of training passages, questions and answers that occur often enough.
+
+    Args:
+        questions: The data set, with passages as the model sees them.
+        min_count: Words that occur less often are one, `<unk>`.
+        join_numbers: Words that are made of digits are one, `<num>`.
+    """
+    size = len(questions.words)
+    train = questions.splits["train"]
+    parts = train.passages.words, train.questions.words, train.answers
+    counts = sum(np.bincount(part, minlength=size) for part in parts)
+    table = np.full(size, SPECIALS.index(UNKNOWN), np.int32)
+    is_number = np.array([join_numbers and word.isdigit() for word in questions.words])
+    table[is_number] = SPECIALS.index(NUMBER)
+    known = np.flatnonzero((counts >= min_count) & ~is_number)
+    known = known[np.argsort(-counts[known], kind="stable")]  # words of one count by the alphabet
+    table[known] = len(SPECIALS) + np.arange(len(known))
+    words = [*SPECIALS, *(questions.words[i] for i in known)]
+    entities = np.array([i for i, word in enumerate(words) if ENTITY in word], np.int32)
+    return Vocabulary(words, table, entities)
+
+
+def select_sentences(questions: Questions, selection: Selection) -> Questions:
+    """Cuts each passage to the sentences that are most like its question."""
+    ends_sentence = np.isin(questions.words, SENTENCE_ENDS)
+    weights = word_weights(questions, selection.rule)
+    splits = {}
+    for split, part in questions.splits.items():
+        total = len(part.answers)
+        passages = [
+            choose_sentences(part.passages[i], part.questions[i], selection, ends_sentence, weights)
+            for i in track(range(total), f"choosing sentences, {split}", total)
+        ]
+        splits[split] = part._replace(passages=_concatenate(passages))
+    name = f"{questions.name}, {selection.number} sentences"
+    return dataclasses.replace(questions, name=name, splits=splits)
+
+
+def word_weights(questions: Questions, rule: str) -> np.ndarray:
+    """What a word counts that a sentence shares with the question, float64 [words].
+
+    Args:
+        questions: The data set.
+        rule: `words`, all count the same; `entities`, only they count; `rare_words`, a word counts
+            its information content, in nats, as the training passages tell its frequency.
+    """
+    spoken = np.array([any(c.isalnum() for c in w) and w != PLACEHOLDER for w in questions.words])
+    if rule == "entities":
+        return np.array([float(ENTITY in word) for word in questions.words])
+    if rule == "rare_words":
+        train = questions.splits["train"].passages.words
+        counts = np.bincount(train, minlength=len(questions.words))
+        return spoken * np.log(len(train) / np.maximum(counts, 1))
+    return spoken.astype(float)
+
+
+def choose_sentences(
+    passage: np.ndarray,
+    question: np.ndarray,
+    selection: Selection,
+    ends_sentence: np.ndarray,
+    weights: np.ndarray,
+) -> np.ndarray:
+    """The sentences of a passage that are most like its question, in their order.
+
+    A sentence scores the weights of the words that it shares with the question, each once, over a
+    power of its length. The answer is not looked at.
+
+    Args:
+        passage: Words.
+        question: Words.
+        selection: How many sentences, and how they are scored.
+        ends_sentence: Whether a word ends the sentence that it is in, bool [words].
+        weights: What a shared word counts, float64 [words].
+    """
+    ends = ends_sentence[passage]
+    sentence = np.cumsum(ends) - ends  # of each word, from 0 on
+    shared = np.isin(passage, question)
+    pairs = np.unique(sentence[shared] * len(weights) + passage[shared])
+    sentences, words = np.divmod(pairs, len(weights))
+    lengths = np.bincount(sentence)
+    scores = np.bincount(sentences, weights[words], len(lengths)) / lengths**selection.length_power
+    order = np.argsort(-scores, kind="stable")
+    if selection.ties == "later":
+        order = len(scores) - 1 - np.argsort(-scores[::-1], kind="stable")
+    return passage[np.isin(sentence, order[: selection.number])]
+
+
+def answers_kept(split: Split) -> float:
+    """The share of questions whose answer is in the passage."""
+    kept = [answer in split.passages[i] for i, answer in enumerate(split.answers)]
+    return float(np.mean(kept))
+
+
+def _concatenate(texts: list[np.ndarray]) -> Texts:
+    ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+    return Texts(np.concatenate([np.zeros(0, np.int32), *texts]), ends)

@@ -1,0 +1,300 @@
+"""Questions on passages, answered by a word: the Attentive Reader on CNN news and on bAbI."""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+
+from bnlstm_jax.attentive_reader import FORMS, AttentiveReader
+from experiments.config import one_of
+from experiments.datasets import questions
+from experiments.datasets.questions import SPLITS, Selection, Split, Texts
+from experiments.errors import UserError
+from experiments.layers import matmul_dtype
+from experiments.tasks import Batch, Metrics, Reading, check_batch_size, epoch_order
+
+ROUNDING = 8  # padded passages have a multiple of so many words
+LOSS_FLOOR = 1e-8  # added to probabilities before their logarithm, as in the released code
+
+
+def reader_config(config: ConfigDict) -> ConfigDict:
+    """Adds the fields of this task to those that all share."""
+    config.task = "question_answering"
+    config.dataset = "cnn"  # or babi
+    config.subset = ""  # of babi: qa1, qa2, qa4 or qa5
+    config.min_count = 2  # words that training questions have less often are one
+    config.join_numbers = True  # words of digits are one
+    config.num_sentences = 0  # to which passages are cut, those most like the question; 0: all
+    # How they are chosen: shared words count 1 (words), if they are entities (entities), or by
+    # their rareness (rare_words); over a power of the sentence's length; of equals, the earlier.
+    config.sentence_rule = "words"
+    config.sentence_length_power = 0.0
+    config.sentence_ties = "earlier"  # or later
+    config.max_passage_length = 2000  # in words; longer ones are left out, and counted
+    config.permute_entities = True  # in training, anew for each batch
+    # Batches are made of so many batches' examples sorted by length, the longest first; 1: as the
+    # examples come.
+    config.sorted_batches = 1
+    config.num_lengths = 5  # to which passages are padded; a program is compiled for each
+
+    config.model.bilinear = True  # a term of attention that Hermann et al. do not have
+    config.model.mean_passage = True  # another of the read-out
+    config.model.dropout_rate = 0.5  # of embeddings, and before the output layer
+    # What the released code does; each can be switched off. See docs/differences.md.
+    config.model.unscaled_dropout = False  # dropout scales at inference rather than in training
+    config.model.count_padding = True  # statistics count padding, where it counted it
+    config.model.identical_blocks = True  # all square kernels start from one matrix
+    config.model.double_bias = True  # the LSTM's bias is added twice
+    return config
+
+
+def make_model(
+    model: ConfigDict, vocab_size: int, passage_steps: int, question_steps: int
+) -> AttentiveReader:
+    """The reader of `config.model`, for training passages and questions of so many steps.
+
+    Raises:
+      UserError: there are to be statistics of steps that no training passage has.
+    """
+    if model.max_steps > passage_steps:
+        raise UserError(
+            f"config.model.max_steps is {model.max_steps}, and training passages have "
+            f"{passage_steps} steps: make it at most that, or 0 for all of them"
+        )
+    return AttentiveReader(
+        vocab_size=vocab_size,
+        features=model.features,
+        **FORMS[model.kind],
+        mask_statistics=not model.count_padding,
+        identical_blocks=model.identical_blocks,
+        bias_factor=2.0 if model.double_bias else 1.0,
+        mean_passage=model.mean_passage,
+        bilinear=model.bilinear,
+        dropout_rate=model.dropout_rate,
+        unscaled_dropout=model.unscaled_dropout,
+        passage_steps=model.max_steps or passage_steps,
+        question_steps=question_steps,
+        momentum=model.momentum,
+        scale_init=nn.initializers.constant(model.initial_scale),
+        dtype=matmul_dtype(model),
+    )
+
+
+class Task:
+    """Passage and question to a word; see `experiments.tasks.Task`."""
+
+    readings = (Reading(splits=("valid", "test")),)
+    selection = "error"
+    lower_is_better = True
+    shown = ("error", "entity_error")
+
+    def __init__(self, config: ConfigDict) -> None:
+        """Loads `config.dataset`, cuts its passages, and numbers its words."""
+        check(config)
+        self.config = config
+        self.notes: list[str] = []
+        self.record: dict[str, Any] = {}
+        data = self._cut(questions.load(config.dataset, config.data_dir, config.subset))
+        self.data = data.name
+        self.vocabulary = questions.make_vocabulary(data, config.min_count, config.join_numbers)
+        self.words = data.words  # of which the splits are made, before they are numbered
+        words = self.vocabulary.words
+        self.is_entity = np.zeros(len(words), bool)
+        self.is_entity[self.vocabulary.entities] = True
+        self.splits = {split: self._within_limit(split, data.splits[split]) for split in SPLITS}
+        counts = {split: len(part.answers) for split, part in self.splits.items()}
+        check_batch_size(config, counts["train"], self.data, drop_last=True)
+        self.updates_per_epoch = counts["train"] // config.batch_size
+        self.train_order = functools.lru_cache(maxsize=1)(self._train_order)
+        self.passage_lengths = self._padded_lengths()
+        self.question_length = 1 + max(int(s.questions.lengths.max()) for s in self.splits.values())
+        train_length = 1 + int(self.splits["train"].passages.lengths.max())
+        self.model = make_model(config.model, len(words), train_length, self.question_length)
+        self.record |= {
+            "dataset": self.data,
+            "dataset_sha256": data.digest,
+            "vocabulary_size": len(words),
+            "questions": counts,
+            "skipped_in_preparation": data.skipped,
+            "padded_lengths": self.passage_lengths,
+        }
+        self.notes.append(
+            f"{len(words):,} words, {counts['train']:,} training questions, passages padded to "
+            f"{', '.join(map(str, self.passage_lengths))} words"
+        )
+
+    def train_batch(self, update: int) -> Batch:
+        """The batch of an update; every epoch in an order of its own, whole batches only."""
+        epoch, number = divmod(update, self.updates_per_epoch)
+        size, seed = self.config.batch_size, self.config.seed
+        indices = self.train_order(epoch)[number * size : (number + 1) * size]
+        table = self.vocabulary.table
+        if self.config.permute_entities:
+            entities = self.vocabulary.entities
+            permuted = np.arange(len(self.vocabulary.words), dtype=np.int32)
+            permuted[entities] = np.random.default_rng([seed, update, 1]).permutation(entities)
+            table = permuted[table]
+        return self.make_batch("train", indices, table)
+
+    def num_examples(self, split: str, reading: Reading) -> int:
+        """Number of questions of a split."""
+        return len(self.splits[split].answers)
+
+    def batches(self, split: str, batch_size: int, reading: Reading) -> Iterator[Batch]:
+        """The questions of a split, in the order of the data set but for what `arrange` does."""
+        order = np.arange(self.num_examples(split, reading))
+        order = self._arrange(split, order, batch_size)
+        for first in range(0, len(order), batch_size):
+            indices = order[first : first + batch_size]
+            yield self.make_batch(split, indices, self.vocabulary.table)
+
+    def inputs(self, batch: Batch, carry: Any = None) -> tuple[Any, ...]:
+        """Passages, questions and the lengths of both."""
+        names = ("passage", "question", "passage_length", "question_length")
+        return tuple(batch[name] for name in names)
+
+    def metrics(self, outputs: Array, batch: Batch) -> Metrics:
+        """Loss in nats and error of logits `[batch, V]`.
+
+        `entity_error` is the error where only entities of the passage may answer.
+        """
+        answer, passage = batch["answer"], batch["passage"]
+        count = jnp.float32(len(answer))
+        log_p = jnp.take_along_axis(jax.nn.log_softmax(outputs), answer[:, None], axis=1)
+        nats = -jnp.logaddexp(log_p, math.log(LOSS_FLOOR))
+        inside = jnp.arange(passage.shape[1]) < batch["passage_length"][:, None]
+        candidate = inside & jnp.asarray(self.is_entity)[passage]
+        scores = jnp.where(candidate, jnp.take_along_axis(outputs, passage, axis=1), -jnp.inf)
+        best = jnp.take_along_axis(passage, scores.argmax(1)[:, None], axis=1)[:, 0]
+        by_entity = (best == answer) & candidate.any(1)
+
+        def share(wrong: Array) -> tuple[Array, Array]:
+            return jnp.sum(wrong, dtype=jnp.float32), count
+
+        return {
+            "loss": (jnp.sum(nats), count),
+            "error": share(outputs.argmax(1) != answer),
+            "entity_error": share(~by_entity),
+        }
+
+    def make_batch(self, split: str, indices: np.ndarray, table: np.ndarray) -> Batch:
+        """Questions of a split as words of the vocabulary, by the `table` from the data set's.
+
+        Passages are padded to the least of a few lengths that leaves a word of padding behind each
+        of them, as the released code has it; questions to one length.
+        """
+        part = self.splits[split]
+        longest = int(part.passages.lengths[indices].max())
+        passage_length = next(n for n in self.passage_lengths if n > longest)
+
+        def pad(texts: Texts, length: int) -> tuple[np.ndarray, np.ndarray]:
+            words = np.zeros((len(indices), length), np.int32)
+            for row, i in zip(words, indices, strict=True):
+                text = table[texts[i]]
+                row[: len(text)] = text
+            return words, texts.lengths[indices].astype(np.int32)
+
+        passage, passage_lengths = pad(part.passages, passage_length)
+        question, question_lengths = pad(part.questions, self.question_length)
+        return {
+            "passage": passage,
+            "passage_length": passage_lengths,
+            "question": question,
+            "question_length": question_lengths,
+            "answer": table[part.answers[indices]],
+        }
+
+    def _cut(self, data: questions.Questions) -> questions.Questions:
+        """Cuts passages to a few sentences, if that is asked for."""
+        config = self.config
+        if not config.num_sentences:
+            return data
+        data = questions.select_sentences(
+            data,
+            Selection(
+                config.num_sentences,
+                config.sentence_rule,
+                config.sentence_length_power,
+                config.sentence_ties,
+            ),
+        )
+        kept = {split: questions.answers_kept(data.splits[split]) for split in SPLITS}
+        self.record["answers_kept"] = kept
+        shares = ", ".join(f"{share:.1%} of {split}" for split, share in kept.items())
+        self.notes.append(f"the sentences kept hold the answers of {shares} questions")
+        return data
+
+    def _within_limit(self, split: str, part: Split) -> Split:
+        """Leaves out passages that are too long, and tells of that and of unknown answers."""
+        limit = self.config.max_passage_length
+        within = np.flatnonzero(part.passages.lengths <= limit)
+        if left_out := len(part.answers) - len(within):
+            self.notes.append(
+                f"left out {left_out:,} of {len(part.answers):,} {split} questions, whose passages "
+                f"have more than {limit:,} words (config.max_passage_length)"
+            )
+            part = part.select(within)
+        if not len(part.answers):
+            raise UserError(
+                f"config.max_passage_length is {limit}, and all {split} passages of {self.data} "
+                "have more words: make it greater"
+            )
+        self.record.setdefault("too_long", {})[split] = left_out
+        unknown = int(np.sum(~self.is_entity[self.vocabulary.table[part.answers]]))
+        if unknown:
+            self.notes.append(
+                f"{unknown:,} of {len(part.answers):,} {split} questions have an answer that "
+                "training questions do not have often enough to be a word: they count as errors"
+            )
+        return part
+
+    def _padded_lengths(self) -> list[int]:
+        """Lengths to which passages are padded, such that batches of an epoch spread evenly."""
+        lengths = self.splits["train"].passages.lengths[self.train_order(0)]
+        longest = lengths.reshape(-1, self.config.batch_size).max(1)
+        shares = np.arange(1, self.config.num_lengths + 1) / self.config.num_lengths
+        chosen = np.quantile(longest, shares, method="higher")
+        chosen[-1] = max(part.passages.lengths.max() for part in self.splits.values())
+        return sorted({int(-(-(n + 1) // ROUNDING) * ROUNDING) for n in chosen})
+
+    def _train_order(self, epoch: int) -> np.ndarray:
+        num_examples = len(self.splits["train"].answers)
+        order = epoch_order(num_examples, self.config.seed, epoch)
+        whole = self.updates_per_epoch * self.config.batch_size
+        return self._arrange("train", order[:whole], self.config.batch_size)
+
+    def _arrange(self, split: str, order: np.ndarray, batch_size: int) -> np.ndarray:
+        """Sorts each `config.sorted_batches` batches by length, which saves padding."""
+        if self.config.sorted_batches == 1:
+            return order
+        lengths = self.splits[split].passages.lengths
+        number = self.config.sorted_batches * batch_size
+        groups = [order[first : first + number] for first in range(0, len(order), number)]
+        return np.concatenate([g[np.argsort(-lengths[g], kind="stable")] for g in groups])
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses values that this task cannot run with.
+
+    Raises:
+      UserError: names the field and what it may be.
+    """
+    one_of("config.sentence_rule", config.sentence_rule, questions.SENTENCE_RULES)
+    one_of("config.sentence_ties", config.sentence_ties, questions.SENTENCE_TIES)
+    at_least = {"num_sentences": 0, "sentence_length_power": 0}
+    at_least |= {"min_count": 1, "max_passage_length": 1, "sorted_batches": 1, "num_lengths": 1}
+    for name, bound in at_least.items():
+        if not config[name] >= bound:  # which NaN is not
+            raise UserError(f"config.{name} is {config[name]}: it must be at least {bound}")
+    if not 0 <= config.model.dropout_rate < 1:
+        raise UserError(
+            f"config.model.dropout_rate is {config.model.dropout_rate}: it must be at least 0 and "
+            "less than 1"
+        )
