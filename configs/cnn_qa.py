@@ -16,8 +16,8 @@ run says of its answers when it starts, and see scripts/sentence_rules.py. BN-e*
 
     --config.batch_size=40 --config.optimizer.learning_rate=8e-4
 
-`configs/cnn_qa.py:sample` is to be learnt by heart, in minutes on a laptop: four sentences, a
-hundred units, no dropout, all five readers. For a part of the data, such as a few hundred questions.
+`configs/cnn_qa.py:sample` is for a few hundred of the questions, to be learnt by heart in minutes on
+a laptop: four sentences, a hundred units, no dropout, all five readers.
 """
 
 from ml_collections import ConfigDict
