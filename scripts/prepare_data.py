@@ -6,8 +6,10 @@ NAME is the name of a data set, for example mnist or digits. The prepared arrays
 DATA_DIR/prepared/NAME. Where they are there already, they are verified.
 """
 
+import json
 import time
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -34,9 +36,10 @@ def main(argv: list[str]) -> None:
     found = folder.exists()
     if not found:
         source_dir = Path(SOURCE_DIR.value or DATA_DIR.value).expanduser()
-        made = prepared.make(name, source_dir)
         try:
-            prepared.write(folder, *made)
+            with prepared.making(name, folder, source_dir) as made:
+                if made:
+                    prepared.write(folder, *made)
         except OSError as error:
             problem = error.strerror or error
             raise errors.UserError(f"{folder} cannot be written: {problem}") from error
@@ -51,8 +54,21 @@ def main(argv: list[str]) -> None:
             f"  {folder / array}.npy  {content['dtype']} {content['shape']}  "
             f"{file['bytes']:,} bytes  SHA-256 {file['sha256'][:12]}"
         )
+    for key, value in manifest["info"].items():
+        print(f"  {key}: {_told(value)}")
     versions = ", ".join(f"{package} {number}" for package, number in manifest["versions"].items())
     print(f"  digest {digest}\n  prepared {manifest['date']} with {versions}")
+
+
+def _told(value: Any) -> str:
+    """Metadata in a line; of a list, its length."""
+    if isinstance(value, dict):
+        inside = ((key, _told(item)) for key, item in value.items())
+        items = [f"{key} ({told})" if " " in told else f"{key} {told}" for key, told in inside]
+        return ", ".join(items) or "none"
+    if isinstance(value, list):
+        return f"{len(value):,}"
+    return json.dumps(value)
 
 
 if __name__ == "__main__":

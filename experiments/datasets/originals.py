@@ -84,7 +84,7 @@ class Originals:
         for file in self.files:
             if file not in missing:
                 _check(folder / file.name, file)
-        self._require_packages(source_dir)
+        self.require_packages(source_dir)
         if missing:
             self._require_host(missing[0].url, folder)
         source = {
@@ -112,7 +112,7 @@ class Originals:
         except failures as error:
             raise self._not_downloaded(folder, type(error).__name__) from error
 
-    def _require_packages(self, source_dir: Path) -> None:
+    def require_packages(self, source_dir: Path) -> None:
         """Raises a `UserError` if a package that preparing needs is not installed."""
         try:
             # TFDS itself imports the first two only when it comes to need them.

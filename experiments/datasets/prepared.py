@@ -1,16 +1,21 @@
 """Prepared data sets: `.npy` files with a manifest, made once and verified on every reading."""
 
+import contextlib
 import dataclasses
 import datetime
+import fcntl
 import hashlib
 import importlib
 import importlib.metadata
+import inspect
 import json
 import os
 import pkgutil
 import platform
 import shutil
+import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +26,8 @@ from experiments.errors import UserError, unknown_name
 
 FORMAT = 1  # of the prepared folder; raised when older folders can no longer be read
 
-# What a data set module's `prepare(source_dir)` returns: the arrays; metadata of JSON types; and
-# where the data came from, with the names of the `packages` that took part.
+# What a data set module's `prepare` returns: the arrays; metadata of JSON types; and where the data
+# came from, with the names of the `packages` that took part.
 Made = tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]
 
 
@@ -58,22 +63,25 @@ def load(name: str, data_dir: str) -> Dataset:
     """
     folder = folder_of(name, data_dir)
     if not folder.exists():
-        arrays, info, source = make(name, Path(data_dir).expanduser())
-        try:
-            write(folder, arrays, info, source)
-        except OSError as error:
-            logging.warning(
-                "%s cannot be written (%s): %s is prepared for this run only; to prepare it once: "
-                "python -m scripts.prepare_data %s --data_dir=WRITABLE_FOLDER --source_dir=%s",
-                folder,
-                error.strerror or error,
-                name,
-                name,
-                data_dir,
-            )
-            info = json.loads(json.dumps(info))  # as it would read back from the manifest
-            return Dataset(name, arrays, info, _digest(_contents(arrays), info))
-        logging.info("Prepared %s in %s", name, folder)
+        with making(name, folder, Path(data_dir).expanduser(), elsewhere=True) as made:
+            try:
+                if made:
+                    write(folder, *made)
+                    logging.info("Prepared %s in %s", name, folder)
+            except OSError as error:
+                logging.warning(
+                    "%s cannot be written (%s): %s is prepared for this run only; to prepare it "
+                    "once: python -m scripts.prepare_data %s --data_dir=WRITABLE_FOLDER "
+                    "--source_dir=%s",
+                    folder,
+                    error.strerror or error,
+                    name,
+                    name,
+                    data_dir,
+                )
+                arrays, info, _ = made
+                info = json.loads(json.dumps(info))  # as it would read back from the manifest
+                return Dataset(name, arrays, info, _digest(_contents(arrays), info))
     return read(folder)
 
 
@@ -93,21 +101,71 @@ def folder_of(name: str, data_dir: str) -> Path:
     return Path(data_dir).expanduser() / "prepared" / name
 
 
-def make(name: str, source_dir: Path) -> Made:
-    """Makes a data set's arrays from its original data.
+@contextlib.contextmanager
+def making(
+    name: str, folder: Path, source_dir: Path, elsewhere: bool = False
+) -> Iterator[Made | None]:
+    """Makes a data set's arrays from its original data, for the time of a context.
+
+    A process that finds another at work waits for it. Work in progress lies beside the folder,
+    in `.<name>-work`: if it is stopped, that is where it goes on when it is started again.
 
     Args:
         name: Name of an existing data set.
+        folder: Its folder, to be written within the context.
         source_dir: Folder in which original files are looked for.
+        elsewhere: Whether to work in a temporary folder if it cannot be done beside the folder.
 
-    Returns:
-        The arrays, in C order; the metadata; the source.
+    Yields:
+        The arrays, in C order; the metadata; the source. None if another process has written the
+        folder in the meantime.
 
     Raises:
+        OSError: If there can be no work in progress beside the folder.
         UserError: If the original data cannot be had.
     """
-    arrays, info, source = _import(name).prepare(source_dir)
-    return {key: np.asarray(array, order="C") for key, array in arrays.items()}, info, source
+    with contextlib.ExitStack() as stack:
+        try:
+            work_dir = stack.enter_context(_work_dir(folder))
+        except OSError:
+            if not elsewhere:
+                raise
+            work_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{name}-")))
+        if folder.exists():
+            yield None
+            return
+        prepare = _import(name).prepare
+        places = {"source_dir": source_dir, "work_dir": work_dir}
+        wanted = inspect.signature(prepare).parameters
+        arrays, info, source = prepare(**{key: places[key] for key in wanted})
+        yield {key: np.asarray(array, order="C") for key, array in arrays.items()}, info, source
+
+
+@contextlib.contextmanager
+def _work_dir(folder: Path) -> Iterator[Path]:
+    """The folder for work in progress on a prepared folder, for one process at a time."""
+    path = folder.with_name(f".{folder.name}-work")
+    path.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logging.warning("Another process prepares %s: waiting for it", folder)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            path.mkdir(parents=True, exist_ok=True)  # the other may have removed it
+        try:
+            for partial in folder.parent.glob(f".{folder.name}-{32 * '?'}"):
+                shutil.rmtree(partial, ignore_errors=True)  # `write` was killed
+            yield path
+        finally:
+            if folder.exists():
+                shutil.rmtree(path, ignore_errors=True)
+            for empty in (path, path.parent):
+                with contextlib.suppress(OSError):
+                    empty.rmdir()
+    finally:
+        os.close(handle)
 
 
 def write(
@@ -170,8 +228,9 @@ def read(folder: Path) -> Dataset:
             raise _unusable(
                 path, f"is damaged: SHA-256 {found[:12]} instead of {expected['sha256'][:12]}"
             )
-    arrays = {
-        name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in manifest["arrays"]
+    arrays = {  # in files that the system reads as they are used: some are large
+        name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
+        for name in manifest["arrays"]
     }
     return Dataset(folder.name, arrays, manifest["info"], manifest["digest"])
 

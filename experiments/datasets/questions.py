@@ -1,17 +1,4 @@
-"""Questions on passages, in the form of the CNN data set: loaded, cut to sentences, numbered.
-
-Prepared, such a data set has these arrays for each split, under a name like `train_passages`:
-
-    passages, passage_ends      int32 [tokens] of all passages one after the other, as indices of
-                                words in `vocabulary`; and int64 [N], where each of them ends
-    questions, question_ends    the same for the questions
-    answers                     int32 [N], words of the vocabulary too
-    names, name_ends            uint8 [bytes] and int64 [N]: what each question is called
-    entities, entity_ends       uint8 [bytes] and int64 [N]: lines like `@entity7:Levinson`, the
-                                entities of each question as people know them; may be left out
-
-`vocabulary` uint8 [bytes] holds the words of all splits, sorted, a line each, in UTF-8.
-"""
+"""Questions on passages, in the form of the CNN data set: loaded, cut to sentences, numbered."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -21,11 +8,9 @@ import numpy as np
 
 from experiments import datasets
 from experiments.config import one_of
+from experiments.datasets.question_arrays import ENTITY, PLACEHOLDER, SPLITS
 from experiments.metrics import track
 
-SPLITS = ("train", "valid", "test")
-ENTITY = "@entity"  # words that contain it stand for entities
-PLACEHOLDER = "@placeholder"  # stands for the answer, in a question
 NIL, UNKNOWN, NUMBER = SPECIALS = ("<nil>", "<unk>", "<num>")  # padding; rare words; digits
 SENTENCE_ENDS = (".", "!", "?")
 SENTENCE_RULES = ("words", "entities", "rare_words")
@@ -128,66 +113,6 @@ class Vocabulary:
     entities: np.ndarray
 
 
-class Question(NamedTuple):
-    """A question as words.
-
-    Attributes:
-        name: What it is called.
-        passage: Words of the passage.
-        question: Words of the question.
-        answer: A word, one of the passage's entities.
-        entities: Lines like `@entity7:Levinson`.
-    """
-
-    name: str
-    passage: list[str]
-    question: list[str]
-    answer: str
-    entities: list[str]
-
-
-def sorted_words(words: Iterable[str]) -> list[str]:
-    """Distinct words in the order in which a vocabulary has them."""
-    return sorted(set(words))
-
-
-def pack_words(words: Iterable[str]) -> np.ndarray:
-    """Words as the bytes of an array, a line each."""
-    return pack_bytes("\n".join(words))
-
-
-def pack_bytes(text: str) -> np.ndarray:
-    """A text as an array of its bytes in UTF-8."""
-    return np.frombuffer(text.encode(), np.uint8)
-
-
-def pack(splits: dict[str, list[Question]], prefix: str = "") -> dict[str, np.ndarray]:
-    """The arrays of a data set that fits in memory as words."""
-    every = [question for questions in splits.values() for question in questions]
-    vocabulary = sorted_words(word for q in every for word in (*q.passage, *q.question, q.answer))
-    index = {word: i for i, word in enumerate(vocabulary)}
-    arrays = {f"{prefix}vocabulary": pack_words(vocabulary)}
-
-    def add(name: str, end_name: str, items: list[np.ndarray], dtype: type) -> None:
-        arrays[name] = np.concatenate([np.zeros(0, dtype), *items])
-        arrays[end_name] = np.cumsum([len(item) for item in items], dtype=np.int64)
-
-    def words(text: list[str]) -> np.ndarray:
-        return np.array([index[word] for word in text], np.int32)
-
-    for split, questions in splits.items():
-        to = f"{prefix}{split}_"
-        add(f"{to}passages", f"{to}passage_ends", [words(q.passage) for q in questions], np.int32)
-        add(
-            f"{to}questions", f"{to}question_ends", [words(q.question) for q in questions], np.int32
-        )
-        arrays[f"{to}answers"] = words([q.answer for q in questions])
-        add(f"{to}names", f"{to}name_ends", [pack_bytes(q.name) for q in questions], np.uint8)
-        entities = [pack_bytes("\n".join(q.entities)) for q in questions]
-        add(f"{to}entities", f"{to}entity_ends", entities, np.uint8)
-    return arrays
-
-
 def load(dataset: str, data_dir: str, subset: str = "") -> Questions:
     """Loads a data set of questions.
 
@@ -249,20 +174,23 @@ def make_vocabulary(questions: Questions, min_count: int, join_numbers: bool) ->
     return Vocabulary(words, table, entities)
 
 
-def select_sentences(questions: Questions, selection: Selection) -> Questions:
-    """Cuts each passage to the sentences that are most like its question."""
+def select_sentences(
+    questions: Questions, selection: Selection, splits: Iterable[str] = SPLITS
+) -> Questions:
+    """Cuts each passage of some splits to the sentences that are most like its question."""
     ends_sentence = np.isin(questions.words, SENTENCE_ENDS)
     weights = word_weights(questions, selection.rule)
-    splits = {}
-    for split, part in questions.splits.items():
+    cut = {}
+    for split in splits:
+        part = questions.splits[split]
         total = len(part.answers)
         passages = [
             choose_sentences(part.passages[i], part.questions[i], selection, ends_sentence, weights)
             for i in track(range(total), f"choosing sentences, {split}", total)
         ]
-        splits[split] = part._replace(passages=_concatenate(passages))
+        cut[split] = part._replace(passages=_concatenate(passages))
     name = f"{questions.name}, {selection.number} sentences"
-    return dataclasses.replace(questions, name=name, splits=splits)
+    return dataclasses.replace(questions, name=name, splits=questions.splits | cut)
 
 
 def word_weights(questions: Questions, rule: str) -> np.ndarray:

@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 from bnlstm_jax.attentive_reader import FORMS, AttentiveReader
 from experiments.config import one_of
 from experiments.datasets import questions
-from experiments.datasets.questions import SPLITS, Selection, Split, Texts
+from experiments.datasets.question_arrays import SPLITS
+from experiments.datasets.questions import Selection, Split, Texts
 from experiments.errors import UserError
 from experiments.layers import matmul_dtype
 from experiments.tasks import Batch, Metrics, Reading, check_batch_size, epoch_order

@@ -7,8 +7,8 @@ import pytest
 from configs import cnn_qa
 from experiments import config as shared
 from experiments import tasks, train, workdir
-from experiments.datasets import prepared, questions
-from experiments.datasets.questions import Question
+from experiments.datasets import prepared
+from experiments.datasets.question_arrays import Question, pack
 from experiments.errors import UserError
 from experiments.tasks.question_answering import make_model
 
@@ -37,7 +37,7 @@ def questions_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     splits = {s: list(make_questions(n, i)) for i, (s, n) in enumerate(COUNTS.items())}
     info = {"counts": COUNTS, "complete": False, "skipped": {"train": {"empty": ["a", "b"]}}}
-    prepared.write(folder / "prepared" / "cnn", questions.pack(splits), info, {})
+    prepared.write(folder / "prepared" / "cnn", pack(splits), info, {})
     return folder
 
 
@@ -183,7 +183,7 @@ def spelled_answer(part, index):
 
 def test_what_is_left_out_or_unknown_is_counted_and_told(config):
     config.max_passage_length = 30
-    config.min_count = 25
+    config.min_count = 40
     task = tasks.load(config)
     lengths = [len(q.passage) for q in make_questions(COUNTS["train"], 0)]
     left_out = sum(n > 30 for n in lengths)

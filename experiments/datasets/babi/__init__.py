@@ -20,7 +20,7 @@ from typing import Any
 
 from experiments.datasets.originals import Originals, examples
 from experiments.datasets.prepared import Made
-from experiments.datasets.questions import ENTITY, Question, pack
+from experiments.datasets.question_arrays import ENTITY, Question, pack
 from experiments.errors import UserError
 
 ORIGINALS = Originals("babi", "bAbI", files=())  # none that TFDS could download or check itself
@@ -75,7 +75,7 @@ def prepare(source_dir: Path) -> Made:
             `babi*.tar.gz` that contains this folder, such as ParlAI's.
 
     Returns:
-        For each task the arrays that `experiments/datasets/questions.py` describes, under names
+        For each task the arrays that `experiments/datasets/question_arrays.py` describes, under names
         like `qa1_train_passages`; the metadata: how many `questions` each task has in each split;
         the source.
 

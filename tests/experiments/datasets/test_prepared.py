@@ -4,6 +4,8 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -183,9 +185,10 @@ def test_killed_preparation_leaves_no_folder(tmp_path):
         tmp_path,
     )
     assert killed.returncode == 9, killed.stderr
-    left = [path.name for path in (tmp_path / "prepared").iterdir()]
-    assert len(left) == 1 and left[0].startswith(".digits-")
+    left = sorted(path.name for path in (tmp_path / "prepared").iterdir())
+    assert len(left) == 2 and all(name.startswith(".digits-") for name in left)
     assert load("digits", str(tmp_path)).arrays["train_images"].shape == (1297, 64)
+    assert [path.name for path in (tmp_path / "prepared").iterdir()] == ["digits"]
 
 
 def test_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
@@ -196,22 +199,47 @@ def test_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "save", interrupt)
     with pytest.raises(KeyboardInterrupt):
         load("digits", str(tmp_path))
-    assert list((tmp_path / "prepared").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_two_processes_may_prepare_at_once(tmp_path, monkeypatch, caplog):
+def test_second_process_waits_for_the_first(tmp_path, monkeypatch, caplog):
     prepare = digits.prepare
-    others = []
+    prepared_by, others = [], []
+    # Another process and another thread are the same to the lock of a file.
+    other = threading.Thread(target=lambda: others.append(load("digits", str(tmp_path))))
 
     def slow_prepare(source_dir):
-        monkeypatch.setattr(digits, "prepare", prepare)
-        others.append(load("digits", str(tmp_path)))  # the other process comes in between
+        prepared_by.append(threading.current_thread())
+        other.start()
+        deadline = time.monotonic() + 20
+        while "waiting for it" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
         return prepare(source_dir)
 
     monkeypatch.setattr(digits, "prepare", slow_prepare)
     mine = load("digits", str(tmp_path))
+    other.join(timeout=20)
+    assert prepared_by == [threading.main_thread()]
     assert_same(mine, others[0])
-    assert "cannot be written" not in caplog.text
+    assert "Another process prepares" in caplog.text and "cannot be written" not in caplog.text
+    assert [path.name for path in (tmp_path / "prepared").iterdir()] == ["digits"]
+
+
+def test_work_in_progress_stays_until_the_data_set_is_written(tmp_path, monkeypatch):
+    found = []
+
+    def prepare(source_dir, work_dir):
+        found.append([path.name for path in work_dir.iterdir()])
+        (work_dir / "part").touch()
+        if len(found) == 1:
+            raise KeyboardInterrupt
+        return {"x": np.zeros(1)}, {}, {}
+
+    monkeypatch.setattr(digits, "prepare", prepare)
+    with pytest.raises(KeyboardInterrupt):
+        load("digits", str(tmp_path))
+    load("digits", str(tmp_path))
+    assert found == [[], ["part"]]
     assert [path.name for path in (tmp_path / "prepared").iterdir()] == ["digits"]
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from experiments.datasets import questions
-from experiments.datasets.questions import Question, Selection, Split, Texts
+from experiments.datasets.question_arrays import SPLITS, Question, pack
+from experiments.datasets.questions import Selection, Split, Texts
 from experiments.errors import UserError
 
 # Shares with the question:      who, met             entity2      entity1, met, entity2
@@ -18,7 +19,7 @@ def made(*texts, prefix=""):
         Question(f"q{i}", passage.split(), question.split(), answer, ["@entity1:Ann", "@entity2:B"])
         for i, (passage, question, answer) in enumerate(texts)
     ]
-    arrays = questions.pack(dict.fromkeys(questions.SPLITS, items), prefix)
+    arrays = pack(dict.fromkeys(SPLITS, items), prefix)
 
     def split(name):
         def texts(kind):
@@ -29,7 +30,7 @@ def made(*texts, prefix=""):
         return Split(texts("passages"), texts("questions"), answers, np.arange(len(answers)))
 
     words = bytes(arrays[f"{prefix}vocabulary"]).decode().split("\n")
-    splits = {name: split(name) for name in questions.SPLITS}
+    splits = {name: split(name) for name in SPLITS}
     return questions.Questions("made", words, splits, "", {})
 
 

@@ -1,0 +1,198 @@
+"""Training speed of the five readers at the paper's size, and where an update's time goes.
+
+Usage: python -m scripts.benchmark_reader [--features=240] [--words=65830] [--length=300]
+
+Questions are made up: random words, passages all of one length. Every reader takes an update in
+turn, so that what else the machine does falls on all. Then the parts of an update, each a program
+of its own: its forward pass and its gradient, on arrays of the sizes that it has in the whole.
+"""
+
+import functools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from bnlstm_jax.attentive_reader import AttentiveReader, Encoder
+from bnlstm_jax.cells import look_up
+from bnlstm_jax.initializers import orthogonal_blocks
+from bnlstm_jax.models import Readout
+from configs import cnn_qa
+from experiments import errors, metrics, tasks, train
+from experiments.compare import LABELS
+from experiments.config import READER_KINDS
+from experiments.datasets import prepared
+from experiments.datasets.question_arrays import SPLITS, Question, pack
+from experiments.datasets.questions import SPECIALS
+
+FEATURES = flags.DEFINE_integer("features", 240, "Hidden units of a direction.", lower_bound=1)
+WORDS = flags.DEFINE_integer("words", 65_830, "Size of the vocabulary.", lower_bound=10)
+LENGTH = flags.DEFINE_integer("length", 300, "Words of a passage, padding included.", lower_bound=8)
+QUESTION_LENGTH = flags.DEFINE_integer("question_length", 16, "Words of a question.", lower_bound=2)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Questions of a batch.", lower_bound=2)
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of products' operands.")
+ROUNDS = flags.DEFINE_integer("rounds", 7, "Measurements of each.", lower_bound=1)
+
+
+def make_config(data_dir: Path) -> ConfigDict:
+    """The config of four sentences, on made-up questions that it prepares in `data_dir`."""
+    random = np.random.default_rng(0)
+    words = [f"@entity{i}" for i in range(500)] + [f"w{i}" for i in range(WORDS.value)]
+    words = words[: WORDS.value - len(SPECIALS)]
+    number = max(BATCH_SIZE.value, -(-len(words) // (LENGTH.value - 1)))  # to hold every word
+    text = np.resize(random.permutation(words), number * (LENGTH.value - 1))
+
+    def question(passage: np.ndarray) -> Question:
+        asked = random.choice(passage, QUESTION_LENGTH.value - 1)
+        return Question("", passage.tolist(), asked.tolist(), str(passage[0]), [])
+
+    made = [question(passage) for passage in text.reshape(number, -1)]
+    arrays = pack(dict.fromkeys(SPLITS, made))
+    info = {"complete": False, "skipped": {}}
+    prepared.write(data_dir / "prepared" / "cnn", arrays, info, {})
+    config = cnn_qa.get_config("four_sentences")
+    config.data_dir = str(data_dir)
+    config.num_sentences = 0
+    config.min_count = 1
+    config.batch_size = BATCH_SIZE.value
+    config.model.features = FEATURES.value
+    config.model.dtype = DTYPE.value
+    return config
+
+
+def parts(task: tasks.Task, state: train.TrainState, batch: tasks.Batch) -> dict[str, Callable]:
+    """The parts of an update, each a compiled program."""
+    reader: AttentiveReader = task.model
+    key = jax.random.key(0)
+    embedding = state.params["embedding"]
+    layer = reader.recurrent_layer(orthogonal_blocks(), LENGTH.value)
+    encoder = Encoder(layer, reader.bidirectional)
+    readout = Readout(reader.vocab_size, reader.dtype)
+    embedded = look_up(batch["passage"], embedding)
+    inputs = [embedded] * (1 + reader.bidirectional)
+    lengths = batch["passage_length"]
+    encoder_variables = encoder.init(key, inputs, lengths, True)
+    g = jax.random.normal(key, (BATCH_SIZE.value, FEATURES.value))
+
+    def look_up_all(embedding: jax.Array) -> jax.Array:
+        found = [look_up(batch[name], embedding, reader.dtype) for name in ("passage", "question")]
+        return sum(jnp.sum(x * x) for x in found)
+
+    def encode(params: Any, inputs: Any) -> jax.Array:
+        (y, u), _ = encoder.apply(
+            {**encoder_variables, "params": params}, inputs, lengths, False, mutable=["batch_stats"]
+        )
+        return jnp.sum(y * y) + jnp.sum(u * u)
+
+    def answer(params: Any, g: jax.Array) -> jax.Array:
+        total, count = task.metrics(readout.apply({"params": params}, g), batch)["loss"]
+        return total / count
+
+    def update(params: Any, opt_state: Any) -> Any:
+        updates, opt_state = state.tx.update(params, opt_state, params)
+        return jax.tree.map(jnp.add, params, updates), opt_state
+
+    programs = {
+        f"embedding, {reader.vocab_size:,} words": (jax.grad(look_up_all), (embedding,)),
+        "encoder of the passage": (
+            jax.grad(encode, argnums=(0, 1)),
+            (encoder_variables["params"], inputs),
+        ),
+        f"output layer and softmax, {reader.vocab_size:,} words": (
+            jax.grad(answer, argnums=(0, 1)),
+            (state.params["readout"], g),
+        ),
+        "clipping and Adam": (update, (state.params, state.opt_state)),
+    }
+    return {
+        name: functools.partial(run, jax.jit(function), arguments)
+        for name, (function, arguments) in programs.items()
+    }
+
+
+def run(program: Callable, arguments: tuple[Any, ...]) -> None:
+    """Runs a program to its end."""
+    jax.block_until_ready(program(*arguments))
+
+
+def measure(programs: dict[str, Callable], title: str) -> dict[str, list[float]]:
+    """Seconds of each, in turn, over and over."""
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for program in programs.values():
+        program()  # compiles
+    for _ in metrics.track(range(ROUNDS.value), title, ROUNDS.value):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            program()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def spread(times: list[float]) -> tuple[str, str]:
+    """Median, and lowest and highest, in milliseconds."""
+    low, middle, high = min(times), statistics.median(times), max(times)
+    return f"{1e3 * middle:.1f}", f"{1e3 * low:.1f} to {1e3 * high:.1f}"
+
+
+def main(_: list[str]) -> None:
+    """Measures and prints two tables."""
+    states, loaded = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        config = make_config(Path(folder))
+        for kind in READER_KINDS:
+            own = config.copy_and_resolve_references()
+            own.model.kind = kind
+            loaded[kind] = tasks.load(own)
+            states[kind] = train.create_state(loaded[kind], own)
+    batch = jax.device_put(loaded["lstm"].train_batch(0))
+
+    def updater(kind: str) -> Callable[[], None]:
+        step = train.make_train_step(loaded[kind], jax.random.key(0))
+
+        def update() -> None:
+            states[kind] = jax.block_until_ready(step(states[kind], batch))
+
+        return update
+
+    updates = {kind: updater(kind) for kind in READER_KINDS}
+    seconds = measure(updates, "measuring updates")
+    device = jax.devices()[0].device_kind
+    print(
+        f"{FEATURES.value} units, {WORDS.value:,} words, {BATCH_SIZE.value} passages of "
+        f"{batch['passage'].shape[1]} words, {DTYPE.value}, on {device}; {ROUNDS.value} rounds\n"
+    )
+    plain = statistics.median(seconds["lstm"])
+    rows = [
+        (
+            LABELS[kind],
+            f"{sum(leaf.size for leaf in jax.tree.leaves(states[kind].params)):,}",
+            *spread(times),
+            f"{BATCH_SIZE.value / statistics.median(times):.1f}",
+            f"{statistics.median(times) / plain:.2f}",
+        )
+        for kind, times in seconds.items()
+    ]
+    header = ["reader", "parameters", "ms per update", "spread", "questions per s", "to LSTM"]
+    print(metrics.markdown_table(header, rows))
+
+    for kind in ("lstm", "bn_e_star_star"):
+        whole = statistics.median(seconds[kind])
+        measured = measure(parts(loaded[kind], states[kind], batch), f"measuring {LABELS[kind]}")
+        rows = [
+            (name, *spread(times), f"{statistics.median(times) / whole:.1%}")
+            for name, times in measured.items()
+        ]
+        header = [f"part of an update, {LABELS[kind]}", "ms", "spread", "of the whole"]
+        print(f"\n{metrics.markdown_table(header, rows)}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,401 @@
+import contextlib
+import gzip
+import hashlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.datasets import cnn, load, prepared
+from experiments.datasets.cnn import files
+from experiments.errors import UserError
+
+REPOSITORY = Path(__file__).parents[3]
+FOLDERS = {"train": "training", "valid": "validation", "test": "test"}
+COUNTS = {"train": 650, "valid": 34, "test": 35}
+MANUAL = "by hand from https://cs.nyu.edu/~kcho/DMQA/"
+
+
+def item(data: prepared.Dataset, name: str, ends: str, index: int) -> list[str]:
+    """An entry of one of the arrays: the words, or the lines if it is of bytes."""
+    ends = data.arrays[ends]
+    values = data.arrays[name][ends[index - 1] if index else 0 : ends[index]]
+    if values.dtype == np.uint8:
+        return values.tobytes().decode().split("\n")
+    words = vocabulary(data)
+    return [words[value] for value in values]
+
+
+def vocabulary(data: prepared.Dataset) -> list[str]:
+    return data.arrays["vocabulary"].tobytes().decode().split("\n")
+
+
+def names(data: prepared.Dataset, split: str) -> list[str]:
+    entries = range(data.info["counts"][split])
+    return [item(data, f"{split}_names", f"{split}_name_ends", i)[0] for i in entries]
+
+
+def failure(data_dir: Path) -> str:
+    """The error of loading, which leaves nothing behind."""
+    before = sorted(data_dir.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        load("cnn", str(data_dir))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert sorted(data_dir.rglob("*")) == before
+    return message
+
+
+# The sample of real questions
+
+
+@pytest.fixture(scope="module")
+def archive(data_dir):
+    path = data_dir / "cnn" / "cnn_sample.tgz"
+    if not path.exists() or files.find(data_dir) != path:
+        pytest.skip(f"needs {path}, and no more of CNN")
+    return path
+
+
+@pytest.fixture(scope="module")
+def sample(archive, data_dir):
+    return load("cnn", str(data_dir))
+
+
+@pytest.fixture(scope="module")
+def unpacked(archive, tmp_path_factory):
+    """The sample's folder `cnn`, with other files among the questions."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(archive) as members:
+        members.extractall(folder, filter="data")
+    for name in (".DS_Store", f"._{40 * 'a'}.question", "notes.txt"):
+        (folder / "cnn" / "questions" / "test" / name).write_bytes(b"no question")
+    return folder / "cnn"
+
+
+def test_sample_has_the_described_form(sample):
+    assert sample.info == {
+        "counts": COUNTS,
+        "complete": False,
+        "skipped": {split: {} for split in COUNTS},
+    }
+    words = vocabulary(sample)
+    assert words == sorted(set(words)) and "" not in words
+    used = np.zeros(len(words), bool)
+    for split, count in COUNTS.items():
+        columns = {"passages": ("passage_ends", np.int32), "questions": ("question_ends", np.int32)}
+        columns |= {"names": ("name_ends", np.uint8), "entities": ("entity_ends", np.uint8)}
+        if split == "train":
+            del columns["entities"]
+            assert not any(name.startswith("train_entit") for name in sample.arrays)
+        for name, (ends_name, dtype) in columns.items():
+            array, ends = sample.arrays[f"{split}_{name}"], sample.arrays[f"{split}_{ends_name}"]
+            assert array.dtype == dtype and array.ndim == 1
+            assert ends.dtype == np.int64 and ends.shape == (count,) and ends[-1] == len(array)
+            assert np.diff(ends, prepend=0).min() > 0
+        answers = sample.arrays[f"{split}_answers"]
+        assert answers.dtype == np.int32 and answers.shape == (count,)
+        for array in (sample.arrays[f"{split}_passages"], sample.arrays[f"{split}_questions"]):
+            used[array] = True
+        assert names(sample, split) == sorted(names(sample, split))
+    assert used.all()
+
+
+def test_words_are_those_of_the_files(sample, unpacked):
+    for split, folder in FOLDERS.items():
+        for i, name in enumerate(names(sample, split)):
+            text = (unpacked / "questions" / folder / f"{name}.question").read_text("utf-8")
+            lines = text.rstrip("\n").split("\n")
+            to = f"{split}_"
+            passage = item(sample, f"{to}passages", f"{to}passage_ends", i)
+            assert " ".join(passage) == lines[2].lower()
+            assert " ".join(item(sample, f"{to}questions", f"{to}question_ends", i)) == lines[4]
+            assert vocabulary(sample)[sample.arrays[f"{to}answers"][i]] == lines[6]
+            if split != "train":
+                assert item(sample, f"{to}entities", f"{to}entity_ends", i) == lines[8:]
+
+
+def test_unpacked_sample_is_the_same(sample, unpacked):
+    again = load("cnn", str(unpacked.parent))
+    assert (again.digest, again.info) == (sample.digest, sample.info)
+    assert [path.name for path in (unpacked.parent / "prepared").iterdir()] == ["cnn"]
+
+
+def test_builder_reads_all_splits(archive, tmp_path):
+    from experiments.datasets.cnn.builder import CnnQuestions
+
+    builder = CnnQuestions(parts=files.list_parts(archive, tmp_path), data_dir=tmp_path)
+    builder.download_and_prepare(file_format="array_record")
+    for split, count in COUNTS.items():
+        assert len(builder.as_data_source(split)) == count
+    assert MANUAL in builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+
+
+# Stopped in the middle
+
+SMALL_PARTS = """\
+import sys
+from experiments import errors
+from experiments.datasets import load
+from experiments.datasets.cnn import files
+
+files.PART = 20
+if __name__ == "__main__":
+    errors.run(lambda argv: load("cnn", argv[1]))
+"""
+
+
+@pytest.fixture
+def stopped(archive, tmp_path, monkeypatch):
+    """Stops a preparation with many small parts, after some; returns its folder and output."""
+    script, data_dir = tmp_path / "small_parts.py", tmp_path / "data"
+    script.write_text(SMALL_PARTS)
+    (data_dir / "cnn").mkdir(parents=True)
+    (data_dir / "cnn" / "cnn.tgz").symlink_to(archive.resolve())
+    monkeypatch.setattr(files, "PART", 20)
+
+    def stop(how: signal.Signals) -> tuple[Path, str]:
+        process = subprocess.Popen(
+            [sys.executable, script, data_dir],
+            cwd=REPOSITORY,
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        while len(parts_in(data_dir)) < 3:
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.01)
+        if how == signal.SIGINT:
+            os.killpg(process.pid, how)  # as Ctrl-C does
+        else:
+            process.send_signal(how)
+        output, _ = process.communicate(timeout=20)  # until its processes have ended, too
+        return data_dir, output
+
+    return stop
+
+
+def parts_in(data_dir: Path) -> dict[str, int]:
+    """When each finished part was written."""
+    paths = (data_dir / "prepared" / ".cnn-work").glob("part-*.npz")
+    return {path.name: path.stat().st_mtime_ns for path in paths if path.name.count(".") == 1}
+
+
+def test_killed_preparation_goes_on(sample, stopped):
+    data_dir, _ = stopped(signal.SIGKILL)
+    before = parts_in(data_dir)
+    assert 3 <= len(before) < 37
+    folder = prepared.folder_of("cnn", str(data_dir))
+    with prepared.making("cnn", folder, data_dir) as made:
+        after = parts_in(data_dir)
+        assert len(after) == 33 + 2 + 2 and after.items() > before.items()
+        prepared.write(folder, *made)
+    assert [path.name for path in folder.parent.iterdir()] == ["cnn"]
+    assert prepared.read(folder).digest == sample.digest
+
+
+def test_interrupted_preparation_says_so_and_stays(stopped):
+    data_dir, output = stopped(signal.SIGINT)
+    assert "Traceback" not in output and output.endswith("stopped\n")
+    assert len(parts_in(data_dir)) >= 3
+    assert [path.name for path in (data_dir / "prepared").iterdir()] == [".cnn-work"]
+
+
+def test_processes_need_no_jax():
+    code = "import sys, experiments.datasets.cnn.builder; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
+# Files that are not as they should be
+
+
+def content(passage="@entity1 met @entity2 .", question="who met @placeholder", answer="@entity1"):
+    return f"http://x\n\n{passage}\n\n{question}\n\n{answer}\n\n@entity1:A:b\n@entity2:C"
+
+
+def named(text: str | bytes) -> tuple[str, bytes]:
+    data = text if isinstance(text, bytes) else text.encode()
+    return f"{hashlib.sha1(data).hexdigest()}.question", data
+
+
+PROPER = {folder: dict([named(content())]) for folder in FOLDERS.values()}
+
+
+def tgz(questions: dict[str, dict[str, bytes]]) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as members:
+        for folder, entries in questions.items():
+            for name, data in entries.items():
+                info = tarfile.TarInfo(f"./cnn/questions/{folder}/{name}")
+                info.size = len(data)
+                members.addfile(info, io.BytesIO(data))
+    return packed.getvalue()
+
+
+def unpack(folder: Path, questions: dict[str, dict[str, bytes]]) -> Path:
+    for split, entries in questions.items():
+        (folder / "questions" / split).mkdir(parents=True)
+        for name, data in entries.items():
+            (folder / "questions" / split / name).write_bytes(data)
+    return folder / "questions"
+
+
+@pytest.fixture
+def made_now(monkeypatch):
+    """Parts are made in this process, which is faster for a few questions."""
+
+    class Pool:
+        map = map
+
+    monkeypatch.setattr(cnn, "_pool", lambda *_: contextlib.nullcontext(Pool))
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        ["cnn.tgz", "cnn/cnn.tgz", "questions/", "cnn/questions/", "cnn/cnn/questions/"],
+        ["cnn.tgz", "cnn/cnn_sample.tgz"],
+        ["cnn/questions/", "cnn_sample.tgz"],
+    ],
+)
+def test_most_original_form_is_taken(tmp_path, order):
+    for name in reversed(order):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir() if name.endswith("/") else path.touch()
+        assert files.find(tmp_path) == path
+
+
+def test_without_files_says_where_to_place_them(tmp_path):
+    message = failure(tmp_path)
+    assert message.startswith(f"CNN is not in {tmp_path}: download cnn.tgz") and MANUAL in message
+    assert message.endswith(f"in {tmp_path / 'cnn'}")
+
+
+def test_several_archives_are_not_chosen_from(tmp_path):
+    for name in ("cnn_a.tgz", "cnn_b.tgz"):
+        (tmp_path / name).touch()
+    message = failure(tmp_path)
+    assert message.startswith(f"{tmp_path / 'cnn_a.tgz'} and {tmp_path / 'cnn_b.tgz'} are there")
+    assert "rename it to cnn.tgz" in message
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda data: data[:-1], "cannot be unpacked (it ends too early)"),
+        (lambda data: b"", "cannot be unpacked (it ends too early)"),
+        (lambda data: b"<html>", "cannot be unpacked (Error -3"),
+        (lambda data: data[:-8] + bytes(8), "cannot be unpacked (Error -3"),
+        (lambda data: gzip.compress(b"no tar"), "holds a damaged .tar file ("),
+        (
+            lambda data: gzip.compress(gzip.decompress(data)[:600]),
+            "holds a damaged .tar file (unexpected end of data)",
+        ),
+    ],
+)
+def test_damaged_archive_is_reported(tmp_path, damage, problem):
+    path = tmp_path / "cnn" / "cnn.tgz"
+    path.parent.mkdir()
+    path.write_bytes(damage(tgz(PROPER)))
+    message = failure(tmp_path)
+    assert message.startswith(f"{path} {problem}")
+    assert "delete it, download cnn.tgz" in message and MANUAL in message
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_missing_split_is_reported(tmp_path, empty):
+    questions = {**PROPER, "validation": {}}
+    if not empty:
+        del questions["validation"]
+    path = unpack(tmp_path, questions)
+    problem = "has no questions in its folder validation: delete"
+    assert failure(tmp_path).startswith(f"{path} {problem} that folder and unpack cnn.tgz again")
+    (tmp_path / "cnn.tgz").write_bytes(tgz(questions))
+    assert failure(tmp_path).startswith(f"{tmp_path / 'cnn.tgz'} {problem} it, download")
+
+
+def test_damaged_files_are_reported(tmp_path):
+    wrong = {f"{i:040x}.question": content().encode() for i in range(5)}
+    path = unpack(tmp_path, {**PROPER, "test": PROPER["test"] | wrong})
+    first = ", ".join(sorted(wrong)[:3])
+    assert failure(tmp_path) == (
+        f"{path} holds damaged files, 5 in all: {first}, ...: "
+        "delete that folder and unpack cnn.tgz again"
+    )
+
+
+IMPROPER = {
+    "missing block": [content()[:-24], "http://x", content(answer=""), ""],
+    "empty passage": [content(passage="")],
+    "empty question": [content(question=" ")],
+    "answer that is no entity of the passage": [content(answer="met"), content(answer="@entity3")],
+    "not UTF-8": [content().encode() + b"\xff"],
+}
+
+
+def test_improper_questions_are_skipped(tmp_path, made_now, caplog):
+    improper = {why: dict(map(named, texts)) for why, texts in IMPROPER.items()}
+    every = {name: data for entries in improper.values() for name, data in entries.items()}
+    (tmp_path / "cnn_own.tgz").write_bytes(tgz({**PROPER, "training": every | PROPER["training"]}))
+    data = load("cnn", str(tmp_path))
+    assert data.info["counts"] == {"train": 1, "valid": 1, "test": 1}
+    skipped = {why: sorted(name[:40] for name in entries) for why, entries in improper.items()}
+    assert data.info["skipped"] == {"train": skipped, "valid": {}, "test": {}}
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 2 and "10 of 380,298 train, 1 of 3,924 valid, 1 of" in warnings[0]
+    for why, of_reason in skipped.items():
+        assert f"{why}, {len(of_reason)} in all: {', '.join(of_reason[:3])}" in warnings[1]
+
+
+def test_split_of_improper_questions_is_reported(tmp_path, made_now):
+    path = unpack(tmp_path, {**PROPER, "test": dict([named(content(answer="met"))])})
+    assert failure(tmp_path).startswith(f"{path} holds no proper question of the test split")
+
+
+def test_words_are_cleaned(tmp_path, made_now):
+    text = content("  @entity1  Met \u00a0 @entity2\nagain ", "Who\n met @placeholder ")
+    unpack(tmp_path, {**PROPER, "test": dict([named(text)])})
+    data = load("cnn", str(tmp_path))
+    assert item(data, "test_passages", "test_passage_ends", 0) == [
+        "@entity1",
+        "met",
+        "\u00a0",
+        "@entity2",
+        "again",
+    ]
+    assert item(data, "test_questions", "test_question_ends", 0) == ["who", "met", "@placeholder"]
+    assert item(data, "test_entities", "test_entity_ends", 0) == ["@entity1:A:b", "@entity2:C"]
+
+
+@pytest.mark.parametrize(("added", "whole"), [("\n", True), ("\n\n", False), (" ", False)])
+def test_last_line_may_have_been_ended(tmp_path, added, whole):
+    name, data = named(content())
+    part = files.list_parts(
+        unpack(tmp_path, {**PROPER, "test": {name: data + added.encode()}}), tmp_path
+    )[-1]
+    assert part.damaged() == ([] if whole else [name.removesuffix(".question")])
+
+
+def test_command_tells_what_there_is(tmp_path):
+    unpack(tmp_path / "source", {**PROPER, "test": PROPER["test"] | dict([named("")])})
+    words = ["cnn", f"--data_dir={tmp_path / 'data'}", f"--source_dir={tmp_path / 'source'}"]
+    result = subprocess.run(
+        [sys.executable, "-m", "scripts.prepare_data", *words],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "  counts: train 1, valid 1, test 1\n  complete: false\n" in result.stdout
+    assert "  skipped: train none, valid none, test (missing block 1)\n" in result.stdout
+    assert "is not all of CNN" in result.stderr and "Skipped of the test" in result.stderr
