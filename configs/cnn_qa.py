@@ -17,8 +17,8 @@ sentences hold when it starts. BN-e* ran with
 
     --config.batch_size=40 --config.optimizer.learning_rate=8e-4
 
-`configs/cnn_qa.py:sample` is for a few hundred of the questions, to be learnt by heart in minutes on
-a laptop: four sentences, a hundred units, no dropout, all five readers.
+`configs/cnn_qa.py:sample` is for a few hundred of the questions, to be learnt by heart on a laptop:
+four sentences, a hundred units, no dropout, all five readers.
 """
 
 from ml_collections import ConfigDict
@@ -67,6 +67,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         config.model.dropout_rate = 0.0
         config.optimizer.learning_rate = 2e-3
         config.permute_entities = False
+        config.num_lengths = 2
         config.num_updates = 600
         config.log_every = 13
         config.eval_every = 130

@@ -16,7 +16,7 @@ from bnlstm_jax.attentive_reader import FORMS, AttentiveReader
 from experiments.config import one_of
 from experiments.datasets import questions
 from experiments.datasets.question_arrays import SPLITS
-from experiments.datasets.questions import Selection, Split, Texts
+from experiments.datasets.questions import SPECIALS, Selection, Split, Texts
 from experiments.errors import UserError
 from experiments.layers import matmul_dtype
 from experiments.tasks import Batch, Metrics, Reading, check_batch_size, epoch_order
@@ -164,7 +164,8 @@ class Task:
     def metrics(self, outputs: Array, batch: Batch) -> Metrics:
         """Loss in nats and error of logits `[batch, V]`.
 
-        `entity_error` is the error where only entities of the passage may answer.
+        `entity_error` is the error where only entities of the passage may answer. An answer that is
+        no word of the vocabulary is never right.
         """
         answer, passage = batch["answer"], batch["passage"]
         count = jnp.float32(len(answer))
@@ -174,15 +175,16 @@ class Task:
         candidate = inside & jnp.asarray(self.is_entity)[passage]
         scores = jnp.where(candidate, jnp.take_along_axis(outputs, passage, axis=1), -jnp.inf)
         best = jnp.take_along_axis(passage, scores.argmax(1)[:, None], axis=1)[:, 0]
-        by_entity = (best == answer) & candidate.any(1)
+        known = answer >= len(SPECIALS)
 
-        def share(wrong: Array) -> tuple[Array, Array]:
-            return jnp.sum(wrong, dtype=jnp.float32), count
+        def wrong(given: Array) -> tuple[Array, Array]:
+            right = (given == answer) & known
+            return jnp.sum(~right, dtype=jnp.float32), count
 
         return {
             "loss": (jnp.sum(nats), count),
-            "error": share(outputs.argmax(1) != answer),
-            "entity_error": share(~by_entity),
+            "error": wrong(outputs.argmax(1)),
+            "entity_error": wrong(jnp.where(candidate.any(1), best, -1)),
         }
 
     def make_batch(self, split: str, indices: np.ndarray, table: np.ndarray) -> Batch:

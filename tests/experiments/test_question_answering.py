@@ -1,5 +1,3 @@
-import math
-
 import jax
 import numpy as np
 import pytest
@@ -149,20 +147,21 @@ def test_metrics_are_those_worked_out_by_hand(config):
     task = tasks.load(config)
     words = task.vocabulary.words
     one, two, plain = words.index("@entity1"), words.index("@entity2"), words.index("word3")
-    passage = np.array([[one, plain, 0], [two, plain, one], [plain, 0, 0], [two, one, 0]])
-    batch = {"passage": passage, "passage_length": np.array([2, 2, 1, 2])}
-    batch["answer"] = np.array([one, two, plain, one])
-    logits = np.full((4, len(words)), -3.0, np.float32)
+    unknown = words.index("<unk>")
+    passage = [[one, plain, 0], [two, plain, one], [plain, 0, 0], [two, one, 0], [unknown, one, 0]]
+    batch = {"passage": np.array(passage), "passage_length": np.array([2, 2, 1, 2, 2])}
+    batch["answer"] = np.array([one, two, plain, one, unknown])
+    logits = np.full((5, len(words)), -3.0, np.float32)
     logits[0, one] = 1  # right, both ways
     logits[1, one], logits[1, two] = 5, 1  # the better word is behind the passage's end
     logits[2, plain] = 2  # right, but no entity
     logits[3, two] = 60  # wrong, both ways, and sure
-    p = np.exp(logits[:3] - logits[:3].max(1, keepdims=True))
-    p = (p / p.sum(1, keepdims=True))[np.arange(3), batch["answer"][:3]]
-    nats = [*-np.log(p + 1e-8), -math.log(math.exp(-63) + 1e-8)]
+    logits[4, unknown] = 3  # what the vocabulary lacks is not known by being called so
+    p = np.exp(logits - logits.max(1, keepdims=True, initial=0).astype(float))
+    p = (p / p.sum(1, keepdims=True))[np.arange(5), batch["answer"]]
     metrics = jax.tree.map(float, task.metrics(logits, batch))
-    assert metrics["error"] == (2, 4) and metrics["entity_error"] == (2, 4)
-    assert metrics["loss"] == (pytest.approx(sum(nats), rel=1e-6), 4)
+    assert metrics["error"] == (3, 5) and metrics["entity_error"] == (3, 5)
+    assert metrics["loss"] == (pytest.approx(-np.log(p + 1e-8).sum(), rel=1e-6), 5)
 
 
 def test_four_sentences_say_how_many_answers_they_keep(config):

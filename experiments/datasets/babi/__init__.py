@@ -75,9 +75,9 @@ def prepare(source_dir: Path) -> Made:
             `babi*.tar.gz` that contains this folder, such as ParlAI's.
 
     Returns:
-        For each task the arrays that `experiments/datasets/question_arrays.py` describes, under names
-        like `qa1_train_passages`; the metadata: how many `questions` each task has in each split;
-        the source.
+        For each task the arrays that `experiments/datasets/question_arrays.py` describes, under
+        names like `qa1_train_passages`; the metadata: how many `questions` each task has in each
+        split; the source.
 
     Raises:
         UserError: If there is no original, if it is damaged, or if TensorFlow Datasets is not
