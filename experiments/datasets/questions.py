@@ -73,6 +73,7 @@ class Questions:
         splits: `train`, `valid` and `test`.
         digest: SHA-256 of the prepared data.
         skipped: Numbers of questions that preparation left out, by split.
+        arrays: As `question_arrays` describes them, without a prefix.
     """
 
     name: str
@@ -80,6 +81,23 @@ class Questions:
     splits: dict[str, Split]
     digest: str
     skipped: dict[str, int]
+    arrays: dict[str, np.ndarray]
+
+    def describe(self, split: str, number: int) -> tuple[str, dict[str, str]]:
+        """What a question is called, and the names of its entities where the data have them.
+
+        `number` is the question's in the data set as prepared.
+        """
+
+        def text(plural: str, singular: str) -> str:
+            ends = self.arrays.get(f"{split}_{singular}_ends")
+            if ends is None:
+                return ""
+            start = ends[number - 1] if number else 0
+            return bytes(self.arrays[f"{split}_{plural}"][start : ends[number]]).decode()
+
+        entities = (line.partition(":") for line in text("entities", "entity").split("\n"))
+        return text("names", "name"), {entity: name for entity, _, name in entities}
 
 
 class Selection(NamedTuple):
@@ -128,14 +146,18 @@ def load(dataset: str, data_dir: str, subset: str = "") -> Questions:
     one_of("config.subset", subset, ("",) if dataset == "cnn" else ("qa1", "qa2", "qa4", "qa5"))
     data = datasets.load(dataset, data_dir)
     prefix = f"{subset}_" if subset else ""
+    arrays = {
+        name.removeprefix(prefix): array
+        for name, array in data.arrays.items()
+        if name.startswith(prefix)
+    }
 
     def texts(name: str) -> Texts:
-        ends = f"{name.removesuffix('s')}_ends"
-        return Texts(data.arrays[prefix + name], data.arrays[prefix + ends])
+        return Texts(arrays[name], arrays[f"{name.removesuffix('s')}_ends"])
 
     splits = {}
     for split in SPLITS:
-        answers = data.arrays[f"{prefix}{split}_answers"]
+        answers = arrays[f"{split}_answers"]
         passages, questions = texts(f"{split}_passages"), texts(f"{split}_questions")
         splits[split] = Split(passages, questions, answers, np.arange(len(answers)))
     counts = {split: len(splits[split].answers) for split in SPLITS}
@@ -145,10 +167,10 @@ def load(dataset: str, data_dir: str, subset: str = "") -> Questions:
         name = "CNN"
     else:
         name = f"part of CNN ({' / '.join(f'{counts[split]:,}' for split in SPLITS)} questions)"
-    words = bytes(data.arrays[f"{prefix}vocabulary"]).decode().split("\n")
+    words = bytes(arrays["vocabulary"]).decode().split("\n")
     skipped = data.info.get("skipped", {})
     skipped = {split: sum(map(len, skipped.get(split, {}).values())) for split in SPLITS}
-    return Questions(name, words, splits, data.digest, skipped)
+    return Questions(name, words, splits, data.digest, skipped, arrays)
 
 
 def make_vocabulary(questions: Questions, min_count: int, join_numbers: bool) -> Vocabulary:

@@ -105,7 +105,7 @@ class Task:
         data = self._cut(questions.load(config.dataset, config.data_dir, config.subset))
         self.data = data.name
         self.vocabulary = questions.make_vocabulary(data, config.min_count, config.join_numbers)
-        self.words = data.words  # of which the splits are made, before they are numbered
+        self.questions = data
         words = self.vocabulary.words
         self.is_entity = np.zeros(len(words), bool)
         self.is_entity[self.vocabulary.entities] = True

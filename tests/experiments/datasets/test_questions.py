@@ -31,7 +31,7 @@ def made(*texts, prefix=""):
 
     words = bytes(arrays[f"{prefix}vocabulary"]).decode().split("\n")
     splits = {name: split(name) for name in SPLITS}
-    return questions.Questions("made", words, splits, "", {})
+    return questions.Questions("made", words, splits, "", {}, arrays)
 
 
 def spell(data, text):
@@ -46,6 +46,7 @@ def test_packed_questions_read_back_as_they_were():
         assert spell(data, split.answers) == "@entity1 a"
         assert split.passages.lengths.tolist() == [17, 3]
     assert data.words == sorted(data.words)
+    assert data.describe("valid", 1) == ("q1", {"@entity1": "Ann", "@entity2": "B"})
     chosen = data.splits["test"].select(np.array([1]))
     assert spell(data, chosen.passages[0]) == "a b ." and chosen.indices.tolist() == [1]
 
