@@ -125,7 +125,7 @@ class AttentiveReader(nn.Module):
       passage_steps, question_steps: `max_steps` of the encoders' statistics.
       momentum, epsilon, scale_init: of all normalisation.
       sequence_epsilon: added to the variance of sequence-wise input statistics.
-      dtype: dtype of the operands of matrix products; logits are float32.
+      dtype: dtype of the operands of products with kernels; logits are float32.
     """
 
     vocab_size: int

@@ -85,7 +85,7 @@ class RecurrentLayer(LSTMParameters):
           init_key: key of the noise on the initial hidden state; the rng stream `noise` if None.
           first_step: number of time steps run before, for a long sequence that is run in pieces
             with the carry handed on. At inference statistics are those of the steps from there.
-          seq_lengths: valid steps of each sequence, integers `[batch]`, at least 1; all if None.
+          seq_lengths: valid steps of each sequence, integers `[batch]`; all if None.
             From there on a sequence keeps its state, and its outputs repeat the last one.
           return_carry, time_major, reverse, keep_order: override the attributes.
           use_running_average: overrides BNLSTM's attribute. LSTM takes it too, without effect, so

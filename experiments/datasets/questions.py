@@ -15,6 +15,7 @@ NIL, UNKNOWN, NUMBER = SPECIALS = ("<nil>", "<unk>", "<num>")  # padding; rare w
 SENTENCE_ENDS = (".", "!", "?")
 SENTENCE_RULES = ("words", "entities", "rare_words")
 SENTENCE_TIES = ("earlier", "later")
+COUNTED = 1 << 24  # words at a time
 
 
 class Texts(NamedTuple):
@@ -184,7 +185,7 @@ def make_vocabulary(questions: Questions, min_count: int, join_numbers: bool) ->
     size = len(questions.words)
     train = questions.splits["train"]
     parts = train.passages.words, train.questions.words, train.answers
-    counts = sum(np.bincount(part, minlength=size) for part in parts)
+    counts = sum(_count(part, size) for part in parts)
     table = np.full(size, SPECIALS.index(UNKNOWN), np.int32)
     is_number = np.array([join_numbers and word.isdigit() for word in questions.words])
     table[is_number] = SPECIALS.index(NUMBER)
@@ -228,7 +229,7 @@ def word_weights(questions: Questions, rule: str) -> np.ndarray:
         return np.array([float(ENTITY in word) for word in questions.words])
     if rule == "rare_words":
         train = questions.splits["train"].passages.words
-        counts = np.bincount(train, minlength=len(questions.words))
+        counts = _count(train, len(questions.words))
         return spoken * np.log(len(train) / np.maximum(counts, 1))
     return spoken.astype(float)
 
@@ -269,6 +270,12 @@ def answers_kept(split: Split) -> float:
     """The share of questions whose answer is in the passage."""
     kept = [answer in split.passages[i] for i, answer in enumerate(split.answers)]
     return float(np.mean(kept))
+
+
+def _count(words: np.ndarray, size: int) -> np.ndarray:
+    """How often each word is there; a piece at a time, as NumPy makes 64-bit numbers of them."""
+    pieces = np.split(words, range(COUNTED, len(words), COUNTED))
+    return sum(np.bincount(piece, minlength=size) for piece in pieces)
 
 
 def _concatenate(texts: list[np.ndarray]) -> Texts:

@@ -194,23 +194,23 @@ class Task:
         of them, as the released code has it; questions to one length.
         """
         part = self.splits[split]
-        longest = int(part.passages.lengths[indices].max())
-        passage_length = next(n for n in self.passage_lengths if n > longest)
 
-        def pad(texts: Texts, length: int) -> tuple[np.ndarray, np.ndarray]:
-            words = np.zeros((len(indices), length), np.int32)
-            for row, i in zip(words, indices, strict=True):
-                text = table[texts[i]]
-                row[: len(text)] = text
-            return words, texts.lengths[indices].astype(np.int32)
+        def pad(texts: Texts, sizes: list[int]) -> tuple[np.ndarray, np.ndarray]:
+            chosen = [texts[i] for i in indices]
+            lengths = np.array([len(text) for text in chosen], np.int32)
+            size = next(size for size in sizes if size > lengths.max())
+            words = np.zeros((len(chosen), size), np.int32)
+            for row, text in zip(words, chosen, strict=True):
+                row[: len(text)] = table[text]
+            return words, lengths
 
-        passage, passage_lengths = pad(part.passages, passage_length)
-        question, question_lengths = pad(part.questions, self.question_length)
+        passage, passage_length = pad(part.passages, self.passage_lengths)
+        question, question_length = pad(part.questions, [self.question_length])
         return {
             "passage": passage,
-            "passage_length": passage_lengths,
+            "passage_length": passage_length,
             "question": question,
-            "question_length": question_lengths,
+            "question_length": question_length,
             "answer": table[part.answers[indices]],
         }
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import bnlstm_jax
+from bnlstm_jax.batch_norm import BatchNorm
 from bnlstm_jax.models import SequenceClassifier
 
 STEPS = 6
@@ -112,3 +113,86 @@ def test_says_what_is_wrong_where_there_is_nothing_to_average():
         bnlstm_jax.estimate_population_statistics(layer, variables, [], use_running_average=False)
     with pytest.raises(ValueError, match="use_running_average=False"):
         bnlstm_jax.estimate_population_statistics(layer, variables, [x], use_running_average=True)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["cut", "masked"])
+def test_repeated_late_steps_count_for_every_batch(masked):
+    layer = bnlstm_jax.BNLSTM(5, max_steps=STEPS)
+    variables = make(layer)
+    keys = jax.random.split(jax.random.key(1), 3)
+    batches = [(jax.random.normal(keys[0], (4, STEPS, 3)), jnp.array([5, 2, 5, 3]))]
+    for key in keys[1:]:
+        x, lengths = jax.random.normal(key, (4, STEPS, 3)), jnp.array([2, 2, 1, 2])
+        batches.append((x, lengths) if masked else (x[:, :2], lengths))
+
+    class Model(nn.Module):  # that takes lengths by their position
+        @nn.compact
+        def __call__(self, x, lengths, **kwargs):
+            return layer.clone(parent=self, name="layer")(x, seq_lengths=lengths, **kwargs)
+
+    reached = [5, 2, 2]
+    each = [batch_statistics(layer, variables, x, seq_lengths=lengths) for x, lengths in batches]
+    for late_steps in ("skip", "repeat"):
+        got = bnlstm_jax.estimate_population_statistics(
+            Model(),
+            {name: {"layer": leaves} for name, leaves in variables.items()},
+            batches,
+            late_steps=late_steps,
+            use_running_average=False,
+        )["layer"]
+        for name, statistic in got.items():
+            tables = [np.asarray(of[name])[:n] for of, n in zip(each, reached, strict=True)]
+            if late_steps == "repeat":
+                tables = [np.pad(t, ((0, STEPS - len(t)), (0, 0)), mode="edge") for t in tables]
+            at = [[table[t] for table in tables if t < len(table)] for t in range(5)]
+            wanted = np.stack([np.mean(rows, axis=0) for rows in at])
+            # Float32 sums of three.
+            np.testing.assert_allclose(statistic[:5], wanted, rtol=1e-5, atol=1e-7, err_msg=name)
+            np.testing.assert_array_equal(statistic[5], statistic[4], err_msg=name)
+
+
+@pytest.mark.parametrize("late_steps", ["skip", "repeat"])
+def test_a_batch_without_a_row_says_nothing(late_steps):
+    layer = bnlstm_jax.BNLSTM(5, max_steps=STEPS, input_statistics="sequence")
+    norm = BatchNorm()
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, lengths, **kwargs):
+            valid = (jnp.arange(x.shape[1]) < lengths[:, None])[..., None]
+            y = layer.clone(parent=self, name="layer")(x, seq_lengths=lengths, **kwargs)
+            return norm.clone(parent=self, name="norm")(y, valid, **kwargs)
+
+    x = jax.random.normal(jax.random.key(1), (4, STEPS, 3))
+    some, none = jnp.array([3, 1, 2, 3]), jnp.zeros(4, int)
+    variables = Model().init(jax.random.key(0), x, some, use_running_average=True)
+    alone, both = (
+        bnlstm_jax.estimate_population_statistics(
+            Model(), variables, batches, late_steps=late_steps, use_running_average=False
+        )
+        for batches in ([(x, some)], [(x, some), (2 * x, none)])
+    )
+    jax.tree.map(np.testing.assert_array_equal, both, alone)
+
+
+def test_layers_without_steps_average_over_all_batches():
+    model = BatchNorm()
+    batches = [jax.random.normal(jax.random.key(k), (4 + k, 3)) + k for k in range(3)]
+    variables = model.init(jax.random.key(0), batches[0], use_running_average=True)
+    for late_steps in ("skip", "repeat"):
+        got = bnlstm_jax.estimate_population_statistics(
+            model, variables, batches, late_steps=late_steps, use_running_average=False
+        )
+        # Whatever their sizes, and of biased variances.
+        mean = np.mean([x.mean(0) for x in batches], axis=0)
+        var = np.mean([x.var(0) for x in batches], axis=0)
+        np.testing.assert_allclose(got["mean"], mean, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(got["var"], var, rtol=1e-5, atol=1e-6)
+
+
+def test_refuses_what_it_does_not_know_about_late_steps():
+    layer = bnlstm_jax.BNLSTM(5, max_steps=STEPS)
+    with pytest.raises(ValueError, match="'skip' or 'repeat'"):
+        bnlstm_jax.estimate_population_statistics(
+            layer, {}, [jnp.zeros((4, STEPS, 3))], late_steps="edge", use_running_average=False
+        )

@@ -1,0 +1,838 @@
+"""The Attentive Reader against the plain loops of tests/reference_reader.py, and what they imply.
+
+Nearly all in double precision, so that a wrong formula cannot hide behind rounding.
+"""
+
+import functools
+import itertools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bnlstm_jax
+from bnlstm_jax.attentive_reader import FORMS, AttentiveReader, Encoder
+from bnlstm_jax.recurrent import flip_sequences
+from tests import reference, reference_reader
+from tests.reference import TERMS
+
+WORDS, UNITS, BATCH, TIME, QUESTION = 11, 3, 4, 6, 4
+ROWS = TIME - 1  # of the passage's tables: the last one serves the last step too
+
+NORMALISED = [form for form in FORMS if form != "lstm"]
+SEQUENCE = ["bn_e_star", "bn_e_star_star"]
+# Lengths of passages and questions. Behind the longest passage there are two steps of padding, or
+# none, and then there are passages and questions without a word.
+LENGTHS = {
+    "padded": ((4, 1, 3, 2), (3, 1, 2, 2)),
+    "full": ((6, 1, 3, 2), (4, 1, 4, 2)),
+    "empty": ((4, 0, 3, 2), (3, 1, 0, 2)),
+    "all empty": ((0,) * BATCH, (0,) * BATCH),
+}
+
+# Double precision: one normalisation multiplies a rounding error (1e-16) by at most
+# 1 / sqrt(epsilon) = 1000, and a dozen of steps follow each other.
+VALUES = dict(rtol=1e-9, atol=1e-9)
+# Central differences of functions of order 10: rounding gives 1e-15 * 10 / 1e-6 = 1e-8 and up to
+# 316 times that where a normalised term varies little.
+GRADIENTS = dict(rtol=1e-6, atol=5e-6)
+# Logits of order one in single precision, enlarged by divisions by small standard deviations.
+SINGLE = dict(rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def full_precision_products():
+    with jax.default_matmul_precision("float32"):
+        yield
+
+
+@pytest.fixture
+def double():
+    with jax.enable_x64(True):
+        yield
+
+
+class DoubleReader(AttentiveReader):
+    """Recurrent state is kept in the dtype of a layer's parameters, float32 unless told."""
+
+    @nn.nowrap
+    def recurrent_layer(self, init, steps):
+        return super().recurrent_layer(init, steps).clone(param_dtype=jnp.float64)
+
+
+def make_reader(form, mask=False, kind=DoubleReader, **options):
+    options = dict(passage_steps=ROWS, question_steps=QUESTION, momentum=0.0) | options
+    return kind(WORDS, UNITS, mask_statistics=mask, **FORMS[form], **options)
+
+
+def make_batch(lengths="padded", seed=0, time=TIME, question=QUESTION):
+    rng = np.random.default_rng(seed)
+    passages = rng.integers(0, WORDS, (BATCH, time))
+    questions = rng.integers(0, WORDS, (BATCH, question))
+    return passages, questions, *map(np.array, LENGTHS[lengths])
+
+
+@functools.cache
+def shapes(form, **steps):
+    init = functools.partial(make_reader(form, **steps).init, use_running_average=True)
+    with jax.enable_x64(True):
+        return jax.eval_shape(init, jax.random.key(0), *make_batch())
+
+
+def draw(form, seed=0, **steps):
+    """Random parameters, statistics, and weights of a linear functional of the logits."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, shape):
+        name = path[-1].key
+        if name.endswith(("scale", "var")):
+            return rng.uniform(0.5, 1.5, shape.shape)
+        return 0.7 * rng.normal(size=shape.shape)
+
+    variables = jax.tree.map_with_path(leaf, dict(shapes(form, **steps)))
+    return variables["params"], variables.get("batch_stats", {}), rng.normal(size=(BATCH, WORDS))
+
+
+def applied(reader, params, stats, batch, train, **kwargs):
+    """Logits, weights of attention and statistics afterwards."""
+    logits, updated = reader.apply(
+        {"params": params, "batch_stats": stats},
+        *batch,
+        use_running_average=not train,
+        mutable=["batch_stats", "intermediates"],
+        **kwargs,
+    )
+    (attention,) = updated["intermediates"]["attention"]
+    return logits, attention, updated.get("batch_stats", {})
+
+
+# Most of the time goes into compiling.
+quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.cache
+def values(form, train, mask=False, **options):
+    reader = make_reader(form, mask, **options)
+    return quickly(lambda *arguments: applied(reader, *arguments, train))
+
+
+@functools.cache
+def gradients(form, mask=False, train=True):
+    """A compiled function: gradients of weighted logits, and logits, attention and statistics."""
+    reader = make_reader(form, mask)
+
+    def value(params, stats, batch, weights):
+        result = applied(reader, params, stats, batch, train)
+        return (weights * result[0]).sum(), result
+
+    return quickly(jax.grad(value, has_aux=True))
+
+
+def run(form, train, mask, params, stats, batch):
+    """Logits, attention and statistics, of programs that there are already."""
+    if not train:
+        return values(form, train)(params, stats, batch)
+    return gradients(form, mask and form != "lstm")(params, stats, batch, np.ones((BATCH, WORDS)))[
+        1
+    ]
+
+
+def leaves(tree):
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def assert_close(found, expected, **tolerance):
+    found, expected = leaves(found), leaves(expected)
+    assert found.keys() == expected.keys()
+    for path, leaf in expected.items():
+        np.testing.assert_allclose(found[path], leaf, err_msg=path, **tolerance)
+
+
+def statistics_after(stats, found):
+    """A running average without memory: tables take the rows that a batch has something for."""
+    flat = dict(leaves(stats))
+    for path, new in leaves(found).items():
+        old = flat[path]
+        if old.ndim == 2:
+            new = np.concatenate([new[: len(old)], old[len(new) :]])
+        flat[path] = np.where(np.isnan(new), old, new)
+    return jax.tree.unflatten(jax.tree.structure(stats), flat.values())
+
+
+# ---- The forms.
+
+
+def test_parameters_are_those_of_the_paper():
+    k, gates = 2 * UNITS, 4 * UNITS
+    layer = {
+        "input_kernel": (UNITS, gates),
+        "recurrent_kernel": (UNITS, gates),
+        "bias": (gates,),
+        "initial_hidden": (UNITS,),
+    }
+    lstm = {
+        "embedding": (WORDS, UNITS),
+        **{f"{name}_kernel": (UNITS, UNITS) for name in reader_terms()},
+        "bilinear_kernel": (UNITS, UNITS),
+        "attention_kernel": (UNITS, 1),
+        "attention_bias": (UNITS,),
+        "readout_bias": (UNITS,),
+        "passage": {"forward": layer},
+        "question": {"forward": layer},
+        "readout": {"kernel": (UNITS, WORDS), "bias": (WORDS,)},
+    }
+    of_shapes = {form: jax.tree.map(jnp.shape, shapes(form)) for form in FORMS}
+    assert of_shapes["lstm"]["params"] == lstm
+    assert of_shapes["lstm"].keys() == {"params"}
+
+    layer |= {"cell_bias": (UNITS,), "cell_scale": (UNITS,)}
+    layer |= {"input_scale": (gates,), "recurrent_scale": (gates,)}
+    assert of_shapes["bn_lstm"]["params"] == lstm  # in which `layer` is now a BN-LSTM's
+
+    norms = {f"{name}_norm": {"scale": (UNITS,)} for name in reader_terms()}
+    assert of_shapes["bn_everywhere"]["params"] == lstm | norms
+    assert of_shapes["bn_e_star"]["params"] == lstm | norms
+    both = lstm | norms | {f"{name}_kernel": (k, UNITS) for name in reader_terms()}
+    both |= {"bilinear_kernel": (k, k)}
+    both |= {encoder: {"forward": layer, "backward": layer} for encoder in ("passage", "question")}
+    assert of_shapes["bn_e_star_star"]["params"] == both
+
+
+def test_tables_have_the_steps_that_they_are_to_have():
+    for form in NORMALISED:
+        stats = jax.tree.map(jnp.shape, shapes(form)["batch_stats"])
+        for encoder, rows in (("passage", ROWS), ("question", QUESTION)):
+            for layer in stats[encoder].values():
+                table = () if form in SEQUENCE else (rows,)
+                assert layer["input_mean"] == layer["input_var"] == (*table, 4 * UNITS)
+                assert layer["recurrent_mean"] == layer["recurrent_var"] == (rows, 4 * UNITS)
+                assert layer["cell_mean"] == layer["cell_var"] == (rows, UNITS)
+
+
+def reader_terms():
+    return "passage", "question", "attended", "readout_question", "mean"
+
+
+RUNS = {"released": (True, False), "masked": (True, True), "population": (False, False)}
+
+
+@pytest.mark.parametrize("train, mask", RUNS.values(), ids=RUNS.keys())
+@pytest.mark.parametrize("form", FORMS)
+def test_equals_the_reference(form, train, mask, double):
+    params, stats, _ = draw(form)
+    for lengths in LENGTHS:
+        batch = make_batch(lengths)
+        result = run(form, train, mask, params, stats, batch)
+        logits, attention, found = reference_reader.read(
+            form, params, *batch, mask_statistics=mask, statistics=None if train else stats
+        )
+        np.testing.assert_allclose(result[0], logits, err_msg=lengths, **VALUES)
+        np.testing.assert_allclose(result[1], attention, err_msg=lengths, **VALUES)
+        assert_close(result[2], statistics_after(stats, found) if train else stats, **VALUES)
+
+
+@pytest.mark.parametrize("mask", [False, True], ids=["released", "masked"])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_against_finite_differences_of_the_reference(form, mask, double):
+    params, stats, weights = draw(form, seed=1)
+    batch = make_batch()
+    found, _ = gradients(form, mask and form != "lstm")(params, stats, batch, weights)
+    flat, structure = jax.tree.flatten(params)
+    rng = np.random.default_rng(0)
+
+    def value(k, moved):
+        moved = jax.tree.unflatten(structure, [*flat[:k], moved, *flat[k + 1 :]])
+        return (weights * reference_reader.read(form, moved, *batch, mask_statistics=mask)[0]).sum()
+
+    for k, (path, gradient) in enumerate(leaves(found).items()):
+        for _ in range(2):
+            direction = rng.normal(size=gradient.shape)
+            ends = [value(k, flat[k] + step * direction) for step in (1e-6, -1e-6)]
+            expected = (ends[0] - ends[1]) / 2e-6
+            derivative = (gradient * direction).sum()
+            np.testing.assert_allclose(derivative, expected, err_msg=path, **GRADIENTS)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_initial_hidden_state_is_learned_only_where_it_has_an_effect(form, double):
+    params, stats, weights = draw(form)
+    found, _ = gradients(form)(params, stats, make_batch(), weights)
+    for encoder in ("passage", "question"):
+        for direction in found[encoder].values():
+            # Under batch statistics it is the same in all examples, and taken away.
+            assert np.all((direction["initial_hidden"] == 0) == (form != "lstm"))
+    if form == "bn_lstm":
+        found, _ = gradients(form, train=False)(params, stats, make_batch(), weights)
+        assert np.all(found["passage"]["forward"]["initial_hidden"] != 0)
+
+
+def test_what_is_added_to_variances_can_be_chosen(double):
+    params, stats, _ = draw("bn_e_star")
+    epsilons = dict(epsilon=0.2, sequence_epsilon=0.5)
+    logits, _, _ = values("bn_e_star", False, **epsilons)(params, stats, make_batch())
+    expected, _, _ = reference_reader.read(
+        "bn_e_star", params, *make_batch(), statistics=stats, **epsilons
+    )
+    np.testing.assert_allclose(logits, expected, **VALUES)
+
+
+def test_bilinear_term_and_mean_passage_can_be_left_out(double):
+    params, _, _ = draw("lstm")
+    batch = make_batch()
+    for option, name in (("bilinear", "bilinear_kernel"), ("mean_passage", "mean_kernel")):
+        without = {key: leaf for key, leaf in params.items() if key != name}
+        logits, _, _ = values("lstm", True, **{option: False})(without, {}, batch)
+        zero = params | {name: np.zeros_like(params[name])}
+        expected, _, _ = reference_reader.read("lstm", zero, *batch)
+        np.testing.assert_allclose(logits, expected, **VALUES)
+
+
+def test_bias_factor_multiplies_bias_and_its_gradient(double):
+    params, _, weights = draw("lstm")
+    batch = make_batch()
+
+    reader = make_reader("lstm", bias_factor=2.0)
+
+    def value(params):
+        logits = reader.apply({"params": params}, *batch)
+        return (weights * logits).sum(), logits
+
+    doubled = jax.tree.map(lambda leaf: leaf, params)
+    for encoder in ("passage", "question"):
+        doubled[encoder]["forward"]["bias"] = 2 * params[encoder]["forward"]["bias"]
+    by_factor, logits = quickly(jax.grad(value, has_aux=True))(params)
+    by_bias, (same, _, _) = gradients("lstm")(doubled, {}, batch, weights)
+    expected, _, _ = reference_reader.read("lstm", params, *batch, bias_factor=2)
+    np.testing.assert_allclose(logits, expected, **VALUES)
+    np.testing.assert_allclose(same, expected, **VALUES)
+    for encoder in ("passage", "question"):
+        by_bias[encoder]["forward"]["bias"] *= 2
+    assert_close(by_factor, by_bias, **VALUES)
+
+
+def test_bias_factor_is_the_lstms_alone(double):
+    params, stats, _ = draw("bn_lstm")
+    batch = make_batch()
+    once = values("bn_lstm", False)(params, stats, batch)
+    twice = values("bn_lstm", False, bias_factor=2.0)(params, stats, batch)
+    np.testing.assert_array_equal(once[0], twice[0])
+
+
+# ---- Padding.
+
+
+def other_padding(batch):
+    """The same with other words behind the ends."""
+    passages, questions, *lengths = batch
+    words = [
+        np.where(np.arange(x.shape[1]) < n[:, None], x, (x + 1) % WORDS)
+        for x, n in zip((passages, questions), lengths, strict=True)
+    ]
+    return *words, *lengths
+
+
+def more_padding(batch):
+    passages, questions, *lengths = batch
+    words = [np.pad(x, ((0, 0), (0, 2)), constant_values=1) for x in (passages, questions)]
+    return *words, *lengths
+
+
+RUNS_BLIND_TO_PADDING = [
+    ("lstm", True, False),
+    *((form, False, False) for form in FORMS),
+    *((form, True, True) for form in NORMALISED),
+    *((form, True, False) for form in SEQUENCE),
+]
+
+
+@pytest.mark.parametrize("form, train, mask", RUNS_BLIND_TO_PADDING)
+def test_padding_has_no_influence(form, train, mask, double):
+    params, stats, _ = draw(form)
+    batch = make_batch()  # with a step of padding behind the longest passage, which may count
+    logits, attention, updated = run(form, train, mask, params, stats, batch)
+    longer = values(form, train, mask)(params, stats, more_padding(batch))
+    for changed in (run(form, train, mask, params, stats, other_padding(batch)), longer):
+        other, weights, statistics = changed
+        np.testing.assert_allclose(other, logits, **VALUES)
+        np.testing.assert_allclose(weights[:, :TIME], attention, **VALUES)
+        assert np.all(weights[:, TIME:] == 0)
+        last = ["passage_norm"] + [encoder for encoder in ("passage", "question") if mask]
+        for name in set(last) & set(updated):
+            assert_close(statistics[name], updated[name], **VALUES)
+
+
+@pytest.mark.parametrize("form", ["bn_lstm", "bn_everywhere"])
+def test_statistics_of_each_step_may_count_padding(form, double):
+    params, stats, _ = draw(form)
+    batch = make_batch()
+    for mask in (False, True):
+        runs = [run(form, True, mask, params, stats, b) for b in (batch, other_padding(batch))]
+        assert np.allclose(runs[0][0], runs[1][0], atol=1e-3) == mask
+
+
+def test_one_step_of_padding_counts_in_the_released_attention(double):
+    params, stats, _ = draw("bn_e_star")
+    long = make_batch()
+    cut = {steps: (long[0][:, :steps], *long[1:]) for steps in (4, 5)}  # the longest has 4
+    two = run("bn_e_star", True, False, params, stats, long)
+    none, one = (values("bn_e_star", True)(params, stats, batch) for batch in cut.values())
+    np.testing.assert_allclose(one[0], two[0], **VALUES)
+    assert not np.allclose(none[0], two[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_is_attended_to_behind_a_passage(form, train, double):
+    params, stats, _ = draw(form)
+    for lengths in LENGTHS:
+        batch = make_batch(lengths)
+        _, attention, _ = run(form, train, False, params, stats, batch)
+        valid = np.arange(TIME) < batch[2][:, None]
+        assert np.all((attention > 0) == valid)
+        np.testing.assert_allclose(attention.sum(1), batch[2] > 0, rtol=1e-12)
+
+
+@pytest.mark.parametrize("mask", [False, True], ids=["released", "masked"])
+@pytest.mark.parametrize("form", FORMS)
+def test_passages_and_questions_without_a_word_stay_finite(form, mask, double):
+    params, stats, weights = draw(form)
+    mask = mask and form != "lstm"
+    for lengths in ("empty", "all empty"):
+        batch = make_batch(lengths)
+        found = gradients(form, mask)(params, stats, batch, weights)
+        for path, leaf in leaves(found).items():
+            assert np.isfinite(leaf).all(), path
+
+
+# ---- Directions.
+
+
+@given(lengths=st.lists(st.integers(0, TIME), min_size=1, max_size=5), features=st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_reversal_turns_words_round_and_leaves_padding(lengths, features):
+    shape = (TIME, len(lengths), 2) if features else (TIME, len(lengths))
+    x = np.arange(np.prod(shape)).reshape(shape)
+    flipped = np.asarray(flip_sequences(x, np.array(lengths)))
+    for b, n in enumerate(lengths):
+        np.testing.assert_array_equal(flipped[:n, b], x[:n, b][::-1])
+        np.testing.assert_array_equal(flipped[n:, b], x[n:, b])
+    np.testing.assert_array_equal(flip_sequences(flipped, np.array(lengths)), x)
+
+
+@pytest.mark.parametrize("normalise", [False, True], ids=["LSTM", "BN-LSTM"])
+def test_backwards_is_forwards_on_the_reversed_sequence(normalise, double):
+    form = "bn_lstm" if normalise else "lstm"
+    layer = make_reader(form).recurrent_layer(nn.initializers.normal(1.0), TIME)
+    batch = make_batch()
+    x, lengths = np.random.default_rng(3).normal(size=(BATCH, TIME, UNITS)), batch[2]
+    inputs = [reference.flip(x, lengths), x]
+    encoder = Encoder(layer, bidirectional=True)
+    params, _, _ = draw(form)
+    same = params["passage"]["forward"]
+    variables = {"params": {"forward": same, "backward": same}}
+    (hidden, last), _ = encoder.apply(variables, inputs, lengths, False, mutable=["batch_stats"])
+    forward, backward = np.split(np.asarray(hidden), 2, axis=2)
+    valid = (np.arange(TIME) < lengths[:, None])[..., None]
+    np.testing.assert_allclose(backward, reference.flip(forward, lengths) * valid, **VALUES)
+    assert np.all(backward[~valid[..., 0]] == 0)
+    # Behind the end the forward state stands still, and the last backward one read the first word.
+    ends = forward[np.arange(BATCH), lengths - 1]
+    np.testing.assert_array_equal(forward[:, -1], ends)
+    np.testing.assert_array_equal(last, np.concatenate([ends, backward[:, 0]], axis=1))
+    np.testing.assert_allclose(last[:, :UNITS], last[:, UNITS:], **VALUES)
+
+
+# ---- Statistics.
+
+
+@pytest.mark.parametrize("mask", [False, True], ids=["released", "masked"])
+@pytest.mark.parametrize("form", NORMALISED)
+def test_input_statistics_without_momentum_are_those_of_the_batch(form, mask, double):
+    params, stats, weights = draw(form)
+    batch = make_batch()
+    _, (_, _, updated) = gradients(form, mask)(params, stats, batch, weights)
+    for name, words, lengths in zip(("passage", "question"), batch[:2], batch[2:], strict=True):
+        for direction, layer in params[name].items():
+            embedded = params["embedding"][words]
+            if direction == "backward":
+                embedded = reference.flip(embedded, lengths)
+            projected = embedded @ layer["input_kernel"]
+            tokens = np.arange(words.shape[1]) < lengths[:, None]
+            recorded = updated[name][direction]
+            if form in SEQUENCE:
+                chosen = projected[tokens]
+                np.testing.assert_allclose(recorded["input_mean"], chosen.mean(0), **VALUES)
+                np.testing.assert_allclose(recorded["input_var"], chosen.var(0), **VALUES)
+                continue
+            for t in range(lengths.max()):
+                chosen = projected[tokens[:, t], t] if mask else projected[:, t]
+                np.testing.assert_allclose(recorded["input_mean"][t], chosen.mean(0), **VALUES)
+                np.testing.assert_allclose(recorded["input_var"][t], chosen.var(0), **VALUES)
+
+
+@pytest.mark.parametrize(
+    "form, mask, late_steps",
+    [
+        ("bn_everywhere", False, "repeat"),
+        ("bn_e_star_star", True, "skip"),
+    ],
+)
+def test_population_statistics_are_averages_over_batches(form, mask, late_steps, double):
+    steps = dict(passage_steps=TIME, question_steps=QUESTION + 1)
+    params, stats, _ = draw(form, **steps)
+    reader = make_reader(form, mask, **steps)
+    # Their longest passages and questions have 6 and 4 words, and 4 and 3 of 5 and 4 steps. No
+    # question reaches the last row of its table.
+    batches = [make_batch("full"), make_batch("padded", 1, time=5)]
+    got = bnlstm_jax.estimate_population_statistics(
+        reader,
+        {"params": params, "batch_stats": stats},
+        batches,
+        late_steps=late_steps,
+        use_running_average=False,
+    )
+    each = [
+        leaves(reference_reader.read(form, params, *batch, mask_statistics=mask)[2])
+        for batch in batches
+    ]
+    assert leaves(got).keys() == each[0].keys()
+    for path, statistic in leaves(got).items():
+        found = [moments[path] for moments in each]
+        if statistic.ndim == 2:
+            # Only those of masked steps are NaN, without a row behind them.
+            found = [moment[~np.isnan(moment).any(axis=1)] for moment in found]
+            steps = max(map(len, found))
+            if late_steps == "repeat":
+                found = [np.pad(m, ((0, steps - len(m)), (0, 0)), mode="edge") for m in found]
+            at = [[moment[t] for moment in found if t < len(moment)] for t in range(steps)]
+            table = np.stack([np.mean(rows, axis=0) for rows in at])
+            expected = np.pad(table, ((0, len(statistic) - steps), (0, 0)), mode="edge")
+        else:
+            expected = np.mean(found, axis=0)
+        np.testing.assert_allclose(statistic, expected, err_msg=path, **VALUES)
+
+
+@pytest.mark.parametrize(
+    "form, mask",
+    [("bn_lstm", False), ("bn_everywhere", True), ("bn_e_star", True), ("bn_e_star_star", False)],
+)
+def test_one_batch_makes_inference_equal_training(form, mask, double):
+    params, stats, _ = draw(form)
+    batch = make_batch()  # no longer than the tables
+    training = run(form, True, mask, params, stats, batch)
+    found = bnlstm_jax.estimate_population_statistics(
+        make_reader(form, mask),
+        {"params": params, "batch_stats": stats},
+        [batch],
+        use_running_average=False,
+    )
+    inference = values(form, False)(params, found, batch)
+    for mine, wanted in zip(inference[:2], training[:2], strict=True):
+        # At the first step inference subtracts a mean from values equal to it, up to rounding.
+        np.testing.assert_allclose(mine, wanted, rtol=1e-8, atol=1e-8)
+
+
+# ---- Dropout.
+
+
+def dropped(reader, params, batch, key=None, **kwargs):
+    """Logits, and what the encoders are given."""
+    given = {}
+    key = None if key is None else jax.random.key(key)
+
+    def spy(call, args, kwargs, context):
+        if isinstance(context.module, Encoder) and context.method_name == "__call__":
+            given[context.module.name] = jnp.stack(args[0])
+        return call(*args, **kwargs)
+
+    def both(params, key):
+        rngs = None if key is None else {"dropout": key}
+        with nn.intercept_methods(spy):
+            return reader.apply({"params": params}, *batch, rngs=rngs, **kwargs), given
+
+    return quickly(both)(params, key)
+
+
+def single_reader(**options):
+    """A bidirectional reader without statistics, in single precision, its parameters and words."""
+    reader = AttentiveReader(WORDS, UNITS, bidirectional=True, **options)
+    batch = make_batch()
+    params = jax.eval_shape(reader.init, jax.random.key(0), *batch)["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.uniform(0.1, 0.4, x.shape).astype(np.float32), params)
+    return reader, params, batch
+
+
+def test_dropout_needs_a_key_and_may_be_told_to_rest():
+    reader, params, batch = single_reader(dropout_rate=0.25)
+    plain, _ = dropped(reader.clone(dropout_rate=0.0), params, batch)
+    first, second = (dropped(reader, params, batch, key)[0] for key in (1, 3))
+    np.testing.assert_array_equal(dropped(reader, params, batch)[0], plain)
+    np.testing.assert_array_equal(dropped(reader, params, batch, 1, deterministic=True)[0], plain)
+    np.testing.assert_array_equal(dropped(reader, params, batch, 1)[0], first)
+    # Each example has its own mask.
+    assert np.all(np.any(first != second, axis=1)) and np.all(np.any(first != plain, axis=1))
+
+
+@pytest.mark.parametrize("unscaled", [False, True], ids=["scaled", "unscaled"])
+def test_dropout_of_embeddings_and_of_the_answer(unscaled):
+    keep = 0.75
+    reader, params, batch = single_reader(dropout_rate=1 - keep, unscaled_dropout=unscaled)
+    kept = 1.0 if unscaled else 1 / keep
+    _, given = dropped(reader, params, batch, 1)
+    masks = []
+    for name, words in zip(("passage", "question"), batch, strict=False):
+        embedded = params["embedding"][words]
+        for of_direction in given[name]:
+            mask = of_direction != 0  # no embedding is
+            np.testing.assert_allclose(of_direction, np.where(mask, kept * embedded, 0), rtol=1e-6)
+            masks.append(mask)
+    # Independent in every element, direction and sequence: 240 draws, with a deviation of 3%.
+    assert abs(np.concatenate(masks, axis=None).mean() - keep) < 0.12
+    same = [np.mean(a == b) for a, b in (masks[:2], masks[2:])]
+    assert max(same) < 0.9  # of 72 and 48, where chance gives 0.625
+    assert all(len(np.unique(mask[b], axis=0)) > 1 for mask in masks for b in range(BATCH))
+
+    # An orthogonal read-out shows g itself, and embeddings of zero leave no other dropout.
+    params["embedding"] *= 0
+    params["readout"] = {"kernel": np.eye(UNITS, WORDS, dtype=np.float32), "bias": np.zeros(WORDS)}
+    whole, _ = dropped(reader.clone(dropout_rate=0.0), params, batch)
+    answers = quickly(
+        jax.vmap(lambda key: reader.apply({"params": params}, *batch, rngs={"dropout": key}))
+    )(jax.random.split(jax.random.key(3), 1000))[..., :UNITS]
+    whole = whole[:, :UNITS]
+    mask = answers != 0
+    np.testing.assert_allclose(answers, np.where(mask, kept * whole, 0), rtol=1e-5)
+    # What is shown at inference is the mean over keys: 1000 have a deviation of 2% of it.
+    inference = dropped(reader, params, batch)[0][:, :UNITS]
+    np.testing.assert_allclose(answers.mean(0), inference, rtol=0.1)
+    np.testing.assert_allclose(inference, (keep if unscaled else 1) * whole, rtol=1e-6)
+
+
+def test_unscaled_dropout_is_the_scaled_one_of_smaller_weights():
+    keep = 0.75
+    reader, params, batch = single_reader(dropout_rate=1 - keep)
+    smaller = params | {
+        "embedding": keep * params["embedding"],
+        "readout": params["readout"] | {"kernel": keep * params["readout"]["kernel"]},
+    }
+    for key in (None, 1):  # at inference, in training
+        unscaled, _ = dropped(reader.clone(unscaled_dropout=True), params, batch, key)
+        scaled, _ = dropped(reader, smaller, batch, key)
+        np.testing.assert_allclose(unscaled, scaled, **SINGLE)
+        assert not np.allclose(unscaled, dropped(reader, params, batch, key)[0], atol=1e-2)
+
+
+# ---- Initial values and precision.
+
+
+def blocks(params, units):
+    """All square blocks that start orthogonal, of a reader with encoders in one or two directions.
+
+    The bilinear kernel is one of them where it has the same size.
+    """
+    layers = [layer for name in ("passage", "question") for layer in params[name].values()]
+    kernels = [layer[name] for layer in layers for name in ("input_kernel", "recurrent_kernel")]
+    if len(layers) == 2:
+        kernels += [params["bilinear_kernel"], params["passage_kernel"]]
+    return np.concatenate([np.split(k, k.shape[1] // units, axis=1) for k in kernels])
+
+
+@pytest.mark.parametrize("identical", [False, True])
+@pytest.mark.parametrize("form", ["bn_lstm", "bn_e_star_star"])
+def test_initial_values(form, identical):
+    units, words = 8, 50
+    scale = 0.2 if identical else 0.1  # which is not said
+    options = dict(scale_init=nn.initializers.constant(scale)) if identical else {}
+    reader = AttentiveReader(words, units, identical_blocks=identical, **FORMS[form], **options)
+    init = quickly(functools.partial(reader.init, use_running_average=True))
+    params = init(jax.random.key(1), *make_batch())["params"]
+    squares = blocks(params, units)
+    assert len(squares) == (32 if form == "bn_e_star_star" else 18)
+    for a, b in itertools.combinations(squares, 2):
+        assert np.array_equal(a, b) == identical
+    for matrix in [*squares, params["bilinear_kernel"]]:
+        np.testing.assert_allclose(matrix @ matrix.T, 0.0025 * np.eye(len(matrix)), atol=1e-8)
+
+    uniform = {name: params[f"{name}_kernel"] for name in reader_terms()[1:]}
+    uniform |= {"embedding": params["embedding"], "readout": params["readout"]["kernel"]}
+    if form == "bn_e_star_star":  # not square
+        uniform["passage"] = params["passage_kernel"]
+    for name, matrix in uniform.items():
+        bound = np.sqrt(6 / (sum(matrix.shape) + 1))
+        # At least 64 draws: the largest is below 0.9 of the bound once in 800 times.
+        assert 0.9 * bound < np.abs(matrix).max() <= bound, name
+        assert abs(matrix.mean()) < 0.3 * bound, name
+    width = np.abs(params["attention_kernel"]).max() * np.sqrt(units)
+    assert 0.5 < width <= 1
+
+    for path, leaf in leaves(params).items():
+        if path.endswith(("bias']", "initial_hidden']")):
+            assert np.all(leaf == 0), path
+        if path.endswith("scale']"):
+            assert np.all(leaf == np.float32(scale)), path
+
+
+def test_single_precision_and_bfloat16():
+    params, stats, weights = jax.tree.map(np.float32, draw("bn_e_star"))
+    batch = make_batch()
+    exact = jax.tree.map(np.float64, params)
+    expected, _, _ = reference_reader.read("bn_e_star", exact, *batch)
+    single = make_reader("bn_e_star", kind=AttentiveReader)
+
+    def value(params, reader):
+        logits, _, _ = applied(reader, params, stats, batch, True)
+        return (weights * logits).sum(), logits
+
+    _, logits = quickly(functools.partial(value, reader=single))(params)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, expected, **SINGLE)
+
+    half = functools.partial(value, reader=single.clone(dtype=jnp.bfloat16))
+    gradient, logits = quickly(jax.grad(half, has_aux=True))(params)
+    assert logits.dtype == jnp.float32
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((gradient, logits)))
+    # Products lose 2^-9 of their factors; normalisation of four rows enlarges that.
+    assert 1e-4 < np.abs(logits - expected).max() < 0.3
+
+
+def test_matrix_products_have_operands_in_bfloat16():
+    params, stats, _ = jax.tree.map(np.float32, draw("bn_e_star"))
+    reader = make_reader("bn_e_star", kind=AttentiveReader, dtype=jnp.bfloat16)
+    program = jax.jit(lambda params: applied(reader, params, stats, make_batch(), True)[0])
+    pairs = re.findall(r"dot_general.*: \((.*)\) -> ", program.lower(params).as_text())
+    # Two of each encoder, five terms, two of the bilinear one, attention, answer.
+    coarse = [pair for pair in pairs if pair.count("bf16") == 2]
+    assert len(coarse) == 4 + 5 + 2 + 1 + 1
+    # The scalar products that the bilinear term ends with.
+    others = [pair for pair in pairs if pair not in coarse]
+    assert others == [f"tensor<{BATCH}x{TIME}x{UNITS}xf32>, tensor<{BATCH}x{UNITS}xf32>"]
+
+
+# ---- The options that the reader has of the layers.
+
+
+@pytest.mark.parametrize("input_statistics", ["per_step", "sequence"])
+def test_each_term_is_masked_by_itself_and_input_has_its_epsilon(input_statistics, double):
+    params, _, _ = draw("bn_lstm")
+    params = params["passage"]["forward"]
+    # Small inputs, so that the variance is not large against what is added.
+    x = 1e-2 * np.random.default_rng(0).normal(size=(BATCH, TIME, UNITS))
+    lengths = np.array([4, 1, 3, 2])
+    last = []
+    for bits in range(8):
+        masked = tuple(term for k, term in enumerate(TERMS) if bits >> k & 1)
+        layer = bnlstm_jax.BNLSTM(
+            UNITS,
+            max_steps=TIME,
+            input_statistics=input_statistics,
+            mask_statistics=masked,
+            input_epsilon=1e-3,
+            learn_initial_cell=False,
+            momentum=0.0,
+            param_dtype=jnp.float64,
+        )
+        y, updated = layer.apply(
+            {"params": params}, x, seq_lengths=lengths, use_running_average=False, mutable=True
+        )
+        expected, _, found = reference_reader.recur(
+            params, x, lengths, True, input_statistics == "sequence", masked, 1e-3
+        )
+        np.testing.assert_allclose(y, expected, **VALUES)
+        initial = {n: np.full_like(m, float(n.endswith("var"))) for n, m in found.items()}
+        assert_close(dict(updated["batch_stats"]), statistics_after(initial, found), **VALUES)
+        last.append(expected[:, -1])
+        if bits in (0, 7):
+            same = layer.clone(mask_statistics=bits == 7).apply(
+                {"params": params}, x, seq_lengths=lengths, use_running_average=False, mutable=True
+            )
+            np.testing.assert_array_equal(same[0], y)
+    for a, b in itertools.combinations(last, 2):
+        assert not np.allclose(a, b, atol=1e-4)  # each makes a difference
+
+
+def test_lstm_layer_and_cell_without_the_parameters_that_the_reader_has_not(double):
+    params, _, _ = draw("lstm")
+    params = params["passage"]["forward"]
+    x = np.random.default_rng(0).normal(size=(BATCH, TIME, UNITS))
+    lengths = np.full(BATCH, TIME)
+    options = dict(bias_factor=2.0, use_cell_bias=False, learn_initial_cell=False)
+    options |= dict(param_dtype=jnp.float64)
+    layer = bnlstm_jax.LSTM(UNITS, **options)
+    cell = nn.RNN(bnlstm_jax.LSTMCell(UNITS, **options))
+    expected, _, _ = reference_reader.recur(params, x, lengths, False, False, (), bias_factor=2)
+    for module, variables in ((layer, params), (cell, {"cell": params})):
+        made = module.init(jax.random.key(0), x)["params"]
+        assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, variables)
+        np.testing.assert_allclose(module.apply({"params": variables}, x), expected, **VALUES)
+
+    # The cell bias that an LSTM has otherwise, and the cell state that it starts from.
+    learned = params | {"cell_bias": np.full(UNITS, 0.5), "initial_cell": np.full(UNITS, 0.7)}
+    layer = layer.clone(use_cell_bias=True, learn_initial_cell=True)
+    doubled = learned | {"bias": 2 * params["bias"]}
+    expected, _, _ = reference.bn_lstm(doubled, x, normalize=())
+    np.testing.assert_allclose(layer.apply({"params": learned}, x), expected, **VALUES)
+
+
+def test_normalised_layer_and_cell_take_the_options_too(double):
+    params, stats, _ = draw("bn_lstm")
+    params, stats = params["passage"]["forward"], stats["passage"]["forward"]
+    stats = {name: moment[:1] for name, moment in stats.items()}
+    x = np.random.default_rng(0).normal(size=(BATCH, 1, UNITS))
+    options = dict(bias_factor=2.0, input_epsilon=0.1, learn_initial_cell=False)
+    options |= dict(param_dtype=jnp.float64, use_cell_bias=False, use_running_average=True)
+    params.pop("cell_bias")
+    layer = bnlstm_jax.BNLSTM(UNITS, **options).apply({"params": params, "batch_stats": stats}, x)
+    cell = bnlstm_jax.BNLSTMCell(UNITS, **options)
+    start = np.zeros((BATCH, UNITS)), np.tile(params["initial_hidden"], (BATCH, 1))
+    variables = {"params": params, "batch_stats": {k: m[0] for k, m in stats.items()}}
+    _, output = cell.apply(variables, start, x[:, 0])
+    expected, _, _ = reference_reader.recur(
+        params | {"cell_bias": np.zeros(UNITS)},
+        x,
+        np.ones(BATCH, int),
+        True,
+        False,
+        (),
+        0.1,
+        2,
+        stats,
+    )
+    np.testing.assert_allclose(layer, expected, **VALUES)
+    np.testing.assert_allclose(output, expected[:, 0], **VALUES)
+
+
+# ---- The reference itself.
+
+
+def test_the_reference_has_the_recurrence_of_the_other():
+    params, stats, _ = draw("bn_lstm")
+    params = params["passage"]["forward"]
+    full = params | {"initial_cell": np.zeros(UNITS)}
+    x = np.random.default_rng(0).normal(size=(BATCH, TIME, UNITS))
+    lengths = np.array([4, 1, 3, 2])
+    for sequence, masked, table in itertools.product((False, True), (False, True), (False, True)):
+        if sequence and table:
+            continue
+        given = stats["passage"]["forward"] if table else None
+        terms = TERMS if masked else ()
+        mine, h, found = reference_reader.recur(
+            params, x, lengths, True, sequence, terms, given=given
+        )
+        other, (_, last), moments = reference.bn_lstm(
+            full,
+            x,
+            statistics=given,
+            seq_lengths=lengths,
+            input_statistics="sequence" if sequence else "per_step",
+            mask_statistics=masked,
+        )
+        np.testing.assert_allclose(mine, other, rtol=1e-12)
+        np.testing.assert_allclose(h, last, rtol=1e-12)
+        if not table:
+            assert_close(found, moments, rtol=1e-12, atol=1e-14)

@@ -1,0 +1,178 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bnlstm_jax.batch_norm import CURRENT_BATCH_STATS, BatchNorm
+
+FEATURES = 3
+# Values of order one through a handful of operations in single precision.
+SINGLE = dict(rtol=1e-5, atol=1e-6)
+
+
+def draw(shape=(4, 5, FEATURES), seed=0):
+    rng = np.random.default_rng(seed)
+    x = (2 * rng.normal(size=shape) + 3).astype(np.float32)
+    where = rng.random((*shape[:-1], 1)) < 0.6
+    variables = {
+        "params": {"scale": rng.uniform(0.5, 1.5, FEATURES).astype(np.float32)},
+        "batch_stats": {
+            "mean": rng.normal(size=FEATURES).astype(np.float32),
+            "var": rng.uniform(0.5, 2, FEATURES).astype(np.float32),
+        },
+    }
+    return variables, x, where
+
+
+def by_hand(variables, x, where=None):
+    """Normalised values and moments in double precision, over the chosen rows."""
+    rows = x.reshape(-1, FEATURES).astype(np.float64)
+    chosen = rows if where is None else rows[where.ravel()]
+    mean, var = chosen.mean(axis=0), chosen.var(axis=0)
+    return variables["params"]["scale"] * (x - mean) / np.sqrt(var + 1e-5), mean, var
+
+
+def train(module, variables, x, where=None):
+    mutable = ["batch_stats", CURRENT_BATCH_STATS]
+    return module.apply(variables, x, where, use_running_average=False, mutable=mutable)
+
+
+@pytest.mark.parametrize("shape", [(6, FEATURES), (4, 5, FEATURES)], ids=["rows", "steps"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_against_numpy(shape, masked):
+    variables, x, where = draw(shape)
+    where = where if masked else None
+    y, updated = train(BatchNorm(momentum=0.7), variables, x, where)
+    wanted, mean, var = by_hand(variables, x, where)
+    counted = np.broadcast_to(True if where is None else where, x.shape)
+    np.testing.assert_allclose(y[counted], wanted[counted], **SINGLE)
+    running, current = updated["batch_stats"], updated[CURRENT_BATCH_STATS]
+    for name, moment in (("mean", mean), ("var", var)):
+        average = 0.7 * variables["batch_stats"][name] + 0.3 * moment
+        np.testing.assert_allclose(running[name], average, **SINGLE)
+        np.testing.assert_allclose(current[name], moment, **SINGLE)
+    assert current["count"] == (x[..., 0].size if where is None else where.sum())
+
+
+def test_inference_uses_the_running_statistics_of_all_rows():
+    variables, x, where = draw()
+    stats = variables["batch_stats"]
+    wanted = variables["params"]["scale"] * (x - stats["mean"]) / np.sqrt(stats["var"] + 1e-5)
+    module = BatchNorm(use_running_average=True)
+    for mask in (None, where):
+        y, updated = module.apply(variables, x, mask, mutable=["batch_stats", CURRENT_BATCH_STATS])
+        np.testing.assert_allclose(y, wanted, **SINGLE)
+        jax.tree.map(np.testing.assert_array_equal, dict(updated["batch_stats"]), stats)
+        assert CURRENT_BATCH_STATS not in updated
+
+
+def test_initial_variables_are_those_of_the_paper():
+    variables = BatchNorm().init(jax.random.key(0), draw()[1], use_running_average=False)
+    np.testing.assert_array_equal(variables["params"]["scale"], np.full(FEATURES, np.float32(0.1)))
+    np.testing.assert_array_equal(variables["batch_stats"]["mean"], np.zeros(FEATURES))
+    np.testing.assert_array_equal(variables["batch_stats"]["var"], np.ones(FEATURES))
+    assert variables.keys() == {"params", "batch_stats"}
+    assert variables["params"].keys() == {"scale"}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_against_the_batch_norm_of_flax(masked):
+    variables, x, where = draw()
+    mask = where if masked else None
+    # Flax standardises the rows that do not count too: they are left out of the comparison.
+    weights = np.random.default_rng(1).normal(size=x.shape) * (where if masked else 1)
+
+    def value(params, x, module, **kwargs):
+        y, updated = module.apply(
+            {**variables, "params": params}, x, **kwargs, mutable=["batch_stats"]
+        )
+        return (weights * y).sum(), updated["batch_stats"]
+
+    ours = BatchNorm(momentum=0.7, epsilon=1e-3, use_running_average=False)
+    flax = nn.BatchNorm(
+        momentum=0.7,
+        epsilon=1e-3,
+        use_running_average=False,
+        use_bias=False,
+        use_fast_variance=False,
+    )
+    gradient = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
+    got = gradient(variables["params"], x, ours, where=mask)
+    wanted = gradient(variables["params"], x, flax, mask=mask)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, wanted)
+
+
+def test_rows_that_do_not_count_have_no_influence():
+    variables, x, where = draw()
+    other = np.where(where, x, np.float32(1e6))
+    # NaN may be what padding holds.
+    nothing = np.where(where, x, np.float32(np.nan))
+    results = [train(BatchNorm(), variables, values, where) for values in (x, other, nothing)]
+    for y, updated in results[1:]:
+        np.testing.assert_array_equal(y, results[0][0])
+        jax.tree.map(np.testing.assert_array_equal, dict(updated), dict(results[0][1]))
+
+
+def test_without_a_row_that_counts_all_is_finite_and_nothing_is_learned():
+    variables, x, where = draw()
+
+    def value(params, x):
+        y, updated = train(
+            BatchNorm(momentum=0.7), {**variables, "params": params}, x, np.zeros_like(where)
+        )
+        return y.sum(), (y, updated)
+
+    (_, (y, updated)), gradients = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(
+        variables["params"], x
+    )
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((y, gradients)))
+    stats = dict(updated["batch_stats"])
+    jax.tree.map(np.testing.assert_array_equal, stats, variables["batch_stats"])
+    assert updated[CURRENT_BATCH_STATS]["count"] == 0
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_mapped_axis_pools_the_batch(masked):
+    variables, x, where = draw()
+    where[0] = False  # a shard without any row
+    where = where if masked else None
+    weights = np.random.default_rng(1).normal(size=x.shape)
+
+    def value(x, where, weights, axis_name=None):
+        y, updated = train(BatchNorm(momentum=0.7, axis_name=axis_name), variables, x, where)
+        return (weights * y).sum(), updated
+
+    def sharded(x):
+        mapped = jax.vmap(lambda *shard: value(*shard, "shards"), axis_name="shards")
+        total, updated = mapped(x, where, weights)
+        return total.sum(), updated
+
+    got, of_shards = jax.grad(sharded, has_aux=True)(x)
+    wanted, of_all = jax.grad(lambda x: value(x, where, weights), has_aux=True)(x)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+    for shard in range(len(x)):
+        mine = jax.tree.map(lambda leaf, shard=shard: leaf[shard], dict(of_shards))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **SINGLE), mine, dict(of_all))
+
+
+def test_call_overrides_the_attribute_and_one_of_them_is_needed():
+    variables, x, _ = draw()
+    inference = BatchNorm(use_running_average=True).apply(variables, x)
+    only_called = BatchNorm().apply(variables, x, use_running_average=True)
+    np.testing.assert_array_equal(only_called, inference)
+    training = train(BatchNorm(), variables, x)[0]
+    assert not np.allclose(inference, training, atol=0.1)
+    with pytest.raises(ValueError, match="use_running_average"):
+        BatchNorm().apply(variables, x)
+
+
+def test_half_precision_has_float32_statistics():
+    variables, x, _ = draw()
+    half = jnp.asarray(x, jnp.bfloat16)
+    y, updated = train(BatchNorm(momentum=0.0), variables, half)
+    wanted, mean, var = by_hand(variables, np.asarray(half, np.float64))
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, wanted, **SINGLE)
+    np.testing.assert_allclose(updated["batch_stats"]["mean"], mean, **SINGLE)
+    np.testing.assert_allclose(updated["batch_stats"]["var"], var, **SINGLE)
