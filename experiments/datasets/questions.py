@@ -16,6 +16,7 @@ SENTENCE_ENDS = (".", "!", "?")
 SENTENCE_RULES = ("words", "entities", "rare_words")
 SENTENCE_TIES = ("earlier", "later")
 COUNTED = 1 << 24  # words at a time
+CHOSEN = 20  # passages at a time, whose sentences are chosen
 
 
 class Texts(NamedTuple):
@@ -32,6 +33,12 @@ class Texts(NamedTuple):
     def __getitem__(self, index: int) -> np.ndarray:
         """The words of a text."""
         return self.words[self.ends[index - 1] if index else 0 : self.ends[index]]
+
+    def piece(self, start: int, stop: int) -> "Texts":
+        """The texts from number `start` to before number `stop`."""
+        first = self.ends[start - 1] if start else 0
+        ends = self.ends[start:stop]
+        return Texts(self.words[first : ends[-1]], ends - first)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -206,12 +213,20 @@ def select_sentences(
     cut = {}
     for split in splits:
         part = questions.splits[split]
-        total = len(part.answers)
-        passages = [
-            choose_sentences(part.passages[i], part.questions[i], selection, ends_sentence, weights)
-            for i in track(range(total), f"choosing sentences, {split}", total)
+        starts = range(0, len(part.answers), CHOSEN)
+        chosen = [
+            choose_sentences(
+                part.passages.piece(start, start + CHOSEN),
+                part.questions.piece(start, start + CHOSEN),
+                selection,
+                ends_sentence,
+                weights,
+            )
+            for start in track(starts, f"choosing sentences, {split}", len(starts))
         ]
-        cut[split] = part._replace(passages=_concatenate(passages))
+        cut[split] = part._replace(
+            passages=_concatenate([text for texts in chosen for text in texts])
+        )
     name = f"{questions.name}, {selection.number} sentences"
     return dataclasses.replace(questions, name=name, splits=questions.splits | cut)
 
@@ -235,35 +250,47 @@ def word_weights(questions: Questions, rule: str) -> np.ndarray:
 
 
 def choose_sentences(
-    passage: np.ndarray,
-    question: np.ndarray,
+    passages: Texts,
+    questions: Texts,
     selection: Selection,
     ends_sentence: np.ndarray,
     weights: np.ndarray,
-) -> np.ndarray:
-    """The sentences of a passage that are most like its question, in their order.
+) -> list[np.ndarray]:
+    """The sentences of each passage that are most like its question, in their order.
 
     A sentence scores the weights of the words that it shares with the question, each once, over a
     power of its length. The answer is not looked at.
 
     Args:
-        passage: Words.
-        question: Words.
+        passages: Some passages.
+        questions: Their questions.
         selection: How many sentences, and how they are scored.
         ends_sentence: Whether a word ends the sentence that it is in, bool [words].
         weights: What a shared word counts, float64 [words].
     """
-    ends = ends_sentence[passage]
-    sentence = np.cumsum(ends) - ends  # of each word, from 0 on
-    shared = np.isin(passage, question)
-    pairs = np.unique(sentence[shared] * len(weights) + passage[shared])
-    sentences, words = np.divmod(pairs, len(weights))
-    lengths = np.bincount(sentence)
-    scores = np.bincount(sentences, weights[words], len(lengths)) / lengths**selection.length_power
-    order = np.argsort(-scores, kind="stable")
-    if selection.ties == "later":
-        order = len(scores) - 1 - np.argsort(-scores[::-1], kind="stable")
-    return passage[np.isin(sentence, order[: selection.number])]
+    number = np.arange(len(passages.ends))
+    words, passage = passages.words, np.repeat(number, passages.lengths)
+    asked = np.zeros((len(number), len(weights)), bool)
+    asked[np.repeat(number, questions.lengths), questions.words] = True
+
+    ends = ends_sentence[words]
+    ends[passages.ends - 1] = True
+    sentence = np.cumsum(ends) - ends  # of each word, from 0 on through all passages
+    owner, lengths = passage[ends], np.bincount(sentence)  # of each sentence
+    shared = asked[passage, words]
+    pairs = np.unique(sentence[shared] * len(weights) + words[shared])
+    of, word = np.divmod(pairs, len(weights))
+    scores = np.bincount(of, weights[word], len(lengths)) / lengths**selection.length_power
+
+    place = np.arange(len(lengths))
+    ties = place if selection.ties == "earlier" else -place
+    order = np.lexsort((ties, -scores, owner))  # each passage's sentences, the best first
+    first = np.searchsorted(owner, owner)  # where those of the same passage begin
+    kept = np.zeros(len(lengths), bool)
+    kept[order[place - first < selection.number]] = True
+    left = kept[sentence]
+    counts = np.bincount(passage[left], minlength=len(number))
+    return np.split(words[left], np.cumsum(counts)[:-1])
 
 
 def answers_kept(split: Split) -> float:

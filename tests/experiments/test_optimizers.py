@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from experiments.optimizers import make_optimizer
 
 def settings(**changes):
     values = {"name": "rmsprop", "learning_rate": 0.01, "decay": 0.5, "clip_norm": 1.0}
-    return ConfigDict(values | changes)
+    return ConfigDict(values | {"clip_rule": "norm"} | changes)
 
 
 def run(config, gradients):
@@ -47,6 +49,16 @@ def test_the_whole_gradient_is_clipped_to_its_norm():
     got = run(settings(clip_norm=1e-6, decay=0.0), [gradient])
     np.testing.assert_allclose(got["a"], [-0.01 * 0.6e-6 / 1e-5], rtol=1e-5)
     np.testing.assert_allclose(got["b"], [-0.01 * 0.8e-6 / 1e-5], rtol=1e-5)
+
+
+def test_the_released_reader_clips_to_the_root_of_the_norm():
+    # RMSProp's first step divides by the floor alone where decay is 1, and shows what was clipped.
+    for norm, clipped in ((99.0, 99.0), (101.0, 10 * math.sqrt(101)), (400.0, 200.0)):
+        gradient = {"a": jnp.array([0.6 * norm]), "b": jnp.array([-0.8 * norm])}
+        rules = settings(clip_rule="released_reader", clip_norm=10.0, decay=1.0)
+        got = run(rules, [gradient])
+        np.testing.assert_allclose(got["a"], [-0.01 * 0.6 * clipped / 1e-5], rtol=1e-5)
+        np.testing.assert_allclose(got["b"], [0.01 * 0.8 * clipped / 1e-5], rtol=1e-5)
 
 
 def test_adam_is_the_published_one():

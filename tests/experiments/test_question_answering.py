@@ -238,8 +238,8 @@ def test_switches_of_the_released_code_reach_the_model(config):
     assert not reader.bilinear and not reader.mean_passage and reader.unscaled_dropout
 
 
-@pytest.mark.parametrize("kind", shared.READER_KINDS)
-def test_every_reader_trains_and_is_evaluated(config, kind, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["lstm", "bn_everywhere", "bn_e_star_star"])
+def test_readers_train_and_are_evaluated(config, kind, tmp_path, capsys):
     config.model.kind = kind
     config.num_lengths = 1
     results = train.train(config, tmp_path / kind)
