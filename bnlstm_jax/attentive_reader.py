@@ -93,10 +93,15 @@ class AttentiveReader(nn.Module):
 
     Example::
 
-        reader = AttentiveReader(65_830, 240, **FORMS["bn_e_star"])
-        logits = reader.apply(
-            variables, passages, questions, passage_lengths, question_lengths,
-            use_running_average=True)
+        reader = AttentiveReader(
+            65_830, 240, **FORMS["bn_e_star"], passage_steps=2000, question_steps=50)
+        inputs = passages, questions, passage_lengths, question_lengths
+        variables = reader.init(key, *inputs, use_running_average=True)
+        # Training, then inference.
+        logits, updated = reader.apply(
+            variables, *inputs, use_running_average=False, rngs={"dropout": key},
+            mutable=["batch_stats"])
+        logits = reader.apply({**variables, **updated}, *inputs, use_running_average=True)
 
     The weights of attention `[batch, time]` are in the collection `intermediates`, under
     `attention`, for an `apply` that names it among its mutable collections.
@@ -113,6 +118,7 @@ class AttentiveReader(nn.Module):
         input's where they are of whole sequences, and no others: finished sequences count with
         their last state, and in W_d's term there is one step of padding behind the longest passage.
         False does the same.
+      square_scale: by which orthogonal matrices are multiplied to start square kernels from.
       identical_blocks: all square kernels start from one matrix, as in the released code; see
         `initializers.orthogonal_blocks`.
       bias_factor: of the LSTM's bias; 2 in the released code, which adds it twice. BN-LSTMs have 1:
@@ -125,7 +131,9 @@ class AttentiveReader(nn.Module):
       passage_steps, question_steps: `max_steps` of the encoders' statistics.
       momentum, epsilon, scale_init: of all normalisation.
       sequence_epsilon: added to the variance of sequence-wise input statistics.
-      dtype: dtype of the operands of products with kernels; logits are float32.
+      axis_name: mapped axis over which batches are pooled for their statistics.
+      dtype: dtype of the operands of products with kernels; logits are float32 or wider.
+      param_dtype: dtype of the parameters.
     """
 
     vocab_size: int
@@ -135,6 +143,7 @@ class AttentiveReader(nn.Module):
     normalize_attention: bool = False
     bidirectional: bool = False
     mask_statistics: bool = True
+    square_scale: float = 0.05
     identical_blocks: bool = False
     bias_factor: float = 1.0
     mean_passage: bool = True
@@ -147,7 +156,9 @@ class AttentiveReader(nn.Module):
     epsilon: float = 1e-5
     sequence_epsilon: float = 1e-6
     scale_init: initializers.Initializer = nn.initializers.constant(0.1)
+    axis_name: str | None = None
     dtype: Any = None
+    param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
@@ -178,8 +189,8 @@ class AttentiveReader(nn.Module):
 
         # ---- Encode.
         fan_uniform = initializers.fan_uniform()
-        square = initializers.orthogonal_blocks(identical=self.identical_blocks)
-        embedding = self.param("embedding", fan_uniform, (self.vocab_size, self.features))
+        square = initializers.orthogonal_blocks(self.square_scale, self.identical_blocks)
+        embedding = self.matrix("embedding", fan_uniform, self.vocab_size, self.features)
 
         def encode(
             name: str, words: Array, lengths: Array, steps: int | None
@@ -195,16 +206,18 @@ class AttentiveReader(nn.Module):
 
         def term(name: str, x: Array, init=fan_uniform, where: Array | None = None) -> Array:
             """`N(x W)`, or `x W` where attention is not normalised: `[..., d]`."""
-            kernel = self.param(f"{name}_kernel", init, (size, self.features))
+            kernel = self.matrix(f"{name}_kernel", init, size, self.features)
             x = product(x, kernel, self.dtype)
             if not self.normalize_attention:
                 return x
-            return BatchNorm(name=f"{name}_norm", **self.normalization())(
-                x, where, use_running_average
+            norm = BatchNorm(
+                name=f"{name}_norm", param_dtype=self.param_dtype, **self.normalization()
             )
+            return norm(x, use_running_average, mask=where)
 
         def bias(name: str) -> Array:
-            return self.param(name, nn.initializers.zeros_init(), (self.features,))
+            zeros = nn.initializers.zeros_init()
+            return self.param(name, zeros, (self.features,), self.param_dtype)
 
         # ---- Attend.
         valid = padding_mask(passage_lengths, passages.shape[1])  # [B, T, 1]
@@ -216,11 +229,11 @@ class AttentiveReader(nn.Module):
         m = term("passage", y, init, counted) + bias("attention_bias")
         m += term("question", u)[:, None]
         if self.bilinear:  # (y M) . (u M) = y . (u M M^T), without a product for each y
-            kernel = self.param("bilinear_kernel", square, (size, size))
+            kernel = self.matrix("bilinear_kernel", square, size, size)
             v = product(product(u, kernel, self.dtype), kernel.T, self.dtype)
             m += jnp.einsum("btk,bk->bt", y, v)[..., None]
-        width = 1 / math.sqrt(self.features)
-        kernel = self.param("attention_kernel", uniform(width), (self.features, 1))
+        width = uniform(1 / math.sqrt(self.features))
+        kernel = self.matrix("attention_kernel", width, self.features, 1)
         scores = product(jnp.tanh(m), kernel, self.dtype)
         # Finite where a passage is empty: then nothing is attended to.
         scores = jnp.where(valid, scores, jnp.finfo(scores.dtype).min)
@@ -234,7 +247,13 @@ class AttentiveReader(nn.Module):
             total = jnp.sum(jnp.where(valid, y, 0), axis=1)
             g += term("mean", total / jnp.maximum(passage_lengths, 1)[:, None])
         g = dropout(jnp.tanh(g))
-        return Readout(self.vocab_size, self.dtype, fan_uniform, name="readout")(g)
+        return Readout(self.vocab_size, self.dtype, fan_uniform, self.param_dtype, name="readout")(
+            g
+        )
+
+    def matrix(self, name: str, init: initializers.Initializer, rows: int, columns: int) -> Array:
+        """A parameter `[rows, columns]`."""
+        return self.param(name, init, (rows, columns), self.param_dtype)
 
     @nn.nowrap
     def normalization(self) -> dict[str, Any]:
@@ -243,6 +262,7 @@ class AttentiveReader(nn.Module):
             "momentum": self.momentum,
             "epsilon": self.epsilon,
             "scale_init": self.scale_init,
+            "axis_name": self.axis_name,
         }
 
     @nn.nowrap
@@ -255,6 +275,7 @@ class AttentiveReader(nn.Module):
             "bias_init": nn.initializers.zeros_init(),
             "learn_initial_cell": False,
             "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
             "parent": None,
         }
         if not self.normalize_recurrence:

@@ -103,14 +103,14 @@ class BatchNorm(Normalized):
 
     @nn.compact
     def __call__(
-        self, x: Array, where: Array | None = None, use_running_average: bool | None = None
+        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
     ) -> Array:
         """Values `[..., F]`, normalised.
 
         Args:
           x: the values.
-          where: which rows count in statistics, boolean `[..., 1]`; all of them if None.
           use_running_average: overrides the attribute.
+          mask: which rows count in statistics, boolean `[..., 1]`; all of them if None.
         """
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
@@ -119,8 +119,8 @@ class BatchNorm(Normalized):
         scale = self.param("scale", self.scale_init, shape, self.param_dtype)
         variables = self.statistics_variables(shape)
         running = Statistics(*(v.value for v in variables)) if use_running_average else None
-        rows = jnp.array(x.size // shape[0]) if where is None else jnp.sum(where)
-        x, statistics = self.standardize(x, running, self.epsilon, where, axis)
+        rows = jnp.array(x.size // shape[0]) if mask is None else jnp.sum(mask)
+        x, statistics = self.standardize(x, running, self.epsilon, mask, axis)
         if not use_running_average:
             self.update_statistics(variables, statistics, rows)
         return scale * x

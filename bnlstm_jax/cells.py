@@ -95,6 +95,16 @@ def lstm_step(
     return (c, h), statistics
 
 
+def check_terms(field: str, terms: Sequence[str]) -> None:
+    """Refuses names of other terms than an LSTM has.
+
+    Raises:
+      ValueError: says which.
+    """
+    if isinstance(terms, str) or set(terms) - {"input", "recurrent", "cell"}:
+        raise ValueError(f"{field} is {terms!r}; it is a tuple of 'input', 'recurrent' and 'cell'")
+
+
 class Recurrence(nn.Module):
     """The fields that all recurrent modules of this package share.
 
@@ -183,8 +193,7 @@ class LSTMParameters(Recurrence):
 
     def lstm_params(self, input_size: int) -> dict[str, Array]:
         """The parameters that a step uses, under the names they have in the variables."""
-        if unknown := set(self.normalize) - {"input", "recurrent", "cell"}:
-            raise ValueError(f"normalize names {unknown}; it may name input, recurrent and cell")
+        check_terms("normalize", self.normalize)
         units, gates = self.features, 4 * self.features
         zeros = nn.initializers.zeros_init()
         shapes = {

@@ -3,6 +3,7 @@
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jax import Array
 
 from bnlstm_jax import initializers
@@ -18,13 +19,14 @@ class Readout(nn.Module):
     features: int
     dtype: Any = None
     kernel_init: initializers.Initializer = initializers.semi_orthogonal()
+    param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, hidden: Array) -> Array:
         """Logits, in float32 or wider."""
         shape = hidden.shape[-1], self.features
-        kernel = self.param("kernel", self.kernel_init, shape)
-        bias = self.param("bias", nn.initializers.zeros_init(), shape[1:])
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape[1:], self.param_dtype)
         return product(hidden, kernel, self.dtype) + bias
 
 

@@ -14,7 +14,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bnlstm_jax.cells import BNLSTMParameters, Carry, LSTMParameters, look_up, lstm_step, product
+from bnlstm_jax.cells import (
+    BNLSTMParameters,
+    Carry,
+    LSTMParameters,
+    check_terms,
+    look_up,
+    lstm_step,
+    product,
+)
 from bnlstm_jax.normalization import Statistics, statistics_dtype
 
 
@@ -248,6 +256,7 @@ class BNLSTM(BNLSTMParameters, RecurrentLayer):
         """Whether only valid steps count in a term's statistics."""
         if isinstance(self.mask_statistics, bool):
             return self.mask_statistics
+        check_terms("mask_statistics", self.mask_statistics)
         return term in self.mask_statistics
 
     @nn.nowrap
@@ -276,7 +285,8 @@ class BNLSTM(BNLSTMParameters, RecurrentLayer):
             if steps > rows and self.max_steps is None:
                 raise ValueError(
                     f"statistics are kept for {rows} time steps, the length of the sequence that "
-                    f"initialised the layer, and this one has {steps}: set max_steps"
+                    f"initialised the layer, and this one has {steps}: set max_steps (of a reader, "
+                    "passage_steps or question_steps)"
                 )
 
             def to_rows(x: Array) -> Array:

@@ -3,10 +3,11 @@
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from bnlstm_jax.attentive_reader import FORMS
 from experiments.errors import UserError, unknown_name
 
 MODEL_KINDS = ("lstm", "bn_lstm")
-READER_KINDS = (*MODEL_KINDS, "bn_everywhere", "bn_e_star", "bn_e_star_star")  # answer questions
+READER_KINDS = tuple(FORMS)  # answer questions
 
 
 def base_config() -> ConfigDict:

@@ -153,6 +153,7 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
                     with doing("dispatch and device"):
                         state = train_step(state, batch)
                 else:
+                    jax.block_until_ready(state)
                     with doing("compilation"):
                         state = jax.block_until_ready(train_step(state, batch))
                     programs.add(shapes)
@@ -270,7 +271,8 @@ def other_rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
 
     def model(results: dict[str, Any]) -> tuple[Any, ...]:
         fields = results.get("evaluation", {})
-        return results["update"], fields.get("population_batch_size")
+        population = [fields.get(name) for name in workdir.POPULATION_FIELDS]
+        return results["update"], *population
 
     if model(earlier) != model(results):
         return []

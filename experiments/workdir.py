@@ -24,15 +24,20 @@ from experiments.errors import UserError
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections", "numpy")
 # May differ between the start of a run and its continuation: where data lie, how far to go, and
 # how to evaluate.
+POPULATION_FIELDS = ("population_batch_size", "population_batches", "population_late_steps")
 EVALUATION_FIELDS = (
     "eval_batch_size",
     "eval_lengths",
     "whole_text",
     "chunk_length",
-    "population_batch_size",
-    "population_batches",
-    "population_late_steps",
+    *POPULATION_FIELDS,
 )
+# Fields that configs did not have from the start: what runs before them did.
+ADDED_FIELDS = {
+    "optimizer.clip_rule": "norm",
+    "population_batches": 0,
+    "population_late_steps": "skip",
+}
 FREE_FIELDS = ("data_dir", "text_file", "num_updates", *EVALUATION_FIELDS)
 STATISTICS_NAME = "population_statistics.npz"
 
@@ -71,7 +76,8 @@ def read_config(workdir: Path) -> ConfigDict:
         inside = sorted(str(path.parent) for path in workdir.glob("*/config.json"))
         problem = f"choose {' or '.join(inside)}" if inside else f"{path} is missing"
         raise UserError(f"--workdir={workdir} is not the folder of a run: {problem}")
-    return ConfigDict(json.loads(path.read_text(), object_hook=_tuples))
+    fields = flatten_dict(json.loads(path.read_text(), object_hook=_tuples), sep=".")
+    return ConfigDict(unflatten_dict(ADDED_FIELDS | fields, sep="."))
 
 
 def read_record(workdir: Path) -> dict[str, Any]:
@@ -89,6 +95,8 @@ def read_record(workdir: Path) -> dict[str, Any]:
 def check_record(record: dict[str, Any], workdir: Path) -> None:
     """Refuses to go on with a run on other data, or data read otherwise, than it began with.
 
+    A file may be renamed, though, and batches be padded otherwise.
+
     Raises:
       UserError: the record of the run in `workdir` is another.
     """
@@ -97,7 +105,7 @@ def check_record(record: dict[str, Any], workdir: Path) -> None:
     theirs = read_record(workdir)
     ours = json.loads(json.dumps(record))
     for name, value in ours.items():
-        if theirs.get(name) != value and name != "dataset":  # a file may be renamed
+        if theirs.get(name) != value and name not in ("dataset", "padded_lengths"):
             raise UserError(
                 f"--workdir={workdir} holds the run on other data: there {name} is "
                 f"{_short(theirs.get(name))}, here it is {_short(value)}; choose another workdir, "

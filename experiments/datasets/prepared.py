@@ -145,15 +145,7 @@ def making(
 def _work_dir(folder: Path) -> Iterator[Path]:
     """The folder for work in progress on a prepared folder, for one process at a time."""
     path = folder.with_name(f".{folder.name}-work")
-    path.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logging.warning("Another process prepares %s: waiting for it", folder)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            path.mkdir(parents=True, exist_ok=True)  # the other may have removed it
+    with _locked(path):
         try:
             for partial in folder.parent.glob(f".{folder.name}-{32 * '?'}"):
                 shutil.rmtree(partial, ignore_errors=True)  # `write` was killed
@@ -164,8 +156,28 @@ def _work_dir(folder: Path) -> Iterator[Path]:
             for empty in (path, path.parent):
                 with contextlib.suppress(OSError):
                     empty.rmdir()
-    finally:
-        os.close(handle)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Makes a folder and locks it, waiting for a process that has done so before."""
+    while True:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:  # another removed it in this moment
+            continue
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logging.warning("Another process prepares data in %s: waiting for it", path)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                yield
+                return
+        finally:
+            os.close(handle)
 
 
 def write(

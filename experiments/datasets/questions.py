@@ -19,7 +19,8 @@ COUNTED = 1 << 24  # words at a time
 CHOSEN = 20  # passages at a time, whose sentences are chosen
 
 
-class Texts(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Texts:
     """Texts one after the other.
 
     Attributes:
@@ -30,8 +31,14 @@ class Texts(NamedTuple):
     words: np.ndarray
     ends: np.ndarray
 
+    def __len__(self) -> int:
+        """Number of texts."""
+        return len(self.ends)
+
     def __getitem__(self, index: int) -> np.ndarray:
-        """The words of a text."""
+        """The words of text 0, 1, ..."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         return self.words[self.ends[index - 1] if index else 0 : self.ends[index]]
 
     def piece(self, start: int, stop: int) -> "Texts":
@@ -268,7 +275,7 @@ def choose_sentences(
         ends_sentence: Whether a word ends the sentence that it is in, bool [words].
         weights: What a shared word counts, float64 [words].
     """
-    number = np.arange(len(passages.ends))
+    number = np.arange(len(passages))
     words, passage = passages.words, np.repeat(number, passages.lengths)
     asked = np.zeros((len(number), len(weights)), bool)
     asked[np.repeat(number, questions.lengths), questions.words] = True

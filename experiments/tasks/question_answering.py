@@ -28,6 +28,8 @@ LOSS_FLOOR = 1e-8  # added to probabilities before their logarithm, as in the re
 def reader_config(config: ConfigDict) -> ConfigDict:
     """Adds the fields of this task to those that all share."""
     config.task = "question_answering"
+    # lstm, bn_lstm, bn_everywhere, bn_e_star or bn_e_star_star; several with commas
+    config.model.kind = "bn_e_star_star"
     config.dataset = "cnn"  # or babi
     config.subset = ""  # of babi: qa1, qa2, qa4 or qa5
     config.min_count = 2  # words that training questions have less often are one
@@ -45,6 +47,7 @@ def reader_config(config: ConfigDict) -> ConfigDict:
     config.sorted_batches = 1
     config.num_lengths = 5  # to which passages are padded; a program is compiled for each
 
+    config.model.square_scale = 0.05  # of square kernels at the start, which are orthogonal
     config.model.bilinear = True  # a term of attention that Hermann et al. do not have
     config.model.mean_passage = True  # another of the read-out
     config.model.dropout_rate = 0.5  # of embeddings, and before the output layer
@@ -74,6 +77,7 @@ def make_model(
         features=model.features,
         **FORMS[model.kind],
         mask_statistics=not model.count_padding,
+        square_scale=model.square_scale,
         identical_blocks=model.identical_blocks,
         bias_factor=2.0 if model.double_bias else 1.0,
         mean_passage=model.mean_passage,
@@ -81,7 +85,7 @@ def make_model(
         dropout_rate=model.dropout_rate,
         unscaled_dropout=model.unscaled_dropout,
         passage_steps=model.max_steps or passage_steps,
-        question_steps=question_steps,
+        question_steps=min(model.max_steps or question_steps, question_steps),
         momentum=model.momentum,
         scale_init=nn.initializers.constant(model.initial_scale),
         dtype=matmul_dtype(model),
@@ -112,12 +116,21 @@ class Task:
         self.splits = {split: self._within_limit(split, data.splits[split]) for split in SPLITS}
         counts = {split: len(part.answers) for split, part in self.splits.items()}
         check_batch_size(config, counts["train"], self.data, drop_last=True)
+        if counts["valid"] % config.batch_size == 1 and config.model.kind != "lstm":
+            self.notes.append(
+                f"of the {counts['valid']:,} validation questions the last batch has one, which "
+                "has no batch statistics: its answer is arbitrary (config.batch_size)"
+            )
         self.updates_per_epoch = counts["train"] // config.batch_size
         self.train_order = functools.lru_cache(maxsize=1)(self._train_order)
         self.passage_lengths = self._padded_lengths()
         self.question_length = 1 + max(int(s.questions.lengths.max()) for s in self.splits.values())
-        train_length = 1 + int(self.splits["train"].passages.lengths.max())
-        self.model = make_model(config.model, len(words), train_length, self.question_length)
+        # With a step of padding where it counts, as behind the longest passage there is one.
+        steps = [
+            int(texts.lengths.max()) + config.model.count_padding
+            for texts in self.splits["train"][:2]
+        ]
+        self.model = make_model(config.model, len(words), *steps)
         self.record |= {
             "dataset": self.data,
             "dataset_sha256": data.digest,
@@ -246,8 +259,8 @@ class Task:
             part = part.select(within)
         if not len(part.answers):
             raise UserError(
-                f"config.max_passage_length is {limit}, and all {split} passages of {self.data} "
-                "have more words: make it greater"
+                f"config.max_passage_length is {limit}, and {self.data} has no {split} passages "
+                "within it: make it greater"
             )
         self.record.setdefault("too_long", {})[split] = left_out
         unknown = int(np.sum(~self.is_entity[self.vocabulary.table[part.answers]]))

@@ -57,17 +57,10 @@ def double():
         yield
 
 
-class DoubleReader(AttentiveReader):
-    """Recurrent state is kept in the dtype of a layer's parameters, float32 unless told."""
-
-    @nn.nowrap
-    def recurrent_layer(self, init, steps):
-        return super().recurrent_layer(init, steps).clone(param_dtype=jnp.float64)
-
-
-def make_reader(form, mask=False, kind=DoubleReader, **options):
+def make_reader(form, mask=False, param_dtype=jnp.float64, **options):
     options = dict(passage_steps=ROWS, question_steps=QUESTION, momentum=0.0) | options
-    return kind(WORDS, UNITS, mask_statistics=mask, **FORMS[form], **options)
+    options["param_dtype"] = param_dtype
+    return AttentiveReader(WORDS, UNITS, mask_statistics=mask, **FORMS[form], **options)
 
 
 def make_batch(lengths="padded", seed=0, time=TIME, question=QUESTION):
@@ -683,7 +676,7 @@ def test_single_precision_and_bfloat16():
     batch = make_batch()
     exact = jax.tree.map(np.float64, params)
     expected, _, _ = reference_reader.read("bn_e_star", exact, *batch)
-    single = make_reader("bn_e_star", kind=AttentiveReader)
+    single = make_reader("bn_e_star", param_dtype=jnp.float32)
 
     def value(params, reader):
         logits, _, _ = applied(reader, params, stats, batch, True)
@@ -703,7 +696,7 @@ def test_single_precision_and_bfloat16():
 
 def test_matrix_products_have_operands_in_bfloat16():
     params, stats, _ = jax.tree.map(np.float32, draw("bn_e_star"))
-    reader = make_reader("bn_e_star", kind=AttentiveReader, dtype=jnp.bfloat16)
+    reader = make_reader("bn_e_star", param_dtype=jnp.float32, dtype=jnp.bfloat16)
     program = jax.jit(lambda params: applied(reader, params, stats, make_batch(), True)[0])
     pairs = re.findall(r"dot_general.*: \((.*)\) -> ", program.lower(params).as_text())
     # Two of each encoder, five terms, two of the bilinear one, attention, answer.

@@ -35,7 +35,7 @@ def by_hand(variables, x, where=None):
 
 def train(module, variables, x, where=None):
     mutable = ["batch_stats", CURRENT_BATCH_STATS]
-    return module.apply(variables, x, where, use_running_average=False, mutable=mutable)
+    return module.apply(variables, x, use_running_average=False, mask=where, mutable=mutable)
 
 
 @pytest.mark.parametrize("shape", [(6, FEATURES), (4, 5, FEATURES)], ids=["rows", "steps"])
@@ -61,7 +61,8 @@ def test_inference_uses_the_running_statistics_of_all_rows():
     wanted = variables["params"]["scale"] * (x - stats["mean"]) / np.sqrt(stats["var"] + 1e-5)
     module = BatchNorm(use_running_average=True)
     for mask in (None, where):
-        y, updated = module.apply(variables, x, mask, mutable=["batch_stats", CURRENT_BATCH_STATS])
+        mutable = ["batch_stats", CURRENT_BATCH_STATS]
+        y, updated = module.apply(variables, x, mask=mask, mutable=mutable)
         np.testing.assert_allclose(y, wanted, **SINGLE)
         jax.tree.map(np.testing.assert_array_equal, dict(updated["batch_stats"]), stats)
         assert CURRENT_BATCH_STATS not in updated
@@ -98,7 +99,7 @@ def test_against_the_batch_norm_of_flax(masked):
         use_fast_variance=False,
     )
     gradient = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
-    got = gradient(variables["params"], x, ours, where=mask)
+    got = gradient(variables["params"], x, ours, mask=mask)
     wanted = gradient(variables["params"], x, flax, mask=mask)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, wanted)
 

@@ -161,7 +161,7 @@ def test_a_batch_without_a_row_says_nothing(late_steps):
         def __call__(self, x, lengths, **kwargs):
             valid = (jnp.arange(x.shape[1]) < lengths[:, None])[..., None]
             y = layer.clone(parent=self, name="layer")(x, seq_lengths=lengths, **kwargs)
-            return norm.clone(parent=self, name="norm")(y, valid, **kwargs)
+            return norm.clone(parent=self, name="norm")(y, mask=valid, **kwargs)
 
     x = jax.random.normal(jax.random.key(1), (4, STEPS, 3))
     some, none = jnp.array([3, 1, 2, 3]), jnp.zeros(4, int)

@@ -31,7 +31,7 @@ from experiments.errors import UserError
 
 ORIGINALS = Originals("cnn", "CNN", ())
 COMPLETE = {"train": 380_298, "valid": 3_924, "test": 3_198}
-PROCESSES = 6  # at most: all together they take less than 2 GB
+PROCESSES = 4  # at most: all together they take less than 2 GB, also with JAX in each of them
 FORMAT = 1  # of the parts that are kept; raised when older ones can no longer be used
 ENDS = {
     "passages": "passage_ends",

@@ -221,7 +221,9 @@ def test_second_process_waits_for_the_first(tmp_path, monkeypatch, caplog):
     other.join(timeout=20)
     assert prepared_by == [threading.main_thread()]
     assert_same(mine, others[0])
-    assert "Another process prepares" in caplog.text and "cannot be written" not in caplog.text
+    assert (
+        "Another process prepares data in" in caplog.text and "cannot be written" not in caplog.text
+    )
     assert [path.name for path in (tmp_path / "prepared").iterdir()] == ["digits"]
 
 
