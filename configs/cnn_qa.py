@@ -66,11 +66,15 @@ def get_config(variant: str = "full") -> ConfigDict:
         config.model.kind = ",".join(READER_KINDS)
         config.model.features = 100
         config.model.dropout_rate = 0.0
-        config.model.square_scale = 1.0  # from 0.05 the LSTM takes long to leave its start
+        config.model.square_scale = 1.0
+        # Adam remembers the large gradients of the start for a thousand updates, and the LSTM's are
+        # then too small to go on.
+        config.optimizer.name = "rmsprop"
+        config.optimizer.decay = 0.9
         config.optimizer.learning_rate = 2e-3
         config.permute_entities = False
         config.num_lengths = 2
-        config.num_updates = 600
+        config.num_updates = 780
         config.log_every = 13
         config.eval_every = 130
         config.checkpoint_every = 130
