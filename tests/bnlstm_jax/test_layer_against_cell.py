@@ -321,3 +321,11 @@ def test_bidirectional_against_the_reference(normalize, options, lengths):
             if train:
                 after = reference.running_average(after, found, 0.9)
             assert_close(dict(updates["batch_stats"][name]), after, **DOUBLE)
+
+
+@pytest.mark.parametrize("field", ["normalize", "mask_statistics"])
+@pytest.mark.parametrize("terms", [("input", "cells"), "input"], ids=str)
+def test_names_of_other_terms_are_refused(field, terms):
+    layer = bnlstm_jax.BNLSTM(3, use_running_average=True, **{field: terms})
+    with pytest.raises(ValueError, match=f"{field} is "):
+        layer.init(jax.random.key(0), np.zeros((2, 4, 5), np.float32))

@@ -200,7 +200,7 @@ def test_what_is_left_out_or_unknown_is_counted_and_told(config):
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("max_passage_length", 1, r"config\.max_passage_length is 1, and all train passages"),
+        ("max_passage_length", 1, r"config\.max_passage_length is 1, and .* no train passages"),
         ("batch_size", 51, r"config\.batch_size is 51, and part of CNN \(50 / 9 / 7 questions\)"),
         ("batch_size", 1, r"config\.batch_size is 1, which has no batch statistics"),
         ("num_lengths", 0, r"config\.num_lengths is 0: it must be at least 1"),
@@ -215,6 +215,26 @@ def test_bad_fields_are_named(config, field, value, message):
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
         tasks.load(config)
+
+
+def test_a_last_validation_batch_of_one_is_told(config):
+    for size, kind, told in ((5, "bn_lstm", False), (4, "bn_lstm", True), (4, "lstm", False)):
+        config.batch_size, config.model.kind = size, kind  # of nine validation questions
+        notes = tasks.load(config).notes
+        assert any("its answer is arbitrary" in note for note in notes) == told
+
+
+def test_statistics_are_kept_for_the_steps_of_training(config):
+    train = list(make_questions(COUNTS["train"], 0))
+    passage, question = (max(len(q[i]) for q in train) for i in (1, 2))
+    model = tasks.load(config).model  # a step of padding counts
+    assert (model.passage_steps, model.question_steps) == (passage + 1, question + 1)
+    config.model.count_padding = False
+    model = tasks.load(config).model
+    assert (model.passage_steps, model.question_steps) == (passage, question)
+    config.model.max_steps = 5
+    model = tasks.load(config).model
+    assert (model.passage_steps, model.question_steps) == (5, min(5, question))
 
 
 def test_other_tasks_have_no_readers(config, small_config):
