@@ -3,8 +3,8 @@
     python -m scripts.inspect_reader --workdir=runs/babi_1/bn_e_star --example=3
 
 The page needs no network. It is of the best checkpoint so far, with re-estimated population
-statistics where the run is finished. The data are looked for where they lay in training. A run that
-trained several kinds of model has a folder for each.
+statistics where the run is finished. A run that trained several kinds of model has a folder for
+each.
 """
 
 import sys
@@ -154,6 +154,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     flags.DEFINE_string(
         "output", None, "Page to write, by default attention_SPLIT_N.html in the folder of the run."
     )
+    flags.DEFINE_string("data_dir", None, "Folder of the data, if not the one of training.")
     return flags.FLAGS(argv)
 
 
@@ -294,6 +295,7 @@ def main(_: list[str]) -> None:
     given = flags.FLAGS
     folder, split, example = Path(given.workdir), given.split, given.example
     config = workdir.read_config(folder)
+    config.data_dir = given.data_dir or config.data_dir
     if config.task != "question_answering":
         raise UserError(
             f"--workdir={folder} holds a run of the task {config.task}: "

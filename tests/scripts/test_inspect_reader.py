@@ -85,8 +85,10 @@ def finished(runs, tmp_path):
 def inspect(monkeypatch, capsys):
     """Runs the command in this process: the page as it reads, and what is written."""
 
-    def inspect(folder, example=0, split="valid", output=None):
-        given = SimpleNamespace(workdir=str(folder), example=example, split=split, output=output)
+    def inspect(folder, example=0, split="valid", output=None, data_dir=None):
+        given = SimpleNamespace(
+            workdir=str(folder), example=example, split=split, output=output, data_dir=data_dir
+        )
         monkeypatch.setattr(inspect_reader.flags, "FLAGS", given)
         inspect_reader.main([])
         page = Path(output or folder / f"attention_{split}_{example}.html")
@@ -335,6 +337,16 @@ def test_texts_contrast_with_what_is_behind_them():
 
 def change(path, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_data_that_lie_elsewhere_now(finished, inspect, tmp_path):
+    page, _ = inspect(finished)
+    data_dir = json.loads((finished / "config.json").read_text())["data_dir"]
+    change(finished / "config.json", data_dir=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="nowhere"):
+        inspect(finished)
+    again, _ = inspect(finished, data_dir=data_dir)
+    assert again.page == page.page
 
 
 def test_a_folder_without_a_run_of_its_own(runs, tmp_path, inspect):
