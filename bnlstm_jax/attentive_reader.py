@@ -232,7 +232,7 @@ class AttentiveReader(nn.Module):
             kernel = self.matrix("bilinear_kernel", square, size, size)
             v = product(product(u, kernel, self.dtype), kernel.T, self.dtype)
             m += jnp.einsum("btk,bk->bt", y, v)[..., None]
-        width = uniform(1 / math.sqrt(self.features))
+        width = initializers.uniform(1 / math.sqrt(self.features))
         kernel = self.matrix("attention_kernel", width, self.features, 1)
         scores = product(jnp.tanh(m), kernel, self.dtype)
         # Finite where a passage is empty: then nothing is attended to.
@@ -294,12 +294,3 @@ class AttentiveReader(nn.Module):
 def padding_mask(lengths: Array, steps: int) -> Array:
     """Which of `steps` time steps are valid, boolean `[batch, steps, 1]`, for lengths `[batch]`."""
     return (jnp.arange(steps) < lengths[:, None])[..., None]
-
-
-def uniform(bound: float) -> initializers.Initializer:
-    """Uniform within `bound` of zero."""
-
-    def init(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init

@@ -58,12 +58,20 @@ def orthogonal_blocks(scale: float = 0.05, identical: bool = False) -> Initializ
     return init
 
 
+def uniform(bound: float) -> Initializer:
+    """Uniform within `bound` of zero."""
+
+    def init(key: Array, shape: tuple[int, ...], dtype=jnp.float32, **kwargs) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
 def fan_uniform() -> Initializer:
     """A matrix `[n, m]`, uniform within `sqrt(6 / (n + m + 1))` of zero: the attentive reader's."""
 
     def init(key: Array, shape: tuple[int, ...], dtype=jnp.float32, **kwargs) -> Array:
-        bound = math.sqrt(6 / (sum(shape) + 1))
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
+        return uniform(math.sqrt(6 / (sum(shape) + 1)))(key, shape, dtype)
 
     return init
 

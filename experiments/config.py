@@ -67,7 +67,7 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: names the field and what it may be.
     """
-    at_least = {
+    lowest = {
         "seed": 0,
         "batch_size": 1,
         "num_updates": 1,
@@ -84,12 +84,11 @@ def check(config: ConfigDict) -> None:
         "optimizer.decay": 0,
         "optimizer.clip_norm": 0,
     }
-    at_most = {"model.momentum": 1, "optimizer.decay": 1}
+    highest = {"model.momentum": 1, "optimizer.decay": 1}
     flat = flatten_dict(config.to_dict(), sep=".")
-    for name, bound in at_least.items():
-        if not flat[name] >= bound:  # which NaN is not
-            raise UserError(f"config.{name} is {flat[name]}: it must be at least {bound}")
-    for name, bound in at_most.items():
+    for name, bound in lowest.items():
+        at_least(f"config.{name}", flat[name], bound)
+    for name, bound in highest.items():
         if flat[name] > bound:
             raise UserError(f"config.{name} is {flat[name]}: it must be at most {bound}")
     model_kinds(config)
@@ -102,6 +101,16 @@ def check(config: ConfigDict) -> None:
 def words(field: tuple[str, ...]) -> tuple[str, ...]:
     """The words of a field: a tuple, or one string with commas, as the command line gives it."""
     return tuple(word.strip() for part in field for word in part.split(",") if word.strip())
+
+
+def at_least(field: str, value: float, bound: float) -> None:
+    """Refuses a number below a bound.
+
+    Raises:
+      UserError: names the field and the bound.
+    """
+    if not value >= bound:  # which NaN is not
+        raise UserError(f"{field} is {value}: it must be at least {bound}")
 
 
 def one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:

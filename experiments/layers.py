@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 
 import bnlstm_jax
 from bnlstm_jax import initializers
-from experiments.config import one_of, words
+from experiments.config import at_least, one_of, words
 from experiments.errors import UserError
 
 
@@ -33,10 +33,20 @@ def check(model: ConfigDict) -> None:
     one_of("config.model.input_statistics", model.input_statistics, ("per_step", "sequence"))
     for term in words(model.normalize):
         one_of("config.model.normalize", term, ("input", "recurrent", "cell"))
-    if not model.initial_hidden_noise >= 0:  # which NaN is not
+    at_least("config.model.initial_hidden_noise", model.initial_hidden_noise, 0)
+
+
+def check_max_steps(model: ConfigDict, steps: int, sequences: str) -> None:
+    """Refuses statistics of steps that no training sequence has.
+
+    Raises:
+      UserError: says how many steps the training `sequences` have.
+    """
+    if model.max_steps > steps:
         raise UserError(
-            f"config.model.initial_hidden_noise is {model.initial_hidden_noise}: it must be at "
-            "least 0"
+            f"config.model.max_steps is {model.max_steps}, and training {sequences} have "
+            f"{steps} steps: later ones would never have statistics; make it at most "
+            "that, or 0 for all of them"
         )
 
 
@@ -52,12 +62,7 @@ def recurrent_layer(
         has.
     """
     check(model)
-    if model.max_steps > sequence_length:
-        raise UserError(
-            f"config.model.max_steps is {model.max_steps}, and training sequences have "
-            f"{sequence_length} steps: later ones would never have statistics; make it at most "
-            "that, or 0 for all of them"
-        )
+    check_max_steps(model, sequence_length, "sequences")
     shared = {
         "features": model.features,
         "vocab_size": vocab_size,

@@ -13,12 +13,12 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from bnlstm_jax.attentive_reader import FORMS, AttentiveReader
-from experiments.config import one_of
+from experiments.config import at_least, one_of
 from experiments.datasets import questions
 from experiments.datasets.question_arrays import SPLITS
 from experiments.datasets.questions import SPECIALS, Selection, Split, Texts
 from experiments.errors import UserError
-from experiments.layers import matmul_dtype
+from experiments.layers import check_max_steps, matmul_dtype
 from experiments.tasks import Batch, Metrics, Reading, check_batch_size, epoch_order
 
 ROUNDING = 8  # padded passages have a multiple of so many words
@@ -67,11 +67,7 @@ def make_model(
     Raises:
       UserError: there are to be statistics of steps that no training passage has.
     """
-    if model.max_steps > passage_steps:
-        raise UserError(
-            f"config.model.max_steps is {model.max_steps}, and training passages have "
-            f"{passage_steps} steps: make it at most that, or 0 for all of them"
-        )
+    check_max_steps(model, passage_steps, "passages")
     return AttentiveReader(
         vocab_size=vocab_size,
         features=model.features,
@@ -304,11 +300,10 @@ def check(config: ConfigDict) -> None:
     """
     one_of("config.sentence_rule", config.sentence_rule, questions.SENTENCE_RULES)
     one_of("config.sentence_ties", config.sentence_ties, questions.SENTENCE_TIES)
-    at_least = {"num_sentences": 0, "sentence_length_power": 0}
-    at_least |= {"min_count": 1, "max_passage_length": 1, "sorted_batches": 1, "num_lengths": 1}
-    for name, bound in at_least.items():
-        if not config[name] >= bound:  # which NaN is not
-            raise UserError(f"config.{name} is {config[name]}: it must be at least {bound}")
+    lowest = {"num_sentences": 0, "sentence_length_power": 0}
+    lowest |= {"min_count": 1, "max_passage_length": 1, "sorted_batches": 1, "num_lengths": 1}
+    for name, bound in lowest.items():
+        at_least(f"config.{name}", config[name], bound)
     if not 0 <= config.model.dropout_rate < 1:
         raise UserError(
             f"config.model.dropout_rate is {config.model.dropout_rate}: it must be at least 0 and "
