@@ -9,8 +9,10 @@ from jax import Array
 
 from bnlstm_jax import initializers
 from bnlstm_jax.normalization import (
+    Moments,
     Statistics,
-    batch_standardize,
+    batch_moments,
+    batch_normalize,
     running_average,
     standardize,
     statistics_dtype,
@@ -42,20 +44,27 @@ class Normalized(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.nowrap
-    def standardize(
+    def normalized(
         self,
         x: Array,
+        scale: Array,
         given: Statistics | None,
         epsilon: float,
         where: Array | None,
         axis: tuple[int, ...],
-    ) -> tuple[Array, Statistics]:
-        """`x` standardised by the statistics `given`, or its own where they are None; and those."""
+        moments: Moments | None = None,
+    ) -> tuple[Array, Moments | None]:
+        """Equation 5 without its shift, by the statistics `given` or, if None, by the batch's own.
+
+        `moments` are those of the batch, where they are known. They are returned.
+        """
         if given is not None:
-            return standardize(x, given, epsilon, axis), given
+            return scale * standardize(x, given, epsilon, axis), None
         # As in flax.linen.BatchNorm, variables are initialised outside of mapped axes.
         axis_name = None if self.is_initializing() else self.axis_name
-        return batch_standardize(x, where, epsilon, axis, axis_name)
+        if moments is None:
+            moments = batch_moments(x, where, axis, axis_name)
+        return batch_normalize(x, scale, where, moments, epsilon, axis, axis_name), moments
 
     def statistics_variables(self, shape: tuple[int, ...], prefix: str = "") -> list[nn.Variable]:
         """The running mean (from 0) and variance (from 1) of a term, in `batch_stats`."""
@@ -120,7 +129,7 @@ class BatchNorm(Normalized):
         variables = self.statistics_variables(shape)
         running = Statistics(*(v.value for v in variables)) if use_running_average else None
         rows = jnp.array(x.size // shape[0]) if mask is None else jnp.sum(mask)
-        x, statistics = self.standardize(x, running, self.epsilon, mask, axis)
+        x, moments = self.normalized(x, scale, running, self.epsilon, mask, axis)
         if not use_running_average:
-            self.update_statistics(variables, statistics, rows)
-        return scale * x
+            self.update_statistics(variables, moments.statistics(axis), rows)
+        return x

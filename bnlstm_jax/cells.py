@@ -27,11 +27,12 @@ from jax import Array
 
 from bnlstm_jax import initializers
 from bnlstm_jax.batch_norm import Normalized
-from bnlstm_jax.normalization import Statistics, statistics_dtype
+from bnlstm_jax.normalization import Moments, Statistics, statistics_dtype
 
 Carry = tuple[Array, Array]
-# Maps the name and the value of a term to what takes its place, and the statistics that did it.
-Normalizer = Callable[[str, Array], tuple[Array, Statistics | None]]
+# Maps the name and the value of a term to what takes its place, and the batch's moments if they
+# did it.
+Normalizer = Callable[[str, Array], tuple[Array, Moments | None]]
 
 
 def product(x: Array, kernel: Array, dtype: Any = None) -> Array:
@@ -56,43 +57,62 @@ def look_up(symbols: Array, kernel: Array, dtype: Any = None) -> Array:
     return jnp.take(table, symbols.astype(jnp.int32), axis=0)
 
 
+@jax.custom_jvp
+def gate_activations(x: Array) -> tuple[Array, Array, Array, Array]:
+    """`sigmoid(f), sigmoid(i), sigmoid(o), tanh(g)` of pre-activations `[batch, 4H]`.
+
+    All by one tanh, since sigmoid(x) = (1 + tanh(x / 2)) / 2.
+    """
+    is_gate = jnp.arange(x.shape[-1]) < 3 * x.shape[-1] // 4
+    slope = jnp.where(is_gate, 0.5, 1.0).astype(x.dtype)
+    return tuple(jnp.split(slope * jnp.tanh(slope * x) + (1 - slope), 4, axis=-1))
+
+
+@gate_activations.defjvp
+def _gate_activations_jvp(primals, tangents):
+    # By the four outputs: of the whole row XLA would compute the gradient once for every use of it.
+    f, i, o, g = gate_activations(*primals)
+    slopes = f * (1 - f), i * (1 - i), o * (1 - o), 1 - g * g
+    tangents = jnp.split(tangents[0], 4, axis=-1)
+    return (f, i, o, g), tuple(map(jnp.multiply, slopes, tangents))
+
+
 def lstm_step(
     params: dict[str, Array],
     carry: Carry,
+    recurrent_term: Array,
     input_term: Array,
     normalize: Normalizer,
     valid: Array | None = None,
-    dtype: Any = None,
-) -> tuple[Carry, dict[str, Statistics | None]]:
-    """One step of (BN-)LSTM from its input term: equations 1 to 3, or 6 to 8.
+) -> tuple[Carry, dict[str, Moments | None]]:
+    """One step of (BN-)LSTM from its two products: equations 1 to 3, or 6 to 8.
 
     Args:
       params: the flat parameters of the layer.
       carry: `(c, h)`, each `[batch, H]`.
-      input_term: `x W_x`, normalised where it is to be, `[batch, 4H]`.
+      recurrent_term: `h W_h`, `[batch, 4H]`.
+      input_term: `x W_x`, `[batch, 4H]`.
       normalize: the batch normalisation of a term, without its shift.
       valid: which rows go on, boolean `[batch, 1]`; the others keep their state. None for all.
-      dtype: dtype of the operands of the recurrent product.
 
     Returns:
-      The new carry, and the statistics of the terms `recurrent` and `cell`.
+      The new carry, and the batch's moments of the terms that were normalised by them.
     """
     c, h = carry
-    statistics = {}
+    moments = {}
 
     def keep_finished(new: Array, old: Array) -> Array:
         return new if valid is None else jnp.where(valid, new, old)
 
-    recurrent_term, statistics["recurrent"] = normalize(
-        "recurrent", product(h, params["recurrent_kernel"], dtype)
-    )
-    f, i, o, g = jnp.split(recurrent_term + input_term + params["bias"], 4, axis=-1)  # (1), (6)
-    c = keep_finished(jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g), c)  # (2), (7)
-    cell_term, statistics["cell"] = normalize("cell", c)
+    recurrent_term, moments["recurrent"] = normalize("recurrent", recurrent_term)
+    input_term, moments["input"] = normalize("input", input_term)
+    f, i, o, g = gate_activations(recurrent_term + input_term + params["bias"])  # (1), (6)
+    c = keep_finished(f * c + i * g, c)  # (2), (7)
+    cell_term, moments["cell"] = normalize("cell", c)
     if "cell_bias" in params:
         cell_term = cell_term + params["cell_bias"]
-    h = keep_finished(jax.nn.sigmoid(o) * jnp.tanh(cell_term), h)  # (3), (8)
-    return (c, h), statistics
+    h = keep_finished(o * jnp.tanh(cell_term), h)  # (3), (8)
+    return (c, h), moments
 
 
 def check_terms(field: str, terms: Sequence[str]) -> None:
@@ -240,19 +260,26 @@ class BatchNormParameters(Normalized, Recurrence):
         given: dict[str, Statistics] | None,
         where: dict[str, Array | None] | None = None,
         axis: tuple[int, ...] = (-2,),
+        moments: dict[str, Moments | None] | None = None,
     ) -> Normalizer:
         """Equation 5 without its shift, by the statistics `given`, or the batch's own if None.
 
-        `where` says for each term which rows count.
+        `where` says for each term which rows count; `moments` are those of the batch, where they
+        are known.
         """
 
-        def normalize(term: str, x: Array) -> tuple[Array, Statistics | None]:
+        def normalize(term: str, x: Array) -> tuple[Array, Moments | None]:
             if term not in self.normalize:
                 return x, None
-            counted = None if where is None else where[term]
-            statistics = None if given is None else given[term]
-            x, statistics = self.standardize(x, statistics, self.epsilon_of(term), counted, axis)
-            return params[f"{term}_scale"] * x, statistics
+            return self.normalized(
+                x,
+                params[f"{term}_scale"],
+                None if given is None else given[term],
+                self.epsilon_of(term),
+                None if where is None else where[term],
+                axis,
+                None if moments is None else moments[term],
+            )
 
         return normalize
 
@@ -282,12 +309,21 @@ class LSTMCell(LSTMParameters, nn.RNNCellBase):
     For `flax.linen.RNN` and `flax.linen.scan`. Over whole sequences `bnlstm_jax.LSTM` is faster.
     """
 
+    @nn.nowrap
+    def products(
+        self, params: dict[str, Array], carry: Carry, inputs: Array
+    ) -> tuple[Array, Array]:
+        """The recurrent and the input term as they enter a step, each `[batch, 4H]`."""
+        recurrent_term = product(carry[1], params["recurrent_kernel"], self.dtype)
+        return recurrent_term, product(inputs, params["input_kernel"], self.dtype)
+
     @nn.compact
     def __call__(self, carry: Carry, inputs: Array) -> tuple[Carry, Array]:
         """`(c, h)` and inputs `[batch, D]` to the new carry and the output h `[batch, H]`."""
         params = self.lstm_params(inputs.shape[-1])
-        input_term = product(inputs, params["input_kernel"], self.dtype)
-        carry, _ = lstm_step(params, carry, input_term, self.normalizer(params), dtype=self.dtype)
+        carry, _ = lstm_step(
+            params, carry, *self.products(params, carry, inputs), self.normalizer(params)
+        )
         return carry, self.output(carry[1])
 
     def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Carry:
@@ -329,15 +365,12 @@ class BNLSTMCell(BNLSTMParameters, LSTMCell):
         running = {term: Statistics(*(v.value for v in pair)) for term, pair in variables.items()}
         normalize = self.normalizer(params, running if use_running_average else None)
 
-        input_term, input_statistics = normalize(
-            "input", product(inputs, params["input_kernel"], self.dtype)
-        )
-        carry, statistics = lstm_step(params, carry, input_term, normalize, dtype=self.dtype)
+        carry, moments = lstm_step(params, carry, *self.products(params, carry, inputs), normalize)
         if not use_running_average:
-            statistics["input"] = input_statistics
             rows = jnp.array(inputs.shape[0])
             for term in self.normalize:
-                self.update_statistics(variables[term], statistics[term], rows, f"{term}_")
+                batch = moments[term].statistics((-2,))
+                self.update_statistics(variables[term], batch, rows, f"{term}_")
         return carry, self.output(carry[1])
 
 
@@ -388,9 +421,10 @@ class BNSimpleCell(BatchNormParameters, nn.RNNCellBase):
         normalize = self.normalizer(
             {"joint_scale": scale}, running if use_running_average else None
         )
-        joint, statistics = normalize("joint", total)
+        joint, moments = normalize("joint", total)
         if not use_running_average:
-            self.update_statistics(variables, statistics, jnp.array(inputs.shape[0]), "joint_")
+            batch, rows = moments.statistics((-2,)), jnp.array(inputs.shape[0])
+            self.update_statistics(variables, batch, rows, "joint_")
         h = jnp.tanh(joint + bias)
         return h, self.output(h)
 

@@ -1,4 +1,4 @@
-"""Batch normalisation as a pure transform: statistics of a batch, standardisation, running average.
+"""Batch normalisation as a pure transform: moments of a batch, normalisation, running average.
 
     BN(x; gamma, beta) = beta + gamma * (x - mean) / sqrt(var + epsilon)                        (5)
 
@@ -23,6 +23,23 @@ class Statistics(NamedTuple):
     var: Array
 
 
+class Moments(NamedTuple):
+    """Statistics of a batch as they normalise it: with the axes they were taken over, of size one.
+
+    Attributes:
+      mean, var: the mean and the biased variance.
+      count: how many rows count, at least one; None for all of an array that is not mapped.
+    """
+
+    mean: Array
+    var: Array
+    count: Array | None
+
+    def statistics(self, axis: tuple[int, ...]) -> Statistics:
+        """Without those axes."""
+        return Statistics(jnp.squeeze(self.mean, axis), jnp.squeeze(self.var, axis))
+
+
 def statistics_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype in which statistics and state are kept: float32, or wider if `dtype` is."""
     return jnp.promote_types(dtype, jnp.float32)
@@ -33,7 +50,7 @@ def standardize(x: Array, statistics: Statistics, epsilon: float, axis: tuple[in
 
     Args:
       x: values, `[..., batch, F]`.
-      statistics: those of `x` or others, `[..., F]`: the shape of `x` without `axis`.
+      statistics: given ones, `[..., F]`: the shape of `x` without `axis`.
       epsilon: added to the variance.
       axis: the axes over which statistics are taken, negative numbers.
     """
@@ -41,96 +58,157 @@ def standardize(x: Array, statistics: Statistics, epsilon: float, axis: tuple[in
     return (x - mean) * jax.lax.rsqrt(var + epsilon)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def batch_standardize(
+def batch_moments(
     x: Array,
-    where: Array | None,
-    epsilon: float,
+    where: Array | None = None,
     axis: tuple[int, ...] = (-2,),
     axis_name: str | None = None,
-) -> tuple[Array, Statistics]:
-    """Standardises `x` by its own statistics, and gives both.
-
-    Gradients flow through the statistics. They are written out below, because the well-known short
-    form needs one stored array and two reductions where automatic differentiation of the two
-    passes needs several of each. Only reverse-mode differentiation is defined.
+) -> Moments:
+    """The moments of a batch, for `batch_normalize`. No gradient flows through them here.
 
     Args:
       x: values, `[..., batch, F]`.
       where: which rows count, boolean `[..., batch, 1]`; all of them if None. The others are taken
-        for zeros. Where no row counts, mean and variance are zero, and all stays finite.
-      epsilon: added to the variance.
+        for zeros. Where no row counts, mean and variance are zero.
       axis: the axes over which statistics are taken, negative numbers.
       axis_name: mapped axis of `vmap`, `pmap` or `shard_map(check_vma=False)`, over which rows are
         pooled too.
-
-    Returns:
-      The standardised values, in the shape of `x`, and the statistics, `[..., F]`; all of them in
-      float32 or wider.
     """
-    return _forward(x, where, epsilon, axis, axis_name)[0]
-
-
-def _total(x: Array, where: Array | None, axis: tuple[int, ...], axis_name: str | None) -> Array:
-    total = jnp.sum(x, axis, where=where, keepdims=True)
-    return total if axis_name is None else jax.lax.psum(total, axis_name)
-
-
-def _forward(x, where, epsilon, axis, axis_name):
-    dtype = statistics_dtype(x.dtype)
-    values = x.astype(dtype)
-    if where is None:
-        count = math.prod(x.shape[a] for a in axis)
-        count = count if axis_name is None else count * jax.lax.psum(1, axis_name)
-    else:
-        values = jnp.where(where, values, 0)  # whatever padding holds
-        count = jnp.maximum(_total(where.astype(dtype), None, axis, axis_name), 1)
-    # Measured from a row that counts, a batch loses no digits to its distance from zero, and equal
-    # rows have exactly zero deviation: such is the first recurrent term, the same in all examples.
-    origin, counts = values, where
-    for a in axis:
-        if counts is None:
-            origin = jax.lax.slice_in_dim(origin, 0, 1, axis=x.ndim + a)
-        else:
-            first = jnp.argmax(counts, axis=a, keepdims=True)
-            origin = jnp.take_along_axis(origin, first, axis=a)
-            counts = jnp.any(counts, axis=a, keepdims=True)
+    values = jax.lax.stop_gradient(_counted(x, where))
+    # Measured from a row that counts, a batch loses no digits to its distance from zero, and the
+    # mean of equal rows is exactly each of them: such is the first recurrent term, the same in all
+    # examples.
+    origin = _first_row(values, axis, where)
     if axis_name is not None:
         origin = jax.lax.pmean(origin, axis_name)
+
+    def total(x: Array) -> Array:
+        total = _total(x, axis, where)
+        return total if axis_name is None else jax.lax.psum(total, axis_name)
+
+    count = None
+    if where is not None or axis_name is not None:
+        ones = jnp.ones_like(values[..., :1]) if where is None else where.astype(values.dtype)
+        count = jnp.maximum(total(ones), 1)
+    rows = _rows(x, axis) if count is None else count
     values = values - origin
-    mean = _total(values, where, axis, axis_name) / count
-    deviation = values - mean
-    var = _total(jnp.square(deviation), where, axis, axis_name) / count
-    statistics = Statistics(jnp.squeeze(origin + mean, axis), jnp.squeeze(var, axis))
-    if axis_name is not None:  # a copy for each shard, with a gradient of its own, under vmap too
-        zero = 0 * jax.lax.axis_index(axis_name).astype(dtype)
-        statistics = Statistics(*(s + zero for s in statistics))
-    standardized = deviation * jax.lax.rsqrt(var + epsilon)
-    like_x = jnp.zeros((), x.dtype)
-    return (standardized, statistics), (standardized, var, count, where, like_x)
+    offset = total(values) / rows
+    var = total(jnp.square(values - offset)) / rows
+    return Moments(origin + offset, var, count)
 
 
-def _backward(epsilon, axis, axis_name, residuals, gradients):
-    standardized, var, count, where, like_x = residuals
-    by_values, (by_mean, by_var) = gradients
-    scale = jax.lax.rsqrt(var + epsilon)
-    by_mean, by_var = (jnp.expand_dims(g, axis) for g in (by_mean, by_var))
-    if axis_name is not None:  # every shard's statistics depend on every shard's rows
-        by_mean, by_var = jax.lax.psum((by_mean, by_var), axis_name)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def batch_normalize(
+    x: Array,
+    scale: Array,
+    where: Array | None,
+    moments: Moments,
+    epsilon: float,
+    axis: tuple[int, ...] = (-2,),
+    axis_name: str | None = None,
+) -> Array:
+    """Equation 5 without its shift, by the batch's own moments: those that `batch_moments` gave.
 
-    def total(x):
-        return _total(x, None, axis, axis_name)
+    Gradients flow through the moments as functions of `x`. They are written out below, because the
+    well-known short form needs two sums where automatic differentiation of the two passes needs
+    several, and because moments can be kept where the values are computed anew. Only reverse-mode
+    differentiation is defined.
 
-    by_mean = by_mean - scale * total(by_values)
-    by_var = by_var - scale**2 / 2 * total(by_values * standardized)
+    Args:
+      x, where, axis, axis_name: as for `batch_moments`.
+      scale: gamma, `[F]`.
+      moments: those of `x`.
+      epsilon: added to the variance.
+
+    Returns:
+      The normalised values, in the shape of `x`, in float32 or wider.
+    """
+    return scale * jax.lax.rsqrt(moments.var + epsilon) * (_counted(x, where) - moments.mean)
+
+
+def _counted(x: Array, where: Array | None) -> Array:
+    """In the dtype of statistics, with zeros for whatever padding holds."""
+    values = x.astype(statistics_dtype(x.dtype))
+    return values if where is None else jnp.where(where, values, 0)
+
+
+def _rows(x: Array, axis: tuple[int, ...]) -> int:
+    return math.prod(x.shape[a] for a in axis)
+
+
+def _total(x: Array, axis: tuple[int, ...], where: Array | None = None) -> Array:
+    """Sum over `axis`, which stays with size one; of the rows `where`, if given."""
+
+    def by_reduction(x: Array) -> Array:
+        return jnp.sum(x, axis, where=where, keepdims=True)
+
+    def by_product(x: Array) -> Array:
+        return _row_product(jnp.ones((x.shape[-2], 1), bool) if where is None else where, x)
+
+    if axis != (-2,):
+        return by_reduction(x)
+    # XLA's sums of columns on CPU take several times as long as this product.
+    return jax.lax.platform_dependent(x, cpu=by_product, default=by_reduction)
+
+
+def _first_row(x: Array, axis: tuple[int, ...], where: Array | None) -> Array:
+    """The first row along `axis`, which stays with size one, that counts; any if none does."""
+
+    def by_index(x: Array) -> Array:
+        counts = where
+        for a in axis:
+            if counts is None:
+                x = jax.lax.slice_in_dim(x, 0, 1, axis=x.ndim + a)
+            else:
+                first = jnp.argmax(counts, axis=a, keepdims=True)
+                x = jnp.take_along_axis(x, first, axis=a)
+                counts = jnp.any(counts, axis=a, keepdims=True)
+        return x
+
+    def by_product(x: Array) -> Array:
+        counts = jnp.ones((x.shape[-2], 1), bool) if where is None else where
+        return _row_product(counts & (jnp.cumsum(counts, axis=-2) == 1), x)
+
+    if axis != (-2,):
+        return by_index(x)
+    # XLA on CPU would take the row out of `x` anew for each of the rows it is subtracted from.
+    return jax.lax.platform_dependent(x, cpu=by_product, default=by_index)
+
+
+def _row_product(weights: Array, x: Array) -> Array:
+    """The sum of rows with weights `[..., batch, 1]`, by a product `[1, batch] x [batch, F]`."""
+    weights = jnp.swapaxes(weights, -1, -2).astype(x.dtype)
+    return jnp.matmul(weights, x, precision=jax.lax.Precision.HIGHEST)
+
+
+def _forward(x, scale, where, moments, epsilon, axis, axis_name):
+    return batch_normalize(x, scale, where, moments, epsilon, axis, axis_name), (
+        x,
+        scale,
+        where,
+        moments,
+    )
+
+
+def _backward(epsilon, axis, axis_name, residuals, by_y):
+    x, scale, where, moments = residuals
+    inverse = jax.lax.rsqrt(moments.var + epsilon)
+    deviation = _counted(x, where) - moments.mean
+    by_shift = _total(by_y, axis)
+    by_scale = inverse * _total(by_y * deviation, axis)
+    gradient = by_scale.reshape(-1, scale.shape[-1]).sum(0).astype(scale.dtype)
+    if axis_name is not None:  # every shard's moments depend on every shard's rows
+        by_shift, by_scale = jax.lax.psum((by_shift, by_scale), axis_name)
+    count = _rows(x, axis) if moments.count is None else moments.count
     # A row that counts moves the mean by 1 / count and the variance by 2 (x - mean) / count.
-    by_x = scale * by_values + (by_mean + 2 * by_var * standardized / scale) / count
+    by_x = by_y - by_shift / count - deviation * (inverse * by_scale / count)
+    by_x = scale * inverse * by_x
     if where is not None:
         by_x = jnp.where(where, by_x, 0)
-    return by_x.astype(like_x.dtype), None
+    return by_x.astype(x.dtype), gradient, None, None
 
 
-batch_standardize.defvjp(_forward, _backward)
+batch_normalize.defvjp(_forward, _backward)
 
 
 def running_average(

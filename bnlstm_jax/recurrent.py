@@ -1,8 +1,8 @@
 """Whole-sequence layers: the recurrence of `bnlstm_jax.cells` over all time steps.
 
-Equal to the cells under `flax.linen.RNN`, and faster: the input term and its normalisation are
-computed for all time steps at once, before the recurrence. Beyond the cells they mask statistics
-by `seq_lengths`, and at inference go on past `max_steps` with the last time step's statistics.
+Equal to the cells under `flax.linen.RNN`, and faster: see `bnlstm_jax.implementations`. Beyond the
+cells they mask statistics by `seq_lengths`, and at inference go on past `max_steps` with the last
+time step's statistics.
 
 Inside, arrays are time-major: `[T, B, F]`.
 """
@@ -23,7 +23,12 @@ from bnlstm_jax.cells import (
     lstm_step,
     product,
 )
-from bnlstm_jax.normalization import Statistics, statistics_dtype
+from bnlstm_jax.implementations import IMPLEMENTATIONS, reference
+from bnlstm_jax.normalization import Moments, Statistics, statistics_dtype
+
+# Inputs of so many features are multiplied by their kernel in every step, forward and backward:
+# that takes less time than to write their product `[time, batch, 4H]` to memory and read it.
+SMALL_INPUT = 16
 
 
 def flip_sequences(x: Array, seq_lengths: Array | None) -> Array:
@@ -55,6 +60,8 @@ class RecurrentLayer(LSTMParameters):
       reverse: run from the last valid step of each sequence to its first.
       keep_order: with `reverse`, return outputs in the order of the inputs.
       unroll: time steps per iteration of the compiled loop.
+      implementation: `xla`, or `reference`, a plain scan that takes more time and memory, and under
+        running statistics or without any is differentiable forward too.
     """
 
     vocab_size: int | None = None
@@ -63,6 +70,7 @@ class RecurrentLayer(LSTMParameters):
     reverse: bool = False
     keep_order: bool = False
     unroll: int = 1
+    implementation: str = "xla"
 
     # What BNLSTM makes fields of.
     max_steps = None
@@ -153,40 +161,66 @@ class RecurrentLayer(LSTMParameters):
                 for term, pair in variables.items()
             }
 
-        # The input term, for all time steps at once.
+        state = statistics_dtype(self.param_dtype)
+        kernels = {name: params.pop(name) for name in ("input_kernel", "recurrent_kernel")}
+        params = jax.tree.map(lambda p: p.astype(state), params)
         t = (0 if first_step is None else first_step) + jnp.arange(steps)
-        times_kernel = product if self.vocab_size is None else look_up
-        axis = (-2,) if self.input_statistics == "per_step" else (-3, -2)
-        normalize = self.normalizer(params, statistics_at(t), counted(valid), axis)
-        input_term, of_input = normalize(
-            "input", times_kernel(inputs, params["input_kernel"], self.dtype)
-        )  # [T, B, 4H]
+        symbols = None
+        if self.vocab_size is not None:
+            inputs, symbols = None, inputs
+
+        # An input that is large, or normalised as a whole, is multiplied by its kernel here for all
+        # time steps at once, any other in its step.
+        whole = "input" in self.normalize and self.input_statistics == "sequence"
+        of_input = None
+        if whole or (symbols is None and input_size > SMALL_INPUT):
+            inputs = self.input_term(kernels, inputs, symbols)  # [T, B, 4H]
+        else:
+            params["input_kernel"] = kernels["input_kernel"].astype(state)
+        if whole:
+            normalize = self.normalizer(params, statistics_at(t), counted(valid), (-3, -2))
+            inputs, of_input = normalize("input", inputs)
 
         if initial_carry is None:
             if init_key is None and self.initial_hidden_noise > 0:
                 init_key = self.make_rng("noise")
             centered = "recurrent" in self.normalize and not use_running_average
             initial_carry = self.initial_state((batch,), init_key, centered)
-        state = statistics_dtype(self.param_dtype)
         initial_carry = jax.tree.map(lambda v: v.astype(state), initial_carry)
 
-        def step(_, carry: Carry, now: tuple) -> tuple[Carry, tuple]:
-            t, input_term, valid = now
-            normalize = self.normalizer(params, statistics_at(t), counted(valid))
-            carry, statistics = lstm_step(params, carry, input_term, normalize, valid, self.dtype)
-            return carry, (self.output(carry[1]), statistics)
+        def step(params, carry, recurrent_term, inputs, rest, moments):
+            t, symbols, valid = rest
+            if "input_kernel" in params:
+                inputs = self.input_term(params, inputs, symbols)
+            of_batch = self.normalizer(params, statistics_at(t), counted(valid), moments=moments)
 
-        scan = nn.scan(
-            step, variable_broadcast="params", split_rngs={"params": False}, unroll=self.unroll
+            def normalize(term: str, x: Array) -> tuple[Array, Moments | None]:
+                return (x, None) if whole and term == "input" else of_batch(term, x)
+
+            return lstm_step(params, carry, recurrent_term, inputs, normalize, valid)
+
+        run = reference if use_running_average else IMPLEMENTATIONS[self.implementation]
+        carry, (outputs, moments) = run(
+            step,
+            kernels["recurrent_kernel"],
+            params,
+            initial_carry,
+            inputs,
+            (t, symbols, valid),
+            self.dtype,
+            self.unroll,
         )
-        carry, (outputs, statistics) = scan(self, initial_carry, (t, input_term, valid))
+        outputs = self.output(outputs)
 
         if self.normalize and not use_running_average:
-            statistics["input"] = of_input
             for term in self.normalize:
                 every = valid is None or term not in masked
                 count = jnp.full(steps, batch) if every else valid.sum((1, 2))
-                self.record_statistics(term, variables[term], statistics[term], count)
+                if whole and term == "input":
+                    of_batch = of_input.statistics((-3, -2))
+                else:
+                    of_batch = moments[term].statistics((-2,))
+                self.record_statistics(term, variables[term], of_batch, count)
 
         if reverse and keep_order:
             outputs = flip_sequences(outputs, seq_lengths)
@@ -195,8 +229,21 @@ class RecurrentLayer(LSTMParameters):
         return (carry, outputs) if return_carry else outputs
 
     @nn.nowrap
+    def input_term(
+        self, params: dict[str, Array], inputs: Array | None, symbols: Array | None
+    ) -> Array:
+        """`x W_x`, `[..., batch, 4H]`, of inputs or symbols."""
+        kernel = params["input_kernel"].astype(self.param_dtype)
+        if symbols is not None:
+            return look_up(symbols, kernel, self.dtype)
+        return product(inputs, kernel, self.dtype)
+
+    @nn.nowrap
     def check_inputs(self, inputs: Array) -> None:
-        """Refuses inputs of another kind than the layer is made for."""
+        """Refuses inputs of another kind than the layer is made for, and other implementations."""
+        if self.implementation not in IMPLEMENTATIONS:
+            names = " or ".join(map(repr, IMPLEMENTATIONS))
+            raise ValueError(f"implementation is {self.implementation!r}; it is {names}")
         given = f"these are {inputs.dtype}{list(inputs.shape)}"
         if self.vocab_size is None and inputs.ndim != 3:
             symbols = "; for symbols [batch, time] set vocab_size" if inputs.ndim == 2 else ""

@@ -6,9 +6,23 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from bnlstm_jax.normalization import Statistics, batch_standardize, running_average, standardize
+from bnlstm_jax.normalization import (
+    Statistics,
+    batch_moments,
+    batch_normalize,
+    running_average,
+    standardize,
+)
 
 EPSILON = 1e-5
+
+
+def batch_standardize(x, where, epsilon, axis=(-2,), axis_name=None, scale=None):
+    """The values normalised by their own moments, and the statistics."""
+    scale = jnp.ones(x.shape[-1]) if scale is None else scale
+    moments = batch_moments(x, where, axis, axis_name)
+    normalized = batch_normalize(x, scale, where, moments, epsilon, axis, axis_name)
+    return normalized, moments.statistics(axis)
 
 
 def two_passes(x, where, epsilon, axis=(-2,)):
@@ -30,55 +44,66 @@ def test_gradient_is_that_of_automatic_differentiation(axis, masked):
         random = np.random.default_rng(0)
         x = jnp.asarray(random.normal(size=(3, 5, 4)) + 2)
         where = jnp.asarray(random.random((3, 5, 1)) < 0.6) if masked else None
-        weights = jax.tree.map(
-            lambda s: jnp.asarray(random.normal(size=s.shape)),
-            jax.eval_shape(lambda x: two_passes(x, where, EPSILON, axis), x),
+        weights, scale = jnp.asarray(random.normal(size=x.shape)), jnp.asarray([0.5, 2, -1, 0.1])
+
+        def by_hand(x, scale):
+            return jnp.vdot(weights, batch_standardize(x, where, EPSILON, axis, None, scale)[0])
+
+        def automatic(x, scale):
+            return jnp.vdot(weights, scale * two_passes(x, where, EPSILON, axis)[0])
+
+        got, wanted = (
+            jax.value_and_grad(function, argnums=(0, 1))(x, scale)
+            for function in (by_hand, automatic)
         )
-
-        def value(function, x):  # of the standardised values and of both statistics
-            outputs = function(x, where, EPSILON, axis)
-            return sum(
-                jnp.vdot(w, o)
-                for w, o in zip(*map(jax.tree.leaves, (weights, outputs)), strict=False)
-            )
-
-        got = jax.value_and_grad(lambda x: value(batch_standardize, x))(x)
-        wanted = jax.value_and_grad(lambda x: value(two_passes, x))(x)
         # Float64 through at most a dozen operations; values are of order 1.
         np.testing.assert_allclose(got[0], wanted[0], rtol=1e-11)
-        np.testing.assert_allclose(got[1], wanted[1], rtol=1e-9, atol=1e-11)
+        for a, b in zip(got[1], wanted[1], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+        for a, b in zip(
+            batch_moments(x, where, axis).statistics(axis),
+            two_passes(x, where, EPSILON, axis)[1],
+            strict=True,
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_shards_pool_their_rows_and_gradients(masked):
     with jax.enable_x64(True):
         random = np.random.default_rng(5)
-        x, a = (jnp.asarray(random.normal(size=(2, 4, 3))) for _ in range(2))
-        b = [jnp.asarray(random.normal(size=(2, 3))) for _ in range(2)]
+        x, weights = (jnp.asarray(random.normal(size=(2, 4, 3))) for _ in range(2))
+        scale = jnp.asarray([0.5, 2, -1])
         where = jnp.asarray([[1, 0, 0, 0], [1, 1, 0, 1]], bool)[..., None] if masked else None
 
-        def value(x, where, a, b, axis_name=None):  # of the values and of both statistics
-            standardized, statistics = batch_standardize(x, where, EPSILON, (-2,), axis_name)
-            return jnp.vdot(a, standardized) + sum(map(jnp.vdot, b, statistics))
+        def value(x, scale, where, weights, axis_name=None):
+            outputs = batch_standardize(x, where, EPSILON, (-2,), axis_name, scale)
+            return jnp.vdot(weights, outputs[0]), outputs[1]
 
-        def sharded(x):
+        def sharded(x, scale):
             shard = functools.partial(value, axis_name="shards")
-            return jax.vmap(shard, axis_name="shards")(x, where, a, b).sum()
+            values, statistics = jax.vmap(shard, in_axes=(0, None, 0, 0), axis_name="shards")(
+                x, scale, where, weights
+            )
+            return values.sum(), jax.tree.map(lambda s: s[1], statistics)
 
-        def whole(x):
+        def whole(x, scale):
             rows = None if where is None else where.reshape(8, 1)
-            return value(x.reshape(8, 3), rows, a.reshape(8, 3), [s.sum(0) for s in b])
+            return value(x.reshape(8, 3), scale, rows, weights.reshape(8, 3))
 
-        got, wanted = (jax.value_and_grad(function)(x) for function in (sharded, whole))
+        got, wanted = (
+            jax.value_and_grad(function, argnums=(0, 1), has_aux=True)(x, scale)
+            for function in (sharded, whole)
+        )
         # Float64 through at most a dozen operations; values are of order 1.
-        np.testing.assert_allclose(got[0], wanted[0], rtol=1e-11)
-        np.testing.assert_allclose(got[1], wanted[1], rtol=1e-9, atol=1e-11)
+        for a, b in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
 def test_gradient_against_finite_differences():
     with jax.enable_x64(True):
         x = jnp.asarray(np.random.default_rng(1).normal(size=(6, 3)))
-        check_grads(lambda x: batch_standardize(x, None, EPSILON), (x,), order=1, modes=["rev"])
+        check_grads(lambda x: batch_standardize(x, None, EPSILON)[0], (x,), order=1, modes=["rev"])
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -1,0 +1,129 @@
+"""The implementations of a layer against each other: the default one and the plain scan."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bnlstm_jax
+from bnlstm_jax.implementations import IMPLEMENTATIONS
+from bnlstm_jax.recurrent import SMALL_INPUT
+
+LENGTHS = (6, 1, 4, 0, 3)
+CASES = {
+    "plain": {},
+    "one step": {"time": 1},
+    "batch of one": {"batch": 1},
+    "large input": {"inputs": SMALL_INPUT + 1},
+    "symbols": {"vocab_size": 7},
+    "masks": {"lengths": LENGTHS},
+    "masks, all rows counted": {"lengths": LENGTHS, "mask_statistics": False},
+    "reversed": {"lengths": LENGTHS, "reverse": True, "keep_order": True},
+    "statistics of sequences": {"input_statistics": "sequence", "lengths": LENGTHS},
+    "statistics of sequences, symbols": {"input_statistics": "sequence", "vocab_size": 7},
+    "recurrent term alone": {"normalize": ("recurrent",)},
+    "unrolled": {"unroll": 4},
+    "no cell bias, one bias twice": {"use_cell_bias": False, "bias_factor": 2.0},
+    "LSTM": {"plain": True},
+    "LSTM, large input, masks": {"plain": True, "inputs": SMALL_INPUT + 1, "lengths": LENGTHS},
+    "LSTM, symbols": {"plain": True, "vocab_size": 7},
+}
+
+
+def run(implementation, *, plain=False, batch=5, time=6, inputs=3, lengths=None, **options):
+    """Outputs, carry, statistics and all gradients of a layer with random weights on all of it."""
+    kind = bnlstm_jax.LSTM if plain else bnlstm_jax.BNLSTM
+    layer = kind(4, implementation=implementation, return_carry=True, **options)
+    random = np.random.default_rng(0)
+    if layer.vocab_size:
+        x = jnp.asarray(random.integers(0, layer.vocab_size, (batch, time)))
+    else:
+        x = jnp.asarray(random.normal(size=(batch, time, inputs)), jnp.float32)
+    lengths = None if lengths is None else jnp.asarray(lengths)
+    variables = layer.init(jax.random.key(0), x, use_running_average=True)
+    params = jax.tree.map(
+        lambda p: jnp.asarray(p + 0.3 * random.normal(size=p.shape), p.dtype), variables["params"]
+    )
+    carry = tuple(jnp.asarray(random.normal(size=(batch, 4)), jnp.float32) for _ in range(2))
+    weights = jnp.asarray(random.normal(size=(batch, time, 4)), jnp.float32)
+
+    def value(params, x, carry):
+        (last, outputs), updated = layer.apply(
+            {**variables, "params": params},
+            x,
+            initial_carry=carry,
+            seq_lengths=lengths,
+            use_running_average=False,
+            mutable=["batch_stats"],
+        )
+        total = jnp.vdot(weights, outputs.astype(jnp.float32)) + last[0].sum() - last[1].sum()
+        return total, (last, outputs, updated)
+
+    argnums = (0, 2) if layer.vocab_size else (0, 1, 2)
+    return jax.jit(jax.value_and_grad(value, argnums, has_aux=True))(params, x, carry)
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
+def test_equal_in_everything(options):
+    with jax.enable_x64(True):
+        options = {"param_dtype": jnp.float64, **options}
+        found, expected = (run(name, **options) for name in IMPLEMENTATIONS)
+    # Float64 but for inputs; six steps, each of which a normalisation with little variance can
+    # multiply rounding by up to 316.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), found, expected
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"plain": True}, {"vocab_size": 7}, {"inputs": 20}])
+def test_equal_in_mixed_precision(options):
+    options = {"dtype": jnp.bfloat16, "batch": 16, **options}
+    found, expected = (run(name, **options) for name in IMPLEMENTATIONS)
+    assert jax.tree.map(lambda a: a.dtype, found) == jax.tree.map(lambda a: a.dtype, expected)
+    # The same products forward. Backward, the default adds up in float32 what the plain scan
+    # rounds to bfloat16 (2^-9) at every one of six steps.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            np.float32(a), np.float32(b), rtol=0.05, atol=0.05 * max(1e-3, np.abs(b).max())
+        ),
+        found,
+        expected,
+    )
+    for a, b in zip(found[0][1][1].ravel(), expected[0][1][1].ravel(), strict=True):
+        np.testing.assert_allclose(np.float32(a), np.float32(b), atol=2e-3)
+
+
+def test_takes_at_most_half_of_the_memory_of_the_plain_scan():
+    x = jnp.zeros((32, 50, 1))
+
+    def memory(implementation):
+        layer = bnlstm_jax.BNLSTM(32, implementation=implementation)
+        variables = layer.init(jax.random.key(0), x, use_running_average=True)
+
+        def loss(params):
+            apply = {"use_running_average": False, "mutable": ["batch_stats"]}
+            return layer.apply({**variables, "params": params}, x, **apply)[0].sum()
+
+        program = jax.jit(jax.grad(loss)).lower(variables["params"]).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert memory("xla") <= memory("reference") / 2
+
+
+def test_only_the_plain_scan_is_differentiated_forward():
+    x = jnp.ones((2, 3, 1))
+    layer = bnlstm_jax.LSTM(2, implementation="reference")
+    variables = layer.init(jax.random.key(0), x)
+    tangent = jax.jvp(lambda x: layer.apply(variables, x), (x,), (x,))[1]
+    gradients = jax.jacrev(lambda x: layer.apply(variables, x))(x)
+    expected = jnp.tensordot(gradients, x, 3)
+    np.testing.assert_allclose(tangent, expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda x: layer.clone(implementation="xla").apply(variables, x), (x,), (x,))
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="implementation is 'cuda'; it is 'xla' or 'reference'"):
+        run("cuda")
