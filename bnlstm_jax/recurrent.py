@@ -26,9 +26,10 @@ from bnlstm_jax.cells import (
 from bnlstm_jax.implementations import IMPLEMENTATIONS, reference
 from bnlstm_jax.normalization import Moments, Statistics, statistics_dtype
 
-# Inputs of so many features are multiplied by their kernel in every step, forward and backward:
-# that takes less time than to write their product `[time, batch, 4H]` to memory and read it.
-SMALL_INPUT = 16
+# Inputs of up to so many features are multiplied by their kernel in every step, forward and again
+# backward: on CPU that takes less time than to write their product `[time, batch, 4H]` to memory
+# and read it, and it halves the memory of a training step. See docs/speed.md.
+SMALL_INPUT = 256
 
 
 def flip_sequences(x: Array, seq_lengths: Array | None) -> Array:

@@ -10,7 +10,6 @@ of its own: its forward pass and its gradient, on arrays of the sizes that it ha
 import functools
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from experiments.config import READER_KINDS
 from experiments.datasets import prepared
 from experiments.datasets.question_arrays import SPLITS, Question, pack
 from experiments.datasets.questions import SPECIALS
+from scripts import timing
 
 FEATURES = flags.DEFINE_integer("features", 240, "Hidden units of a direction.", lower_bound=1)
 WORDS = flags.DEFINE_integer("words", 65_830, "Size of the vocabulary.", lower_bound=10)
@@ -123,25 +123,6 @@ def run(program: Callable, arguments: tuple[Any, ...]) -> None:
     jax.block_until_ready(program(*arguments))
 
 
-def measure(programs: dict[str, Callable], title: str) -> dict[str, list[float]]:
-    """Seconds of each, in turn, over and over."""
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for program in programs.values():
-        program()  # compiles
-    for _ in metrics.track(range(ROUNDS.value), title, ROUNDS.value):
-        for name, program in programs.items():
-            start = time.perf_counter()
-            program()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def spread(times: list[float]) -> tuple[str, str]:
-    """Median, and lowest and highest, in milliseconds."""
-    low, middle, high = min(times), statistics.median(times), max(times)
-    return f"{1e3 * middle:.1f}", f"{1e3 * low:.1f} to {1e3 * high:.1f}"
-
-
 def main(_: list[str]) -> None:
     """Measures and prints two tables."""
     states, loaded = {}, {}
@@ -163,7 +144,7 @@ def main(_: list[str]) -> None:
         return update
 
     updates = {kind: updater(kind) for kind in READER_KINDS}
-    seconds = measure(updates, "measuring updates")
+    seconds = timing.measure(updates, "measuring updates", ROUNDS.value)
     device = jax.devices()[0].device_kind
     print(
         f"{FEATURES.value} units, {WORDS.value:,} words, {BATCH_SIZE.value} passages of "
@@ -174,7 +155,7 @@ def main(_: list[str]) -> None:
         (
             LABELS[kind],
             f"{sum(leaf.size for leaf in jax.tree.leaves(states[kind].params)):,}",
-            *spread(times),
+            *timing.spread(times),
             f"{BATCH_SIZE.value / statistics.median(times):.1f}",
             f"{statistics.median(times) / plain:.2f}",
         )
@@ -185,9 +166,11 @@ def main(_: list[str]) -> None:
 
     for kind in ("lstm", "bn_e_star_star"):
         whole = statistics.median(seconds[kind])
-        measured = measure(parts(loaded[kind], states[kind], batch), f"measuring {LABELS[kind]}")
+        measured = timing.measure(
+            parts(loaded[kind], states[kind], batch), f"measuring {LABELS[kind]}", ROUNDS.value
+        )
         rows = [
-            (name, *spread(times), f"{statistics.median(times) / whole:.1%}")
+            (name, *timing.spread(times), f"{statistics.median(times) / whole:.1%}")
             for name, times in measured.items()
         ]
         header = [f"part of an update, {LABELS[kind]}", "ms", "spread", "of the whole"]

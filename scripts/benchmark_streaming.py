@@ -13,7 +13,6 @@ import resource
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from configs import ptb
 from experiments import errors, evaluate, metrics, tasks, train
 from experiments.compare import LABELS
 from experiments.config import MODEL_KINDS
+from scripts import timing
 
 FEATURES = flags.DEFINE_integer("features", 1000, "Hidden units H.", lower_bound=1)
 CHARACTERS = flags.DEFINE_integer(
@@ -90,22 +90,10 @@ def main(_: list[str]) -> None:
     features = FEATURES.value
     candidates = {"products alone": products(features, TIMED)}
     candidates |= {LABELS[kind]: reader(kind, features, TIMED) for kind in MODEL_KINDS}
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for run in candidates.values():
-        run()  # compiles
-    for _ in metrics.track(range(ROUNDS.value), "measuring time", ROUNDS.value):
-        for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append((time.perf_counter() - start) / TIMED)
+    seconds = timing.measure(candidates, "measuring time", ROUNDS.value)
     floor = statistics.median(seconds["products alone"])
     rows = [
-        (
-            name,
-            f"{1e6 * statistics.median(times):.1f}",
-            f"{1e6 * min(times):.1f} to {1e6 * max(times):.1f}",
-            f"{statistics.median(times) / floor:.2f}",
-        )
+        (name, *timing.spread(times, TIMED * 1e-6), f"{statistics.median(times) / floor:.2f}")
         for name, times in seconds.items()
     ]
     device = jax.devices()[0].device_kind

@@ -1,7 +1,5 @@
 """The implementations of a layer against each other: the default one and the plain scan."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np

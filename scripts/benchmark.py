@@ -1,0 +1,370 @@
+"""BN-LSTM against LSTM, Flax's and PyTorch's layers, and the matrix products that all of them need.
+
+    python -m scripts.benchmark
+    python -m scripts.benchmark --sizes=ptb --dtypes=float32 --passes=update --device=cpu
+
+Layers have the sizes of the paper's experiments; inputs and parameters are random. A pass is a
+training one: `forward` is the outputs by batch statistics and the new running averages, `update`
+their mean square's gradient and a step of gradient descent besides. Dense inputs of several
+features are taken for embeddings: an update differentiates by them and changes them too. Flax's and
+PyTorch's own layers read symbols as one-hot vectors, which they are given.
+
+All candidates for one size, dtype and pass take turns. Float32 products are as precise as JAX makes
+them by default. Memory is what a pass needs beside its arguments: of JAX's programs, by XLA's own
+account, temporary arrays and those results that do not take an argument's place; of PyTorch's, the
+peak of a pass, on a GPU only. The file has the seconds of every round, and on what, with what and
+when they were measured.
+"""
+
+import functools
+import itertools
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax import Array
+
+from bnlstm_jax import BNLSTM, LSTM
+from bnlstm_jax.implementations import IMPLEMENTATIONS, transpose
+from experiments import errors, metrics, workdir
+from experiments.errors import UserError
+from scripts import timing
+from scripts.timing import Program
+
+
+class Size(NamedTuple):
+    """A layer and a batch for it.
+
+    `inputs` is the number of features of an input, or of symbols. A bidirectional layer reads
+    sequences of different lengths, padded.
+    """
+
+    features: int
+    batch: int
+    steps: int
+    inputs: int
+    symbols: bool = False
+    bidirectional: bool = False
+
+    @property
+    def embedded(self) -> bool:
+        """Whether inputs are dense, of several features."""
+        return self.inputs > 1 and not self.symbols
+
+
+SIZES = {
+    "pmnist": Size(100, 100, 784, inputs=1),
+    "ptb": Size(1000, 64, 99, inputs=50, symbols=True),
+    "text8": Size(2000, 128, 179, inputs=27, symbols=True),
+    "reader": Size(240, 64, 300, inputs=240, bidirectional=True),
+}
+DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
+PASSES = ("forward", "update")
+RATE = 1e-3  # of gradient descent
+DEFAULT = f"BN-LSTM, {next(iter(IMPLEMENTATIONS))}"
+FLOOR = "matrix products alone"
+FLAGS = ("sizes", "dtypes", "passes", "device", "rounds", "small")
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the command line; only here are flags defined, so that importing this defines none."""
+    flags.DEFINE_list("sizes", list(SIZES), f"Of {', '.join(SIZES)}.")
+    flags.DEFINE_list("dtypes", list(DTYPES), f"Of products' operands: {', '.join(DTYPES)}.")
+    flags.DEFINE_list("passes", list(PASSES), f"Of {', '.join(PASSES)}.")
+    flags.DEFINE_enum("device", None, ["cpu", "gpu", "tpu"], "By default the one JAX chooses.")
+    flags.DEFINE_integer("rounds", 7, "Measurements of each.", lower_bound=1)
+    flags.DEFINE_string("output", "benchmark.json", "File for all that is measured.")
+    flags.DEFINE_bool("small", False, "Tiny layers, for a quick look.")
+    return flags.FLAGS(argv)
+
+
+def check_names(flag: str, given: list[str], known: Iterable[str]) -> None:
+    """Refuses names that are not among those known, and none at all."""
+    if not given:
+        raise UserError(f"--{flag} is empty: there are {', '.join(known)}")
+    for name in given:
+        if name not in known:
+            raise UserError(errors.unknown_name(f"--{flag}", name, known))
+
+
+def check_output(path: Path) -> None:
+    """Refuses a file that cannot be written."""
+    if path.is_dir():
+        raise UserError(f"--output={path} cannot be written: it is a folder")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"--output={path} cannot be written: {error.strerror}") from error
+
+
+def find_device(kind: str | None) -> jax.Device:
+    """The first device of a kind, by default of the one that JAX chooses."""
+    try:
+        return jax.devices(kind)[0]
+    except RuntimeError as error:
+        there = ", ".join(sorted({device.platform for device in jax.devices()}))
+        raise UserError(f"--device={kind}: JAX has no such device here, only {there}") from error
+
+
+def peers_device(device: jax.Device) -> str | None:
+    """PyTorch's name of a kind of device; None where it is not installed, or not for that."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    if device.platform == "gpu":
+        return "cuda" if torch.cuda.is_available() else None
+    return "cpu" if device.platform == "cpu" else None
+
+
+def make_small(size: Size) -> Size:
+    """A size that takes no time."""
+    names = ("features", "batch", "steps", "inputs")
+    most = (8, 4, 5, size.inputs if size.symbols else 8)
+    return size._replace(**{n: min(getattr(size, n), m) for n, m in zip(names, most, strict=True)})
+
+
+def make_batch(size: Size) -> tuple[np.ndarray, np.ndarray | None]:
+    """Inputs `[B, T, D]`, or symbols `[B, T]`, and lengths `[B]` where they differ."""
+    random = np.random.default_rng(0)
+    if size.symbols:
+        inputs = random.integers(size.inputs, size=(size.batch, size.steps), dtype=np.int32)
+    else:
+        inputs = random.normal(size=(size.batch, size.steps, size.inputs)).astype(np.float32)
+    if not size.bidirectional:
+        return inputs, None
+    lengths = random.integers(size.steps // 2, size.steps + 1, size.batch)
+    lengths[0] = size.steps
+    return inputs, lengths
+
+
+def compile_program(function: Callable, state: Any, given: Any, is_update: bool) -> Program:
+    """A program of JAX, from `(state, given)` to results; an update's are the next one's state."""
+    start = time.perf_counter()
+    donated = (0,) if is_update else ()
+    compiled = jax.jit(function, donate_argnums=donated).lower(state, given).compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    needed = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+    def run() -> None:
+        nonlocal state
+        results = jax.block_until_ready(compiled(state, given))
+        if is_update:
+            state = results
+
+    return Program(run, needed, seconds)
+
+
+def layer(
+    make: Callable[[], nn.Module], size: Size, is_update: bool, one_hot: bool = False
+) -> Program:
+    """A training pass of a Flax layer, or of one for each direction."""
+    inputs, lengths = make_batch(size)
+    if one_hot and size.symbols:
+        inputs = np.eye(size.inputs, dtype=np.float32)[inputs]
+    given = jax.tree.map(jnp.asarray, {"inputs": inputs, "seq_lengths": lengths})
+    model = nn.Bidirectional(make(), make()) if size.bidirectional else make()
+    shapes = jax.eval_shape(model.init, jax.random.key(0), given["inputs"])
+    random, scale = np.random.default_rng(1), size.features**-0.5
+    batch_stats = jax.tree.map(
+        lambda leaf: jnp.asarray(random.normal(0, scale, leaf.shape), leaf.dtype), shapes
+    )
+    learned = {"params": batch_stats.pop("params")}
+    if size.embedded:
+        learned["inputs"] = given.pop("inputs")
+
+    def forward(state: tuple, given: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
+        learned, batch_stats = state
+        values = learned | given
+        return model.apply(
+            {"params": values["params"], **batch_stats},
+            values["inputs"],
+            seq_lengths=values["seq_lengths"],
+            mutable=["batch_stats"],
+        )
+
+    def update(state: tuple, given: dict[str, Any]) -> tuple:
+        learned, batch_stats = state
+
+        def loss(learned: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
+            y, new_stats = forward((learned, batch_stats), given)
+            return jnp.mean(jnp.square(y.astype(jnp.float32))), new_stats
+
+        gradient, new_stats = jax.grad(loss, has_aux=True)(learned)
+        return jax.tree.map(lambda p, g: p - RATE * g, learned, gradient), new_stats
+
+    function = update if is_update else forward
+    return compile_program(function, (learned, batch_stats), given, is_update)
+
+
+def products(size: Size, dtype: Any, is_update: bool) -> Program:
+    """The matrix products of a pass of an LSTM, normalised or not, and next to nothing besides."""
+    dtype = dtype or jnp.float32
+    units, gates = size.features, 4 * size.features
+    key = jax.random.key(0)
+
+    def draw(*shape: int) -> Array:
+        return jax.random.normal(key, shape, dtype)
+
+    def multiply(x: Array, y: Array) -> Array:
+        return jnp.matmul(x, y, preferred_element_type=jnp.float32).astype(dtype)
+
+    def forward(given: dict[str, Array]) -> list[Array]:
+        """Hidden states of all steps, and the input term."""
+
+        def step(h: Array, _: None) -> tuple[Array, Array]:
+            h = sum(jnp.split(multiply(h, given["recurrent_kernel"]), 4, -1))  # needs all of it
+            return h, h
+
+        _, hidden = jax.lax.scan(step, given["h"], length=size.steps)
+        return [hidden, *([multiply(given["x"], given["input_kernel"])] if size.embedded else [])]
+
+    def backward(given: dict[str, Array], hidden: Array) -> list[Array]:
+        """Products of the shapes that gradients of hidden states, kernels and inputs take."""
+        transposed = transpose(given["recurrent_kernel"])
+
+        def step(h: Array, _: None) -> tuple[Array, Array]:
+            d = jnp.concatenate([h] * 4, -1)
+            return multiply(d, transposed), d
+
+        h, d = jax.lax.scan(step, hidden[-1], length=size.steps)
+        d = d.reshape(-1, gates)
+        found = [h, multiply(transpose(hidden.reshape(-1, units)), d)]
+        if size.embedded:
+            x = given["x"].reshape(-1, size.inputs)
+            found += [multiply(transpose(x), d), multiply(d, transpose(given["input_kernel"]))]
+        return found
+
+    def run(_: None, directions: list[dict[str, Array]]) -> list[list[Array]]:
+        results = [forward(given) for given in directions]
+        if is_update:
+            results += [backward(g, r[0]) for g, r in zip(directions, results, strict=True)]
+        return results
+
+    given = {
+        "h": draw(size.batch, units),
+        "recurrent_kernel": draw(units, gates) / gates**0.5,  # hidden states keep their size
+    }
+    if size.embedded:
+        given["x"] = draw(size.steps, size.batch, size.inputs)
+        given["input_kernel"] = draw(size.inputs, gates)
+    # A second direction is arguments of its own, so that XLA shares nothing between the two.
+    return compile_program(run, None, [given] * (1 + size.bidirectional), False)
+
+
+def candidates(size: Size, dtype: str, is_update: bool, peers: str | None) -> dict[str, Program]:
+    """All that is compared, by name; with `peers`, PyTorch's layers on that device."""
+    units, kind = size.features, DTYPES[dtype]
+    vocab_size = size.inputs if size.symbols else None
+    fields = {"vocab_size": vocab_size, "dtype": kind}
+    normalized = {"max_steps": size.steps, "use_running_average": False}
+    makers = {FLOOR: functools.partial(products, size, kind, is_update)}
+    for label, kind_of_layer, more in (("BN-LSTM", BNLSTM, normalized), ("LSTM", LSTM, {})):
+        for name in IMPLEMENTATIONS:
+            own = functools.partial(kind_of_layer, units, implementation=name, **fields, **more)
+            makers[f"{label}, {name}"] = functools.partial(layer, own, size, is_update)
+
+    def flax_rnn() -> nn.Module:
+        return nn.RNN(nn.OptimizedLSTMCell(units, dtype=kind))
+
+    makers["Flax OptimizedLSTMCell"] = functools.partial(
+        layer, flax_rnn, size, is_update, one_hot=True
+    )
+    tracked = metrics.track(makers.items(), "compiling", len(makers))
+    made = {name: make() for name, make in tracked}
+    if peers is not None:
+        from scripts import torch_peers
+
+        autocast = peers == "cuda" and kind is not None  # on a CPU it is slow
+        rate = RATE if is_update else None
+        made |= torch_peers.programs(units, *make_batch(size), vocab_size, rate, peers, autocast)
+    return made
+
+
+def measure(programs: dict[str, Program], title: str, rounds: int) -> dict[str, dict[str, Any]]:
+    """What the file has of each program: times of runs in turn, memory, time of compiling."""
+    seconds = timing.measure({name: p.run for name, p in programs.items()}, title, rounds)
+    return {
+        name: {
+            "seconds": seconds[name],
+            "median": statistics.median(seconds[name]),
+            "memory_bytes": program.memory,
+            "compile_seconds": program.compile_seconds,
+        }
+        for name, program in programs.items()
+    }
+
+
+def table(measured: dict[str, dict[str, Any]], steps: int) -> str:
+    """The results of one size, dtype and pass."""
+    own, floor = measured[DEFAULT]["median"], measured[FLOOR]["median"]
+    rows = []
+    for name, found in measured.items():
+        median, memory, compiling = (
+            found[key] for key in ("median", "memory_bytes", "compile_seconds")
+        )
+        rows.append(
+            (
+                name,
+                *timing.spread(found["seconds"]),
+                f"{1e6 * median / steps:.1f}",
+                f"{median / own:.2f}",
+                f"{floor / median:.0%}",
+                "-" if memory is None else f"{memory / 1e6:.1f}",
+                "-" if compiling is None else f"{compiling:.1f}",
+            )
+        )
+    header = ["candidate", "ms per pass", "spread", "us per time step", f"to {DEFAULT}"]
+    header += ["products' share", "memory MB", "compile s"]
+    return metrics.markdown_table(header, rows)
+
+
+def main(_: list[str]) -> None:
+    """Prints a table for each size, dtype and pass; writes the file after each size."""
+    given = flags.FLAGS
+    for flag, known in (("sizes", SIZES), ("dtypes", DTYPES), ("passes", PASSES)):
+        check_names(flag, getattr(given, flag), known)
+    output = Path(given.output)
+    check_output(output)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves PyTorch of the GPU
+    jax.config.update("jax_enable_compilation_cache", False)  # for times of compiling
+    device = find_device(given.device)
+    peers = peers_device(device)
+    if peers is None:
+        print("PyTorch is not installed, or not for this device: its layers are left out.\n")
+    record = timing.circumstances(device) | {
+        "flags": {name: getattr(given, name) for name in FLAGS}
+    }
+    record |= {"sizes": {}, "results": []}
+    for name in given.sizes:
+        size = make_small(SIZES[name]) if given.small else SIZES[name]
+        record["sizes"][name] = size._asdict()
+        for dtype, kind in itertools.product(given.dtypes, given.passes):
+            title = f"{name}, {dtype}, {kind}"
+            with jax.default_device(device):
+                programs = candidates(size, dtype, kind == "update", peers)
+                measured = measure(programs, f"measuring {title}", given.rounds)
+            del programs  # and with them their arrays
+            print(
+                f"{title}: {size.features} units, batch {size.batch}, {size.steps} steps, on "
+                f"{device.device_kind}; {given.rounds} rounds\n\n{table(measured, size.steps)}\n",
+                flush=True,
+            )
+            result = {"size": name, "dtype": dtype, "pass": kind, "candidates": measured}
+            record["results"].append(result)
+        workdir.write_json(output, record)
+    print(f"All that was measured: {output}")
+
+
+if __name__ == "__main__":
+    errors.run(main, parse_flags)

@@ -1,0 +1,87 @@
+"""How the benchmarks time programs against each other, and write the times."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from experiments import metrics
+
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "numpy")
+
+
+class Program(NamedTuple):
+    """What can be run over and over, and what is known of it; None is unknown."""
+
+    run: Callable[[], None]
+    memory: int | None = None  # bytes that a run needs beside its arguments
+    compile_seconds: float | None = None
+
+
+def measure(
+    programs: dict[str, Callable[[], None]], title: str, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each program in each round; each runs once before, unmeasured.
+
+    They take turns, so that what else the machine does falls on all.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for program in programs.values():
+        program()  # compiles
+    for _ in metrics.track(range(rounds), title, rounds):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            program()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def spread(seconds: list[float], unit: float = 1e-3) -> tuple[str, str]:
+    """Median, and lowest and highest, in units of so many seconds: milliseconds by default."""
+    low, middle, high = (f(seconds) / unit for f in (min, statistics.median, max))
+    return f"{middle:.1f}", f"{low:.1f} to {high:.1f}"
+
+
+def circumstances(device: jax.Device) -> dict[str, Any]:
+    """On what, with what and when all is measured."""
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    processors = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {
+        "machine": {
+            "device": device.device_kind,
+            "platform": device.platform,
+            "cores": os.cpu_count(),
+            "processor": processors[0] if processors else None,
+        },
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "commit": commit,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
