@@ -132,6 +132,7 @@ class AttentiveReader(nn.Module):
       momentum, epsilon, scale_init: of all normalisation.
       sequence_epsilon: added to the variance of sequence-wise input statistics.
       axis_name: mapped axis over which batches are pooled for their statistics.
+      implementation: of the recurrence; see `LSTM`.
       dtype: dtype of the operands of products with kernels; logits are float32 or wider.
       param_dtype: dtype of the parameters.
     """
@@ -157,6 +158,7 @@ class AttentiveReader(nn.Module):
     sequence_epsilon: float = 1e-6
     scale_init: initializers.Initializer = nn.initializers.constant(0.1)
     axis_name: str | None = None
+    implementation: str = "xla"
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -231,7 +233,7 @@ class AttentiveReader(nn.Module):
         if self.bilinear:  # (y M) . (u M) = y . (u M M^T), without a product for each y
             kernel = self.matrix("bilinear_kernel", square, size, size)
             v = product(product(u, kernel, self.dtype), kernel.T, self.dtype)
-            m += jnp.einsum("btk,bk->bt", y, v)[..., None]
+            m += product(y, v[..., None], self.dtype)
         width = initializers.uniform(1 / math.sqrt(self.features))
         kernel = self.matrix("attention_kernel", width, self.features, 1)
         scores = product(jnp.tanh(m), kernel, self.dtype)
@@ -274,6 +276,7 @@ class AttentiveReader(nn.Module):
             "recurrent_kernel_init": init,
             "bias_init": nn.initializers.zeros_init(),
             "learn_initial_cell": False,
+            "implementation": self.implementation,
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
             "parent": None,

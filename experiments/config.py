@@ -4,6 +4,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from bnlstm_jax.attentive_reader import FORMS
+from bnlstm_jax.implementations import IMPLEMENTATIONS
 from experiments.errors import UserError, unknown_name
 
 MODEL_KINDS = ("lstm", "bn_lstm")
@@ -18,6 +19,7 @@ def base_config() -> ConfigDict:
     config.data_dir = "data"
     config.batch_size = 100
     config.num_updates = 100_000
+    config.updates_per_call = 1  # of the device, where nothing is due between them
 
     config.model = ConfigDict()
     config.model.kind = "bn_lstm"  # or lstm; several with commas: trains and compares them
@@ -26,6 +28,7 @@ def base_config() -> ConfigDict:
     config.model.momentum = 0.99  # of the running average of batch statistics
     config.model.max_steps = 0  # time steps with statistics; 0: all of training sequences
     config.model.dtype = "float32"  # of matrix products' operands; or bfloat16
+    config.model.implementation = "xla"  # of the recurrence; or reference: slower, equal
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "rmsprop"  # or adam
@@ -71,6 +74,7 @@ def check(config: ConfigDict) -> None:
         "seed": 0,
         "batch_size": 1,
         "num_updates": 1,
+        "updates_per_call": 1,
         "log_every": 1,
         "eval_every": 1,
         "checkpoint_every": 1,
@@ -93,6 +97,7 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.{name} is {flat[name]}: it must be at most {bound}")
     model_kinds(config)
     one_of("config.model.dtype", config.model.dtype, ("float32", "bfloat16"))
+    one_of("config.model.implementation", config.model.implementation, tuple(IMPLEMENTATIONS))
     one_of("config.optimizer.name", config.optimizer.name, ("rmsprop", "adam"))
     one_of("config.optimizer.clip_rule", config.optimizer.clip_rule, ("norm", "released_reader"))
     one_of("config.population_late_steps", config.population_late_steps, ("skip", "repeat"))

@@ -67,6 +67,7 @@ def recurrent_layer(
         "features": model.features,
         "vocab_size": vocab_size,
         "dtype": matmul_dtype(model),
+        "implementation": model.implementation,
         "recurrent_kernel_init": (
             initializers.identity_block()
             if model.recurrent_init == "identity"

@@ -6,10 +6,12 @@
 Any field of the config can be set: --config.model.kind=lstm --config.batch_size=50
 """
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -80,6 +82,19 @@ def default_workdir() -> str:
     return f"runs/{Path(file.partition(':')[0]).stem}"
 
 
+def cache_programs() -> None:
+    """Has JAX keep compiled programs on disk, but not those for CPUs.
+
+    They take seconds to compile, and XLA refuses to load them again on many machines:
+    https://github.com/openxla/xla/issues/44565. JAX_COMPILATION_CACHE_DIR says where to keep
+    programs; by default in the user's cache.
+    """
+    if jax.default_backend() == "cpu" or jax.config.jax_compilation_cache_dir is not None:
+        return
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(caches / "bnlstm_jax"))
+
+
 def main(_: list[str]) -> None:
     """Runs every kind of model that the config names, and prints what they came to."""
     base = flags.FLAGS.config
@@ -93,6 +108,7 @@ def main(_: list[str]) -> None:
         own.model.kind = kind
         runs[kind] = own, folder / kind if len(kinds) > 1 else folder
         workdir.check(*runs[kind])
+    cache_programs()
     if _MODE.value == "evaluate":
         results = [train.evaluate_run(*runs[kind]) for kind in kinds]
     else:

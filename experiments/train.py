@@ -70,10 +70,12 @@ def variables_of(state: TrainState) -> dict[str, Any]:
 
 
 def make_train_step(task: tasks.Task, noise: jax.Array):
-    """One update: gradient of the mean loss, optimiser, running statistics, metrics."""
+    """One update: gradient of the mean loss, optimiser, running statistics, metrics.
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, batch: tasks.Batch) -> TrainState:
+    What it returns takes several batches too, of equal shapes, for as many updates.
+    """
+
+    def update(state: TrainState, batch: tasks.Batch) -> TrainState:
         key = jax.random.fold_in(noise, state.step)
 
         def loss_of(params):
@@ -95,7 +97,25 @@ def make_train_step(task: tasks.Task, noise: jax.Array):
             window=jax.tree.map(jnp.add, state.window, batch_metrics),
         )
 
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state: TrainState, *batches: tasks.Batch) -> TrainState:
+        if len(batches) == 1:
+            return update(state, *batches)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+        return jax.lax.scan(lambda state, batch: (update(state, batch), None), state, stacked)[0]
+
     return train_step
+
+
+def updates_at_once(config: ConfigDict, update: int) -> int:
+    """How many updates to do next in one call: as many as it may have, or one if less are free.
+
+    Calls end where something is due, so that a run that is stopped and goes on makes the same ones.
+    """
+    at_once = config.updates_per_call
+    every = (config.log_every, config.eval_every, config.checkpoint_every)
+    free = min(config.num_updates - update, *(n - update % n for n in every))
+    return at_once if free >= at_once else 1
 
 
 def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, Any]:
@@ -144,20 +164,27 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
 
             # ---- Train.
             doing = metrics.Stopwatch()
-            programs = set()  # by the shapes of the batches that they were compiled for
-            for update in range(start, config.num_updates):
+            programs = set()  # by the number and the shapes of the batches they are compiled for
+            compiling = 0  # updates for which they were
+            done = start
+            while done < config.num_updates:
                 with doing("input"):
-                    batch = task.train_batch(update)
-                shapes = tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch))
-                if shapes in programs:
-                    with doing("dispatch and device"):
-                        state = train_step(state, batch)
-                else:
-                    jax.block_until_ready(state)
-                    with doing("compilation"):
-                        state = jax.block_until_ready(train_step(state, batch))
-                    programs.add(shapes)
-                done = update + 1
+                    at_once = updates_at_once(config, done)
+                    batches = [task.train_batch(done + k) for k in range(at_once)]
+                    shapes = [tuple(map(np.shape, jax.tree.leaves(b))) for b in batches]
+                    calls = [batches] if len(set(shapes)) == 1 else [[b] for b in batches]
+                for call, shape in zip(calls, shapes, strict=False):
+                    program = len(call), shape
+                    if program in programs:
+                        with doing("dispatch and device"):
+                            state = train_step(state, *call)
+                    else:
+                        jax.block_until_ready(state)
+                        with doing("compilation"):
+                            state = jax.block_until_ready(train_step(state, *call))
+                        programs.add(program)
+                        compiling += len(call)
+                done += at_once
                 last = done == config.num_updates
                 log = last or done % config.log_every == 0
                 validate = last or done % config.eval_every == 0
@@ -199,8 +226,8 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
                 reporter.console.print(
                     f"{updates:,} updates, {len(programs)} programs compiled in {seconds:.1f} s"
                 )
-            if profile and updates > len(programs):
-                reporter.console.print(doing.table(updates - len(programs)))
+            if profile and updates > compiling:
+                reporter.console.print(doing.table(updates - compiling))
 
         # ---- Evaluate the best.
         results_path = folder / RESULTS_NAME

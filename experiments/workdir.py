@@ -22,8 +22,8 @@ from ml_collections import ConfigDict
 from experiments.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections", "numpy")
-# May differ between the start of a run and its continuation: where data lie, how far to go, and
-# how to evaluate.
+# May differ between the start of a run and its continuation: where data lie, how far to go, how to
+# evaluate, and how to compute what comes out equal but for rounding.
 POPULATION_FIELDS = ("population_batch_size", "population_batches", "population_late_steps")
 EVALUATION_FIELDS = (
     "eval_batch_size",
@@ -37,8 +37,17 @@ ADDED_FIELDS = {
     "optimizer.clip_rule": "norm",
     "population_batches": 0,
     "population_late_steps": "skip",
+    "model.implementation": "reference",
+    "updates_per_call": 1,
 }
-FREE_FIELDS = ("data_dir", "text_file", "num_updates", *EVALUATION_FIELDS)
+FREE_FIELDS = (
+    "data_dir",
+    "text_file",
+    "num_updates",
+    "updates_per_call",
+    "model.implementation",
+    *EVALUATION_FIELDS,
+)
 STATISTICS_NAME = "population_statistics.npz"
 
 

@@ -34,6 +34,7 @@ from absl import flags
 from jax import Array
 
 from bnlstm_jax import BNLSTM, LSTM
+from bnlstm_jax.cells import product
 from bnlstm_jax.implementations import IMPLEMENTATIONS, transpose
 from experiments import errors, metrics, workdir
 from experiments.errors import UserError
@@ -214,16 +215,17 @@ def products(size: Size, dtype: Any, is_update: bool) -> Program:
     key = jax.random.key(0)
 
     def draw(*shape: int) -> Array:
-        return jax.random.normal(key, shape, dtype)
+        return jax.random.normal(key, shape)
 
     def multiply(x: Array, y: Array) -> Array:
-        return jnp.matmul(x, y, preferred_element_type=jnp.float32).astype(dtype)
+        return product(x, y, dtype)
 
     def forward(given: dict[str, Array]) -> list[Array]:
         """Hidden states of all steps, and the input term."""
+        kernel = given["recurrent_kernel"].astype(dtype)
 
         def step(h: Array, _: None) -> tuple[Array, Array]:
-            h = sum(jnp.split(multiply(h, given["recurrent_kernel"]), 4, -1))  # needs all of it
+            h = sum(jnp.split(multiply(h, kernel), 4, -1))  # needs all of it
             return h, h
 
         _, hidden = jax.lax.scan(step, given["h"], length=size.steps)
@@ -231,7 +233,7 @@ def products(size: Size, dtype: Any, is_update: bool) -> Program:
 
     def backward(given: dict[str, Array], hidden: Array) -> list[Array]:
         """Products of the shapes that gradients of hidden states, kernels and inputs take."""
-        transposed = transpose(given["recurrent_kernel"])
+        transposed = transpose(given["recurrent_kernel"].astype(dtype))
 
         def step(h: Array, _: None) -> tuple[Array, Array]:
             d = jnp.concatenate([h] * 4, -1)
@@ -239,10 +241,11 @@ def products(size: Size, dtype: Any, is_update: bool) -> Program:
 
         h, d = jax.lax.scan(step, hidden[-1], length=size.steps)
         d = d.reshape(-1, gates)
-        found = [h, multiply(transpose(hidden.reshape(-1, units)), d)]
+        found = [h, multiply(transpose(hidden.reshape(-1, units).astype(dtype)), d)]
         if size.embedded:
-            x = given["x"].reshape(-1, size.inputs)
-            found += [multiply(transpose(x), d), multiply(d, transpose(given["input_kernel"]))]
+            x, kernel = given["x"].astype(dtype), given["input_kernel"].astype(dtype)
+            x = x.reshape(-1, size.inputs)
+            found += [multiply(transpose(x), d), multiply(d, transpose(kernel))]
         return found
 
     def run(_: None, directions: list[dict[str, Array]]) -> list[list[Array]]:

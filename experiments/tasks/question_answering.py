@@ -85,6 +85,7 @@ def make_model(
         momentum=model.momentum,
         scale_init=nn.initializers.constant(model.initial_scale),
         dtype=matmul_dtype(model),
+        implementation=model.implementation,
     )
 
 

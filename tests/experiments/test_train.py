@@ -45,6 +45,29 @@ def test_a_run_leaves_what_it_promises(small_config, tmp_path, kind):
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
+def test_several_updates_in_one_call(small_config, tmp_path):
+    small_config.updates_per_call = 2
+    # Logs are due after 3 and 6 updates, validations after 4 and 8.
+    done, calls = 0, []
+    while done < small_config.num_updates:
+        calls.append(train.updates_at_once(small_config, done))
+        done += calls[-1]
+    assert calls == [2, 1, 1, 2, 2]
+
+    train.train(small_config, tmp_path / "several")
+    small_config.updates_per_call = 1
+    train.train(small_config, tmp_path / "single")
+    # Other programs of the same arithmetic: rounding (6e-8) through eight updates, of which RMSProp
+    # makes steps of full size however small a gradient is.
+    states = (final_state(small_config, tmp_path / name) for name in ("several", "single"))
+    for a, b in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    several, single = (metrics.read_metrics(tmp_path / name) for name in ("several", "single"))
+    for a, b in zip(several, single, strict=True):
+        assert {k: a[k] for k in ("update", "split")} == {k: b[k] for k in ("update", "split")}
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
+
+
 def test_a_continued_run_equals_an_unbroken_one(small_config, tmp_path, monkeypatch):
     train.train(small_config, tmp_path / "unbroken")
 
