@@ -133,7 +133,7 @@ class AttentiveReader(nn.Module):
       sequence_epsilon: added to the variance of sequence-wise input statistics.
       axis_name: mapped axis over which batches are pooled for their statistics.
       implementation: of the recurrence; see `LSTM`.
-      dtype: dtype of the operands of products with kernels; logits are float32 or wider.
+      dtype: dtype of the operands of matrix products; logits are float32 or wider.
       param_dtype: dtype of the parameters.
     """
 

@@ -107,7 +107,8 @@ class BatchNorm(Normalized):
 
     Unlike `flax.linen.BatchNorm` it takes statistics in two passes, and its population statistics
     can be re-estimated by `bnlstm_jax.population`. Parameter `scale [F]`; statistics `mean` and
-    `var`, each `[F]`.
+    `var`, each `[F]`. Under batch statistics only first derivatives in reverse mode are defined;
+    the updated statistics have none.
     """
 
     @nn.compact

@@ -38,7 +38,7 @@ Normalizer = Callable[[str, Array], tuple[Array, Moments | None]]
 def product(x: Array, kernel: Array, dtype: Any = None) -> Array:
     """`x @ kernel` with operands in `dtype` (their common one if None), summed in float32 or wider.
 
-    Shapes `[..., D]` and `[D, F]` give `[..., F]`.
+    Shapes `[..., D]` and `[D, F]` give `[..., F]`; as with `jax.numpy.matmul` both may be stacked.
     """
     dtype = dtype or jnp.promote_types(x.dtype, kernel.dtype)
     return jnp.matmul(

@@ -27,8 +27,14 @@ Step = Callable[[Any, tuple[Array, ...], Array, Any, Any, Any], tuple[tuple[Arra
 
 def transpose(x: Array) -> Array:
     """`x.T`, to be an operand of a product."""
+    if x.dtype != jnp.bfloat16:
+        return x.T
+
     # XLA's bfloat16 product on CPU is fast with both operands in rows, and only then.
-    return with_layout_constraint(x.T, Layout((0, 1))) if x.dtype == jnp.bfloat16 else x.T
+    def in_rows(x: Array) -> Array:
+        return with_layout_constraint(x.T, Layout((0, 1)))
+
+    return jax.lax.platform_dependent(x, cpu=in_rows, default=jnp.transpose)
 
 
 def reference(
@@ -75,7 +81,7 @@ def xla(
     dtype: Any = None,
     unroll: int = 1,
 ) -> tuple[tuple[Array, ...], tuple[Array, Any]]:
-    """As `reference`. What the step kept has no gradient, nor has what the step closes over."""
+    """As `reference`. What was kept has no gradient, and the step must close over no tracers."""
 
     @jax.custom_vjp
     def run(kernel, params, carry, inputs, rest):

@@ -28,7 +28,7 @@ class Moments(NamedTuple):
 
     Attributes:
       mean, var: the mean and the biased variance.
-      count: how many rows count, at least one; None for all of an array that is not mapped.
+      count: how many rows count, at least one; None for all, where no axis is mapped.
     """
 
     mean: Array
@@ -75,9 +75,9 @@ def batch_moments(
         pooled too.
     """
     values = jax.lax.stop_gradient(_counted(x, where))
-    # Measured from a row that counts, a batch loses no digits to its distance from zero, and the
-    # mean of equal rows is exactly each of them: such is the first recurrent term, the same in all
-    # examples.
+    # Measured from a row that counts, the variance loses no digits to the batch's distance from
+    # zero, and the mean of equal rows is exactly each of them: such is the first recurrent term,
+    # the same in all examples.
     origin = _first_row(values, axis, where)
     if axis_name is not None:
         origin = jax.lax.pmean(origin, axis_name)
@@ -112,7 +112,7 @@ def batch_normalize(
     Gradients flow through the moments as functions of `x`. They are written out below, because the
     well-known short form needs two sums where automatic differentiation of the two passes needs
     several, and because moments can be kept where the values are computed anew. Only reverse-mode
-    differentiation is defined.
+    differentiation is defined, and only once.
 
     Args:
       x, where, axis, axis_name: as for `batch_moments`.
@@ -190,6 +190,19 @@ def _forward(x, scale, where, moments, epsilon, axis, axis_name):
     )
 
 
+@jax.custom_vjp
+def _last_derivative(x: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Refuses to be differentiated: the moments behind it would count as constants."""
+    return x
+
+
+def _refuse(x):
+    raise NotImplementedError("second derivatives of batch normalisation are not defined")
+
+
+_last_derivative.defvjp(_refuse, lambda residuals, gradients: (gradients,))
+
+
 def _backward(epsilon, axis, axis_name, residuals, by_y):
     x, scale, where, moments = residuals
     inverse = jax.lax.rsqrt(moments.var + epsilon)
@@ -205,7 +218,8 @@ def _backward(epsilon, axis, axis_name, residuals, by_y):
     by_x = scale * inverse * by_x
     if where is not None:
         by_x = jnp.where(where, by_x, 0)
-    return by_x.astype(x.dtype), gradient, None, None
+    by_x, gradient = _last_derivative((by_x.astype(x.dtype), gradient))
+    return by_x, gradient, None, None
 
 
 batch_normalize.defvjp(_forward, _backward)

@@ -28,7 +28,7 @@ from bnlstm_jax.normalization import Moments, Statistics, statistics_dtype
 
 # Inputs of up to so many features are multiplied by their kernel in every step, forward and again
 # backward: on CPU that takes less time than to write their product `[time, batch, 4H]` to memory
-# and read it, and it halves the memory of a training step. See docs/speed.md.
+# and read it, and it halves the memory of a training step. Other devices are not measured yet.
 SMALL_INPUT = 256
 
 
@@ -61,8 +61,9 @@ class RecurrentLayer(LSTMParameters):
       reverse: run from the last valid step of each sequence to its first.
       keep_order: with `reverse`, return outputs in the order of the inputs.
       unroll: time steps per iteration of the compiled loop.
-      implementation: `xla`, or `reference`, a plain scan that takes more time and memory, and under
-        running statistics or without any is differentiable forward too.
+      implementation: `xla`, or `reference`, a plain scan that takes more time and memory to
+        differentiate. `xla` is differentiated in reverse mode only, and in a mapped function with
+        an `axis_name`: `vmap(grad(...))`. Running statistics always take the plain scan.
     """
 
     vocab_size: int | None = None
@@ -72,11 +73,6 @@ class RecurrentLayer(LSTMParameters):
     keep_order: bool = False
     unroll: int = 1
     implementation: str = "xla"
-
-    # What BNLSTM makes fields of.
-    max_steps = None
-    input_statistics = "per_step"
-    mask_statistics = True
 
     @nn.compact
     def __call__(
@@ -135,6 +131,7 @@ class RecurrentLayer(LSTMParameters):
         if reverse:
             inputs = flip_sequences(inputs, seq_lengths)
         if self.vocab_size is None:
+            inputs = inputs.astype(jnp.promote_types(inputs.dtype, jnp.bfloat16))  # no integers
             steps, batch, input_size = inputs.shape
         else:
             steps, batch, input_size = *inputs.shape, self.vocab_size
@@ -174,7 +171,7 @@ class RecurrentLayer(LSTMParameters):
         # time steps at once, any other in its step.
         whole = "input" in self.normalize and self.input_statistics == "sequence"
         of_input = None
-        if whole or (symbols is None and input_size > SMALL_INPUT):
+        if whole or input_size > SMALL_INPUT:
             inputs = self.input_term(kernels, inputs, symbols)  # [T, B, 4H]
         else:
             params["input_kernel"] = kernels["input_kernel"].astype(state)
@@ -200,7 +197,8 @@ class RecurrentLayer(LSTMParameters):
 
             return lstm_step(params, carry, recurrent_term, inputs, normalize, valid)
 
-        run = reference if use_running_average else IMPLEMENTATIONS[self.implementation]
+        given = self.normalize and use_running_average
+        run = reference if given else IMPLEMENTATIONS[self.implementation]
         carry, (outputs, moments) = run(
             step,
             kernels["recurrent_kernel"],
@@ -282,7 +280,8 @@ class BNLSTM(BNLSTMParameters, RecurrentLayer):
     `{input,recurrent,cell}_{mean,var}`, each `[max_steps, F]`. Training moves them towards those
     of the batch; `bnlstm_jax.population` estimates them anew. Inference goes on past `max_steps`
     with the last row. In a reversed layer the rows follow the recurrence, not the inputs. Under
-    batch statistics only reverse-mode differentiation (`jax.grad`, `jax.vjp`) is defined.
+    batch statistics only first derivatives in reverse mode (`jax.grad`, `jax.vjp`) are defined; the
+    updated statistics have none.
 
     Attributes:
       max_steps: number of time steps with statistics of their own; those of later steps are not

@@ -19,7 +19,7 @@ def base_config() -> ConfigDict:
     config.data_dir = "data"
     config.batch_size = 100
     config.num_updates = 100_000
-    config.updates_per_call = 1  # of the device, where nothing is due between them
+    config.updates_per_call = 1  # in one call of the device, if nothing is due between them
 
     config.model = ConfigDict()
     config.model.kind = "bn_lstm"  # or lstm; several with commas: trains and compares them
@@ -43,7 +43,7 @@ def base_config() -> ConfigDict:
     config.checkpoint_every = 500
     config.eval_batch_size = 1000  # with population statistics
     # Whole batches, over whose statistics is averaged. Make it smaller where memory is: 5,000
-    # examples of 784 steps and 100 units hold a `[784, 5000, 400]` float32 array, 6.3 GB.
+    # examples of 784 steps and 100 units have float32 hidden states of 1.6 GB.
     config.population_batch_size = 5000
     config.population_batches = 0  # at most so many; 0: one pass of the training data
     # What a batch says of time steps that it does not reach: skip (nothing), or repeat its last.
@@ -95,6 +95,12 @@ def check(config: ConfigDict) -> None:
     for name, bound in highest.items():
         if flat[name] > bound:
             raise UserError(f"config.{name} is {flat[name]}: it must be at most {bound}")
+    for name in ("log_every", "eval_every", "checkpoint_every"):
+        if config.updates_per_call > flat[name]:
+            raise UserError(
+                f"config.updates_per_call is {config.updates_per_call}: it must be at most "
+                f"config.{name}, which is {flat[name]}"
+            )
     model_kinds(config)
     one_of("config.model.dtype", config.model.dtype, ("float32", "bfloat16"))
     one_of("config.model.implementation", config.model.implementation, tuple(IMPLEMENTATIONS))

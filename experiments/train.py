@@ -72,7 +72,7 @@ def variables_of(state: TrainState) -> dict[str, Any]:
 def make_train_step(task: tasks.Task, noise: jax.Array):
     """One update: gradient of the mean loss, optimiser, running statistics, metrics.
 
-    What it returns takes several batches too, of equal shapes, for as many updates.
+    What it returns takes several batches too, of equal shapes, for as many updates in one call.
     """
 
     def update(state: TrainState, batch: tasks.Batch) -> TrainState:
@@ -98,11 +98,20 @@ def make_train_step(task: tasks.Task, noise: jax.Array):
         )
 
     @functools.partial(jax.jit, donate_argnums=0)
+    def several(state: TrainState, shared: tasks.Batch, own: list[tasks.Batch]) -> TrainState:
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *own)
+        return jax.lax.scan(lambda s, b: (update(s, {**shared, **b}), None), state, stacked)[0]
+
+    one = jax.jit(update, donate_argnums=0)
+
     def train_step(state: TrainState, *batches: tasks.Batch) -> TrainState:
-        if len(batches) == 1:
-            return update(state, *batches)
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
-        return jax.lax.scan(lambda state, batch: (update(state, batch), None), state, stacked)[0]
+        first, *others = batches
+        if not others:
+            return one(state, first)
+        # A text that all batches are cut from is not to be copied for each.
+        shared = {k: v for k, v in first.items() if all(b[k] is v for b in others)}
+        own = [{k: v for k, v in batch.items() if k not in shared} for batch in batches]
+        return several(state, shared, own)
 
     return train_step
 

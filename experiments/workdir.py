@@ -190,7 +190,7 @@ def open_workdir(config: ConfigDict, workdir: Path, record: dict[str, Any]) -> N
     start = {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": current_commit(),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "devices": [device.device_kind for device in jax.devices()],
@@ -221,7 +221,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:70]}... ({len(value)} in all)"
 
 
-def _commit() -> str | None:
+def current_commit() -> str | None:
     """The commit of the code, with a + if files differ from it; None outside a repository."""
     folder = Path(__file__).parent
 

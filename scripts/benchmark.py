@@ -20,7 +20,6 @@ import functools
 import itertools
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -95,16 +94,6 @@ def check_names(flag: str, given: list[str], known: Iterable[str]) -> None:
     for name in given:
         if name not in known:
             raise UserError(errors.unknown_name(f"--{flag}", name, known))
-
-
-def check_output(path: Path) -> None:
-    """Refuses a file that cannot be written."""
-    if path.is_dir():
-        raise UserError(f"--output={path} cannot be written: it is a folder")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise UserError(f"--output={path} cannot be written: {error.strerror}") from error
 
 
 def find_device(kind: str | None) -> jax.Device:
@@ -338,7 +327,7 @@ def main(_: list[str]) -> None:
     for flag, known in (("sizes", SIZES), ("dtypes", DTYPES), ("passes", PASSES)):
         check_names(flag, getattr(given, flag), known)
     output = Path(given.output)
-    check_output(output)
+    timing.check_output(output)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves PyTorch of the GPU
     jax.config.update("jax_enable_compilation_cache", False)  # for times of compiling
     device = find_device(given.device)

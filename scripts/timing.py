@@ -1,11 +1,11 @@
-"""How the benchmarks time programs against each other, and write the times."""
+"""How benchmarks time programs against each other, and what they write with the times."""
 
 import datetime
 import importlib.metadata
 import os
 import platform
 import statistics
-import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments import metrics
+from experiments import metrics, workdir
+from experiments.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "numpy")
 
@@ -50,6 +51,16 @@ def spread(seconds: list[float], unit: float = 1e-3) -> tuple[str, str]:
     return f"{middle:.1f}", f"{low:.1f} to {high:.1f}"
 
 
+def check_output(path: Path) -> None:
+    """Refuses a file that cannot be written."""
+    if path.is_dir():
+        raise UserError(f"--output={path} cannot be written: it is a folder")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"--output={path} cannot be written: {error.strerror}") from error
+
+
 def circumstances(device: jax.Device) -> dict[str, Any]:
     """On what, with what and when all is measured."""
 
@@ -64,16 +75,6 @@ def circumstances(device: jax.Device) -> dict[str, Any]:
     except OSError:
         lines = []
     processors = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
     return {
         "machine": {
             "device": device.device_kind,
@@ -82,6 +83,6 @@ def circumstances(device: jax.Device) -> dict[str, Any]:
             "processor": processors[0] if processors else None,
         },
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
-        "commit": commit,
+        "commit": workdir.current_commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -17,7 +17,7 @@ from bnlstm_jax.normalization import (
 EPSILON = 1e-5
 
 
-def batch_standardize(x, where, epsilon, axis=(-2,), axis_name=None, scale=None):
+def by_own_moments(x, where, epsilon, axis=(-2,), axis_name=None, scale=None):
     """The values normalised by their own moments, and the statistics."""
     scale = jnp.ones(x.shape[-1]) if scale is None else scale
     moments = batch_moments(x, where, axis, axis_name)
@@ -47,7 +47,7 @@ def test_gradient_is_that_of_automatic_differentiation(axis, masked):
         weights, scale = jnp.asarray(random.normal(size=x.shape)), jnp.asarray([0.5, 2, -1, 0.1])
 
         def by_hand(x, scale):
-            return jnp.vdot(weights, batch_standardize(x, where, EPSILON, axis, None, scale)[0])
+            return jnp.vdot(weights, by_own_moments(x, where, EPSILON, axis, None, scale)[0])
 
         def automatic(x, scale):
             return jnp.vdot(weights, scale * two_passes(x, where, EPSILON, axis)[0])
@@ -77,7 +77,7 @@ def test_shards_pool_their_rows_and_gradients(masked):
         where = jnp.asarray([[1, 0, 0, 0], [1, 1, 0, 1]], bool)[..., None] if masked else None
 
         def value(x, scale, where, weights, axis_name=None):
-            outputs = batch_standardize(x, where, EPSILON, (-2,), axis_name, scale)
+            outputs = by_own_moments(x, where, EPSILON, (-2,), axis_name, scale)
             return jnp.vdot(weights, outputs[0]), outputs[1]
 
         def sharded(x, scale):
@@ -103,7 +103,7 @@ def test_shards_pool_their_rows_and_gradients(masked):
 def test_gradient_against_finite_differences():
     with jax.enable_x64(True):
         x = jnp.asarray(np.random.default_rng(1).normal(size=(6, 3)))
-        check_grads(lambda x: batch_standardize(x, None, EPSILON)[0], (x,), order=1, modes=["rev"])
+        check_grads(lambda x: by_own_moments(x, None, EPSILON)[0], (x,), order=1, modes=["rev"])
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -111,7 +111,7 @@ def test_statistics_are_accurate_far_from_zero(masked):
     # Mean 1e4, deviation 1e-2: the square of the mean leaves float32 no digit for the variance.
     x = np.random.default_rng(0).normal(1e4, 1e-2, size=(64, 8)).astype(np.float32)
     where = jnp.arange(64)[:, None] > 2 if masked else None  # the first rows do not count
-    _, statistics = batch_standardize(jnp.asarray(x), where, EPSILON)
+    _, statistics = by_own_moments(jnp.asarray(x), where, EPSILON)
     x = x[3:] if masked else x
     exact = x.astype(np.float64)
     np.testing.assert_allclose(statistics.mean, exact.mean(0), rtol=1e-7)
@@ -123,7 +123,7 @@ def test_statistics_are_accurate_far_from_zero(masked):
 @pytest.mark.parametrize("value", [0.0, 0.1, -3.7e4])
 def test_equal_rows_are_standardised_to_exactly_zero(value):
     x = jnp.full((100, 7), value, jnp.float32)
-    standardized, statistics = batch_standardize(x, None, EPSILON)
+    standardized, statistics = by_own_moments(x, None, EPSILON)
     assert np.all(standardized == 0)
     assert np.all(statistics.mean == jnp.float32(value)) and np.all(statistics.var == 0)
 
@@ -131,8 +131,8 @@ def test_equal_rows_are_standardised_to_exactly_zero(value):
 def test_a_single_row_and_no_row_stay_finite():
     x = jnp.asarray(np.random.default_rng(2).normal(size=(1, 4)), jnp.float32)
     for where in (None, jnp.zeros((1, 1), bool)):
-        outputs = batch_standardize(x, where, EPSILON)
-        gradient = jax.grad(lambda x, w=where: batch_standardize(x, w, EPSILON)[0].sum())(x)
+        outputs = by_own_moments(x, where, EPSILON)
+        gradient = jax.grad(lambda x, w=where: by_own_moments(x, w, EPSILON)[0].sum())(x)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((outputs, gradient)))
         assert np.all(outputs[1].var == 0)
 
@@ -140,16 +140,16 @@ def test_a_single_row_and_no_row_stay_finite():
 def test_rows_that_do_not_count_have_no_influence():
     x = jnp.asarray(np.random.default_rng(3).normal(size=(5, 4)), jnp.float32)
     where = jnp.asarray([True, True, False, True, False])[:, None]
-    outputs = batch_standardize(x, where, EPSILON)
-    changed = batch_standardize(jnp.where(where, x, jnp.inf), where, EPSILON)
+    outputs = by_own_moments(x, where, EPSILON)
+    changed = by_own_moments(jnp.where(where, x, jnp.inf), where, EPSILON)
     for a, b in zip(jax.tree.leaves(outputs), jax.tree.leaves(changed), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_half_precision_input_has_float32_statistics():
     x = jnp.asarray(np.random.default_rng(4).normal(size=(32, 4)), jnp.bfloat16)
-    standardized, statistics = batch_standardize(x, None, EPSILON)
-    gradient = jax.grad(lambda x: batch_standardize(x, None, EPSILON)[0].sum())(x)
+    standardized, statistics = by_own_moments(x, None, EPSILON)
+    gradient = jax.grad(lambda x: by_own_moments(x, None, EPSILON)[0].sum())(x)
     assert {standardized.dtype, statistics.mean.dtype, statistics.var.dtype} == {jnp.float32.dtype}
     assert gradient.dtype == jnp.bfloat16
     exact = np.asarray(x, np.float64)
@@ -163,3 +163,11 @@ def test_running_average_moves_only_where_it_may():
     mean, var = running_average(running, batch, 0.9, where)
     np.testing.assert_allclose(mean, [[1, 1], [0, 0], [1, 1]], rtol=1e-6)
     np.testing.assert_allclose(var, [[1.4, 1.4], [1, 1], [1.4, 1.4]], rtol=1e-6)
+
+
+def test_second_derivatives_are_refused():
+    def slope(x):
+        return jax.grad(lambda x: jnp.sum(by_own_moments(x, None, EPSILON)[0] ** 3))(x).sum()
+
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        jax.grad(slope)(jnp.arange(6.0).reshape(3, 2))
