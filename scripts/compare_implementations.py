@@ -101,7 +101,7 @@ def draw(found: dict[str, list[float]], title: str) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("matplotlib is not installed: pip install matplotlib") from error
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     figure.suptitle(title, fontsize="medium")
     left, right = figure.subplots(1, 2, sharex=True)
     styles = zip(("tab:gray", "tab:green", "tab:blue", "tab:orange"), (2.5, 1, 1, 1), strict=True)
@@ -114,7 +114,7 @@ def draw(found: dict[str, list[float]], title: str) -> Any:
             right.plot(updates, positive, color=color, linewidth=0.8, label=name)
     left.set(xlabel="update", ylabel="training loss of the batch (nats)")
     right.set(xlabel="update", ylabel="difference from the reference", yscale="log")
-    left.legend(fontsize="small")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
