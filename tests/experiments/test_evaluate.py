@@ -12,12 +12,13 @@ NOISE = jax.random.key(0)
 @pytest.fixture
 def task_and_variables(small_config):
     small_config.model.momentum = 0.0  # the running average is the last batch's statistics
+    small_config.model.initial_scale = 1.0  # by which statistics tell more in the loss
     task = tasks.load(small_config)
     state = train.create_state(task, small_config)
-    step = train.make_train_step(task, NOISE)
-    for update in range(200):  # so that statistics differ enough to tell them by the loss
-        state = step(state, task.train_batch(update))
-    return task, train.variables_of(state)
+    variables = train.variables_of(train.make_train_step(task, NOISE)(state, task.train_batch(0)))
+    readout = variables["params"]["readout"]
+    readout = {**readout, "kernel": 10 * readout["kernel"]}
+    return task, {**variables, "params": {**variables["params"], "readout": readout}}
 
 
 def by_hand(task, variables, images, labels, running):
@@ -71,9 +72,9 @@ def test_every_way_of_evaluation_uses_its_own_statistics(task_and_variables, sma
             1
         ].mean(),
     }
-    assert np.diff(sorted(wanted.values())).min() > 1e-3  # ten times what is told apart here
+    assert np.diff(sorted(wanted.values())).min() > 0.01
     for way, loss in wanted.items():
-        np.testing.assert_allclose(losses[way], loss, rtol=4e-5, err_msg=way)
+        np.testing.assert_allclose(losses[way], loss, rtol=1e-4, err_msg=way)
 
 
 def test_an_lstm_is_evaluated_once(small_config):
