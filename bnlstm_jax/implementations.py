@@ -52,7 +52,7 @@ def reference(
     Args:
       step: one step; see `Step`.
       kernel: the recurrent kernel `[H, F]`.
-      params: what else the step has gradients for, in the dtype of statistics but for kernels.
+      params: what else the step has gradients for, in the dtype of statistics.
       carry: the initial carry, arrays `[batch, H]`, the hidden state last.
       inputs: arrays `[time, batch, ...]` with a gradient, or None.
       rest: those without.

@@ -182,12 +182,8 @@ def _row_product(weights: Array, x: Array) -> Array:
 
 
 def _forward(x, scale, where, moments, epsilon, axis, axis_name):
-    return batch_normalize(x, scale, where, moments, epsilon, axis, axis_name), (
-        x,
-        scale,
-        where,
-        moments,
-    )
+    y = batch_normalize(x, scale, where, moments, epsilon, axis, axis_name)
+    return y, (x, scale, where, moments)
 
 
 @jax.custom_vjp

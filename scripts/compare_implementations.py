@@ -22,8 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from experiments import config as configs
 from experiments import errors, metrics, tasks, train, workdir
 from experiments.errors import UserError
-from scripts import timing
-from scripts.plot_statistics import save
+from scripts import pictures, timing
 
 # By name: what of the config is changed, and whether initial parameters are.
 RUNS: dict[str, tuple[dict[str, str], bool]] = {
@@ -97,12 +96,7 @@ def table(found: dict[str, list[float]]) -> str:
 
 def draw(found: dict[str, list[float]], title: str) -> Any:
     """A figure of losses, and of their differences from the reference's."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("matplotlib is not installed: pip install matplotlib") from error
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    figure.suptitle(title, fontsize="medium")
+    figure = pictures.new_figure(title, 9, 4.2)
     left, right = figure.subplots(1, 2, sharex=True)
     styles = zip(("tab:gray", "tab:green", "tab:blue", "tab:orange"), (2.5, 1, 1, 1), strict=True)
     apart = differences(found)
@@ -116,8 +110,7 @@ def draw(found: dict[str, list[float]], title: str) -> Any:
     right.set(xlabel="update", ylabel="difference from the reference", yscale="log")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        pictures.tidy(axes)
     return figure
 
 
@@ -136,7 +129,7 @@ def main(_: list[str]) -> None:
     record = timing.circumstances(jax.devices()[0]) | {"config": title, "losses": found}
     workdir.write_json(output, record)
     picture = output.with_suffix(".png")
-    save(draw(found, title), picture)
+    pictures.save(draw(found, title), picture)
     print(f"Losses: {output}\nPicture: {picture}")
 
 

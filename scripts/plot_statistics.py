@@ -20,6 +20,7 @@ from experiments.checkpoints import read_best
 from experiments.compare import LABELS
 from experiments.errors import UserError
 from experiments.metrics import STATISTICS
+from scripts import pictures
 
 PICTURE_NAME = "population_statistics.png"
 TERMS = {"recurrent": "recurrent term $h_{t-1} W_h$", "cell": "cell $c_t$"}
@@ -60,15 +61,10 @@ def draw_statistics(
     Raises:
       UserError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("matplotlib is not installed: pip install matplotlib") from error
-
     terms = [term for term in TERMS if f"{term}_mean" in statistics]
-    figure = Figure(figsize=(4.5 * len(terms), 6), layout="constrained")
-    figure.suptitle(title, fontsize="medium")
+    figure = pictures.new_figure(title, 4.5 * len(terms), 6)
+    from matplotlib import colormaps
+
     panels = figure.subplots(len(MOMENTS), len(terms), sharex=True, squeeze=False)
     for column, term in zip(panels.T, terms, strict=True):
         column[0].set_title(TERMS[term], fontsize="medium")
@@ -81,24 +77,9 @@ def draw_statistics(
             axes.set_prop_cycle(color=colors)
             axes.plot(values[:steps, chosen], linewidth=0.7)
             axes.set_ylabel(label)
-            axes.grid(alpha=0.3)
-            axes.spines[["top", "right"]].set_visible(False)
+            pictures.tidy(axes)
         column[-1].set_ylim(0, None)  # of the variance
     return figure
-
-
-def save(figure: Any, picture: Path) -> None:
-    """Writes a figure, in the format of the file's ending, whole or not at all.
-
-    Raises:
-      UserError: it cannot be written there, or not so.
-    """
-    try:
-        with workdir.replacing(picture) as temporary:
-            figure.savefig(temporary, format=picture.suffix[1:], dpi=150)
-    except (OSError, ValueError) as error:  # ValueError: an unknown ending
-        problem = getattr(error, "strerror", None) or error
-        raise UserError(f"--output={picture} cannot be written: {problem}") from error
 
 
 def main(_: list[str]) -> None:
@@ -121,7 +102,7 @@ def main(_: list[str]) -> None:
         title += f", {layer} of {len(layers)} layers"
     figure = draw_statistics(statistics, given.units, given.steps, f"{title}\n{STATISTICS[which]}")
     picture = Path(given.output or folder / PICTURE_NAME)
-    save(figure, picture)
+    pictures.save(figure, picture)
     print(f"{STATISTICS[which].capitalize()}, of update {update:,}: {picture}")
 
 

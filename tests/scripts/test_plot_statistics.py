@@ -11,7 +11,7 @@ from configs import digits
 from experiments import train
 from experiments.checkpoints import read_best
 from experiments.errors import UserError
-from scripts import plot_statistics
+from scripts import pictures, plot_statistics
 
 PNG = b"\x89PNG"
 
@@ -20,7 +20,7 @@ PNG = b"\x89PNG"
 def draw(monkeypatch, capsys):
     """Runs the command in this process; the figure, and what was printed."""
     figures = []
-    save = plot_statistics.save
+    save = pictures.save
 
     def kept(figure, picture):
         figures.append(figure)
@@ -30,7 +30,7 @@ def draw(monkeypatch, capsys):
         given = {"output": None, "units": 30, "steps": None} | given
         flags = SimpleNamespace(workdir=str(folder), **given)
         monkeypatch.setattr(plot_statistics.flags, "FLAGS", flags)
-        monkeypatch.setattr(plot_statistics, "save", kept)
+        monkeypatch.setattr(pictures, "save", kept)
         plot_statistics.main([])
         return figures[-1], capsys.readouterr().out
 
