@@ -225,7 +225,10 @@ class AttentiveReader(nn.Module):
         valid = padding_mask(passage_lengths, passages.shape[1])  # [B, T, 1]
         counted = valid
         if not self.mask_statistics:
-            longest = jnp.full_like(passage_lengths, jnp.max(passage_lengths))
+            longest = jnp.max(passage_lengths)
+            if self.axis_name is not None and not self.is_initializing():
+                longest = jax.lax.pmax(longest, self.axis_name)
+            longest = jnp.full_like(passage_lengths, longest)
             counted = padding_mask(longest + 1, passages.shape[1])
         init = square if size == self.features else fan_uniform
         m = term("passage", y, init, counted) + bias("attention_bias")

@@ -79,22 +79,28 @@ def batch_moments(
     # zero, and the mean of equal rows is exactly each of them: such is the first recurrent term,
     # the same in all examples.
     origin = _first_row(values, axis, where)
-    if axis_name is not None:
-        origin = jax.lax.pmean(origin, axis_name)
-
-    def total(x: Array) -> Array:
-        total = _total(x, axis, where)
-        return total if axis_name is None else jax.lax.psum(total, axis_name)
-
     count = None
-    if where is not None or axis_name is not None:
-        ones = jnp.ones_like(values[..., :1]) if where is None else where.astype(values.dtype)
-        count = jnp.maximum(total(ones), 1)
+    if where is not None:
+        count = jnp.maximum(_total(where.astype(values.dtype), axis), 1)
     rows = _rows(x, axis) if count is None else count
     values = values - origin
-    offset = total(values) / rows
-    var = total(jnp.square(values - offset)) / rows
-    return Moments(origin + offset, var, count)
+    offset = _total(values, axis, where) / rows
+    squares = _total(jnp.square(values - offset), axis, where)
+    if axis_name is None:
+        return Moments(origin + offset, squares / rows, count)
+
+    # Pooled in two exchanges: of means, and of deviations from their mean. The latter tell how far
+    # rounding has put it off, too, so that equal rows still have exactly their mean.
+    if where is None:
+        count = jnp.asarray(rows * jax.lax.psum(1, axis_name), values.dtype)
+    else:
+        rows = _total(where.astype(values.dtype), axis)
+        count = jnp.maximum(jax.lax.psum(rows, axis_name), 1)
+    center = jax.lax.psum(rows * (origin + offset), axis_name) / count
+    deviation = origin + offset - center
+    sums = jnp.concatenate([rows * deviation, squares + rows * jnp.square(deviation)], axis[-1])
+    error, var = jnp.split(jax.lax.psum(sums, axis_name) / count, 2, axis[-1])
+    return Moments(center + error, jnp.maximum(var - jnp.square(error), 0), count)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -207,7 +213,8 @@ def _backward(epsilon, axis, axis_name, residuals, by_y):
     by_scale = inverse * _total(by_y * deviation, axis)
     gradient = by_scale.reshape(-1, scale.shape[-1]).sum(0).astype(scale.dtype)
     if axis_name is not None:  # every shard's moments depend on every shard's rows
-        by_shift, by_scale = jax.lax.psum((by_shift, by_scale), axis_name)
+        sums = jax.lax.psum(jnp.concatenate([by_shift, by_scale], axis[-1]), axis_name)
+        by_shift, by_scale = jnp.split(sums, 2, axis[-1])
     count = _rows(x, axis) if moments.count is None else moments.count
     # A row that counts moves the mean by 1 / count and the variance by 2 (x - mean) / count.
     by_x = by_y - by_shift / count - deviation * (inverse * by_scale / count)

@@ -6,7 +6,7 @@ averaged with equal weight, for each time step.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -24,6 +24,8 @@ def estimate_population_statistics(
     *,
     rngs: dict[str, jax.Array] | None = None,
     late_steps: str = "skip",
+    inputs: Callable[[Any], tuple] | None = None,
+    transform: Callable[[Callable], Callable] = jax.jit,
     **kwargs: Any,
 ) -> dict[str, Any]:
     """The collection `batch_stats` of `model`, re-estimated from `batches` of training data.
@@ -32,13 +34,15 @@ def estimate_population_statistics(
         y = model.apply({**variables, "batch_stats": stats}, x, use_running_average=True)
 
     Args:
-      model: a module with BNLSTM or BatchNorm layers in it, anywhere, each called once. One with
-        an `axis_name` is to be cloned without.
+      model: a module with BNLSTM or BatchNorm layers in it, anywhere, each called once.
       variables: its variables, with the parameters that the statistics are to describe.
       batches: training data; each is the argument of a call of the model, or a tuple of them.
       rngs: keys for the model's random streams, folded with the number of the batch.
       late_steps: what a batch of shorter sequences says of time steps that it does not reach:
         `skip`, nothing; or `repeat`, the statistics of its last step, as in the released reader.
+      inputs: maps a batch to the model's arguments, where it is no argument or tuple of them.
+      transform: compiles a function of variables, the number of a batch, and the batch. For a model
+        with an `axis_name`, it also maps that axis.
       **kwargs: what makes the model use batch statistics, such as `use_running_average=False`.
 
     Returns:
@@ -51,9 +55,12 @@ def estimate_population_statistics(
     if late_steps not in ("skip", "repeat"):
         raise ValueError(f"late_steps is {late_steps!r}; it is 'skip' or 'repeat'")
 
-    @jax.jit
-    def weighted_statistics(variables: Any, index: int, arguments: tuple) -> Any:
+    def weighted_statistics(variables: Any, index: int, batch: Any) -> Any:
         """Statistics of a batch, zero where no row is behind them, and ones where some is."""
+        if inputs is not None:
+            arguments = inputs(batch)
+        else:
+            arguments = batch if isinstance(batch, tuple) else (batch,)
         keys = {name: jax.random.fold_in(key, index) for name, key in (rngs or {}).items()}
         mutable = ["batch_stats", CURRENT_BATCH_STATS]
         _, updated = model.apply(variables, *arguments, rngs=keys, mutable=mutable, **kwargs)
@@ -69,10 +76,10 @@ def estimate_population_statistics(
                 weighted[path] = jnp.where(reached, value, 0), reached.astype(value.dtype)
         return weighted
 
+    compiled = transform(weighted_statistics)
     totals: dict[tuple[str, ...], Any] = {}
     for index, batch in enumerate(batches):
-        arguments = batch if isinstance(batch, tuple) else (batch,)
-        weighted = weighted_statistics(variables, index, arguments)
+        weighted = compiled(variables, index, batch)
         totals = jax.tree.map(jnp.add, totals, weighted) if totals else weighted
     if not totals:
         raise ValueError(

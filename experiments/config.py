@@ -1,5 +1,7 @@
 """The config fields that every experiment shares, and what is asked of their values."""
 
+import math
+
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
@@ -9,6 +11,7 @@ from experiments.errors import UserError, unknown_name
 
 MODEL_KINDS = ("lstm", "bn_lstm")
 READER_KINDS = tuple(FORMS)  # answer questions
+MAX_SEED = 2**32 - 1  # JAX takes no more bits of it
 
 
 def base_config() -> ConfigDict:
@@ -36,6 +39,12 @@ def base_config() -> ConfigDict:
     config.optimizer.decay = 0.9  # of RMSProp's mean square
     config.optimizer.clip_norm = 1.0  # global norm of the whole gradient
     config.optimizer.clip_rule = "norm"  # or released_reader: see experiments/optimizers.py
+
+    # Data parallelism; see docs/parallel.md.
+    config.parallel = ConfigDict()
+    config.parallel.devices = 1  # of each process, which share a batch; 0: all it has
+    # Devices that take batch statistics together: 0: all, over the whole batch; 1: each its own.
+    config.parallel.statistics_devices = 0
 
     # In updates. Validation uses batch statistics, and selects the best checkpoint.
     config.log_every = 50
@@ -81,6 +90,8 @@ def check(config: ConfigDict) -> None:
         "eval_batch_size": 1,
         "population_batch_size": 1,
         "population_batches": 0,
+        "parallel.devices": 0,
+        "parallel.statistics_devices": 0,
         "model.features": 1,
         "model.max_steps": 0,
         "model.momentum": 0,
@@ -88,13 +99,21 @@ def check(config: ConfigDict) -> None:
         "optimizer.decay": 0,
         "optimizer.clip_norm": 0,
     }
-    highest = {"model.momentum": 1, "optimizer.decay": 1}
+    highest = {"seed": MAX_SEED, "model.momentum": 1, "optimizer.decay": 1}
     flat = flatten_dict(config.to_dict(), sep=".")
+    for name, value in flatten_dict(base_config().to_dict(), sep=".").items():
+        # The command line sees to types; a run's config.json may say anything.
+        kinds = (int, float) if isinstance(value, float) else type(value)
+        if not isinstance(flat.get(name), kinds):
+            given = repr(flat[name]) if name in flat else "missing"
+            raise UserError(f"config.{name} is {given}: it must be of type {type(value).__name__}")
     for name, bound in lowest.items():
         at_least(f"config.{name}", flat[name], bound)
     for name, bound in highest.items():
-        if flat[name] > bound:
-            raise UserError(f"config.{name} is {flat[name]}: it must be at most {bound}")
+        at_most(f"config.{name}", flat[name], bound)
+    for name in ("model.initial_scale", "optimizer.learning_rate"):
+        if not math.isfinite(flat[name]):
+            raise UserError(f"config.{name} is {flat[name]}: it must be a finite number")
     for name in ("log_every", "eval_every", "checkpoint_every"):
         if config.updates_per_call > flat[name]:
             raise UserError(
@@ -111,7 +130,7 @@ def check(config: ConfigDict) -> None:
 
 def words(field: tuple[str, ...]) -> tuple[str, ...]:
     """The words of a field: a tuple, or one string with commas, as the command line gives it."""
-    return tuple(word.strip() for part in field for word in part.split(",") if word.strip())
+    return tuple(word.strip() for part in field for word in str(part).split(",") if word.strip())
 
 
 def at_least(field: str, value: float, bound: float) -> None:
@@ -122,6 +141,16 @@ def at_least(field: str, value: float, bound: float) -> None:
     """
     if not value >= bound:  # which NaN is not
         raise UserError(f"{field} is {value}: it must be at least {bound}")
+
+
+def at_most(field: str, value: float, bound: float) -> None:
+    """Refuses a number above a bound.
+
+    Raises:
+      UserError: names the field and the bound.
+    """
+    if not value <= bound:
+        raise UserError(f"{field} is {value}: it must be at most {bound}")
 
 
 def one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:

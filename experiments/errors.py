@@ -13,6 +13,18 @@ class UserError(Exception):
     """A mistake the user can mend; its message is one line that says what to do."""
 
 
+class Stopped(Exception):
+    """A run was asked to stop by a signal; its message says how to go on.
+
+    Attributes:
+      status: exit status, as a shell gives it to a process that the signal ended.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.status = 128 + signal
+
+
 def unknown_name(field: str, name: str, known: Iterable[str]) -> str:
     """The message for a name that is not among those known, with the nearest one that is."""
     known = sorted(known)
@@ -29,9 +41,9 @@ def run(
     """Runs a command: absl's `app.run`, with user errors reported plainly.
 
     A `UserError`, or a flag that cannot be parsed, becomes one line `error: ...` on stderr and exit
-    status 2; an output that is closed, as by `head`, ends it quietly; any other exception keeps its
-    traceback. Warnings are logged, and more on request by `--verbosity`. `-h` means `--help`, which
-    absl alone does not know.
+    status 2; a run that was stopped tells how to go on; an output that is closed, as by `head`,
+    ends it quietly; any other exception keeps its traceback. Warnings are logged, and more on
+    request by `--verbosity`. `-h` means `--help`, which absl alone does not know.
 
     Args:
         main: Called with what `flags_parser` returns.
@@ -46,6 +58,9 @@ def run(
             except (UserError, flags.Error) as error:
                 print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
                 sys.exit(2)
+            except Stopped as stopped:
+                print(stopped, file=sys.stderr)
+                sys.exit(stopped.status)
             except KeyboardInterrupt:
                 print("stopped", file=sys.stderr)
                 sys.exit(130)

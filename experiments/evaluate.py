@@ -11,13 +11,14 @@ from ml_collections import ConfigDict
 
 from bnlstm_jax import estimate_population_statistics
 from experiments.metrics import describe, track
+from experiments.parallel import ONE_DEVICE, Parallel
 from experiments.tasks import Batch, Metrics, Reading, Task
 
 Variables = dict[str, Any]
 Evaluator = Callable[..., dict[str, float]]
 
 
-def make_evaluator(task: Task, noise: jax.Array) -> Evaluator:
+def make_evaluator(task: Task, noise: jax.Array, parallel: Parallel = ONE_DEVICE) -> Evaluator:
     """A function of variables, reading, split, batch size and `use_running_average`: averages.
 
     With a `title` it shows a progress bar. Every example counts the same, also those of a short
@@ -25,25 +26,32 @@ def make_evaluator(task: Task, noise: jax.Array) -> Evaluator:
     batch and the same in each evaluation.
     """
 
-    @jax.jit(static_argnames=("use_running_average", "continued"))
+    @jax.jit(static_argnames=("use_running_average", "continued", "split"))
     def run(
         variables: Variables,
-        batch: Batch,
         carry: Any,
         index: int,
+        batch: Batch,
         use_running_average: bool,
         continued: bool,
+        split: bool,
     ) -> tuple[Any, Metrics]:
-        outputs, _ = task.model.apply(
-            variables,
-            *task.inputs(batch, carry),
-            use_running_average=use_running_average,
-            rngs={"noise": jax.random.fold_in(noise, index)},
-            mutable=["batch_stats"],  # so that batch statistics may be taken; they are dropped
-            **({"return_carry": True} if continued else {}),
-        )
-        carry, outputs = outputs if continued else (None, outputs)
-        return carry, task.metrics(outputs, batch)
+        def on_device(
+            variables: Variables, carry: Any, index: int, batch: Batch
+        ) -> tuple[Any, Metrics]:
+            key = parallel.fold_in(jax.random.fold_in(noise, index), split)
+            outputs, _ = task.model.apply(
+                variables,
+                *task.inputs(batch, carry),
+                use_running_average=use_running_average,
+                rngs={"noise": key},
+                mutable=["batch_stats"],  # so that batch statistics may be taken; they are dropped
+                **({"return_carry": True} if continued else {}),
+            )
+            carry, outputs = outputs if continued else (None, outputs)
+            return carry, parallel.total(task.metrics(outputs, batch), split)
+
+        return parallel.run(on_device, split, task.shared)(variables, carry, index, batch)
 
     def evaluate(
         variables: Variables,
@@ -54,14 +62,16 @@ def make_evaluator(task: Task, noise: jax.Array) -> Evaluator:
         title: str | None = None,
     ) -> dict[str, float]:
         sums: dict[str, np.ndarray] = {}
-        batches = task.batches(split, batch_size, reading)
+        examples = task.num_examples(split, reading)
+        batches = task.batches(split, batch_size, reading, parallel.share)
         if title:
-            examples = task.num_examples(split, reading)
             batches = track(batches, title, math.ceil(examples / batch_size))
         carry = None
         for index, batch in enumerate(batches):
+            split_up = parallel.splits(min(batch_size, examples - index * batch_size))
+            batch = parallel.place(batch, split_up, task.shared)
             carry, metrics = run(
-                variables, batch, carry, index, use_running_average, reading.continued
+                variables, carry, index, batch, use_running_average, reading.continued, split_up
             )
             for name, sum_and_count in metrics.items():
                 sums[name] = sums.get(name, 0) + np.asarray(sum_and_count, np.float64)
@@ -71,23 +81,34 @@ def make_evaluator(task: Task, noise: jax.Array) -> Evaluator:
 
 
 def population_statistics(
-    task: Task, config: ConfigDict, variables: Variables, noise: jax.Array
+    task: Task,
+    config: ConfigDict,
+    variables: Variables,
+    noise: jax.Array,
+    parallel: Parallel = ONE_DEVICE,
 ) -> Variables:
     """The collection `batch_stats`, re-estimated over one pass of the training data.
 
     Whole batches of `config.population_batch_size` are averaged with equal weight, at most
     `config.population_batches` of them; what is left over after the last whole one is not used.
+    A batch is normalised as a whole, whatever share of it a device has.
     """
     size, reading = config.population_batch_size, task.readings[0]
-    whole = max(1, task.num_examples("train", reading) // size)
+    examples = task.num_examples("train", reading)
+    whole = max(1, examples // size)
     whole = min(whole, config.population_batches or whole)
-    batches = itertools.islice(task.batches("train", size, reading), whole)
+    parallel = parallel.in_one_group()
+    split = parallel.splits(min(size, examples))
+    batches = itertools.islice(task.batches("train", size, reading, parallel.share), whole)
+    batches = track(batches, "re-estimating population statistics", whole)
     return estimate_population_statistics(
         task.model,
         variables,
-        map(task.inputs, track(batches, "re-estimating population statistics", whole)),
+        (parallel.place(batch, split, task.shared) for batch in batches),
         rngs={"noise": noise},
         late_steps=config.population_late_steps,
+        inputs=task.inputs,
+        transform=lambda function: jax.jit(parallel.run(function, split, task.shared)),
         use_running_average=False,
     )
 

@@ -51,11 +51,15 @@ def check_max_steps(model: ConfigDict, steps: int, sequences: str) -> None:
 
 
 def recurrent_layer(
-    model: ConfigDict, sequence_length: int, vocab_size: int | None = None
+    model: ConfigDict,
+    sequence_length: int,
+    vocab_size: int | None = None,
+    axis_name: str | None = None,
 ) -> bnlstm_jax.LSTM | bnlstm_jax.BNLSTM:
     """The layer of `config.model`, for training sequences of `sequence_length` steps.
 
-    With `vocab_size` its inputs are symbols.
+    With `vocab_size` its inputs are symbols. `axis_name`: mapped axis over which batch statistics
+    are taken.
 
     Raises:
       UserError: a field won't do, or there are to be statistics of steps that no training sequence
@@ -78,6 +82,7 @@ def recurrent_layer(
         return bnlstm_jax.LSTM(**shared)
     return bnlstm_jax.BNLSTM(
         **shared,
+        axis_name=axis_name,
         max_steps=model.max_steps or sequence_length,
         normalize=words(model.normalize),
         input_statistics=model.input_statistics,

@@ -6,16 +6,18 @@
 Any field of the config can be set: --config.model.kind=lstm --config.batch_size=50
 """
 
+import contextlib
+import difflib
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from experiments import compare, config, errors, train, workdir
+from experiments import compare, config, errors, parallel, processes, train, workdir
 from experiments.errors import UserError, unknown_name
 
 _WORKDIR = flags.DEFINE_string(
@@ -26,6 +28,21 @@ _MODE = flags.DEFINE_enum(
 )
 _PROFILE = flags.DEFINE_boolean(
     "profile", False, "Say where the time of updates went, without that of compilation."
+)
+
+_DISTRIBUTED = flags.DEFINE_boolean(
+    "distributed", False, "Join the other processes of a TPU pod, a SLURM or an Open MPI job."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, to join processes started by hand."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of those processes.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this one among them, from 0.")
+_PEER_TIMEOUT = flags.DEFINE_float(
+    "peer_timeout",
+    60,
+    "Seconds to wait for other processes; one that is silent for so long ends the job.",
+    lower_bound=2,
 )
 
 DEFAULT_CONFIG = "configs/digits.py"
@@ -54,6 +71,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         raise UserError(unknown_name("--config", file, configs))
     described = "Config file; --config.FIELD=VALUE sets its fields."
     folder = option(argv, "workdir")
+    saved = None
     try:
         if file is None and folder is not None and option(argv, "mode") == "evaluate":
             saved = workdir.read_config(Path(folder))
@@ -65,15 +83,30 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         if "get_config() takes 0 positional arguments" in str(error):
             raise UserError(f"--config={file}: this config has no variants") from error
         raise
-    except AttributeError as error:  # how ml_collections reports an unknown field
-        field = re.match(r"\W*(\w+)", str(error))
-        nearest = re.search(r'Did you mean "(\w+)"', str(error))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of ml_collections
+        known = (
+            saved
+            or config_flags.DEFINE_config_file(
+                "config", file or DEFAULT_CONFIG, flag_values=flags.FlagValues(), sys_argv=[]
+            ).default
+        )
         for word in argv:
             path = word.partition("=")[0].lstrip("-")
-            if field and path.startswith("config.") and field[1] in path.split("."):
-                hint = f"; did you mean {nearest[1]}?" if nearest else ""
-                raise UserError(f"{path}: the config has no field {field[1]}{hint}") from error
+            if path.startswith("config.") and (unknown := unknown_field(known, path)):
+                raise UserError(f"{path}: the config has no field {unknown}") from error
         raise
+
+
+def unknown_field(known: ConfigDict, path: str) -> str | None:
+    """What of a path `config.FIELD` a config does not know, and what may be meant; else None."""
+    fields: Any = known
+    for name in path.split(".")[1:]:
+        if not isinstance(fields, ConfigDict) or name not in fields:
+            names = fields if isinstance(fields, ConfigDict) else []
+            nearest = difflib.get_close_matches(name, names, n=1)
+            return f"{name}; did you mean {nearest[0]}?" if nearest else name or repr(name)
+        fields = fields[name]
+    return None
 
 
 def default_workdir() -> str:
@@ -95,25 +128,42 @@ def cache_programs() -> None:
     jax.config.update("jax_compilation_cache_dir", str(caches / "bnlstm_jax"))
 
 
-def main(_: list[str]) -> None:
-    """Runs every kind of model that the config names, and prints what they came to."""
-    base = flags.FLAGS.config
-    folder = Path(_WORKDIR.value or default_workdir())
-    config.check(base)
+def job() -> contextlib.AbstractContextManager:
+    """The job of several processes that flags ask to join, if they do."""
+    explicit = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+    if not _DISTRIBUTED.value and explicit == (None, None, None):
+        return contextlib.nullcontext()
+    return processes.joined(*explicit, _PEER_TIMEOUT.value)
 
+
+def main(_: list[str]) -> None:
+    """Runs every kind of model that the config names, in one process or many."""
+    base = flags.FLAGS.config
+    config.check(base)
+    parallel.check(base, _NUM_PROCESSES.value or 1)
+    with job():
+        processes.check_same(base)
+        run_all(base)
+
+
+def run_all(base: ConfigDict) -> None:
+    """Trains or evaluates all kinds of model, and prints what they came to."""
+    folder = Path(_WORKDIR.value or default_workdir())
     kinds = config.model_kinds(base)
     runs = {}
     for kind in kinds:
         own = base.copy_and_resolve_references()
         own.model.kind = kind
         runs[kind] = own, folder / kind if len(kinds) > 1 else folder
-        workdir.check(*runs[kind])
+        processes.on_first(lambda run=runs[kind]: workdir.check(*run))
     cache_programs()
     if _MODE.value == "evaluate":
         results = [train.evaluate_run(*runs[kind]) for kind in kinds]
     else:
         results = [train.train(*runs[kind], profile=_PROFILE.value) for kind in kinds]
 
+    if not processes.is_first():
+        return
     print(f"\n{compare.results_table(results)}\n")
     picture = folder / compare.PICTURE_NAME
     folders = {kind: runs[kind][1] for kind in kinds}

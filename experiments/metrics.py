@@ -4,6 +4,7 @@ import collections
 import contextlib
 import datetime
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from rich.table import Column
 from rich.text import Text
 from tensorboardX import SummaryWriter
 
+from experiments import processes
 from experiments.workdir import write_text
 
 FILE_NAME = "metrics.jsonl"
@@ -135,6 +137,36 @@ class Reporter:
             self.console.print(f"{line}  {time_left(bar.time_remaining)}")
             self._logged = time.monotonic()
 
+    def sync(self) -> None:
+        """Has the metrics file on the disk, before a checkpoint that rests on it."""
+        os.fsync(self._file.fileno())
+
+
+class Silence:
+    """What the other processes have for a `Reporter`: the first one speaks for all."""
+
+    def __init__(self, *_: Any) -> None:
+        self.console = Console(quiet=True)
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def due(self) -> bool:
+        """Never."""
+        return False
+
+    def advance(self, update: int) -> None:
+        """Says nothing."""
+
+    def write(self, row: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Says nothing."""
+
+    def sync(self) -> None:
+        """Does nothing."""
+
 
 class Stopwatch:
     """Where the host's time goes: seconds by name of what it does."""
@@ -170,6 +202,9 @@ def rest_of_line(text: str) -> TextColumn:
 
 def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
     """The items, under a passing progress bar; in a log file, with a line a minute."""
+    if not processes.is_first():
+        yield from items
+        return
     console = Console()
     if console.is_terminal:
         columns = (

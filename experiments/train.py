@@ -1,8 +1,9 @@
 """The training loop: one for every task, read from top to bottom."""
 
+import contextlib
 import functools
 import json
-import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import numpy as np
 from flax.training import train_state
 from ml_collections import ConfigDict
 
-from experiments import evaluate, metrics, tasks, workdir
+from experiments import evaluate, finite, metrics, parallel, processes, tasks, workdir
 from experiments.checkpoints import Checkpoints
-from experiments.errors import UserError
+from experiments.errors import Stopped, UserError
+from experiments.interruption import Interruption
 from experiments.optimizers import make_optimizer
+from experiments.parallel import ONE_DEVICE, Parallel
 
 RESULTS_NAME = "results.json"
 
@@ -26,10 +29,18 @@ class TrainState(train_state.TrainState):
     Attributes:
       batch_stats: running averages of batch statistics.
       window: sums and counts of training metrics since they were last written.
+      refused: which of the numbers of `watched` were not finite in the update after this state. It
+        was not applied, nor is any other.
     """
 
     batch_stats: Any
     window: tasks.Metrics
+    refused: jax.Array
+
+
+def watched(state: TrainState) -> dict[str, Any]:
+    """The names of what has to stay finite; see `finite.watched`."""
+    return finite.watched(state.params, state.batch_stats, state.params, state.step)
 
 
 def random_keys(seed: int) -> tuple[jax.Array, jax.Array]:
@@ -39,11 +50,15 @@ def random_keys(seed: int) -> tuple[jax.Array, jax.Array]:
 
 def create_state(task: tasks.Task, config: ConfigDict) -> TrainState:
     """The state before the first update."""
-    batch = task.train_batch(0)
+    # Shapes alone count: every process has the same, whatever its share of the data.
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), dict(task.train_batch(0))
+    )
     key, _ = random_keys(config.seed)
 
-    def init(batch: tasks.Batch) -> Any:
-        return task.model.init(key, *task.inputs(batch), use_running_average=True)
+    def init() -> Any:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
+        return task.model.init(key, *task.inputs(zeros), use_running_average=True)
 
     def metrics_of(variables: Any, batch: tasks.Batch) -> tasks.Metrics:
         outputs = task.model.apply(
@@ -51,15 +66,18 @@ def create_state(task: tasks.Task, config: ConfigDict) -> TrainState:
         )
         return task.metrics(outputs, batch)
 
-    variables = jax.jit(init)(batch)
+    variables = jax.jit(init)()
     window = jax.eval_shape(metrics_of, variables, batch)
-    return TrainState.create(
+    state = TrainState.create(
         apply_fn=task.model.apply,
         params=variables["params"],
         tx=make_optimizer(config.optimizer),
         batch_stats=variables.get("batch_stats", {}),
         window=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), window),
+        refused=None,
     )
+    nothing = jnp.zeros(len(watched(state)), bool)
+    return state.replace(step=jnp.zeros((), jnp.int32), refused=nothing)
 
 
 def variables_of(state: TrainState) -> dict[str, Any]:
@@ -69,14 +87,16 @@ def variables_of(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 
-def make_train_step(task: tasks.Task, noise: jax.Array):
+def make_train_step(task: tasks.Task, noise: jax.Array, parallel: Parallel = ONE_DEVICE):
     """One update: gradient of the mean loss, optimiser, running statistics, metrics.
 
-    What it returns takes several batches too, of equal shapes, for as many updates in one call.
+    What it returns takes several batches too, of equal shapes, for as many updates in one call;
+    with `split`, the devices of `parallel` share them. The update changes nothing if it would bring
+    in numbers that are not finite, or if one before it would have.
     """
 
-    def update(state: TrainState, batch: tasks.Batch) -> TrainState:
-        key = jax.random.fold_in(noise, state.step)
+    def update(split: bool, state: TrainState, batch: tasks.Batch) -> TrainState:
+        key = parallel.fold_in(jax.random.fold_in(noise, state.step), split)
 
         def loss_of(params):
             outputs, updated = task.model.apply(
@@ -88,30 +108,50 @@ def make_train_step(task: tasks.Task, noise: jax.Array):
             )
             batch_metrics = task.metrics(outputs, batch)
             total, count = batch_metrics["loss"]
-            return total / count, (batch_metrics, updated.get("batch_stats", {}))
+            # A device's part of the mean over the whole batch; gradients are added up below.
+            loss = total / parallel.total(count, split)
+            return loss, (batch_metrics, updated.get("batch_stats", {}))
 
         gradients, (batch_metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)
-        return state.apply_gradients(
+        gradients = parallel.total(gradients, split)
+        batch_metrics = parallel.total(batch_metrics, split)
+        after = state.apply_gradients(
             grads=gradients,
-            batch_stats=batch_stats,
+            batch_stats=parallel.mean_of_groups(batch_stats),
             window=jax.tree.map(jnp.add, state.window, batch_metrics),
         )
+        numbers = finite.watched(
+            after.params, after.batch_stats, gradients, batch_metrics["loss"][0]
+        )
+        stopped = jnp.any(state.refused)
+        refused = jnp.where(stopped, state.refused, finite.not_finite(numbers))
+        after = jax.tree.map(functools.partial(jnp.where, jnp.any(refused)), state, after)
+        return after.replace(refused=refused)
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def several(state: TrainState, shared: tasks.Batch, own: list[tasks.Batch]) -> TrainState:
+    def on_devices(split: bool, state: TrainState, batch: tasks.Batch) -> TrainState:
+        return parallel.run(functools.partial(update, split), split, task.shared)(state, batch)
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def several(
+        split: bool, state: TrainState, shared: tasks.Batch, own: list[tasks.Batch]
+    ) -> TrainState:
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *own)
-        return jax.lax.scan(lambda s, b: (update(s, {**shared, **b}), None), state, stacked)[0]
 
-    one = jax.jit(update, donate_argnums=0)
+        def body(state: TrainState, batch: tasks.Batch) -> tuple[TrainState, None]:
+            return on_devices(split, state, {**shared, **batch}), None
 
-    def train_step(state: TrainState, *batches: tasks.Batch) -> TrainState:
+        return jax.lax.scan(body, state, stacked)[0]
+
+    one = jax.jit(on_devices, static_argnums=0, donate_argnums=1)
+
+    def train_step(state: TrainState, *batches: tasks.Batch, split: bool = False) -> TrainState:
         first, *others = batches
         if not others:
-            return one(state, first)
+            return one(split, state, first)
         # A text that all batches are cut from is not to be copied for each.
-        shared = {k: v for k, v in first.items() if all(b[k] is v for b in others)}
+        shared = {k: v for k, v in first.items() if k in task.shared}
         own = [{k: v for k, v in batch.items() if k not in shared} for batch in batches]
-        return several(state, shared, own)
+        return several(split, state, shared, own)
 
     return train_step
 
@@ -137,22 +177,30 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
       What `results.json` in the folder says: see `evaluate_best`.
 
     Raises:
-      UserError: config, data or folder won't do, or the loss is no longer a number.
+      UserError: config, data or folder won't do, or a number is not finite any more.
+      Stopped: by a signal, after an update that has been saved.
     """
     # ---- Set up. Nothing is written before config, data and folder have been checked.
-    workdir.check(config, folder)
-    task = tasks.load(config)
-    workdir.check_record(task.record, folder)
+    processes.on_first(lambda: workdir.check(config, folder))
+    devices = parallel.make(config)
+    task = tasks.load(config, devices)
+    processes.on_first(lambda: workdir.check_record(task.record, folder))
     state = create_state(task, config)
     _, noise = random_keys(config.seed)
-    train_step = make_train_step(task, noise)
-    evaluator = evaluate.make_evaluator(task, noise)
+    train_step = make_train_step(task, noise, devices)
+    evaluator = evaluate.make_evaluator(task, noise, devices)
     statistics = "batch" if state.batch_stats else "none"
     reading = task.readings[0]
+    first = processes.is_first()
 
-    with Checkpoints(folder, task.selection, task.lower_is_better) as checkpoints:
-        if (latest := checkpoints.latest_step()) is not None:
-            state = checkpoints.restore(latest, state)
+    with (
+        workdir.in_use(folder) if first else contextlib.nullcontext(),
+        Checkpoints(folder, task.selection, task.lower_is_better) as checkpoints,
+        Interruption() as interruption,
+    ):
+        if (saved := checkpoints.latest_step()) is not None:
+            state = checkpoints.restore(saved, state)
+        state = devices.replicate(state)
         start = int(state.step)
         if start > config.num_updates:
             raise UserError(
@@ -160,13 +208,15 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
                 f"{start}: ask for more, or leave it as it is with --mode=evaluate"
             )
         choice = {"selection": task.selection, "lower_is_better": task.lower_is_better}
-        workdir.open_workdir(config, folder, {**task.record, **choice})
+        if first:
+            workdir.open_workdir(config, folder, {**task.record, **choice})
         title = f"{task.data} {config.model.kind}"
-        with metrics.Reporter(folder, title, task.data, start, config.num_updates) as reporter:
+        reporting = metrics.Reporter if first else metrics.Silence
+        with reporting(folder, title, task.data, start, config.num_updates) as reporter:
             parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
             reporter.console.print(
                 f"{title}: {parameters:,} parameters, update {start:,} of {config.num_updates:,}, "
-                f"on {jax.devices()[0].device_kind}, in {folder}"
+                f"on {devices}, in {folder}"
             )
             for note in task.notes:
                 reporter.console.print(f"  {note}")
@@ -179,41 +229,50 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
             while done < config.num_updates:
                 with doing("input"):
                     at_once = updates_at_once(config, done)
-                    batches = [task.train_batch(done + k) for k in range(at_once)]
+                    batches, splits = [], []
+                    for update in range(done, done + at_once):
+                        splits.append(devices.splits(task.train_rows(update)))
+                        batch = task.train_batch(update, devices.share)
+                        batches.append(devices.place(batch, splits[-1], task.shared))
                     shapes = [tuple(map(np.shape, jax.tree.leaves(b))) for b in batches]
-                    calls = [batches] if len(set(shapes)) == 1 else [[b] for b in batches]
-                for call, shape in zip(calls, shapes, strict=False):
+                    alike = len(set(shapes)) == 1
+                    calls = [batches] if alike else [[b] for b in batches]
+                for call, shape, split in zip(calls, shapes, splits, strict=False):
                     program = len(call), shape
                     if program in programs:
                         with doing("dispatch and device"):
-                            state = train_step(state, *call)
+                            state = train_step(state, *call, split=split)
                     else:
                         jax.block_until_ready(state)
                         with doing("compilation"):
-                            state = jax.block_until_ready(train_step(state, *call))
+                            state = jax.block_until_ready(train_step(state, *call, split=split))
                         programs.add(program)
                         compiling += len(call)
                 done += at_once
                 last = done == config.num_updates
                 log = last or done % config.log_every == 0
                 validate = last or done % config.eval_every == 0
-                save = validate or done % config.checkpoint_every == 0
+                stop = interruption.requested(done)
+                save = validate or done % config.checkpoint_every == 0 or stop is not None
 
                 if log or save or reporter.due():
                     with doing("dispatch and device"):
-                        jax.block_until_ready(state)
+                        refused = jax.device_get(state.refused)
+                    if np.any(refused):
+                        latest = "there is no checkpoint yet"
+                        if saved is not None:
+                            latest = f"the latest checkpoint, of update {saved}, is in {folder}"
+                        raise UserError(
+                            f"update {int(state.step) + 1} was not applied: "
+                            f"{finite.describe(watched(state), refused)}; {latest}; a lower "
+                            "config.optimizer.learning_rate may help, in another workdir"
+                        )
                     with doing("logging"):
                         reporter.advance(done)
-                if log or save:
-                    window = jax.device_get(state.window)
-                    averages = {name: float(s) / float(n) for name, (s, n) in window.items()}
-                    if not math.isfinite(averages["loss"]):
-                        raise UserError(
-                            f"the loss became {averages['loss']} by update {done}; the latest "
-                            f"checkpoint is of update {checkpoints.latest_step()}, in {folder}"
-                        )
                 if log:
                     with doing("logging"):
+                        window = jax.device_get(state.window)
+                        averages = {name: float(s) / float(n) for name, (s, n) in window.items()}
                         row = {"update": done, "split": "train", "statistics": statistics}
                         reporter.write(row, averages)
                         window = jax.tree.map(jnp.zeros_like, state.window)
@@ -228,7 +287,16 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
                     )
                     reporter.write({"update": done, **reading.row(split, statistics)}, validation)
                 if save:
+                    reporter.sync()
                     checkpoints.save(state, validation)
+                    saved = done
+                if stop is not None:
+                    raise Stopped(
+                        f"{signal.Signals(stop).name}: stopped after update {done:,} of "
+                        f"{config.num_updates:,}, which is saved; the same command goes on",
+                        stop,
+                    )
+            interruption.wait_no_more()
             updates = config.num_updates - start
             if updates:
                 seconds = doing.seconds.pop("compilation")
@@ -239,13 +307,21 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
                 reporter.console.print(doing.table(updates - compiling))
 
         # ---- Evaluate the best.
-        results_path = folder / RESULTS_NAME
-        if results_path.exists() and start == config.num_updates:
-            results = json.loads(results_path.read_text())
-            evaluation = evaluation_fields(config)
-            if results["updates"] == start and results.get("evaluation") == evaluation:
+        if start == config.num_updates:
+            results = processes.on_first(lambda: finished_results(config, folder, start))
+            if results is not None:
                 return results
-        return evaluate_best(task, config, state, checkpoints, folder, evaluator)
+        return evaluate_best(task, config, state, checkpoints, folder, evaluator, devices)
+
+
+def finished_results(config: ConfigDict, folder: Path, updates: int) -> dict[str, Any] | None:
+    """What `results.json` says, if it is of so many updates and evaluated as `config` has it."""
+    path = folder / RESULTS_NAME
+    results = workdir.read_json(path) if path.exists() else {}
+    evaluation = evaluation_fields(config)
+    if (results.get("updates"), results.get("evaluation")) != (updates, evaluation):
+        return None
+    return results
 
 
 def evaluate_best(
@@ -255,6 +331,7 @@ def evaluate_best(
     checkpoints: Checkpoints,
     folder: Path,
     evaluator: evaluate.Evaluator,
+    devices: Parallel,
 ) -> dict[str, Any]:
     """Evaluates the best checkpoint in every way, into `results.json`.
 
@@ -272,12 +349,13 @@ def evaluate_best(
     best_step = checkpoints.best_step()
     if best_step is None:
         raise UserError(f"--workdir={folder} holds no validated checkpoint to evaluate yet")
-    variables = variables_of(checkpoints.restore(best_step, state))
+    variables = devices.replicate(variables_of(checkpoints.restore(best_step, state)))
     _, noise = random_keys(config.seed)
     population = None
     if state.batch_stats:
-        population = evaluate.population_statistics(task, config, variables, noise)
-        workdir.write_statistics(folder, best_step, population)
+        population = evaluate.population_statistics(task, config, variables, noise, devices)
+        if processes.is_first():
+            workdir.write_statistics(folder, best_step, population)
     results = {
         "data": task.data,
         "kind": config.model.kind,
@@ -288,8 +366,9 @@ def evaluate_best(
         "evaluation": evaluation_fields(config),
         "rows": list(evaluate.evaluate_all(task, config, variables, population, evaluator)),
     }
-    results["rows"] += other_rows(folder / RESULTS_NAME, results)
-    workdir.write_json(folder / RESULTS_NAME, results)
+    if processes.is_first():
+        results["rows"] += other_rows(folder / RESULTS_NAME, results)
+        workdir.write_json(folder / RESULTS_NAME, results)
     return results
 
 
@@ -303,12 +382,12 @@ def other_rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of an earlier `results.json` that are as good as the new ones, and not among them."""
     if not path.exists():
         return []
-    earlier = json.loads(path.read_text())
+    earlier = workdir.read_json(path)
 
     def model(results: dict[str, Any]) -> tuple[Any, ...]:
         fields = results.get("evaluation", {})
         population = [fields.get(name) for name in workdir.POPULATION_FIELDS]
-        return results["update"], *population
+        return results.get("update"), *population
 
     if model(earlier) != model(results):
         return []
@@ -322,12 +401,18 @@ def other_rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def evaluate_run(config: ConfigDict, folder: Path) -> dict[str, Any]:
     """Evaluates the best checkpoint of the run in `folder`; see `evaluate_best`."""
-    workdir.read_config(folder)  # refuses a folder without a run
-    workdir.check(config, folder)
-    task = tasks.load(config)
-    workdir.check_record(task.record, folder)
+
+    def check_folder() -> None:
+        workdir.read_config(folder)  # refuses a folder without a run
+        workdir.check(config, folder)
+
+    processes.on_first(check_folder)
+    devices = parallel.make(config)
+    task = tasks.load(config, devices)
+    processes.on_first(lambda: workdir.check_record(task.record, folder))
     state = create_state(task, config)
     _, noise = random_keys(config.seed)
-    evaluator = evaluate.make_evaluator(task, noise)
-    with Checkpoints(folder, task.selection, task.lower_is_better) as checkpoints:
-        return evaluate_best(task, config, state, checkpoints, folder, evaluator)
+    evaluator = evaluate.make_evaluator(task, noise, devices)
+    choice = task.selection, task.lower_is_better
+    with Checkpoints(folder, *choice, read_only=True) as checkpoints:
+        return evaluate_best(task, config, state, checkpoints, folder, evaluator, devices)

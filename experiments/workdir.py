@@ -2,11 +2,14 @@
 
 import contextlib
 import datetime
+import errno
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import shlex
+import socket
 import subprocess
 import sys
 import zipfile
@@ -16,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
@@ -39,6 +43,8 @@ ADDED_FIELDS = {
     "population_late_steps": "skip",
     "model.implementation": "reference",
     "updates_per_call": 1,
+    "parallel.devices": 1,
+    "parallel.statistics_devices": 0,
 }
 FREE_FIELDS = (
     "data_dir",
@@ -46,6 +52,7 @@ FREE_FIELDS = (
     "num_updates",
     "updates_per_call",
     "model.implementation",
+    "parallel.devices",
     *EVALUATION_FIELDS,
 )
 STATISTICS_NAME = "population_statistics.npz"
@@ -74,6 +81,21 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file of a run holds.
+
+    Raises:
+      UserError: it holds none.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: it is not JSON; bring back a copy") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: it is no JSON object; bring back a copy")
+    return value
+
+
 def read_config(workdir: Path) -> ConfigDict:
     """The config of the run in `workdir`.
 
@@ -85,7 +107,7 @@ def read_config(workdir: Path) -> ConfigDict:
         inside = sorted(str(path.parent) for path in workdir.glob("*/config.json"))
         problem = f"choose {' or '.join(inside)}" if inside else f"{path} is missing"
         raise UserError(f"--workdir={workdir} is not the folder of a run: {problem}")
-    fields = flatten_dict(json.loads(path.read_text(), object_hook=_tuples), sep=".")
+    fields = flatten_dict(_tuples(read_json(path)), sep=".")
     return ConfigDict(unflatten_dict(ADDED_FIELDS | fields, sep="."))
 
 
@@ -98,7 +120,7 @@ def read_record(workdir: Path) -> dict[str, Any]:
     path = workdir / "run.json"
     if not path.exists():
         raise UserError(f"--workdir={workdir} is not the folder of a run: {path} is missing")
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 def check_record(record: dict[str, Any], workdir: Path) -> None:
@@ -178,14 +200,50 @@ def check(config: ConfigDict, workdir: Path) -> None:
         )
 
 
-def open_workdir(config: ConfigDict, workdir: Path, record: dict[str, Any]) -> None:
-    """Makes the folder, and saves the config and how, with what and when the run was started.
-
-    Call `check` first. `run.json` has an entry for each start, the first and those that went on,
-    and the `record`.
+@contextlib.contextmanager
+def in_use(workdir: Path) -> Iterator[None]:
+    """Makes the folder, and keeps it for this process alone, for the time of a context.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: another process has it; or a file in it can not be written, at any time.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        # The system gives the lock back when the process ends, however it does.
+        with (workdir / "lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise UserError(
+                    f"--workdir={workdir} is in use by {file.read().strip() or 'another run'}: "
+                    "wait for it to end, or choose another workdir"
+                ) from error
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+                logging.warning(
+                    "%s is on a file system without locks: see to it that no two runs use it",
+                    workdir,
+                )
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield
+    except BrokenPipeError:  # of the output, say
+        raise
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        raise UserError(
+            f"--workdir={workdir} cannot be written: {error.strerror}{place}"
+        ) from error
+
+
+def open_workdir(config: ConfigDict, workdir: Path, record: dict[str, Any]) -> None:
+    """Saves the config and how, with what and when the run was started.
+
+    Call `check` first, and do it while `in_use`. `run.json` has an entry for each start, the first
+    and those that went on, and the `record`.
     """
     start = {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
@@ -197,22 +255,20 @@ def open_workdir(config: ConfigDict, workdir: Path, record: dict[str, Any]) -> N
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
     path = workdir / "run.json"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        earlier = json.loads(path.read_text())["starts"] if path.exists() else []
-        write_json(path, {"starts": [*earlier, start], **record})
-        write_json(workdir / "config.json", json.loads(config.to_json_best_effort()))
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
+    earlier = read_json(path).get("starts", []) if path.exists() else []
+    write_json(path, {"starts": [*earlier, start], **record})
+    write_json(workdir / "config.json", json.loads(config.to_json_best_effort()))
 
 
 def _flat(config: ConfigDict) -> dict[str, Any]:
     return flatten_dict(json.loads(config.to_json_best_effort()), sep=".")
 
 
-def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+def _tuples(value: Any) -> Any:
     """JSON's lists as the tuples that config fields are."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    if isinstance(value, dict):
+        return {name: _tuples(field) for name, field in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _short(value: Any) -> str:

@@ -229,6 +229,7 @@ def read(folder: Path) -> Dataset:
         UserError: If a file is damaged or missing.
     """
     manifest = read_manifest(folder)
+    arrays = {}
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
@@ -240,10 +241,11 @@ def read(folder: Path) -> Dataset:
             raise _unusable(
                 path, f"is damaged: SHA-256 {found[:12]} instead of {expected['sha256'][:12]}"
             )
-    arrays = {  # in files that the system reads as they are used: some are large
-        name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
-        for name in manifest["arrays"]
-    }
+        try:  # in files that the system reads as they are used: some are large
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            arrays[path.stem] = np.asarray(array)
+        except (ValueError, EOFError) as error:  # of pickled objects too, which are not loaded
+            raise _unusable(path, "is damaged: not an array of numbers") from error
     return Dataset(folder.name, arrays, manifest["info"], manifest["digest"])
 
 
@@ -262,6 +264,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise _unusable(path, "is damaged: its digest does not fit its contents")
         if set(manifest["files"]) != {f"{name}.npy" for name in manifest["arrays"]}:
             raise _unusable(path, "is damaged: its files are not those of its arrays")
+        for name, file in manifest["files"].items():
+            if Path(name).name != name or {"bytes", "sha256"} - {*file}:
+                raise _unusable(path, f"is damaged: it says of {name!r} what it must not")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _unusable(path, "is missing") from error
     except (ValueError, TypeError, KeyError) as error:

@@ -6,7 +6,7 @@ The loop knows a task by the interface `Task` and by nothing else.
 import functools
 import importlib
 import pkgutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -15,10 +15,18 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from experiments.errors import UserError, unknown_name
+from experiments.parallel import ONE_DEVICE, Parallel
 
 Batch = Mapping[str, Any]
 # Sums over examples or predictions, and their number, so that averages over batches are exact.
 Metrics = dict[str, tuple[Array, Array]]
+# Which rows to read of a batch of so many.
+Share = Callable[[int], slice]
+
+
+def all_rows(rows: int) -> slice:
+    """The share of who is alone."""
+    return slice(rows)
 
 
 class Reading(NamedTuple):
@@ -44,7 +52,7 @@ class Reading(NamedTuple):
 
 
 class Task(Protocol):
-    """What a task module's class `Task(config)` offers.
+    """What a task module's class `Task(config, parallel)` offers.
 
     Attributes:
       model: maps `(*inputs(batch), use_running_average)` to outputs.
@@ -56,6 +64,8 @@ class Task(Protocol):
       shown: the metrics that tables show; pictures show the first.
       record: facts that are saved beside the run, in JSON types.
       notes: what a run says of its data when it starts.
+      shared: names of what a batch holds that belongs to all its rows; all else has one row for
+        each example.
     """
 
     model: nn.Module
@@ -66,15 +76,21 @@ class Task(Protocol):
     shown: tuple[str, ...]
     record: dict[str, Any]
     notes: Sequence[str]
+    shared: Collection[str]
 
-    def train_batch(self, update: int) -> Batch:
-        """The batch of update 0, 1, ...: a pure function of the config's seed and `update`."""
+    def train_rows(self, update: int) -> int:
+        """Number of examples of the batch of update 0, 1, ..."""
+
+    def train_batch(self, update: int, share: Share = all_rows) -> Batch:
+        """A share of the batch of an update: a pure function of the config's seed and `update`."""
 
     def num_examples(self, split: str, reading: Reading) -> int:
         """Number of examples of a split, the training split `train` among them."""
 
-    def batches(self, split: str, batch_size: int, reading: Reading) -> Iterator[Batch]:
-        """One pass over a split, in order; the last batch may be short."""
+    def batches(
+        self, split: str, batch_size: int, reading: Reading, share: Share = all_rows
+    ) -> Iterator[Batch]:
+        """Shares of the batches of one pass over a split, in order; the last may be short."""
 
     def inputs(self, batch: Batch, carry: Any = None) -> tuple[Any, ...]:
         """What the model is called with; after a first piece, with its carry. Traced."""
@@ -83,8 +99,8 @@ class Task(Protocol):
         """Metrics of a batch, `loss` among them, which training minimises. Traced."""
 
 
-def load(config: ConfigDict) -> Task:
-    """The task that `config.task` names, with its data.
+def load(config: ConfigDict, parallel: Parallel = ONE_DEVICE) -> Task:
+    """The task that `config.task` names, with its data, for the devices of `parallel`.
 
     Raises:
       UserError: there is no such task, or the config or its data won't do.
@@ -92,7 +108,7 @@ def load(config: ConfigDict) -> Task:
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     if config.task not in names:
         raise UserError(unknown_name("config.task", config.task, names))
-    return importlib.import_module(f"{__name__}.{config.task}").Task(config)
+    return importlib.import_module(f"{__name__}.{config.task}").Task(config, parallel)
 
 
 def check_batch_size(
@@ -125,6 +141,12 @@ def check_batch_size(
 def updates_per_epoch(num_examples: int, batch_size: int) -> int:
     """Number of batches of an epoch. The last holds what is left, as in the paper's experiments."""
     return -(-num_examples // batch_size)
+
+
+def shuffled_rows(num_examples: int, batch_size: int, update: int) -> int:
+    """Number of examples of the batch of an update; see `shuffled_batch`."""
+    number = update % updates_per_epoch(num_examples, batch_size)
+    return min(batch_size, num_examples - number * batch_size)
 
 
 def shuffled_batch(num_examples: int, batch_size: int, seed: int, update: int) -> np.ndarray:

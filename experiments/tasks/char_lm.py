@@ -12,17 +12,22 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from bnlstm_jax.models import LanguageModel
+from experiments import layers
 from experiments.config import one_of, words
 from experiments.datasets import corpus
 from experiments.datasets.corpus import SPLITS, UNKNOWN
 from experiments.errors import UserError
 from experiments.layers import layer_config, matmul_dtype, recurrent_layer
+from experiments.parallel import ONE_DEVICE, Parallel
 from experiments.tasks import (
     Batch,
     Metrics,
     Reading,
+    Share,
+    all_rows,
     check_batch_size,
     shuffled_batch,
+    shuffled_rows,
     updates_per_epoch,
 )
 
@@ -47,9 +52,9 @@ def text_config(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def make_model(config: ConfigDict, vocab_size: int) -> LanguageModel:
+def make_model(config: ConfigDict, vocab_size: int, axis_name: str | None = None) -> LanguageModel:
     """The model of a config, for texts of `vocab_size` symbols."""
-    layer = recurrent_layer(config.model, config.segment_length - 1, vocab_size)
+    layer = recurrent_layer(config.model, config.segment_length - 1, vocab_size, axis_name)
     return LanguageModel(layer, matmul_dtype(config.model))
 
 
@@ -61,8 +66,9 @@ class Task:
 
     shown = ("bits_per_character", "accuracy")
     notes: tuple[str, ...] = ()
+    shared = ("text", "steps")
 
-    def __init__(self, config: ConfigDict) -> None:
+    def __init__(self, config: ConfigDict, parallel: Parallel = ONE_DEVICE) -> None:
         """Loads the corpus `config.dataset`."""
         check(config)
         data = corpus.load(config.dataset, config.data_dir, config.text_file, config.split)
@@ -75,8 +81,8 @@ class Task:
         self.num_segments = self.sizes["train"] // config.segment_length - 1  # at every offset
         self._check_sizes()
         self._tell_unknown(data)
-        self.model = make_model(config, len(data.vocabulary))
-        self.text = {split: jax.device_put(data.splits[split]) for split in SPLITS}
+        self.model = make_model(config, len(data.vocabulary), parallel.statistics_axis)
+        self.text = {split: parallel.replicate(data.splits[split]) for split in SPLITS}
         self.record: dict[str, Any] = {
             "dataset": data.name,
             "vocabulary": data.vocabulary,
@@ -84,13 +90,18 @@ class Task:
             "characters": self.sizes,
         }
 
-    def train_batch(self, update: int) -> Batch:
+    def train_rows(self, update: int) -> int:
+        """Number of segments of an update."""
+        return shuffled_rows(self.num_segments, self.config.batch_size, update)
+
+    def train_batch(self, update: int, share: Share = all_rows) -> Batch:
         """Segments of an update: each epoch cuts the text anew, from a random offset on."""
         length, seed = self.config.segment_length, self.config.seed
         schedule = self.num_segments, self.config.batch_size
         epoch = update // updates_per_epoch(*schedule)
         offset = np.random.default_rng([seed, epoch, 1]).integers(length)
         indices = shuffled_batch(*schedule, seed, update)
+        indices = indices[share(len(indices))]
         return self._segments("train", offset + length * indices, length)
 
     def num_examples(self, split: str, reading: Reading) -> int:
@@ -99,7 +110,9 @@ class Task:
             return math.ceil((self.sizes[split] - 1) / reading.length)
         return self.sizes[split] // reading.length
 
-    def batches(self, split: str, batch_size: int, reading: Reading) -> Iterator[Batch]:
+    def batches(
+        self, split: str, batch_size: int, reading: Reading, share: Share = all_rows
+    ) -> Iterator[Batch]:
         """Segments from the start of a split on, or the pieces of the whole, one by one."""
         if reading.continued:
             for start in range(0, self.sizes[split] - 1, reading.length):
@@ -108,7 +121,8 @@ class Task:
             return
         starts = reading.length * np.arange(self.num_examples(split, reading))
         for first in range(0, len(starts), batch_size):
-            yield self._segments(split, starts[first : first + batch_size], reading.length)
+            batch = starts[first : first + batch_size]
+            yield self._segments(split, batch[share(len(batch))], reading.length)
 
     def _segments(self, split: str, starts: np.ndarray, length: int) -> Batch:
         steps = np.arange(length, dtype=np.int32)
@@ -203,6 +217,7 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: names the field and what it may be.
     """
+    layers.check(config.model)
     one_of("config.selection", config.selection, SELECTIONS)
     for split in words(config.whole_text):
         one_of("config.whole_text", split, SPLITS)

@@ -13,15 +13,25 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from bnlstm_jax.attentive_reader import FORMS, AttentiveReader
-from experiments.config import at_least, one_of
+from experiments.config import at_least, at_most, one_of
 from experiments.datasets import questions
 from experiments.datasets.question_arrays import SPLITS
 from experiments.datasets.questions import SPECIALS, Selection, Split, Texts
 from experiments.errors import UserError
 from experiments.layers import check_max_steps, matmul_dtype
-from experiments.tasks import Batch, Metrics, Reading, check_batch_size, epoch_order
+from experiments.parallel import ONE_DEVICE, Parallel
+from experiments.tasks import (
+    Batch,
+    Metrics,
+    Reading,
+    Share,
+    all_rows,
+    check_batch_size,
+    epoch_order,
+)
 
 ROUNDING = 8  # padded passages have a multiple of so many words
+MAX_LENGTHS = 1000  # to which passages are padded: far more than there is time to compile for
 LOSS_FLOOR = 1e-8  # added to probabilities before their logarithm, as in the released code
 
 
@@ -60,7 +70,11 @@ def reader_config(config: ConfigDict) -> ConfigDict:
 
 
 def make_model(
-    model: ConfigDict, vocab_size: int, passage_steps: int, question_steps: int
+    model: ConfigDict,
+    vocab_size: int,
+    passage_steps: int,
+    question_steps: int,
+    axis_name: str | None = None,
 ) -> AttentiveReader:
     """The reader of `config.model`, for training passages and questions of so many steps.
 
@@ -84,6 +98,7 @@ def make_model(
         question_steps=min(model.max_steps or question_steps, question_steps),
         momentum=model.momentum,
         scale_init=nn.initializers.constant(model.initial_scale),
+        axis_name=axis_name,
         dtype=matmul_dtype(model),
         implementation=model.implementation,
     )
@@ -96,8 +111,9 @@ class Task:
     selection = "error"
     lower_is_better = True
     shown = ("error", "entity_error")
+    shared = ()
 
-    def __init__(self, config: ConfigDict) -> None:
+    def __init__(self, config: ConfigDict, parallel: Parallel = ONE_DEVICE) -> None:
         """Loads `config.dataset`, cuts its passages, and numbers its words."""
         check(config)
         self.config = config
@@ -127,7 +143,7 @@ class Task:
             int(texts.lengths.max()) + config.model.count_padding
             for texts in self.splits["train"][:2]
         ]
-        self.model = make_model(config.model, len(words), *steps)
+        self.model = make_model(config.model, len(words), *steps, parallel.statistics_axis)
         self.record |= {
             "dataset": self.data,
             "dataset_sha256": data.digest,
@@ -141,7 +157,12 @@ class Task:
             f"{', '.join(map(str, self.passage_lengths))} words"
         )
 
-    def train_batch(self, update: int) -> Batch:
+    def train_rows(self, update: int) -> int:
+        """Number of questions of an update."""
+        del update
+        return self.config.batch_size
+
+    def train_batch(self, update: int, share: Share = all_rows) -> Batch:
         """The batch of an update; every epoch in an order of its own, whole batches only."""
         epoch, number = divmod(update, self.updates_per_epoch)
         size, seed = self.config.batch_size, self.config.seed
@@ -152,19 +173,21 @@ class Task:
             permuted = np.arange(len(self.vocabulary.words), dtype=np.int32)
             permuted[entities] = np.random.default_rng([seed, update, 1]).permutation(entities)
             table = permuted[table]
-        return self.make_batch("train", indices, table)
+        return self.make_batch("train", indices, table, share)
 
     def num_examples(self, split: str, reading: Reading) -> int:
         """Number of questions of a split."""
         return len(self.splits[split].answers)
 
-    def batches(self, split: str, batch_size: int, reading: Reading) -> Iterator[Batch]:
+    def batches(
+        self, split: str, batch_size: int, reading: Reading, share: Share = all_rows
+    ) -> Iterator[Batch]:
         """The questions of a split, in the order of the data set but for what `arrange` does."""
         order = np.arange(self.num_examples(split, reading))
         order = self._arrange(split, order, batch_size)
         for first in range(0, len(order), batch_size):
             indices = order[first : first + batch_size]
-            yield self.make_batch(split, indices, self.vocabulary.table)
+            yield self.make_batch(split, indices, self.vocabulary.table, share)
 
     def inputs(self, batch: Batch, carry: Any = None) -> tuple[Any, ...]:
         """Passages, questions and the lengths of both."""
@@ -197,18 +220,23 @@ class Task:
             "entity_error": wrong(jnp.where(candidate.any(1), best, -1)),
         }
 
-    def make_batch(self, split: str, indices: np.ndarray, table: np.ndarray) -> Batch:
+    def make_batch(
+        self, split: str, indices: np.ndarray, table: np.ndarray, share: Share = all_rows
+    ) -> Batch:
         """Questions of a split as words of the vocabulary, by the `table` from the data set's.
 
         Passages are padded to the least of a few lengths that leaves a word of padding behind each
-        of them, as the released code has it; questions to one length.
+        of them, as the released code has it; questions to one length. Of the questions at `indices`
+        a share is read, padded as all of them would be.
         """
         part = self.splits[split]
+        own = indices[share(len(indices))]
 
         def pad(texts: Texts, sizes: list[int]) -> tuple[np.ndarray, np.ndarray]:
-            chosen = [texts[i] for i in indices]
+            longest = max(len(texts[i]) for i in indices)
+            size = next(size for size in sizes if size > longest)
+            chosen = [texts[i] for i in own]
             lengths = np.array([len(text) for text in chosen], np.int32)
-            size = next(size for size in sizes if size > lengths.max())
             words = np.zeros((len(chosen), size), np.int32)
             for row, text in zip(words, chosen, strict=True):
                 row[: len(text)] = table[text]
@@ -221,7 +249,7 @@ class Task:
             "passage_length": passage_length,
             "question": question,
             "question_length": question_length,
-            "answer": table[part.answers[indices]],
+            "answer": table[part.answers[own]],
         }
 
     def _cut(self, data: questions.Questions) -> questions.Questions:
@@ -305,6 +333,7 @@ def check(config: ConfigDict) -> None:
     lowest |= {"min_count": 1, "max_passage_length": 1, "sorted_batches": 1, "num_lengths": 1}
     for name, bound in lowest.items():
         at_least(f"config.{name}", config[name], bound)
+    at_most("config.num_lengths", config.num_lengths, MAX_LENGTHS)
     if not 0 <= config.model.dropout_rate < 1:
         raise UserError(
             f"config.model.dropout_rate is {config.model.dropout_rate}: it must be at least 0 and "

@@ -10,10 +10,20 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from bnlstm_jax.models import SequenceClassifier
-from experiments import datasets
-from experiments.config import one_of
+from experiments import datasets, layers
+from experiments.config import MAX_SEED, at_least, at_most, one_of
 from experiments.layers import matmul_dtype, recurrent_layer
-from experiments.tasks import Batch, Metrics, Reading, check_batch_size, shuffled_batch
+from experiments.parallel import ONE_DEVICE, Parallel
+from experiments.tasks import (
+    Batch,
+    Metrics,
+    Reading,
+    Share,
+    all_rows,
+    check_batch_size,
+    shuffled_batch,
+    shuffled_rows,
+)
 
 PIXEL_ORDERS = ("in_order", "permutation", "released_draw")
 
@@ -44,10 +54,11 @@ class Task:
     lower_is_better = False
     shown = ("accuracy", "loss")
     notes: tuple[str, ...] = ()
+    shared = ()
 
-    def __init__(self, config: ConfigDict) -> None:
+    def __init__(self, config: ConfigDict, parallel: Parallel = ONE_DEVICE) -> None:
         """Loads `config.dataset` from `config.data_dir`."""
-        one_of("config.pixel_order", config.pixel_order, PIXEL_ORDERS)
+        check(config)
         data = datasets.load(config.dataset, config.data_dir)
         self.config = config
         self.data = config.dataset
@@ -59,7 +70,7 @@ class Task:
         self.labels = {split: data.arrays[f"{split}_labels"] for split in splits}
         check_batch_size(config, len(self.labels["train"]), self.data)
         self.model = SequenceClassifier(
-            recurrent_layer(config.model, pixels),
+            recurrent_layer(config.model, pixels, axis_name=parallel.statistics_axis),
             data.info["num_classes"],
             dtype=matmul_dtype(config.model),
         )
@@ -70,24 +81,32 @@ class Task:
             "pixel_order": order.tolist(),
         }
 
-    def train_batch(self, update: int) -> Batch:
+    def train_rows(self, update: int) -> int:
+        """Number of images of an update."""
+        return shuffled_rows(len(self.labels["train"]), self.config.batch_size, update)
+
+    def train_batch(self, update: int, share: Share = all_rows) -> Batch:
         """Images `[batch, time]` in uint8 and labels `[batch]` of an update."""
         indices = shuffled_batch(
             len(self.labels["train"]), self.config.batch_size, self.config.seed, update
         )
-        return self._batch("train", indices)
+        return self._batch("train", indices[share(len(indices))])
 
     def num_examples(self, split: str, reading: Reading) -> int:
         """Number of images of a split."""
         del reading
         return len(self.labels[split])
 
-    def batches(self, split: str, batch_size: int, reading: Reading) -> Iterator[Batch]:
+    def batches(
+        self, split: str, batch_size: int, reading: Reading, share: Share = all_rows
+    ) -> Iterator[Batch]:
         """One pass over a split, in order."""
-        for start in range(0, self.num_examples(split, reading), batch_size):
-            yield self._batch(split, slice(start, start + batch_size))
+        order = np.arange(self.num_examples(split, reading))
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            yield self._batch(split, indices[share(len(indices))])
 
-    def _batch(self, split: str, which: Any) -> Batch:
+    def _batch(self, split: str, which: np.ndarray) -> Batch:
         return {"image": self.images[split][which], "label": self.labels[split][which]}
 
     def inputs(self, batch: Batch, carry: Any = None) -> tuple[Array, ...]:
@@ -105,3 +124,15 @@ class Task:
             "loss": (-jnp.sum(log_p), count),
             "accuracy": (correct, count),
         }
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses values that this task cannot run with.
+
+    Raises:
+      UserError: names the field and what it may be.
+    """
+    layers.check(config.model)
+    one_of("config.pixel_order", config.pixel_order, PIXEL_ORDERS)
+    at_least("config.pixel_order_seed", config.pixel_order_seed, 0)
+    at_most("config.pixel_order_seed", config.pixel_order_seed, MAX_SEED)

@@ -12,11 +12,8 @@ def test_the_best_checkpoint_from_the_folder_alone(small_config, tmp_path, kind)
     small_config.model.kind = kind
     small_config.num_updates = small_config.eval_every = 2
     results = train.train(small_config, tmp_path)
-    # As if it had been saved where devices are others than here.
-    (sharding,) = tmp_path.glob("checkpoints/2/**/_sharding")
-    text = sharding.read_text()
-    assert "cpu:0" in text
-    sharding.write_text(text.replace("cpu:0", "cuda:0"))
+    # Nothing in it tells of the devices, which may be others where it is read.
+    assert not list(tmp_path.glob("checkpoints/2/**/_sharding"))
 
     update, variables, statistics = read_best(tmp_path)
     assert update == results["update"] == 2

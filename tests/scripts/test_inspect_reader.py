@@ -67,6 +67,7 @@ def runs(tmp_path_factory):
     config.model.kind = "lstm"
     task, other = Task(config), folder / "runs" / "lstm"
     record = {"selection": "error", "lower_is_better": True}
+    other.mkdir(parents=True)
     workdir.open_workdir(config, other, task.record | record)
     with Checkpoints(other, *record.values()) as checkpoints:
         state = train.create_state(task, config)

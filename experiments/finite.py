@@ -1,0 +1,29 @@
+"""Numbers that are not finite: an update that would bring them in is refused, and says which."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+
+def watched(params: Any, batch_stats: Any, gradients: Any, loss: Any) -> dict[str, Any]:
+    """What is looked at, by the name that messages give it; causes before their consequences."""
+    named = {}
+    for kind, tree in (("statistic", batch_stats), ("gradient of", gradients)):
+        named |= {f"the {kind} {k}": v for k, v in flatten_dict(tree, sep="/").items()}
+        if kind == "statistic":
+            named["the loss"] = loss
+    return named | {f"the parameter {k}": v for k, v in flatten_dict(params, sep="/").items()}
+
+
+def not_finite(named: dict[str, Any]) -> jax.Array:
+    """Which of the arrays hold a number that is infinite or none, boolean `[len(named)]`."""
+    return jnp.stack([~jnp.all(jnp.isfinite(value)) for value in named.values()])
+
+
+def describe(named: dict[str, Any], flags: np.ndarray) -> str:
+    """The first of the arrays flagged, and how many more there are."""
+    first, *others = [name for name, flag in zip(named, flags, strict=True) if flag]
+    return f"{first} would not be finite{f' (and {len(others)} more)' if others else ''}"

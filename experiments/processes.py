@@ -1,0 +1,283 @@
+"""The processes of one job: how they find each other, what they tell each other, how they end.
+
+The first process, number 0, alone reads and writes the workdir, and speaks. The others hear from
+it what they need, so that no folder but that of the data has to be shared between machines.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+# What processes tell each other besides arrays goes through the service that JAX starts for them.
+# It has no public name for that; Orbax too takes it from here.
+from jax._src import distributed
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from experiments.errors import Stopped, UserError
+
+T = TypeVar("T")
+
+# In which processes of one job may differ: each machine has its own place for data.
+OWN_FIELDS = ("data_dir", "text_file")
+LOST_PEER = 75  # exit status: another process was lost, and the job may be started again
+ENDED, FAILED = "ended", "failed: "  # the last words of a process, in place of its heartbeat
+
+
+class Everywhere(UserError):
+    """A mistake that every process of the job reports."""
+
+
+def is_first() -> bool:
+    """Whether this is the process that reads and writes the workdir, and speaks."""
+    return jax.process_index() == 0
+
+
+def on_first(function: Callable[[], T]) -> T:
+    """What `function` returns on the first process, a value of JSON types; called there alone.
+
+    Raises:
+      UserError: it did there; then it is raised on all processes, as `Everywhere`.
+    """
+    if jax.process_count() == 1:
+        return function()
+    said: dict[str, Any] = {}
+    if is_first():
+        try:
+            said["value"] = function()
+        except UserError as error:
+            said["error"] = str(error)
+    said = json.loads(_broadcast_text(json.dumps(said)))
+    if "error" in said:
+        raise Everywhere(said["error"])
+    return said["value"]
+
+
+def from_first(tree: T) -> T:
+    """The arrays of the first process; those of the others give their shapes and types."""
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+
+
+def _broadcast_text(text: str) -> str:
+    """The first process' text."""
+    content = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    if not is_first():
+        content = np.zeros(size, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(content))).decode()
+
+
+def check_same(config: ConfigDict) -> None:
+    """Refuses processes with different configs.
+
+    Raises:
+      UserError: on every process; where it can be told, with the field that differs.
+    """
+    if jax.process_count() == 1:
+        return
+    ours = flatten_dict(json.loads(config.to_json_best_effort()), sep=".")
+    theirs = json.loads(_broadcast_text(json.dumps(ours)))
+    differing = sorted(
+        name
+        for name in ours.keys() | theirs.keys()
+        if ours.get(name) != theirs.get(name) and name not in OWN_FIELDS
+    )
+    everywhere = multihost_utils.process_allgather(np.int32(len(differing)))
+    if not np.any(everywhere):
+        return
+    if differing:
+        name = differing[0]
+        raise Everywhere(
+            f"process {jax.process_index()} has another config than process 0: config.{name} is "
+            f"{ours.get(name)} here and {theirs.get(name)} there; start all with the same flags"
+        )
+    others = ", ".join(map(str, np.flatnonzero(everywhere)))
+    raise Everywhere(
+        f"the processes have different configs: number {others} has another than process 0; start "
+        "all with the same flags"
+    )
+
+
+@contextlib.contextmanager
+def joined(
+    coordinator_address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    timeout: float,
+) -> Iterator[None]:
+    """Belongs to a job of several processes; without an address, to that of the cluster.
+
+    Where a process fails or is lost, all others end too, with a line that says so.
+
+    Args:
+      coordinator_address: `host:port` of the first process, where it waits for the others.
+      num_processes: how many there are.
+      process_id: the number of this one, from 0.
+      timeout: seconds to wait for others at the start, and after which one that is silent is lost.
+
+    Raises:
+      UserError: there is no such cluster, or not all processes come.
+    """
+    _join(coordinator_address, num_processes, process_id, timeout)
+    client = distributed.global_state.client
+    heart = threading.Event()
+    words = _last_words()
+
+    def say(state: str) -> None:
+        client.key_value_set(_key(jax.process_index()), state, allow_overwrite=True)
+
+    def lost(reason: str) -> None:
+        print(
+            f"error: process {jax.process_index()} ends: {reason}; start the job again, and it "
+            "goes on from its latest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        words.communicate(b".")
+        os._exit(LOST_PEER)  # threads that wait for the lost one would hold up a proper exit
+
+    threading.Thread(target=_watch, args=(client, say, lost, heart, timeout), daemon=True).start()
+    try:
+        yield
+    except (Everywhere, Stopped):
+        raise
+    except Exception as error:
+        if not isinstance(error, UserError):
+            # Perhaps a collective that lacks a process. The watch then ends this one, in time.
+            time.sleep(1.5 * timeout)
+        heart.set()
+        say(FAILED + " ".join(str(error).split()))
+        raise
+    finally:
+        if not heart.is_set():  # all come to this point, and end together
+            heart.set()
+            say(ENDED)
+            jax.distributed.shutdown()
+        words.communicate(b".")
+
+
+def _join(
+    coordinator_address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    timeout: float,
+) -> None:
+    if coordinator_address is not None:
+        if num_processes is None or process_id is None:
+            raise UserError("--coordinator_address wants --num_processes and --process_id too")
+        if not 0 <= process_id < num_processes:
+            raise UserError(
+                f"--process_id is {process_id}: of {num_processes} processes "
+                f"(--num_processes) they are 0 to {num_processes - 1}"
+            )
+        _wait_for_coordinator(coordinator_address, process_id, timeout)
+    elif (num_processes, process_id) != (None, None):
+        raise UserError("--num_processes and --process_id want --coordinator_address=HOST:PORT too")
+    try:
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            initialization_timeout=max(1, round(timeout)),
+            # Later than ours: JAX ends a process without a line that says what to do.
+            heartbeat_timeout_seconds=round(3 * timeout) + 10,
+            shutdown_timeout_seconds=round(3 * timeout) + 10,
+        )
+    except (ValueError, RuntimeError) as error:
+        if coordinator_address is None:
+            raise UserError(
+                "--distributed: there is no cluster here that JAX knows (TPU pod, SLURM, Open "
+                "MPI); say --coordinator_address=HOST:PORT --num_processes=N --process_id=I"
+            ) from error
+        raise UserError(
+            f"--coordinator_address={coordinator_address}: not all of {num_processes} processes "
+            f"came within {timeout:.0f} seconds (--peer_timeout)"
+        ) from error
+
+
+def _wait_for_coordinator(address: str, process_id: int, timeout: float) -> None:
+    """Waits until the first process listens, which it may not do yet."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(f"--coordinator_address is {address!r}: it is to be HOST:PORT")
+    host = host.strip("[]")
+    try:
+        socket.getaddrinfo(host, int(port))
+    except OSError as error:
+        raise UserError(f"--coordinator_address={address}: there is no host {host}") from error
+    if process_id == 0:
+        return
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"--coordinator_address={address} cannot be reached within {timeout:.0f} "
+                    f"seconds (--peer_timeout; {error.strerror or error}): is process 0 there?"
+                ) from error
+            time.sleep(0.2)
+
+
+def _key(process: int | str) -> str:
+    return f"bnlstm_jax/processes/{process}"
+
+
+def _watch(
+    client: Any,
+    say: Callable[[str], None],
+    lost: Callable[[str], None],
+    heart: threading.Event,
+    timeout: float,
+) -> None:
+    """Says that this process lives until `heart` is set; calls `lost` when another does not."""
+    heard: dict[str, tuple[str, float]] = {}  # by process: its last words, and when they changed
+    beat = 0
+    while not heart.wait(min(1.0, timeout / 5)):
+        beat += 1
+        try:
+            say(str(beat))
+            states = dict(client.key_value_dir_get(_key("")))
+        except Exception as error:  # whatever it is, there is no hearing the others any more
+            if heart.is_set():
+                return
+            lost(f"process 0 is lost ({str(error).splitlines()[0][:80]})")
+        now = time.monotonic()
+        for key, state in states.items():
+            name = f"process {key.rpartition('/')[2]}"
+            if state.startswith(FAILED):
+                lost(f"{name} {state}")
+            if heard.get(key, ("", 0.0))[0] != state:
+                heard[key] = state, now
+            elif state != ENDED and now - heard[key][1] > timeout:
+                lost(f"{name} has not been heard of for {timeout:.0f} seconds")
+
+
+def _last_words() -> subprocess.Popen:
+    """A process that says a line when this one ends before it was told that all is well.
+
+    JAX ends a process at once, by an abort that nothing can catch, when the first is lost.
+    """
+    line = (
+        f"error: process {jax.process_index()} ended: it was killed, or process 0 was lost; "
+        "start the job again, and it goes on from its latest checkpoint"
+    )
+    listen = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
+    return subprocess.Popen(
+        [sys.executable, "-S", "-c", listen, line], stdin=subprocess.PIPE, start_new_session=True
+    )

@@ -1,0 +1,223 @@
+"""Several devices do what one does: eight virtual CPU devices, which tests/conftest.py asks for."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from bnlstm_jax.attentive_reader import FORMS, AttentiveReader
+from configs import text
+from experiments import evaluate, parallel, tasks, train
+from experiments.errors import UserError
+
+NOISE = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A BN-LSTM on a text, of which an epoch is six batches of 32 segments and one of 7."""
+    book = tmp_path_factory.mktemp("text") / "book.txt"
+    book.write_text("".join(np.random.default_rng(0).choice(list("one, two."), 6000)))
+    config = text.get_config()
+    config.text_file = str(book)
+    config.split = (4000, 1000, 1000)
+    config.segment_length = 20
+    config.batch_size = 32
+    config.model.kind = "bn_lstm"
+    config.model.features = 12
+    return config
+
+
+def on(config, devices, statistics_devices=0):
+    config = config.copy_and_resolve_references()
+    config.parallel.devices = devices
+    config.parallel.statistics_devices = statistics_devices
+    return config, parallel.make(config)
+
+
+def trained(config, devices, updates=20):
+    task = tasks.load(config, devices)
+    state = devices.replicate(train.create_state(task, config))
+    step = train.make_train_step(task, NOISE, devices)
+    for update in range(updates):
+        split = devices.splits(task.train_rows(update))
+        batch = devices.place(task.train_batch(update, devices.share), split, task.shared)
+        state = step(state, batch, split=split)
+    return task, state
+
+
+def assert_close(ours, theirs, atol):
+    ours, theirs = (flatten_dict(tree, sep="/") for tree in (ours, theirs))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], atol=atol, rtol=0, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone(config):
+    return trained(*on(config, 1))
+
+
+@pytest.mark.parametrize("number", [pytest.param(2, marks=pytest.mark.long), 8])
+def test_global_statistics_make_several_devices_one(config, alone, number):
+    # 20 updates of Adam, a short batch among them; rounding alone parts them (measured: 2e-7).
+    config, devices = on(config, number)
+    task, state = trained(config, devices)
+    for part in ("params", "batch_stats", "window"):
+        assert_close(getattr(state, part), getattr(alone[1], part), 1e-5 if part != "window" else 1)
+    assert int(state.step) == 20
+
+    # So does evaluation: of 49 segments in batches of 16, the last of one; and of one sequence.
+    whole = alone[0].readings[-1]
+    for reading, size in ((task.readings[0], 16), (whole, 1)):
+        for running in (True,) if reading == whole else (True, False):
+            split = reading.splits[0]
+            found, expected = (
+                evaluate.make_evaluator(t, NOISE, d)(
+                    train.variables_of(s), reading, split, size, running
+                )
+                for t, s, d in ((task, state, devices), (*alone, parallel.ONE_DEVICE))
+            )
+            assert_close(found, expected, 1e-5)
+    config.population_batch_size = 64
+    found, expected = (
+        evaluate.population_statistics(t, config, train.variables_of(s), NOISE, d)
+        for t, s, d in ((task, state, devices), (*alone, parallel.ONE_DEVICE))
+    )
+    assert_close(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_groups_take_statistics_of_their_own(config, members):
+    config, devices = on(config, 4, members)
+    _, state = trained(config, devices, updates=1)
+
+    # By one device: the groups' parts of the batch one by one, gradients and statistics averaged.
+    groups, rows = 4 // members, config.batch_size * members // 4
+    alone = tasks.load(config)
+    start = train.create_state(alone, config)
+    batch = alone.train_batch(0)
+    gradients, statistics = [], []
+    for group in range(groups):
+        part = {**batch, "start": batch["start"][group * rows : (group + 1) * rows]}
+
+        def loss_of(params, part=part):
+            outputs, updated = alone.model.apply(
+                {"params": params, "batch_stats": start.batch_stats},
+                *alone.inputs(part),
+                use_running_average=False,
+                mutable=["batch_stats"],
+            )
+            total, count = alone.metrics(outputs, part)["loss"]
+            return total / count, updated["batch_stats"]
+
+        gradient, updated = jax.grad(loss_of, has_aux=True)(start.params)
+        gradients.append(gradient)
+        statistics.append(updated)
+    mean_of = lambda trees: jax.tree.map(lambda *leaves: sum(leaves) / groups, *trees)  # noqa: E731
+    expected = start.apply_gradients(grads=mean_of(gradients), batch_stats=mean_of(statistics))
+    assert_close(state.batch_stats, expected.batch_stats, 1e-6)
+    # Adam's first moments are a tenth of the gradients: its steps would hide their size.
+    assert_close(state.opt_state[1].mu, expected.opt_state[1].mu, 1e-8)
+    # And statistics of the whole batch would be others.
+    whole = trained(*on(config, 1), updates=1)[1]
+    difference = np.max(
+        np.abs(
+            state.opt_state[1].mu["layer"]["recurrent_scale"]
+            - whole.opt_state[1].mu["layer"]["recurrent_scale"]
+        )
+    )
+    assert difference > 1e-6
+
+
+def computations(program: str) -> dict[str, str]:
+    """The computations of a compiled program, by name."""
+    found = re.findall(r"^(?:ENTRY )?%?([\w.-]+) \(.*?^}", program, re.M | re.S)
+    texts = re.findall(r"^(?:ENTRY )?%?[\w.-]+ \(.*?^}", program, re.M | re.S)
+    return dict(zip(found, texts, strict=True))
+
+
+def test_the_backward_recurrence_exchanges_no_kernel_gradient(config):
+    config, devices = on(config, 8)
+    task = tasks.load(config, devices)
+    state = devices.replicate(train.create_state(task, config))
+    batch = devices.place(task.train_batch(0), True, task.shared)
+    step = jax.jit(lambda s, b: train.make_train_step(task, NOISE, devices)(s, b, split=True))
+    parts = computations(step.lower(state, batch).compile().as_text())
+    inside, waiting = set(), set()
+    for text_ in parts.values():
+        waiting |= set(re.findall(r"\bwhile\(.*?body=%?([\w.-]+)", text_))
+    assert len(waiting) == 2  # the forward and the backward scan
+    while waiting:
+        name = waiting.pop()
+        inside.add(name)
+        called = set(re.findall(r"(?:to_apply|calls|body|condition)=%?([\w.-]+)", parts[name]))
+        waiting |= (called & parts.keys()) - inside
+
+    def exchanged(names):
+        """Numbers that each all-reduce exchanges."""
+        sizes = []
+        for name in names:
+            for result in re.findall(r"= (.*?) all-reduce(?:-start)?\(", parts[name]):
+                shapes = re.findall(r"\w+\[([\d,]*)\]", result)
+                sizes.append(sum(int(np.prod([int(n) for n in s.split(",") if n])) for s in shapes))
+        return sizes
+
+    # A step exchanges means, deviations, and two sums of gradients; terms have 4H, 4H and H units.
+    assert exchanged(inside) and max(exchanged(inside)) <= 2 * 9 * config.model.features
+    kernel = state.params["layer"]["recurrent_kernel"].size
+    assert max(exchanged(parts.keys() - inside)) >= kernel
+
+
+def test_readers_on_shards_see_the_longest_passage_of_all():
+    """Where padding counts, how far it reaches is a matter of the whole batch."""
+    rng = np.random.default_rng(0)
+    passages, questions = rng.integers(3, 20, (4, 9)), rng.integers(3, 20, (4, 5))
+    lengths, question_lengths = np.array([4, 3, 8, 6]), np.array([5, 4, 3, 5])
+    batch = passages, questions, lengths, question_lengths
+
+    def reader(axis_name):
+        return AttentiveReader(
+            20,
+            6,
+            **FORMS["bn_e_star"],
+            mask_statistics=False,
+            axis_name=axis_name,
+            passage_steps=9,
+            question_steps=5,
+            dropout_rate=0.0,
+        )
+
+    variables = reader(None).init(jax.random.key(1), *batch, use_running_average=True)
+
+    def outputs(axis_name, *batch):
+        return reader(axis_name).apply(
+            variables, *batch, use_running_average=False, mutable=["batch_stats"]
+        )
+
+    expected, updated = outputs(None, *batch)
+    shards = [jnp.reshape(x, (2, 2, *x.shape[1:])) for x in batch]
+    found, each = jax.vmap(lambda *b: outputs("shards", *b), axis_name="shards")(*shards)
+    np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=1e-5)
+    assert_close(jax.tree.map(lambda x: x[1], each), updated, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"devices": 3}, "config.batch_size is 32: it must be divisible by the 3 devices"),
+        ({"devices": 9}, "config.parallel.devices is 9, and a process has 8 here"),
+        (
+            {"devices": 8, "statistics_devices": 3},
+            "config.parallel.statistics_devices is 3: it must divide the 8 devices",
+        ),
+    ],
+)
+def test_devices_that_cannot_share(config, fields, message):
+    config = config.copy_and_resolve_references()
+    config.parallel.update(fields)
+    with pytest.raises(UserError, match=re.escape(message)):
+        parallel.make(config)

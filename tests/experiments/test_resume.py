@@ -1,0 +1,413 @@
+"""A run that was killed, stopped, or had its checkpoints spoilt ends as one that nobody touched."""
+
+import contextlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import checkpoints, finite, metrics, train
+from experiments.errors import Stopped, UserError
+from experiments.tasks import sequential_images
+from scripts.crash_test import differences
+
+ROOT = Path(__file__).parents[2]
+# Bits depend on how many threads share a product, which depends on how many devices there are.
+ENVIRONMENT = os.environ | {"JAX_NUM_CPU_DEVICES": str(jax.config.jax_num_cpu_devices)}
+
+# Runs a config in a process that kills itself the Nth time that something is done.
+DEATH = """
+import importlib, json, os, signal, sys
+config, folder, place, name, times = json.loads(sys.argv[1])
+from ml_collections import ConfigDict
+from experiments import train, workdir
+from pathlib import Path
+module, _, owner = place.partition(":")
+module = importlib.import_module(module)
+owner = getattr(module, owner) if owner else module
+function, calls = getattr(owner, name), []
+def deadly(*args, **kwargs):
+    calls.append(None)
+    if len(calls) == times:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*args, **kwargs)
+setattr(owner, name, deadly)
+train.train(ConfigDict(json.loads(config, object_hook=workdir._tuples)), Path(folder))
+"""
+
+# Where: module or module:class, function, and the call of it that is the last.
+DEATHS = {
+    "before it has written anything": ("experiments.workdir", "write_json", 1),
+    "before the first checkpoint": ("experiments.tasks.sequential_images:Task", "train_batch", 4),
+    "between a checkpoint's arrays and its name": (
+        "orbax.checkpoint._src.path.atomicity:AtomicRenameTemporaryPath",
+        "finalize",
+        2,
+    ),
+    "past a checkpoint and rows after it": (
+        "experiments.tasks.sequential_images:Task",
+        "train_batch",
+        5,
+    ),
+    "in validation": ("experiments.tasks.sequential_images:Task", "batches", 1),
+    "between metrics and their checkpoint": ("experiments.checkpoints:Checkpoints", "save", 1),
+    "in the last evaluation": ("experiments.workdir", "write_statistics", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def config(prepared_dir):
+    from configs import digits
+
+    config = digits.get_config()
+    config.data_dir = str(prepared_dir)
+    config.batch_size = 500  # three batches an epoch, the last one short
+    config.num_updates = 8
+    config.model.kind = "bn_lstm"
+    config.model.features = 6
+    config.log_every = 3
+    config.eval_every = 4
+    config.checkpoint_every = 4
+    return config
+
+
+@pytest.fixture(scope="module")
+def unbroken(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    train.train(config, folder)
+    return folder
+
+
+def copy(run, folder):
+    return Path(shutil.copytree(run, folder))
+
+
+def test_a_run_killed_again_and_again_ends_as_one_that_was_not(config, unbroken, tmp_path):
+    folder = tmp_path / "run"
+    for when, (place, name, times) in DEATHS.items():
+        told = json.dumps([config.to_json_best_effort(), str(folder), place, name, times])
+        done = subprocess.run(
+            [sys.executable, "-c", DEATH, told],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == -signal.SIGKILL, (when, done.stdout + done.stderr)
+        if when == "in validation":  # a row may be torn, too
+            with (folder / metrics.FILE_NAME).open("a") as file:
+                file.write('{"update": 8, "split": "tra')
+    assert not (folder / "results.json").exists()
+    train.train(config, folder)
+    assert list(differences(folder, unbroken)) == []
+    assert not list((folder / "checkpoints").glob("*tmp*"))
+
+
+def test_the_comparison_finds_a_difference(config, unbroken, tmp_path):
+    config = config.copy_and_resolve_references()
+    config.seed = 2
+    train.train(config, tmp_path)
+    found = "\n".join(differences(tmp_path, unbroken))
+    assert "metrics.jsonl differs" in found and "of the latest checkpoint differs" in found
+    other = copy(unbroken, tmp_path / "twice")
+    rows = (other / metrics.FILE_NAME).read_text().splitlines(keepends=True)
+    (other / metrics.FILE_NAME).write_text("".join([*rows, rows[-1]]))
+    assert "metrics.jsonl has a row twice" in list(differences(other, unbroken))
+
+
+# ---- Signals.
+
+
+def stop_at(monkeypatch, update, *signals):
+    """Has signals arrive while the batch of an update is read."""
+    unstopped = sequential_images.Task.train_batch
+
+    def train_batch(task, now, *share):
+        if now == update:
+            for number in signals:
+                signal.raise_signal(number)
+        return unstopped(task, now, *share)
+
+    monkeypatch.setattr(sequential_images.Task, "train_batch", train_batch)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(config, unbroken, tmp_path, monkeypatch, number):
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5, number)
+        message = f"{number.name}: stopped after update 6 of 8, which is saved; the same command"
+        with pytest.raises(Stopped, match=message) as stopped:
+            train.train(config, tmp_path)
+    assert stopped.value.status == 128 + number
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+    assert checkpoints.steps_in(tmp_path / "checkpoints")[0] == 6
+    train.train(config, tmp_path)
+    assert list(differences(tmp_path, unbroken)) == []
+
+
+def test_a_second_ctrl_c_stops_at_once(config, tmp_path):
+    script = DEATH.replace("os.kill(os.getpid(), signal.SIGKILL)", "stop()").replace(
+        "def deadly",
+        "def stop():\n    for _ in range(2): signal.raise_signal(signal.SIGINT)\ndef deadly",
+    )
+    place = ("experiments.tasks.sequential_images:Task", "train_batch", 7)  # update 5
+    told = json.dumps([config.to_json_best_effort(), str(tmp_path / "run"), *place])
+    done = subprocess.run(
+        [sys.executable, "-c", script, told],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert done.returncode == -signal.SIGINT
+    assert "Ctrl-C: stopping after this update; once more to stop at once" in done.stderr
+    assert 6 not in checkpoints.steps_in(tmp_path / "run" / "checkpoints")  # nothing was saved
+
+
+def test_a_signal_in_the_last_evaluation_stops_it(config, unbroken, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            train.evaluate, "evaluate_all", lambda *_: signal.raise_signal(signal.SIGTERM)
+        )
+        with pytest.raises(Stopped, match="stopped by SIGTERM; the same command goes on"):
+            train.train(config, tmp_path)
+    train.train(config, tmp_path)
+    assert list(differences(tmp_path, unbroken)) == []
+
+
+# ---- Damage.
+
+
+def files_of(checkpoint):
+    return [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+
+
+def spoil_truncate(checkpoint):
+    largest = max(files_of(checkpoint / "default"), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+def spoil_bit(checkpoint):
+    largest = max(files_of(checkpoint / "default"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+
+def spoil_metrics(checkpoint):
+    path = checkpoint / "metrics" / "metrics"
+    path.write_text(path.read_text().replace(": 0.", ": 9."))
+
+
+def spoil_seal(checkpoint):
+    (checkpoint / "_CHECKPOINT_METADATA").write_text("{")
+
+
+SPOILT = [spoil_truncate, spoil_bit, spoil_metrics, spoil_seal]
+
+
+@pytest.mark.parametrize("spoil", SPOILT, ids=lambda function: function.__name__)
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(
+    config, unbroken, tmp_path, spoil, caplog
+):
+    folder = copy(unbroken, tmp_path / "run")
+    spoil(folder / "checkpoints" / "8")
+    train.train(config, folder)
+    assert re.search(r"checkpoints/8 is damaged: .* it is now .*8\.damaged", caplog.text)
+    assert (folder / "checkpoints" / "8.damaged").is_dir()
+    assert list(differences(folder, unbroken)) == []
+    starts = json.loads((folder / "run.json").read_text())["starts"]
+    assert len(starts) == 2
+
+
+def test_any_flipped_bit_is_found_or_harmless(unbroken, tmp_path):
+    """In every file of a checkpoint, at places drawn by chance: nothing wrong is ever read."""
+    folder = copy(unbroken, tmp_path / "run") / "checkpoints"
+    expected, _ = checkpoints.read_checkpoint(folder, 8)
+    rng, found = np.random.default_rng(0), 0
+    for path in files_of(folder / "8"):
+        content = path.read_bytes()
+        for position in rng.integers(len(content), size=3 if content else 0):
+            spoilt = bytearray(content)
+            spoilt[position] ^= 1 << rng.integers(8)
+            path.write_bytes(spoilt)
+            try:
+                arrays, _ = checkpoints.read_checkpoint(folder, 8)
+            except checkpoints.Damaged:
+                found += 1
+            else:
+                jax.tree.map(np.testing.assert_array_equal, arrays, expected)
+        path.write_bytes(content)
+    assert found > 5
+    checkpoints.read_checkpoint(folder, 8)
+
+
+def test_nothing_but_damaged_checkpoints(config, unbroken, tmp_path):
+    folder = copy(unbroken, tmp_path / "run")
+    for step in (4, 8):
+        spoil_bit(folder / "checkpoints" / str(step))
+    with pytest.raises(UserError, match=r"8 is damaged: .*, and there is no other: delete"):
+        train.train(config, folder)
+    assert checkpoints.steps_in(folder / "checkpoints") == [8, 4]  # to look into
+    with pytest.raises(UserError, match=r"is damaged"):
+        checkpoints.read_best(folder)
+
+
+def test_a_reader_of_a_run_that_goes_on_looks_again(unbroken, monkeypatch):
+    """The run may delete a checkpoint, for a better one, in the moment it is to be read."""
+    read, calls = checkpoints.read_checkpoint, []
+
+    def read_checkpoint(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise checkpoints.Damaged("deleted")
+        return read(*arguments)
+
+    monkeypatch.setattr(checkpoints, "read_checkpoint", read_checkpoint)
+    assert checkpoints.read_best(unbroken)[2] == "population"
+    assert len(calls) == 2
+
+
+# ---- Places that cannot be written.
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """As on a full disk, files cannot grow beyond a size: a stand-in that needs no rights."""
+    earlier = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, earlier)
+
+
+@pytest.mark.parametrize("size", [0, 2000])
+def test_a_full_disk_stops_the_run_with_a_line(config, unbroken, tmp_path, monkeypatch, size):
+    """At its start, and from update 6 on: what was there stays, and the run goes on from it."""
+    half = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4, signal.SIGTERM)
+        with pytest.raises(Stopped):
+            train.train(config, half)
+    with files_of_at_most(size), pytest.raises(UserError) as stopped:
+        train.train(config, half)
+    message = str(stopped.value)
+    assert "cannot be written" in message and "\n" not in message and len(message) < 500
+    assert checkpoints.steps_in(half / "checkpoints")[0] == 5
+    train.train(config, half)
+    assert list(differences(half, unbroken)) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_file_system(config, tmp_path):
+    """The real thing: 200 kB for a run whose first checkpoint fits, and not the next ones."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a file system")
+    try:
+        with pytest.raises(UserError, match="cannot be written") as stopped:
+            train.train(config, disk / "run")
+        assert "\n" not in str(stopped.value)
+        for step in checkpoints.steps_in(disk / "run" / "checkpoints"):
+            checkpoints.read_checkpoint(disk / "run" / "checkpoints", step)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_folder_that_is_a_file(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is not a folder"):
+        train.train(config, tmp_path / "file")
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+        train.train(config, tmp_path / "file" / "run")
+
+
+def test_vanished_data_leave_the_run_as_it_was(config, unbroken, tmp_path):
+    folder = copy(unbroken, tmp_path / "run")
+    config = config.copy_and_resolve_references()
+    config.num_updates = 10
+    (tmp_path / "data" / "prepared" / "digits").mkdir(parents=True)
+    config.data_dir = str(tmp_path / "data")
+    with pytest.raises(UserError, match=r"prepared/digits/manifest\.json is missing"):
+        train.train(config, folder)
+    assert list(differences(folder, unbroken)) == []
+
+
+def test_two_runs_in_one_folder(config, unbroken, tmp_path):
+    folder = copy(unbroken, tmp_path / "run")
+    before = {path: path.read_bytes() for path in files_of(folder)}
+    code = (
+        "import sys, time; from pathlib import Path; from experiments import workdir\n"
+        "with workdir.in_use(Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match=f"is in use by process {other.pid} on .*: wait for it"):
+            train.train(config, folder)
+        after = {path: path.read_bytes() for path in files_of(folder) if path.name != "lock"}
+        assert after == {path: content for path, content in before.items() if path.name != "lock"}
+    finally:
+        other.kill()
+        other.wait()
+    train.train(config, folder)  # a killed run holds nothing
+
+
+# ---- Numbers that are not finite.
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_an_update_that_is_not_finite_is_not_applied(config, tmp_path, monkeypatch, at_once):
+    """The gradient becomes infinite in update 6, under a finite loss."""
+    config = config.copy_and_resolve_references()
+    config.updates_per_call, config.log_every = at_once, 8
+    sound = train.make_optimizer
+
+    def spoilt(optimizer):
+        rule = sound(optimizer)
+
+        def update(gradients, state, params=None):
+            gradients, rule_state = rule.update(gradients, state[1], params)
+            kernel = gradients["layer"]["recurrent_kernel"]
+            gradients["layer"]["recurrent_kernel"] = jax.numpy.where(state[0] == 5, np.inf, kernel)
+            return gradients, (state[0] + 1, rule_state)
+
+        return train.optax_transformation(lambda params: (0, rule.init(params)), update)
+
+    monkeypatch.setattr(train, "make_optimizer", spoilt)
+    monkeypatch.setattr(
+        train, "optax_transformation", __import__("optax").GradientTransformation, raising=False
+    )
+    message = "update 6 was not applied: the parameter layer/recurrent_kernel would not be finite; "
+    with pytest.raises(UserError, match=f"{message}the latest checkpoint, of update 4, is in"):
+        train.train(config, tmp_path)
+    arrays, _ = checkpoints.read_checkpoint(tmp_path / "checkpoints", 4)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(arrays))
+
+
+def test_what_is_not_finite_is_named():
+    params, statistics = {"a": {"kernel": np.ones(2)}}, {"a": {"mean": np.ones(3)}}
+    gradients = {"a": {"kernel": np.array([1, np.nan])}}
+    named = finite.watched(params, statistics, gradients, np.inf)
+    flags = np.asarray(finite.not_finite(named))
+    assert finite.describe(named, flags) == "the loss would not be finite (and 1 more)"
+    named = finite.watched(params, {"a": {"mean": np.array([np.inf])}}, gradients, 1.0)
+    flags = np.asarray(finite.not_finite(named))
+    assert finite.describe(named, flags).startswith("the statistic a/mean would not")

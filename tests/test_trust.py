@@ -1,0 +1,507 @@
+"""What is promised of files that others made.
+
+Nothing that is loaded can run code. Archives cannot write outside their folder. Downloads are
+checked before use. Pages escape what they show.
+"""
+
+import ast
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+import zipfile
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+from ml_collections import ConfigDict
+
+from configs import digits
+from experiments import config, workdir
+from experiments.datasets import babi, cnn, prepared, text8
+from experiments.datasets.cnn import files
+from experiments.errors import UserError
+from scripts import inspect_reader
+from scripts.inspect_reader import IN_PASSAGE, RIGHT, Bar, Inspection, Word
+
+ROOT = Path(__file__).parents[1]
+CODE = [path for name in ("bnlstm_jax", "experiments", "scripts", "configs")
+        for path in sorted((ROOT / name).rglob("*.py"))]  # fmt: skip
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 500
+    return message
+
+
+# ---- Code: nothing in it reads what can run.
+
+MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "yaml", "submitit"}
+CALLS = {"eval", "exec", "compile", "__import__", "execfile", "input"}
+METHODS = {
+    ("os", "system"),
+    ("os", "popen"),
+    ("torch", "load"),
+    ("torch", "hub"),
+    ("jsonpickle", "decode"),
+    ("pd", "read_pickle"),
+    ("shutil", "unpack_archive"),
+}
+ANYWHERE = {"extractall", "extract", "unpack_archive", "read_pickle"}  # methods of whatever it is
+
+# What is there all the same, by file: what it is and why it may be.
+ALLOWED = {
+    # Only names of modules beside the code, which were looked for among its files.
+    "experiments/tasks/__init__.py": {"import_module"},
+    "experiments/datasets/prepared.py": {"import_module"},
+    "scripts/slurm.py": {"import_module", "submitit"},
+    # submitit runs on a cluster what it has pickled itself, into a folder of the job. It reads no
+    # other pickles, and what belongs to a run is not in that folder.
+    "scripts/slurm_job.py": {"submitit"},
+    "scripts/sweep_launchers.py": {"submitit"},
+    # Of packages named there.
+    "experiments/datasets/originals.py": {"import_module"},
+}
+
+
+def dangers(tree: ast.AST) -> set[str]:
+    """What of a module's code can run what it reads, or write wherever an archive says."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+            origin = [node.module or ""] if isinstance(node, ast.ImportFrom) else names
+            found |= {name.partition(".")[0] for name in origin} & MODULES
+            found |= {name for name in names if (*origin[:1], name) in METHODS}
+        if not isinstance(node, ast.Call):
+            continue
+        function, keywords = node.func, {k.arg: k.value for k in node.keywords}
+        name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
+        owner = getattr(getattr(function, "value", None), "id", "")
+        if (isinstance(function, ast.Name) and name in CALLS) or name in ANYWHERE:
+            found.add(name)
+        if (owner, name) in METHODS or name == "import_module":
+            found.add(name)
+        # NumPy reads no pickles unless it is told to: whatever it is told but False.
+        pickled = keywords.get("allow_pickle", ast.Constant(False))
+        if not (isinstance(pickled, ast.Constant) and pickled.value is False):
+            found.add("allow_pickle")
+        if name == "load" and owner in ("np", "numpy") and (len(node.args) > 2 or None in keywords):
+            found.add("allow_pickle")
+        shell = keywords.get("shell", ast.Constant(False))
+        if not (isinstance(shell, ast.Constant) and shell.value is False):
+            found.add("shell")
+    return found
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_code_reads_nothing_that_can_run(path):
+    name = str(path.relative_to(ROOT))
+    assert dangers(ast.parse(path.read_text())) == ALLOWED.get(name, set())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "from cloudpickle import loads",
+        "import joblib.numpy_pickle as n",
+        "import yaml; yaml.safe_load(x)",
+        "eval(x)",
+        "exec(x)",
+        "__import__(x)",
+        "importlib.import_module(x)",
+        "np.load(x, allow_pickle=True)",
+        "np.load(x, allow_pickle=y)",
+        "np.load(x, None, True)",
+        "np.load(x, **y)",
+        "torch.load(x)",
+        "from torch import load",
+        "os.system(x)",
+        "from os import system",
+        "subprocess.run(x, shell=True)",
+        "tarfile.open(x).extractall(y)",
+        "shutil.unpack_archive(x)",
+    ],
+)
+def test_what_can_run_is_seen(code):
+    assert dangers(ast.parse(code))
+    assert not dangers(ast.parse("np.load(x, allow_pickle=False); subprocess.run(y)"))
+
+
+# ---- Files of data and runs, with objects in them that do something when they are unpickled.
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.fixture
+def payload(tmp_path):
+    """An array of an object that must never be loaded; it would have shown."""
+    sprung = tmp_path / "sprung"
+    array = np.array([Payload(sprung), None], object)
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=True)
+    file.seek(0)
+    np.load(file, allow_pickle=True)
+    sprung.rmdir()  # so it does work
+    yield array
+    assert not sprung.exists()
+
+
+def spoil(folder: Path, name: str, content: bytes) -> None:
+    """Replaces a file of a prepared data set, with a manifest that fits."""
+    path = folder / f"{name}.npy"
+    path.write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    sha256 = hashlib.sha256(content).hexdigest()
+    manifest["files"][path.name] = {"bytes": len(content), "sha256": sha256}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=True)
+    return file.getvalue()
+
+
+def npz(**arrays: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    """A data_dir with one small data set."""
+    images = np.zeros((3, 4), np.uint8)
+    prepared.write(tmp_path / "data/prepared/digits", {"train_images": images}, {}, {})
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("form", ["object", "structured", "pickle", "text", "empty"])
+def test_prepared_data_hold_numbers_alone(data_dir, payload, form):
+    folder = data_dir / "prepared/digits"
+    content = {
+        "object": npy(payload),
+        "structured": npy(np.array([(payload[0],)], [("a", object)])),
+        "pickle": npy(payload)[npy(payload).index(b"\n") + 1 :],
+        "text": b"cos\nsystem\n(S'true'\ntR.",
+        "empty": b"",
+    }[form]
+    spoil(folder, "train_images", content)
+    with pytest.raises(UserError) as error:
+        prepared.load("digits", str(data_dir))
+    path = folder / "train_images.npy"
+    assert one_line(error).startswith(f"{path} is damaged: not an array of numbers; delete the fo")
+
+
+@pytest.mark.parametrize("name", ["../secret", "/secret", "a/../../secret"])
+def test_a_manifest_names_files_of_its_folder_alone(data_dir, name):
+    folder = data_dir / "prepared/digits"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["arrays"] = {name: manifest["arrays"]["train_images"]}
+    manifest["files"] = {f"{name}.npy": manifest["files"]["train_images.npy"]}
+    manifest["digest"] = prepared._digest(manifest["arrays"], manifest["info"])
+    shutil.copy(folder / "train_images.npy", folder.parent / "secret.npy")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError) as error:
+        prepared.load("digits", str(data_dir))
+    assert "manifest.json is damaged" in one_line(error)
+
+
+@pytest.mark.parametrize("field", ["update", "layer/cell_mean"])
+def test_statistics_hold_numbers_alone(tmp_path, payload, field):
+    arrays = {"update": np.int64(7), "layer/cell_mean": np.zeros(3)}
+    path = tmp_path / workdir.STATISTICS_NAME
+    path.write_bytes(npz(**arrays))
+    assert workdir.read_statistics(tmp_path, 7) is not None
+    path.write_bytes(npz(**arrays | {field: payload}))
+    with pytest.raises(UserError) as error:
+        workdir.read_statistics(tmp_path, 7)
+    assert one_line(error).startswith(f"{path} is damaged: delete it")
+
+
+def run_config() -> dict:
+    return json.loads(digits.get_config().to_json_best_effort())
+
+
+STRANGE = ["", "[]", "5", "null", '"text"', "{", "\0", "[" * 100_000, "\x80\x04K\x05."]
+
+
+@pytest.mark.parametrize("name", ["config.json", "run.json"])
+@pytest.mark.parametrize("content", STRANGE, ids=range(len(STRANGE)))
+def test_files_of_a_run_that_are_no_objects(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as error:
+        {"config.json": workdir.read_config, "run.json": workdir.read_record}[name](tmp_path)
+    assert one_line(error).startswith(f"{tmp_path / name} is damaged: ")
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("seed", "1"),
+        ("seed", None),
+        ("seed", [1]),
+        ("seed", {"py/object": "os.system"}),
+        ("batch_size", 1.5),
+        ("model", 5),
+        ("model", []),
+        ("optimizer", {}),
+        ("optimizer", {"name": ["adam"]}),
+        ("data_dir", 7),
+        ("log_every", {"seconds": 3}),
+    ],
+)
+def test_a_runs_config_of_other_types(tmp_path, field, value):
+    (tmp_path / "config.json").write_text(json.dumps(run_config()))
+    config.check(workdir.read_config(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(run_config() | {field: value}))
+    with pytest.raises(UserError) as error:
+        config.check(workdir.read_config(tmp_path))
+    assert one_line(error).startswith(f"config.{field}")
+
+
+def test_a_runs_config_cannot_name_other_code(tmp_path, monkeypatch):
+    """A task is a module beside the others, whatever could be imported."""
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\nTask = print")
+    monkeypatch.syspath_prepend(tmp_path)
+    from experiments import tasks
+
+    for name in ("evil", "..evil", "../evil", "char_lm.jax", ""):
+        with pytest.raises(UserError) as error:
+            tasks.load(ConfigDict({"task": name}))
+        assert one_line(error).startswith("config.task is ")
+    for name in ("..evil", "corpus", "babi.builder", "../../evil"):
+        with pytest.raises(UserError):
+            prepared.load(name, str(tmp_path))
+    assert not (tmp_path / "sprung").exists()
+
+
+# ---- Archives: what is not looked for is not read, and nothing is written by a member's name.
+
+EVIL = ("../evil", "a/../../evil", "..\\evil", "~/evil")
+
+
+def snapshot(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def tar(path: Path, contents: dict[str, bytes], links: dict[str, str], outside: Path) -> None:
+    """An archive with members that would write outside, before those that belong there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as archive:
+        for name in (*EVIL, str(outside / "evil")):
+            member = tarfile.TarInfo(name)
+            member.size = 4
+            archive.addfile(member, io.BytesIO(b"evil"))
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            for name, target in links.items():
+                member = tarfile.TarInfo(name)
+                member.type, member.linkname = kind, target
+                archive.addfile(member)
+        for name, content in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """A folder beside, with a file that nothing may read or change."""
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    (folder / "secret").write_bytes(b"secret")
+    monkeypatch.chdir(folder)
+    yield folder
+    assert snapshot(folder) == {"secret"} and (folder / "secret").read_bytes() == b"secret"
+
+
+def question(text: str) -> tuple[str, bytes]:
+    content = f"http://x\n\n{text}\n\n@placeholder ?\n\n@entity1\n\n@entity1:A".encode()
+    return f"{hashlib.sha1(content).hexdigest()}.question", content
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_members_of_cnns_archive(tmp_path, outside, linked):
+    name, content = question("@entity1 spoke .")
+    contents = {f"cnn/questions/{folder}/{name}": content for folder in files.FOLDERS.values()}
+    target = str(outside / "secret")
+    links = {"cnn/questions": str(outside), "x": target}
+    if linked:
+        links |= {f"cnn/questions/test/{'0' * 40}.question": target}
+    tar(tmp_path / "in/cnn.tgz", contents, links, outside)
+    work = tmp_path / "work"
+    work.mkdir()
+    parts = files.list_parts(tmp_path / "in/cnn.tgz", work)
+    assert len(snapshot(tmp_path) - {"in", "in/cnn.tgz", "work", "outside", "outside/secret"}) == 1
+    assert next(work.iterdir()).suffix == ".tar"
+    read = [text for part in parts for _, text in part.contents()]
+    assert read.count(content) == 3 and b"secret" not in read
+    assert any(part.damaged() for part in parts) == linked  # which `prepare` refuses
+    if linked:
+        with pytest.raises(UserError) as error:
+            cnn.prepare(tmp_path / "in", work)
+        assert "holds damaged files" in one_line(error)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_members_of_babis_archive(tmp_path, outside, monkeypatch, linked):
+    texts = {name: f"1 Mary went.\n2 {name}".encode() for name in babi.SHA256}
+    hashes = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
+    first = next(iter(texts))
+    hashes[first] = hashlib.sha256(b"secret").hexdigest() if linked else hashes[first]
+    monkeypatch.setattr(babi, "SHA256", hashes)
+    contents = {f"tasks/en-10k/{name}": text for name, text in texts.items()}
+    links = {"tasks": str(outside)}
+    if linked:
+        del contents[f"tasks/en-10k/{first}"]
+        links[f"tasks/en-10k/{first}"] = str(outside / "secret")
+    path = tmp_path / "in" / babi.ARCHIVE
+    tar(path, contents, links, outside)
+    before = snapshot(tmp_path)
+    if linked:  # even though what the link leads to is as it should be
+        with pytest.raises(UserError) as error:
+            babi._read_texts(path)
+        assert f"lacks {first}" in one_line(error)
+    else:
+        assert sorted(babi._read_texts(path)) == sorted(f"{t}_{s}" for t in babi.TASKS
+                                                        for s in ("train", "test"))  # fmt: skip
+    assert snapshot(tmp_path) == before
+
+
+def test_members_of_text8s_archive(tmp_path, outside):
+    path = tmp_path / "text8.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in (*EVIL, str(outside / "evil"), "../text8", "/text8"):
+            archive.writestr(name, b"evil")
+        archive.writestr("text8", b"the text")
+    before = snapshot(tmp_path)
+    assert text8.read_text(path) == b"the text"
+    assert snapshot(tmp_path) == before
+
+
+# ---- Downloads and original files: of the real data sets, wrong ones are not prepared.
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """Every host answers every question with this, and keeps what was asked for."""
+    asked = []
+
+    def send(self, request, **kwargs):
+        asked.append((request.method, request.url))
+        response = requests.Response()
+        response.url, response.request, response.status_code = request.url, request, 200
+        response.raw = io.BytesIO(b"not what was promised")
+        return response
+
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send)
+    return asked
+
+
+@pytest.mark.parametrize("name", ["mnist", "ptb", "text8"])
+def test_what_a_host_sends_is_checked(tmp_path, host, name):
+    with pytest.raises(UserError) as error:
+        prepared.load(name, str(tmp_path))
+    assert "(NonMatchingChecksumError)" in one_line(error)
+    assert any(method == "GET" for method, _ in host)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["mnist", "ptb", "text8"])
+def test_original_files_are_checked(tmp_path, host, name):
+    """Also one of the right size."""
+    module = prepared._import(name)
+    file = module.ORIGINALS.files[0]
+    path = tmp_path / name / file.name
+    path.parent.mkdir()
+    with path.open("wb") as spoilt:
+        spoilt.truncate(file.size)
+    with pytest.raises(UserError) as error:
+        prepared.load(name, str(tmp_path))
+    assert one_line(error).startswith(f"{path} is damaged: {file.size} bytes, SHA-256 ")
+    assert host == [] and [p.name for p in tmp_path.rglob("*")] == [name, file.name]
+
+
+# ---- Pages: a page of texts like these has the elements of one of harmless texts.
+
+NASTY = (
+    "<script>alert(1)</script>",
+    '" onmouseover="alert(1)',
+    "' onclick='alert(1)",
+    "</span></title><img src=x onerror=alert(1)>",
+    "a&b;&lt;&#60;script&#62;",
+    "]]><!--",
+    "$where ${question} $$",
+    "javascript:alert(1)",
+)
+
+
+class Outline(HTMLParser):
+    """The elements of a page with the names of their attributes, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements, self.text, self.values = [], [], []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, tuple(name for name, _ in attrs)))
+        self.values += [value for _, value in attrs]
+
+    def handle_endtag(self, tag):
+        self.elements.append(f"/{tag}")
+
+    def handle_comment(self, data):
+        self.elements.append("comment")
+
+    def handle_decl(self, decl):
+        self.elements.append(decl)
+
+    unknown_decl = handle_pi = handle_comment
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def page_of(text: str) -> str:
+    """A page that has a text wherever there is one that data or files may give."""
+    answer, entity = f"answer{text}", f"@entity{text}"
+    words = [Word(f"a{text}", f"b{text}"), Word(answer, answer), Word(entity, entity)]
+    found = Inspection(
+        passage=words,
+        question=words,
+        answer=answer,
+        attention=np.array([0.5, 0.3, 0.2], np.float32),
+        answers=[Bar(answer, 0.5, [IN_PASSAGE, RIGHT]), Bar(f"c{text}", 0.1, [])],
+        entities=[Bar(entity, 0.2, [])],
+        right=False,
+        verdict=f"Wrong: {text}",
+    )
+    names = {entity: f"name{text}"}
+    return inspect_reader.make_page(found, names, f"where{text}", f"how{text}", 9)
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_pages_escape_what_they_show(text):
+    plain, page = Outline(page_of("plain")), Outline(page_of(text))
+    assert page.elements == plain.elements
+    shown, harmless = "".join(page.text), "".join(plain.text)
+    assert shown.count(text) == harmless.count("plain") > 10
+    titles = [value for value in page.values if value and f"read as b{text}" in value]
+    assert len(titles) == 1
