@@ -62,6 +62,8 @@ class Normalized(nn.Module):
             return scale * standardize(x, given, epsilon, axis), None
         # As in flax.linen.BatchNorm, variables are initialised outside of mapped axes.
         axis_name = None if self.is_initializing() else self.axis_name
+        if axis_name is not None and jax.lax.psum(1, axis_name) == 1:
+            axis_name = None  # nobody to exchange anything with
         if moments is None:
             moments = batch_moments(x, where, axis, axis_name)
         return batch_normalize(x, scale, where, moments, epsilon, axis, axis_name), moments

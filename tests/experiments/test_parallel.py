@@ -12,6 +12,7 @@ from bnlstm_jax.attentive_reader import FORMS, AttentiveReader
 from configs import text
 from experiments import evaluate, parallel, tasks, train
 from experiments.errors import UserError
+from scripts.exchanges import compiled_update, exchanges
 
 NOISE = jax.random.key(0)
 
@@ -133,43 +134,23 @@ def test_groups_take_statistics_of_their_own(config, members):
     assert difference > 1e-6
 
 
-def computations(program: str) -> dict[str, str]:
-    """The computations of a compiled program, by name."""
-    found = re.findall(r"^(?:ENTRY )?%?([\w.-]+) \(.*?^}", program, re.M | re.S)
-    texts = re.findall(r"^(?:ENTRY )?%?[\w.-]+ \(.*?^}", program, re.M | re.S)
-    return dict(zip(found, texts, strict=True))
-
-
 def test_the_backward_recurrence_exchanges_no_kernel_gradient(config):
-    config, devices = on(config, 8)
-    task = tasks.load(config, devices)
-    state = devices.replicate(train.create_state(task, config))
-    batch = devices.place(task.train_batch(0), True, task.shared)
-    step = jax.jit(lambda s, b: train.make_train_step(task, NOISE, devices)(s, b, split=True))
-    parts = computations(step.lower(state, batch).compile().as_text())
-    inside, waiting = set(), set()
-    for text_ in parts.values():
-        waiting |= set(re.findall(r"\bwhile\(.*?body=%?([\w.-]+)", text_))
-    assert len(waiting) == 2  # the forward and the backward scan
-    while waiting:
-        name = waiting.pop()
-        inside.add(name)
-        called = set(re.findall(r"(?:to_apply|calls|body|condition)=%?([\w.-]+)", parts[name]))
-        waiting |= (called & parts.keys()) - inside
+    own, devices = on(config, 8)
+    task = tasks.load(own, devices)
+    found = exchanges(compiled_update(task, own, devices))
+    # A step exchanges means and deviations, then two sums of gradients; terms have 4H, 4H and H
+    # units. The kernel's gradient, 4 H^2, is exchanged once.
+    units, size = 9 * config.model.features, 4
+    steps = [sum(e.size for e in found if e.place == place) for place in (1, 2)]
+    assert sorted(steps) == [2 * units * size, 3 * units * size]
+    kernel = 4 * config.model.features**2 * size
+    assert max(e.size for e in found if e.place == 0) > kernel > max(steps)
+    assert {e.place for e in found} == {0, 1, 2}
 
-    def exchanged(names):
-        """Numbers that each all-reduce exchanges."""
-        sizes = []
-        for name in names:
-            for result in re.findall(r"= (.*?) all-reduce(?:-start)?\(", parts[name]):
-                shapes = re.findall(r"\w+\[([\d,]*)\]", result)
-                sizes.append(sum(int(np.prod([int(n) for n in s.split(",") if n])) for s in shapes))
-        return sizes
-
-    # A step exchanges means, deviations, and two sums of gradients; terms have 4H, 4H and H units.
-    assert exchanged(inside) and max(exchanged(inside)) <= 2 * 9 * config.model.features
-    kernel = state.params["layer"]["recurrent_kernel"].size
-    assert max(exchanged(parts.keys() - inside)) >= kernel
+    # Devices with statistics of their own exchange nothing in time steps.
+    own, devices = on(config, 8, 1)
+    task = tasks.load(own, devices)
+    assert {e.place for e in exchanges(compiled_update(task, own, devices))} == {0}
 
 
 def test_readers_on_shards_see_the_longest_passage_of_all():
