@@ -27,21 +27,24 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from experiments import checkpoints, config, main, metrics, tasks, workdir
+from experiments import checkpoints, config, metrics, tasks, workdir
 from experiments.errors import UserError, run
 from experiments.train import RESULTS_NAME
 
-_KILLS = flags.DEFINE_integer("kills", 20, "How often the run is killed.", lower_bound=1)
-_RESTARTS = flags.DEFINE_integer(
-    "kills_per_run", 5, "After so many the run is left to end, and is compared.", lower_bound=1
-)
-_SEED = flags.DEFINE_integer("crash_seed", 0, "Of the moments and the signals.")
-_SIGNALS = flags.DEFINE_list(
-    "signals", ["KILL", "KILL", "KILL", "TERM", "INT"], "From which each kill draws one."
-)
-_JSON = flags.DEFINE_string("json", None, "File to write the outcome to.")
-
 COMPARED = ("metrics.jsonl", RESULTS_NAME, "config.json")
+
+
+def define_flags() -> None:
+    """The flags beside those of `experiments.main`."""
+    flags.DEFINE_integer("kills", 20, "How often the run is killed.", lower_bound=1)
+    flags.DEFINE_integer(
+        "kills_per_run", 5, "After so many the run is left to end, and is compared.", lower_bound=1
+    )
+    flags.DEFINE_integer("crash_seed", 0, "Of the moments and the signals.")
+    flags.DEFINE_list(
+        "signals", ["KILL", "KILL", "KILL", "TERM", "INT"], "From which each kill draws one."
+    )
+    flags.DEFINE_string("output", None, "File to write the outcome to.")
 
 
 def command(folder: Path, words: Sequence[str]) -> list[str]:
@@ -131,7 +134,7 @@ def crash(folder: Path, words: Sequence[str], seconds: float, kills: int, rng: r
                 command(folder, words), stdout=output, stderr=output, env=environment
             )
         if number < kills:
-            name = rng.choice(_SIGNALS.value)
+            name = rng.choice(flags.FLAGS.signals)
             try:
                 process.wait(rng.uniform(0, seconds / 2))
             except subprocess.TimeoutExpired:
@@ -158,13 +161,13 @@ def crash_test(words: Sequence[str]) -> dict[str, Any]:
     seconds = time.monotonic() - start
     print(f"It took {seconds:.1f} s; starts are killed after up to half of that", flush=True)
 
-    rng = random.Random(_SEED.value)
+    rng = random.Random(flags.FLAGS.crash_seed)
     survived = lost = number = 0
     moments: dict[str, int] = {}
-    while survived + lost < _KILLS.value:
+    while survived + lost < flags.FLAGS.kills:
         number += 1
         folder = place / f"broken_{number}"
-        wanted = min(_RESTARTS.value, _KILLS.value - survived - lost)
+        wanted = min(flags.FLAGS.kills_per_run, flags.FLAGS.kills - survived - lost)
         kills, problems = 0, []
         try:
             for name, was in crash(folder, words, seconds, wanted, rng):
@@ -182,7 +185,7 @@ def crash_test(words: Sequence[str]) -> dict[str, Any]:
             shutil.rmtree(folder, ignore_errors=True)
         print(
             f"run {number}: {kills} kills, {'; '.join(problems) or 'equal to the last bit'}"
-            f"  ({survived} survived, {lost} lost, of {_KILLS.value})",
+            f"  ({survived} survived, {lost} lost, of {flags.FLAGS.kills})",
             flush=True,
         )
     if not lost:
@@ -212,11 +215,14 @@ def run_test(words: list[str]) -> None:
     rows = [(name, str(count)) for name, count in outcome["moments"].items()]
     print(f"\n{metrics.markdown_table(['killed by, when', 'times'], rows)}\n")
     print(f"{outcome['survived']} survived, {outcome['lost']} lost")
-    if _JSON.value:
-        workdir.write_json(Path(_JSON.value), outcome)
+    if flags.FLAGS.output:
+        workdir.write_json(Path(flags.FLAGS.output), outcome)
     if outcome["lost"]:
         raise SystemExit(1)
 
 
 if __name__ == "__main__":
+    from experiments import main
+
+    define_flags()
     run(run_test, main.parse_flags)

@@ -7,10 +7,8 @@ The program is compiled for virtual CPU devices, and not run. XLA on other devic
 operations that stand side by side; bytes are the same. docs/parallel.md says what follows for pods.
 """
 
-import json
 import math
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -18,16 +16,17 @@ from absl import flags
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from experiments import config, main, parallel, tasks, train
+from experiments import config, parallel, tasks, train
 from experiments.errors import run
 from experiments.metrics import markdown_table
-from experiments.workdir import write_json
-
-_DEVICES = flags.DEFINE_integer("devices", 8, "Number of devices.", lower_bound=2)
-_STATISTICS = flags.DEFINE_integer("statistics_devices", 0, "As config.parallel's; 0: all.")
-_JSON = flags.DEFINE_string("json", None, "File to write the numbers to.")
 
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1, "f64": 8}
+
+
+def define_flags() -> None:
+    """The flags beside those of `experiments.main`."""
+    flags.DEFINE_integer("devices", 8, "Number of devices.", lower_bound=2)
+    flags.DEFINE_integer("statistics_devices", 0, "As config.parallel's; 0: all.")
 
 
 class Exchange(NamedTuple):
@@ -80,33 +79,34 @@ def compiled_update(task: tasks.Task, own: ConfigDict, devices: parallel.Paralle
 def report(_: list[str]) -> None:
     """Prints the table."""
     own = flags.FLAGS.config
-    own.parallel.devices, own.parallel.statistics_devices = _DEVICES.value, _STATISTICS.value
+    number = flags.FLAGS.devices
+    own.parallel.devices, own.parallel.statistics_devices = number, flags.FLAGS.statistics_devices
     own.model.kind = config.model_kinds(own)[-1]
     # What devices cannot share evenly is not what is looked at here.
-    own.batch_size = max(2, own.batch_size // _DEVICES.value) * _DEVICES.value
+    own.batch_size = max(2, own.batch_size // number) * number
     config.check(own)
     devices = parallel.make(own)
     task = tasks.load(own, devices)
     found = exchanges(compiled_update(task, own, devices))
-    rows, outcome = [], {"devices": _DEVICES.value, "statistics_devices": _STATISTICS.value}
+    rows = []
     for place in sorted({exchange.place for exchange in found} | {0}):
         sizes = [exchange.size for exchange in found if exchange.place == place]
         name = f"a time step, loop {place}" if place else "an update, outside of loops"
         rows.append((name, str(len(sizes)), f"{sum(sizes):,}", f"{max(sizes, default=0):,}"))
-        outcome[name] = {"all_reduces": len(sizes), "bytes": sum(sizes)}
     print(f"{devices}, {task.data}, {own.model.kind}, {own.model.features} units\n")
     print(markdown_table(["in", "all-reduces", "bytes", "largest"], rows))
-    if _JSON.value:
-        write_json(Path(_JSON.value), json.loads(json.dumps(outcome)))
 
 
 def parse(argv: list[str]) -> list[str]:
     """The flags; before there are devices, how many there are to be."""
+    from experiments import main
+
     words = main.parse_flags(argv)
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", _DEVICES.value)
+    jax.config.update("jax_num_cpu_devices", flags.FLAGS.devices)
     return words
 
 
 if __name__ == "__main__":
+    define_flags()
     run(report, parse)

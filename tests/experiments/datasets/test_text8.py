@@ -1,3 +1,4 @@
+import functools
 import gzip
 import hashlib
 import io
@@ -19,6 +20,9 @@ VOCABULARY = " abcdefghijklmnopqrstuvwxyz"
 SIZE = 5_000
 SYMBOLS = np.random.default_rng(0).integers(0, 27, SIZE).astype(np.uint8)
 TEXT = "".join(VOCABULARY[symbol] for symbol in SYMBOLS).encode()
+
+# Without the time, which would make names of tests differ.
+compress = functools.partial(gzip.compress, mtime=0)
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +77,7 @@ def test_each_kind_of_file_is_read(tmp_path, small, zipped, subfolder, kind):
     name, content, size = {
         "zip": ("text8.zip", zipped, SIZE),
         "plain": ("text8", TEXT, SIZE),
-        "prefix": ("text8_first_3000.gz", gzip.compress(TEXT[:3000]), 3000),
+        "prefix": ("text8_first_3000.gz", compress(TEXT[:3000]), 3000),
     }[kind]
     place(tmp_path / subfolder / name, content)
     arrays, info, source = text8.prepare(tmp_path)
@@ -88,9 +92,9 @@ def test_each_kind_of_file_is_read(tmp_path, small, zipped, subfolder, kind):
 
 
 def test_most_original_file_is_taken(tmp_path, small, zipped):
-    place(tmp_path / "text8_first_20.gz", gzip.compress(TEXT[:20]))
+    place(tmp_path / "text8_first_20.gz", compress(TEXT[:20]))
     place(tmp_path / "text8_first_x.gz", b"of another name")
-    place(tmp_path / "text8" / "text8_first_100.gz", gzip.compress(TEXT[:100]))
+    place(tmp_path / "text8" / "text8_first_100.gz", compress(TEXT[:100]))
 
     def taken() -> str:
         return text8.prepare(tmp_path)[2]["text"]["file"]
@@ -103,9 +107,9 @@ def test_most_original_file_is_taken(tmp_path, small, zipped):
 
 
 def test_prefix_of_full_length_is_the_complete_text(tmp_path, small):
-    path = place(tmp_path / f"text8_first_{SIZE}.gz", gzip.compress(TEXT))
+    path = place(tmp_path / f"text8_first_{SIZE}.gz", compress(TEXT))
     assert text8.prepare(tmp_path)[1]["complete"] is True
-    place(path, gzip.compress(TEXT[::-1]))
+    place(path, compress(TEXT[::-1]))
     assert load_error(tmp_path).startswith(f"{path} holds a text of MD5")
 
 
@@ -126,12 +130,12 @@ def test_damaged_zip_is_reported(tmp_path, small, zipped, damage):
         ("text8", TEXT[:-1], "holds 4999 characters instead of 5000"),
         ("text8", TEXT[::-1], "holds a text of MD5 "),
         ("text8", TEXT[:-1] + b"\n", r"holds b'\n', and text8 only the letters"),
-        ("text8_first_8.gz", gzip.compress(TEXT[:9]), "holds 9 characters instead of 8"),
-        ("text8_first_8.gz", gzip.compress(b"anarchY "), "holds b'Y', and text8 only the letters"),
-        ("text8_first_8.gz", gzip.compress(TEXT[:8])[:-9], "cannot be unpacked (Compressed file "),
+        ("text8_first_8.gz", compress(TEXT[:9]), "holds 9 characters instead of 8"),
+        ("text8_first_8.gz", compress(b"anarchY "), "holds b'Y', and text8 only the letters"),
+        ("text8_first_8.gz", compress(TEXT[:8])[:-9], "cannot be unpacked (Compressed file "),
         ("text8_first_8.gz", TEXT[:8], "cannot be unpacked (Not a gzipped file"),
-        ("text8_first_8.gz", gzip.compress(TEXT[:8])[:10] + b"\xff" * 9, "cannot be unpacked (Err"),
-        ("text8_first_6000.gz", gzip.compress(TEXT), "claims 6000 characters, and text8 has 5000"),
+        ("text8_first_8.gz", compress(TEXT[:8])[:10] + b"\xff" * 9, "cannot be unpacked (Err"),
+        ("text8_first_6000.gz", compress(TEXT), "claims 6000 characters, and text8 has 5000"),
     ],
 )
 def test_damaged_text_is_reported(tmp_path, small, name, content, problem):
