@@ -36,10 +36,11 @@ _ALONE = ocp.options.MultiprocessingOptions(
 
 
 def _told(record: stdlib_logging.LogRecord) -> bool:
-    # Not every checkpoint is validated, and Orbax would remark upon each that is not. What it
-    # cannot write becomes an error of ours.
-    unvalidated = "Requested `tracked_metric`" in record.getMessage()
-    return not unvalidated and not (record.exc_info and "orbax" in record.pathname)
+    # Orbax remarks upon each checkpoint that is not validated, and upon folders that are only read.
+    # What it cannot write becomes an error of ours.
+    meant = ("Requested `tracked_metric`", "read_only=True", "directory is read only")
+    remark = any(words in record.getMessage() for words in meant)
+    return not ("orbax" in record.pathname and (remark or record.exc_info))
 
 
 logging.get_absl_logger().addFilter(_told)

@@ -17,7 +17,7 @@ class Interruption:
     """What signals ask for, between updates and elsewhere.
 
     To be used as a context, in which the first signal is a request that `requested` tells of; a
-    second ends the process at once. After `wait_no_more`, a signal raises `Stopped`.
+    Ctrl-C after it ends the process at once. After `wait_no_more`, a signal raises `Stopped`.
 
     In a job of several processes all hear of a SIGTERM to one of them, and stop after the same
     update.
@@ -65,8 +65,8 @@ class Interruption:
         if not self._waiting:
             raise Stopped(f"stopped by {name}; the same command goes on", number)
         self._received = number
-        for each in self._earlier:
-            signal.signal(each, signal.SIG_DFL)
+        for each in self._earlier:  # a cluster may send SIGTERM to a job by several ways
+            signal.signal(each, signal.SIG_DFL if each == signal.SIGINT else signal.SIG_IGN)
         if jax.process_count() > 1:
             signal.raise_signal(signal.SIGTERM)
         again = "; once more to stop at once" if number == signal.SIGINT else ""

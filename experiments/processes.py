@@ -160,6 +160,8 @@ def joined(
             time.sleep(1.5 * timeout)
         heart.set()
         say(FAILED + " ".join(str(error).split()))
+        if is_first():
+            time.sleep(3 * _interval(timeout))  # until all have heard: what they hear goes with it
         raise
     finally:
         if not heart.is_set():  # all come to this point, and end together
@@ -238,6 +240,11 @@ def _key(process: int | str) -> str:
     return f"bnlstm_jax/processes/{process}"
 
 
+def _interval(timeout: float) -> float:
+    """Seconds between signs of life."""
+    return min(1.0, timeout / 5)
+
+
 def _watch(
     client: Any,
     say: Callable[[str], None],
@@ -248,7 +255,7 @@ def _watch(
     """Says that this process lives until `heart` is set; calls `lost` when another does not."""
     heard: dict[str, tuple[str, float]] = {}  # by process: its last words, and when they changed
     beat = 0
-    while not heart.wait(min(1.0, timeout / 5)):
+    while not heart.wait(_interval(timeout)):
         beat += 1
         try:
             say(str(beat))

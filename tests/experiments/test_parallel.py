@@ -202,3 +202,13 @@ def test_devices_that_cannot_share(config, fields, message):
     config.parallel.update(fields)
     with pytest.raises(UserError, match=re.escape(message)):
         parallel.make(config)
+
+
+def test_several_updates_in_one_call_are_shared_too(config):
+    own, devices = on(config, 4)
+    task, one_by_one = trained(own, devices, updates=3)
+    state = devices.replicate(train.create_state(task, own))
+    batches = [devices.place(task.train_batch(u), True, task.shared) for u in range(3)]
+    state = train.make_train_step(task, NOISE, devices)(state, *batches, split=True)
+    assert_close(state.params, one_by_one.params, 1e-6)
+    assert int(state.step) == 3

@@ -142,6 +142,7 @@ def test_other_processes_and_devices_are_one_device(book, alone, tmp_path, proce
     assert_equal(tmp_path / "run", alone)
 
 
+@pytest.mark.long
 def test_a_lost_peer_ends_the_job_which_then_goes_on_elsewhere(book, alone, tmp_path):
     """Killed on two processes, resumed on one device, which is stopped, and on two again."""
     folder = tmp_path / "run"

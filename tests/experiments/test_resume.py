@@ -140,11 +140,13 @@ def stop_at(monkeypatch, update, *signals):
     monkeypatch.setattr(sequential_images.Task, "train_batch", train_batch)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_how_to_go_on(config, unbroken, tmp_path, monkeypatch, number):
+@pytest.mark.parametrize("number, times", [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
+def test_a_signal_saves_and_says_how_to_go_on(
+    config, unbroken, tmp_path, monkeypatch, number, times
+):
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch:
-        stop_at(patch, 5, number)
+        stop_at(patch, 5, *[number] * times)
         message = f"{number.name}: stopped after update 6 of 8, which is saved; the same command"
         with pytest.raises(Stopped, match=message) as stopped:
             train.train(config, tmp_path)

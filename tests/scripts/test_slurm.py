@@ -94,7 +94,7 @@ def test_a_dry_run_shows_what_is_submitted(tmp_path, cluster):
     shown = call(*JOB, *run, "--dry_run").stdout
     assert not folder.exists()
     script, command = shown.split("\n# which has each process run\n")
-    assert script == SCRIPT.format(folder=folder, python=sys.executable)
+    assert script == SCRIPT.format(folder=folder, python=shlex.quote(sys.executable))
     words = shlex.split(command)
     assert words[:4] == [sys.executable, "-m", "experiments.main", "--distributed"]
     assert words[-3:] == run

@@ -204,7 +204,8 @@ def test_dry_run_for_slurm_prints_the_scripts(command, tmp_path):
         assert first.startswith(expected(command, folder, name))
         jobs = folder / "jobs" / name
         assert (
-            script.rstrip() == SCRIPT.format(jobs=jobs, name=name, python=sys.executable).rstrip()
+            script.rstrip()
+            == SCRIPT.format(jobs=jobs, name=name, python=shlex.quote(sys.executable)).rstrip()
         )
     assert not list(tmp_path.iterdir())
 

@@ -53,7 +53,8 @@ def setup(home: Path, name="pod", arguments="python3.11 ''") -> list[str]:
     unpack = "mkdir -p bnlstm_jax && tar -xzf bnlstm_jax.tar.gz -C bnlstm_jax && "
     lines = [
         f"mkdir -p {home}/.cache",
-        f"tar -czf {archive} -C {ROOT} --exclude=./.venv --exclude=./data --exclude=./runs .",
+        f"tar -czf {archive} -C {shlex.quote(str(ROOT))} "
+        "--exclude=./.venv --exclude=./data --exclude=./runs .",
         f"{GCLOUD} scp {archive} pod:bnlstm_jax.tar.gz --zone=z --worker=all",
         on_worker(f"setup {arguments}", before=unpack),
     ]
