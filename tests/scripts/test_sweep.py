@@ -571,7 +571,7 @@ def cluster(tmp_path):
         id=$((101 + $(ls scripts* | wc -l)))
         cp $1 scripts.$id; touch queue/$id
         ( while [ ! -e go ]; do sleep 0.1; done
-          cd {ROOT}; SLURM_JOB_ID=$id SLURM_NTASKS=1 bash {folder}/scripts.$id
+          cd {shlex.quote(str(ROOT))}; SLURM_JOB_ID=$id SLURM_NTASKS=1 bash {folder}/scripts.$id
           rm -f {folder}/queue/$id ) < /dev/null > {folder}/said.$id 2>&1 &
         echo "Submitted batch job $id"
         """,
