@@ -23,9 +23,9 @@ NEEDS_DATA = {
 VARIANTS = [(file.stem, ()) for file in FILES] + [
     ("pmnist", ("true",)),
     ("ptb", ("small",)),
-    ("babi", ("qa1",)),
-    ("cnn_qa", ("four_sentences",)),
-    ("cnn_qa", ("sample",)),
+    pytest.param("babi", ("qa1",), marks=pytest.mark.long),
+    pytest.param("cnn_qa", ("four_sentences",), marks=pytest.mark.long),
+    pytest.param("cnn_qa", ("sample",), marks=pytest.mark.long),
 ]
 # Numbers of classes; before learning, the loss is about their logarithm.
 CLASSES = {"ptb": 50, "text8": 27, "text": 6}

@@ -258,7 +258,9 @@ def test_switches_of_the_released_code_reach_the_model(config):
     assert not reader.bilinear and not reader.mean_passage and reader.unscaled_dropout
 
 
-@pytest.mark.parametrize("kind", ["lstm", "bn_everywhere", "bn_e_star_star"])
+@pytest.mark.parametrize(
+    "kind", ["lstm", pytest.param("bn_everywhere", marks=pytest.mark.long), "bn_e_star_star"]
+)
 def test_readers_train_and_are_evaluated(config, kind, tmp_path, capsys):
     config.model.kind = kind
     config.num_lengths = 1
