@@ -23,7 +23,9 @@ from rich.progress import (
 )
 from rich.table import Column
 from rich.text import Text
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from experiments import processes
 from experiments.workdir import write_text
@@ -66,6 +68,36 @@ def describe(row: dict[str, Any]) -> str:
     return f"{row['split']} ({STATISTICS[row['statistics']]}{reading})"
 
 
+class TensorBoard:
+    """A file of TensorBoard's events.
+
+    Written at once, unlike that of tensorboardX's SummaryWriter: a full disk ends its thread
+    unheard, and whoever writes on then waits for ever.
+    """
+
+    def __init__(self, folder: Path, start: int) -> None:
+        """Opens a new file; what others in `folder` have past update `start` is not shown."""
+        folder.mkdir(exist_ok=True)
+        self._file = EventsWriter(str(folder / "events"), f".{os.getpid()}.{start}")
+        self._write(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, name: str, value: float, update: int) -> None:
+        """Adds a point to a curve."""
+        self._write(Event(step=update, summary=scalar(name, value)))
+
+    def flush(self) -> None:
+        """Has what was written on the disk."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._file.write_event(event)
+
+
 class Reporter:
     """Shows and writes the metrics of a run that goes on from update `start`.
 
@@ -80,7 +112,7 @@ class Reporter:
         path = workdir / FILE_NAME
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a")
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self._tensorboard = TensorBoard(workdir / "tensorboard", start)
         self.console = Console(highlight=False, soft_wrap=True, markup=False)
         self._progress = Progress(
             MofNCompleteColumn(),
@@ -126,9 +158,10 @@ class Reporter:
         self._file.flush()
         update, split = row["update"], row["split"]
         for name, value in metrics.items():
-            self._tensorboard.add_scalar(f"{split}/{name}", value, update)
+            self._tensorboard.write(f"{split}/{name}", value, update)
         line = f"update {update:>6}  {self._data} {describe(row)}  {format_metrics(metrics)}"
         if split != "train":
+            self._tensorboard.flush()
             self.console.print(line)
             return
         self._progress.update(self._bar, completed=update, metrics=format_metrics(metrics))
@@ -138,8 +171,9 @@ class Reporter:
             self._logged = time.monotonic()
 
     def sync(self) -> None:
-        """Has the metrics file on the disk, before a checkpoint that rests on it."""
+        """Has the metrics on the disk, before a checkpoint that rests on them."""
         os.fsync(self._file.fileno())
+        self._tensorboard.flush()
 
 
 class Silence:

@@ -6,6 +6,7 @@ short last one of an epoch, is computed whole by each of them.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -160,11 +161,11 @@ def check(config: ConfigDict, num_processes: int = 1, num_local_devices: int | N
         return  # the rest shows when the devices are known
     size, members = own * num_processes, config.parallel.statistics_devices
     if config.batch_size % size:
-        fitting = [n for n in range(1, size) if size % n == 0 and config.batch_size % n == 0]
+        shared = math.gcd(size, config.batch_size)
         near = config.batch_size // size * size or size
         raise UserError(
             f"config.batch_size is {config.batch_size}: it must be divisible by the {size} devices "
-            f"(config.parallel.devices), as {near} is; or use {fitting[-1]} of them"
+            f"(config.parallel.devices), as {near} is; or use {shared} of them"
         )
     if members and size % members:
         raise UserError(

@@ -1,10 +1,12 @@
 import os
+import signal
 from pathlib import Path
 
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)  # virtual ones, for tests/experiments/test_parallel.py
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore Ctrl-C
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -224,6 +224,7 @@ def test_configs_run_as_they_are(name, data, tmp_path):
             "config.modl.kind: the config has no field modl; did you mean model?",
         ),
         ("babi", "model.kind.x=1", "config.model.kind.x: the config has no field x"),
+        ("digits", "parallel.devices=1000000000000", "divisible by the 1000000000000 devices"),
         ("babi", "seed.seed=1", "config.seed.seed: the config has no field seed"),
     ],
 )

@@ -1,8 +1,12 @@
 import io
 import json
+import resource
+import signal
+import struct
 
 import pytest
 from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from experiments import metrics
 
@@ -38,6 +42,52 @@ def test_training_tells_a_log_file_how_far_it_is(capsys, monkeypatch, tmp_path):
     assert lines[1] == "update      5  data valid (batch statistics, segments of 9)  loss 0.2500"
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[1] == row | {"loss": 0.25} and len(rows) == 2
+
+
+def test_tensorboard_gets_every_number_and_drops_those_of_a_stopped_run(tmp_path):
+    for start, values in (0, [1.0, 2.0, 3.0]), (1, [5.0]):
+        with metrics.Reporter(tmp_path, "title", "data", start, 10) as reporter:
+            for update, value in enumerate(values, start + 1):
+                row = {"update": update, "split": "train", "statistics": "batch"}
+                reporter.write(row, {"loss": value})
+            reporter.sync()
+    files = sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.stat().st_size)
+    events = [event for path in reversed(files) for event in read_events(path)]
+    # As TensorBoard has it: a start takes back what is of its step or later.
+    shown = {}
+    for event in events:
+        if event.session_log.status == SessionLog.START:
+            shown = {step: value for step, value in shown.items() if step < event.step}
+        for value in event.summary.value:
+            shown[event.step] = value.tag, value.simple_value
+    assert shown == {1: ("train/loss", 1.0), 2: ("train/loss", 5.0)}
+
+
+def read_events(path):
+    """Records are: length, its checksum, event, its checksum."""
+    content = path.read_bytes()
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        yield Event.FromString(content[12 : 12 + length])
+        content = content[16 + length :]
+
+
+def test_a_disk_that_fills_up_is_told(tmp_path):
+    """TensorBoard's file meets the limit before that of the metrics does."""
+    earlier = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, earlier[1]))
+        with (
+            pytest.raises(OSError, match="File too large"),
+            metrics.Reporter(tmp_path, "title", "data", 0, 10) as reporter,
+        ):
+            row = {"update": 4, "split": "valid", "statistics": "batch"}
+            reporter.write(row, {f"m{number}": 0.5 for number in range(100)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, earlier)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert (tmp_path / "metrics.jsonl").stat().st_size < 3000
 
 
 def test_the_stopwatch_adds_up_what_blocks_take(monkeypatch):
