@@ -2,7 +2,7 @@
 
     python -m scripts.sweep --config=configs/pmnist.py --sweep=configs/sweeps/pmnist_gamma.py
     python -m scripts.sweep --config=configs/pmnist.py --sweep=configs/sweeps/pmnist_gamma.py \
-        --launcher=slurm --partition=gpu --time=720
+        --launcher=slurm --partition=gpu --time=12:00:00
 
 `--dry_run` prints the commands, or what sbatch would be given, and does nothing. Every point is a
 `python -m experiments.main` of its own, in a folder of `--workdir` that is named after its fields;
@@ -46,7 +46,7 @@ from experiments import errors, metrics, sweeps, workdir
 from experiments.errors import Stopped, UserError
 from experiments.metrics import rest_of_line, time_left
 from experiments.sweeps import Fields, Point
-from scripts import sweep_table
+from scripts import submission, sweep_table
 from scripts.sweep_launchers import Launcher, Local, Slurm
 
 SWEEP_NAME = "sweep.json"
@@ -70,35 +70,9 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     flags.DEFINE_integer("jobs", 1, "Points at once, if they run here.", lower_bound=1)
     flags.DEFINE_integer("retries", 1, "How often to try a failed point again.", lower_bound=0)
     flags.DEFINE_boolean("dry_run", False, "Print what would be run, and write nothing.")
-    flags.DEFINE_string("partition", None, "SLURM's partition.")
-    flags.DEFINE_integer("time", 1440, "Minutes a SLURM job may take.", lower_bound=1)
-    flags.DEFINE_integer("gpus_per_node", 1, "GPUs of a SLURM job.", lower_bound=0)
-    flags.DEFINE_integer("cpus_per_task", 4, "CPUs of a SLURM job.", lower_bound=1)
-    flags.DEFINE_string("mem", None, "Memory of a SLURM job, such as 16GB.")
-    flags.DEFINE_multi_string(
-        "extra", [], "Another option of sbatch, as NAME=VALUE, such as account=vision."
-    )
+    submission.define_flags(flags.FLAGS)
     flags.DEFINE_float("poll", 30, "Seconds between looks at SLURM's queue.", lower_bound=0.1)
     return run.parse_flags(argv)
-
-
-def slurm_parameters(given: flags.FlagValues) -> dict[str, Any]:
-    """Flags as submitit names them; those that are not given are left to SLURM."""
-    extra = {}
-    for option in given.extra:
-        name, equals, value = option.lstrip("-").partition("=")
-        if not equals:
-            raise UserError(f"--extra={option} has no value: write --extra=NAME=VALUE")
-        extra[name] = value
-    parameters = {
-        "partition": given.partition,
-        "time": given.time,
-        "gpus_per_node": given.gpus_per_node or None,
-        "cpus_per_task": given.cpus_per_task,
-        "mem": given.mem,
-        "additional_parameters": extra or None,
-    }
-    return {name: value for name, value in parameters.items() if value is not None}
 
 
 def command_of(point: Point, config_file: str, overrides: Fields) -> list[str]:
@@ -336,7 +310,8 @@ def main(_: list[str]) -> None:
     config_file = config_flags.get_config_filename(flags.FLAGS["config"])
     commands = {p.name: command_of(p, config_file, overrides) for p in points}
     if given.launcher == "slurm":
-        launcher: Launcher = Slurm(folder, slurm_parameters(given), given.poll)
+        parameters = submission.parameters(given)
+        launcher: Launcher = Slurm(folder, parameters, given.max_timeouts, given.poll)
     else:
         launcher = Local(folder, given.jobs)
 

@@ -9,13 +9,10 @@ import collections
 import contextlib
 import fcntl
 import getpass
-import io
 import json
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,78 +20,15 @@ from typing import Any
 
 import submitit
 from absl import logging
-from submitit.core.utils import FailedJobError, JobPaths
-from submitit.helpers import DelayedSubmission, clean_env
+from submitit.core.utils import JobPaths
 
 from experiments.errors import UserError
 from experiments.workdir import write_json
+from scripts import submission
+from scripts.submission import Executor, Job
 
 LOCAL_MINUTES = 60 * 24 * 365  # submitit wants a limit
-TIME_LIMITS = 1000  # so often a job that reached its time limit goes on, as a new one
 LOG_BYTES = 100_000  # at the end of a log, where its last error is looked for
-
-
-class Run:
-    """A command, as submitit runs it: in a process of its own, which it ends when it is to end.
-
-    With `lock`, that file is locked for as long as this or the command runs, also if the other is
-    killed. It has the process of the command.
-    """
-
-    def __init__(
-        self, command: list[str], environment: dict[str, str | None], lock: Path | None = None
-    ) -> None:
-        """Takes `environment` as changes to that of the job; None removes a variable."""
-        self.command = command
-        self.environment = environment
-        self.lock = lock
-        self.folder = os.getcwd()
-        self._process: int | None = None
-
-    def __call__(self) -> int:
-        """Runs the command, and returns its exit status."""
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self.environment}
-        environment = {name: value for name, value in environment.items() if value is not None}
-        with contextlib.ExitStack() as stack:
-            kept = []
-            if self.lock is not None:
-                file = stack.enter_context(self.lock.open("a"))
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                file.truncate(0)
-                kept.append(file.fileno())
-            # SLURM sends the signal of the time limit to every process of a job on some clusters.
-            # It is for submitit.
-            earlier = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-            process = subprocess.Popen(
-                self.command, cwd=self.folder, env=environment, pass_fds=kept
-            )
-            signal.signal(signal.SIGUSR2, earlier)
-            self._process = process.pid
-            signal.signal(signal.SIGTERM, lambda *_: self._stop())  # submitit ignores it
-            if self.lock is not None:
-                file.write(str(process.pid))
-                file.flush()
-            self._wait()
-            status = process.wait()
-        if status < 0:
-            print(f"error: ended by {signal.Signals(-status).name}", file=sys.stderr)
-        return status
-
-    def checkpoint(self) -> DelayedSubmission:
-        """Stops the command, for submitit to have it go on in a new job: the time limit is near."""
-        if self._process is not None:
-            self._stop()
-            self._wait()
-        self._process = None
-        return DelayedSubmission(self)
-
-    def _stop(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._process, signal.SIGTERM)
-
-    def _wait(self) -> None:
-        # Not Popen.wait, which a signal handler must not call within another one.
-        os.waitid(os.P_PID, self._process, os.WEXITED | os.WNOWAIT)
 
 
 class Launcher:
@@ -184,7 +118,7 @@ class Local(Launcher):
         # submitit hides GPUs from jobs that it is not told to give some.
         environment = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES")}
         with _blocked(signal.SIGINT, signal.SIGHUP):
-            job = executor.submit(Run(command, environment, self._lock(point)))
+            job = executor.submit(Job(command, environment, self._lock(point)))
         self._jobs[point] = job
         self.record(point, job.job_id)
 
@@ -220,26 +154,21 @@ class Local(Launcher):
         return False
 
 
-class _SlurmExecutor(submitit.SlurmExecutor):
-    """submitit's, that can be made where there is no SLURM, to show what it would do."""
-
-    @classmethod
-    def affinity(cls) -> int:
-        return 2
-
-
 class Slurm(Launcher):
     """Submits every point as a job of its own, and watches the queue.
 
     A job that nears its time limit stops its run, which saves a checkpoint, and is queued again.
     """
 
-    def __init__(self, folder: Path, parameters: dict[str, Any], poll: float) -> None:
+    def __init__(
+        self, folder: Path, parameters: dict[str, Any], max_timeouts: int, poll: float
+    ) -> None:
         """Takes submitit's names of parameters; looks at the queue every `poll` seconds."""
         super().__init__("slurm", folder)
         self.interval = poll
         self.most = float("inf")
         self._parameters = parameters
+        self._max_timeouts = max_timeouts
         self._seen: dict[str, float] | None = None  # when jobs were last in the queue
         self._looked = float("-inf")
 
@@ -249,17 +178,11 @@ class Slurm(Launcher):
         Raises:
           UserError: names the command that is missing.
         """
-        for command in ("sbatch", "srun", "squeue"):
-            if shutil.which(command) is None:
-                raise UserError(
-                    f"--launcher=slurm: there is no {command} here; start the sweep on a login "
-                    "node of the cluster"
-                )
+        submission.check_commands("sbatch", "srun", "squeue")
 
     def script(self, point: str) -> str:
         """What sbatch is given for a point."""
-        executor = self._executor(point)
-        return executor._make_submission_file_text(executor._submitit_command_str, "")
+        return self._executor(point).script()
 
     def start(self, point: str, command: list[str]) -> None:
         """Submits the command of a point.
@@ -267,12 +190,7 @@ class Slurm(Launcher):
         Raises:
           UserError: SLURM refuses it.
         """
-        try:
-            # submitit prints what it raises, too.
-            with clean_env(), contextlib.redirect_stderr(io.StringIO()):
-                job = self._executor(point).submit(Run(command, {}))
-        except FailedJobError as error:
-            raise UserError(f"--launcher=slurm: {error}") from error
+        job = self._executor(point).submit(Job(command))
         self.record(point, job.job_id)
         if self._seen is not None:
             self._seen[job.job_id] = time.monotonic()
@@ -292,8 +210,8 @@ class Slurm(Launcher):
         jobs = " ".join(filter(None, map(self.last_job, points)))
         return f"jobs stay in the queue: `scancel {jobs}` stops them" if jobs else "no job is left"
 
-    def _executor(self, point: str) -> _SlurmExecutor:
-        executor = _SlurmExecutor(self.jobs_folder(point), max_num_timeout=TIME_LIMITS)
+    def _executor(self, point: str) -> Executor:
+        executor = Executor(self.jobs_folder(point), max_num_timeout=self._max_timeouts)
         name = f"{self.folder.name}/{point}"
         executor.update_parameters(job_name=name, **self._parameters)
         return executor

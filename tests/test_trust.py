@@ -59,10 +59,10 @@ ALLOWED = {
     # Only names of modules beside the code, which were looked for among its files.
     "experiments/tasks/__init__.py": {"import_module"},
     "experiments/datasets/prepared.py": {"import_module"},
-    "scripts/slurm.py": {"import_module", "submitit"},
+    "scripts/slurm.py": {"import_module"},
     # submitit runs on a cluster what it has pickled itself, into a folder of the job. It reads no
     # other pickles, and what belongs to a run is not in that folder.
-    "scripts/slurm_job.py": {"submitit"},
+    "scripts/submission.py": {"submitit"},
     "scripts/sweep_launchers.py": {"submitit"},
     # Of packages named there.
     "experiments/datasets/originals.py": {"import_module"},

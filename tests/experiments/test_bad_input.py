@@ -65,7 +65,10 @@ def elsewhere(tmp_path, monkeypatch):
 
     monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", refuse)
     monkeypatch.chdir(tmp_path)
+    verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
+    yield
+    logging.set_verbosity(verbosity)
 
 
 def config_flag(name: str) -> str:

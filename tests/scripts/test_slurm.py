@@ -2,11 +2,9 @@
 
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -33,6 +31,7 @@ SCRIPT = """\
 #SBATCH --output='{folder}/slurm/%j_0_log.out'
 #SBATCH --partition=gpu
 #SBATCH --requeue
+#SBATCH --reservation=vision
 #SBATCH --signal=USR2@300
 #SBATCH --time=1470
 #SBATCH --wckey=submitit
@@ -55,6 +54,7 @@ JOB = (
     "--partition=gpu",
     "--time_to_save=300",
     "--setup=module load cuda",
+    "--extra=reservation=vision",
 )
 
 
@@ -83,7 +83,6 @@ def cluster(tmp_path):
     stand_in(folder, "sbatch", f'cat "$1" >{tmp_path}/submitted\necho "Submitted batch job 7"')
     stand_in(folder, "srun", 'while [ "${1:0:2}" = -- ]; do\n  [ "$1" != --unbuffered ] && shift\n'
              '  shift\ndone\nexec "$@"')  # fmt: skip
-    stand_in(folder, "scontrol", f'echo "$@" >>{tmp_path}/requeued')
     stand_in(folder, "module", "true")
     return folder
 
@@ -107,7 +106,7 @@ def test_a_dry_run_shows_what_is_submitted(tmp_path, cluster):
     (tmp_path / "submitted").write_text(script.replace("module load cuda", ""))
     environment = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "16"}
     pickled = folder / "slurm" / "7_submitted.pkl"
-    assert b"slurm_job" in pickled.read_bytes()
+    assert b"scripts.submission" in pickled.read_bytes()
     environment["PYTHONPATH"] = str(wrapper(tmp_path))
     job = subprocess.run(
         ["bash", tmp_path / "submitted"],
@@ -156,6 +155,7 @@ def message(*arguments) -> str:
         (["--time=1:00"], "--time is '1:00': give a limit"),
         (["--time=-5"], "--time is '-5': give a limit"),
         (["--time=2"], "--time=2 is too short: the run is told to stop 120 seconds before"),
+        (["--time=9", "--extra=x"], "--extra=x has no value: write --extra=NAME=VALUE"),
         (["--time=9", "--nodes=0"], "flag --nodes=0: 0 is not a positive integer"),
         (["--time=9", "--gpus_per_node=many"], "flag --gpus_per_node=many"),
         (["--time=9", "--gpus=8"], "Unknown command line flag 'gpus'"),
@@ -198,126 +198,3 @@ def test_what_sbatch_refuses(tmp_path, monkeypatch, cluster):
 def test_an_error_is_one_line():
     error = call("--time=soon", expect=2).stderr
     assert error.startswith("error: --time is 'soon'") and error.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "time, expected", [("90", 90), ("02:30:59", 150), ("1-01:00:00", 1500), ("0:10:00", 10)]
-)
-def test_time_limits(time, expected):
-    assert slurm.minutes(time) == expected
-
-
-# Stands for the run: saves when it is told to stop, which takes a moment.
-RUN = """
-import pathlib, signal, sys, time
-folder = pathlib.Path(sys.argv[1])
-def stop(number, frame):
-    (folder / "told").open("a").write("x")
-    time.sleep(0.3)
-    (folder / "saved").touch()
-    sys.exit(143)
-signal.signal(signal.SIGTERM, stop)
-(folder / "started").touch()
-while not (folder / "finish").exists():
-    time.sleep(0.01)
-sys.exit(int((folder / "finish").read_text()))
-"""
-# Loads the job as it was submitted, and runs it as submitit does.
-PROCESS = "import sys; from submitit.core.submission import process_job; process_job(sys.argv[1])"
-
-
-class Process:
-    """A process of the job, as srun starts it."""
-
-    def __init__(self, tmp_path: Path, cluster: Path, number: int, max_timeouts=3) -> None:
-        self.folder = tmp_path / f"process_{number}"
-        self.folder.mkdir()
-        job = f"{max_timeouts, [sys.executable, '-c', RUN, str(self.folder)]!r}"
-        code = (
-            f"import sys\nfrom scripts.slurm_job import Job\n"
-            f"from submitit.helpers import DelayedSubmission\nlimit, command = {job}\n"
-            f"delayed = DelayedSubmission(Job(command))\ndelayed.set_timeout(60, limit)\n"
-            f"delayed.dump({str(self.folder / '7_submitted.pkl')!r})"
-        )
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(self.folder)],
-            cwd=ROOT,
-            env=os.environ
-            | {"SLURM_JOB_ID": "7", "SLURM_PROCID": str(number), "SUBMITIT_EXECUTOR": "slurm"}
-            | {"PATH": f"{cluster}:{os.environ['PATH']}"},
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        deadline = time.monotonic() + 30
-        while not (self.folder / "started").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        time.sleep(0.1)  # until signals are waited for
-
-    def send(self, number: int) -> None:
-        """To every process of the job, as SLURM does."""
-        os.killpg(self.process.pid, number)
-
-    def ends(self) -> int:
-        return self.process.wait(timeout=30)
-
-
-@pytest.fixture
-def start(tmp_path, cluster):
-    """Starts a process of the job."""
-    started = []
-
-    def start(number=0, **settings):
-        started.append(Process(tmp_path, cluster, number, **settings))
-        return started[-1]
-
-    yield start
-    for each in started:
-        if each.process.poll() is None:
-            each.send(signal.SIGKILL)
-
-
-def requeued(tmp_path) -> str:
-    path = tmp_path / "requeued"
-    return path.read_text() if path.exists() else ""
-
-
-def test_before_the_time_limit_a_run_saves_and_is_queued_again(tmp_path, start):
-    first, other = start(0), start(1)
-    for each in (other, first):
-        each.send(signal.SIGUSR2)
-    assert other.ends() == 0 and first.ends() != 0
-    for each in (first, other):
-        assert (each.folder / "saved").exists()
-        assert (each.folder / "told").read_text() == "x"
-    assert requeued(tmp_path) == "requeue 7\n"
-    # What is queued again is the same job.
-    assert (first.folder / "7_submitted.pkl").exists()
-    assert not (first.folder / "7_0_result.pkl").exists()
-
-
-def test_a_job_that_is_cancelled_stays_so(tmp_path, start):
-    job = start()
-    job.send(signal.SIGTERM)  # which the run has got too: once is enough
-    time.sleep(0.1)
-    assert job.ends() == 143
-    assert (job.folder / "told").read_text() == "x" and requeued(tmp_path) == ""
-
-
-def test_a_job_that_is_preempted_is_told_to_stop_once(tmp_path, start):
-    job = start()
-    job.send(signal.SIGTERM)
-    time.sleep(0.1)
-    job.send(signal.SIGUSR2)
-    job.ends()
-    assert (job.folder / "told").read_text() == "x" and (job.folder / "saved").exists()
-    assert requeued(tmp_path) == "requeue 7\n"
-
-
-@pytest.mark.parametrize("status", [0, 2])
-def test_a_run_that_ends_by_itself(tmp_path, start, status):
-    job = start()
-    (job.folder / "finish").write_text(str(status))
-    assert job.ends() == status and requeued(tmp_path) == ""

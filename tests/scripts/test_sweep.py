@@ -1,5 +1,5 @@
+import contextlib
 import csv
-import fcntl
 import json
 import os
 import re
@@ -19,7 +19,8 @@ from experiments import workdir
 from experiments.errors import Stopped, UserError
 from experiments.sweeps import make_points
 from scripts import sweep, sweep_table
-from scripts.sweep_launchers import Run, Slurm
+from scripts.sweep_launchers import Slurm
+from tests.scripts.locks import is_held
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "scripts.sweep", "--config=configs/digits.py"]
@@ -84,17 +85,29 @@ def run(command, *arguments, **environment):
     )
 
 
-def start(command, *arguments, output, **environment):
+@pytest.fixture
+def start():
     """Starts a sweep as a shell does, in a group of processes of its own."""
-    with output.open("w") as file:
-        return subprocess.Popen(
-            [*command, *arguments],
-            cwd=ROOT,
-            env=os.environ | QUICK | environment,
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-        )
+    started = []
+
+    def start(command, *arguments, output, **environment):
+        with output.open("w") as file:
+            started.append(
+                subprocess.Popen(
+                    [*command, *arguments],
+                    cwd=ROOT,
+                    env=os.environ | QUICK | environment,
+                    stdout=file,
+                    stderr=file,
+                    start_new_session=True,
+                )
+            )
+        return started[-1]
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def wait_for(condition, seconds=60):
@@ -107,18 +120,6 @@ def wait_for(condition, seconds=60):
 
 def starts(folder, name):
     return len(json.loads((folder / name / "run.json").read_text())["starts"])
-
-
-def is_held(path):
-    """Whether another process has locked a file, or the file is not there."""
-    if not path.exists():
-        return False
-    with path.open("r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def executable(path, text):
@@ -176,7 +177,8 @@ SCRIPT = """#!/bin/bash
 #SBATCH --open-mode=append
 #SBATCH --output={jobs}/%j_0_log.out
 #SBATCH --partition=gpu
-#SBATCH --signal=USR2@90
+#SBATCH --requeue
+#SBATCH --signal=USR2@120
 #SBATCH --time=60
 #SBATCH --wckey=submitit
 
@@ -194,8 +196,14 @@ def test_dry_run_for_slurm_prints_the_scripts(command, tmp_path):
         f"--workdir={folder}",
         "--launcher=slurm",
         "--dry_run",
-        *("--partition=gpu", "--time=60", "--gpus_per_node=2", "--cpus_per_task=3", "--mem=16GB"),
-        "--extra=account=vision",
+        *(
+            "--partition=gpu",
+            "--time=1:00:00",
+            "--gpus_per_node=2",
+            "--cpus_per_task=3",
+            "--mem_gb=16",
+        ),
+        "--account=vision",
     )
     assert (done.returncode, done.stderr) == (0, "")
     parts = re.split(r"^# learning_rate=.*\n", done.stdout, flags=re.MULTILINE)[1:]
@@ -216,7 +224,8 @@ def test_dry_run_for_slurm_prints_the_scripts(command, tmp_path):
         (["--config.sed=1"], "config.sed: the config has no field sed; did you mean seed?"),
         (["--config.seed=3"], "--config.seed is set by each point"),
         (["--mode=evaluate"], "Unknown command line flag 'mode'"),
-        (["--launcher=slurm", "--poll=1"], "--launcher=slurm: there is no sbatch here"),
+        (["--launcher=slurm", "--time=9"], "there is no sbatch here"),
+        (["--launcher=slurm"], "--time is missing: give a limit like 24:00:00"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -461,23 +470,28 @@ def test_a_real_sweep(undisturbed, command):
         assert row["seed"] == row["workdir"][-1] and row["update"] in ("2", "4")
 
 
-def test_a_sweep_that_is_killed_goes_on(undisturbed, command, tmp_path):
+def test_a_sweep_that_is_killed_goes_on(undisturbed, command, start, tmp_path):
     folder, output, file = tmp_path / "sweep", tmp_path / "output", tmp_path / "three.py"
     file.write_text(POINTS.replace("good[:3]", "good[:2]"))
     given = [*command, f"--sweep={file}", f"--workdir={folder}", "--retries=0"]
     first = start(given, output=output)
     second_lock = folder / "jobs" / GOOD[1] / "lock"
-    wait_for(lambda: is_held(second_lock) or first.poll() is not None)
+    wait_for(lambda: (is_held(second_lock) and second_lock.read_text()) or first.poll() is not None)
+    point = int(second_lock.read_text())
+    os.kill(point, signal.SIGSTOP)  # so that it runs for as long as this test wants
     first.kill()
     first.wait()
     assert is_held(second_lock)  # the point outlives the sweep
     before = output.read_text()
     assert f"{GOOD[0]}: finished" in before and GOOD[1] not in before
 
-    done = run(given)
-    assert done.returncode == 1
-    assert "3 points, 1 of them finished already" in done.stdout
-    assert f"still running from before: {GOOD[1]}\n" in done.stdout
+    second = start(given, output=output)
+    wait_for(lambda: "still running" in output.read_text() or second.poll() is not None)
+    os.kill(point, signal.SIGCONT)
+    assert second.wait(120) == 1
+    done = output.read_text()
+    assert "3 points, 1 of them finished already" in done
+    assert f"still running from before: {GOOD[1]}\n" in done
     assert [starts(folder, name) for name in GOOD[:2]] == [1, 1]
     lines, others = ((f / "results.csv").read_text().splitlines() for f in (folder, undisturbed[0]))
     assert lines == [others[0], others[1], others[2], others[4]]
@@ -487,7 +501,7 @@ def test_a_sweep_that_is_killed_goes_on(undisturbed, command, tmp_path):
     assert "| 2 of 2 |" in first_row and first_row == other_row
 
 
-def test_ctrl_c_stops_the_points_that_run(command, tmp_path):
+def test_ctrl_c_stops_the_points_that_run(command, start, tmp_path):
     folder, output = tmp_path / "sweep", tmp_path / "output"
     endless = [*command, "--config.num_updates=1000000"]
     started = start(endless, f"--workdir={folder}", output=output)
@@ -506,54 +520,6 @@ def test_ctrl_c_stops_the_points_that_run(command, tmp_path):
     assert "the same command goes on" in said and "Traceback" not in said
     with (folder / "results.csv").open() as file:
         assert {row["status"] for row in csv.DictReader(file)} == {"waiting"}
-
-
-# ---- What submitit calls.
-
-
-@pytest.fixture
-def handlers():
-    numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGALRM)
-    earlier = {number: signal.getsignal(number) for number in numbers}
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    for number, handler in earlier.items():
-        signal.signal(number, handler)
-
-
-def test_a_run_tells_its_process_and_passes_sigterm_on(handlers, tmp_path, capsys):
-    lock, seen = tmp_path / "lock", []
-
-    def alarm(*_):
-        seen.append((is_held(lock), int(lock.read_text())))
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    signal.signal(signal.SIGALRM, alarm)
-    signal.setitimer(signal.ITIMER_REAL, 0.5)
-    point = Run(["sleep", "60"], {}, lock)
-    assert point() == -signal.SIGTERM
-    assert seen == [(True, point._process)] and not is_held(lock)
-    assert capsys.readouterr().err == "error: ended by SIGTERM\n"
-
-
-def test_a_run_is_stopped_before_its_job_goes_on(handlers):
-    made = []
-    signal.signal(signal.SIGALRM, lambda *_: made.append(point.checkpoint()))
-    signal.setitimer(signal.ITIMER_REAL, 0.5)
-    # SIGUSR2, of which SLURM may tell all processes of a job, is not for the command.
-    point = Run(["bash", "-c", "kill -USR2 $$; sleep 60 & trap 'kill %1; exit 7' TERM; wait"], {})
-    assert point() == 7
-    (again,) = made
-    assert again.function.command == point.command and again.function._process is None
-
-
-def test_the_environment_of_a_run(monkeypatch, capfd):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert (
-        Run(["bash", "-c", "echo ${CUDA_VISIBLE_DEVICES-all}"], {"CUDA_VISIBLE_DEVICES": None})()
-        == 0
-    )
-    assert capfd.readouterr().out == "all\n"
 
 
 # ---- SLURM, made up.
@@ -592,12 +558,12 @@ def cluster(tmp_path):
     (folder / "go").touch()  # nothing is left to wait for it
 
 
-def test_jobs_of_a_cluster_are_found_again(cluster, command, tmp_path):
+def test_jobs_of_a_cluster_are_found_again(cluster, command, start, tmp_path):
     folder, output = tmp_path / "sweep", tmp_path / "output"
     file = tmp_path / "two.py"
     file.write_text(POINTS.replace("*good[:3]", "good[0]"))
     given = [*command, f"--sweep={file}", f"--workdir={folder}", "--launcher=slurm", "--poll=0.5"]
-    given.append("--retries=0")
+    given += ["--retries=0", "--time=9"]
     path = {"PATH": f"{cluster}:{os.environ['PATH']}"}
     started = start(given, output=output, **path)
     jobs = {name: [str(101 + number)] for number, name in enumerate([GOOD[0], BAD])}
@@ -621,24 +587,24 @@ def test_jobs_of_a_cluster_are_found_again(cluster, command, tmp_path):
 
 def test_what_a_cluster_is_asked(cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{cluster}:{os.environ['PATH']}")
-    launcher = Slurm(tmp_path, {"time": 5}, poll=0.01)
+    launcher = Slurm(tmp_path, {"time": 5}, max_timeouts=3, poll=0.01)
     launcher.check()
     assert not launcher.running("a")
     (cluster / "refuse").touch()
-    with pytest.raises(UserError, match="--launcher=slurm: sbatch: error: invalid partition"):
+    with pytest.raises(UserError, match="sbatch refuses the job: sbatch: error: invalid partition"):
         launcher.start("a", ["true"])
     (cluster / "refuse").unlink()
     launcher.start("a", ["true"])
     assert (cluster / "scripts.101").read_text() == launcher.script("a")
     assert launcher.stop(["a"]) == "jobs stay in the queue: `scancel 101` stops them"
 
-    again = Slurm(tmp_path, {"time": 5}, poll=0.01)
+    again = Slurm(tmp_path, {"time": 5}, max_timeouts=3, poll=0.01)
     assert again.running("a") and not again.running("b")
     (cluster / "down").touch()  # nothing is concluded from a queue that does not answer
     time.sleep(0.05)
     assert again.running("a")
     with pytest.raises(UserError, match="squeue failed: Unable to contact"):
-        Slurm(tmp_path, {"time": 5}, poll=0.01).running("a")
+        Slurm(tmp_path, {"time": 5}, max_timeouts=3, poll=0.01).running("a")
     (cluster / "down").unlink()
     (cluster / "queue" / "101").unlink()
     wait_for(lambda: not again.running("a"))
