@@ -57,7 +57,7 @@ def test_config_builds_and_steps(name, variant, request, tmp_path):
     kinds = shared.MODEL_KINDS
     if config.task == "question_answering":
         config.num_lengths = 1
-        kinds = ("bn_e_star_star",) if variant else ("lstm", "bn_e_star_star")
+        kinds = ("bn_e_star_star",) if variant else ("lstm",)  # the others take long to compile
     for kind in kinds:
         config.model.kind = kind
         task = tasks.load(config)

@@ -179,9 +179,9 @@ def test_readers_on_shards_see_the_longest_passage_of_all():
             variables, *batch, use_running_average=False, mutable=["batch_stats"]
         )
 
-    expected, updated = outputs(None, *batch)
+    expected, updated = jax.jit(lambda *b: outputs(None, *b))(*batch)
     shards = [jnp.reshape(x, (2, 2, *x.shape[1:])) for x in batch]
-    found, each = jax.vmap(lambda *b: outputs("shards", *b), axis_name="shards")(*shards)
+    found, each = jax.jit(jax.vmap(lambda *b: outputs("shards", *b), axis_name="shards"))(*shards)
     np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=1e-5)
     assert_close(jax.tree.map(lambda x: x[1], each), updated, 1e-5)
 
