@@ -291,6 +291,8 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
                     checkpoints.save(state, validation)
                     saved = done
                 if stop is not None:
+                    if first:
+                        workdir.record_end(folder, done)
                     raise Stopped(
                         f"{signal.Signals(stop).name}: stopped after update {done:,} of "
                         f"{config.num_updates:,}, which is saved; the same command goes on",
@@ -311,7 +313,10 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
             results = processes.on_first(lambda: finished_results(config, folder, start))
             if results is not None:
                 return results
-        return evaluate_best(task, config, state, checkpoints, folder, evaluator, devices)
+        results = evaluate_best(task, config, state, checkpoints, folder, evaluator, devices)
+        if first:
+            workdir.record_end(folder, config.num_updates)
+        return results
 
 
 def finished_results(config: ConfigDict, folder: Path, updates: int) -> dict[str, Any] | None:

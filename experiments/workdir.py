@@ -260,6 +260,18 @@ def open_workdir(config: ConfigDict, workdir: Path, record: dict[str, Any]) -> N
     write_json(workdir / "config.json", json.loads(config.to_json_best_effort()))
 
 
+def record_end(workdir: Path, update: int) -> None:
+    """Adds to the latest start in `run.json` how far it came, and how many seconds that took.
+
+    A start that was killed lacks both.
+    """
+    record = read_json(workdir / "run.json")
+    latest = record["starts"][-1]
+    taken = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(latest["started"])
+    latest |= {"until": update, "seconds": round(taken.total_seconds())}
+    write_json(workdir / "run.json", record)
+
+
 def _flat(config: ConfigDict) -> dict[str, Any]:
     return flatten_dict(json.loads(config.to_json_best_effort()), sep=".")
 

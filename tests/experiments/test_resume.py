@@ -155,6 +155,8 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert checkpoints.steps_in(tmp_path / "checkpoints")[0] == 6
     train.train(config, tmp_path)
     assert list(differences(tmp_path, unbroken)) == []
+    starts = json.loads((tmp_path / "run.json").read_text())["starts"]
+    assert [start["until"] for start in starts] == [6, 8]
 
 
 def test_a_second_ctrl_c_stops_at_once(config, tmp_path):
