@@ -5,6 +5,7 @@ first process alone writes and reads; the others are sent what it read.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging as stdlib_logging
@@ -25,7 +26,7 @@ from flax.traverse_util import flatten_dict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from experiments import processes, workdir
-from experiments.errors import UserError
+from experiments.errors import Stopped, UserError
 
 LATEST_KEPT = 2  # the last one may turn out to be damaged
 
@@ -117,7 +118,8 @@ class Checkpoints:
         if self._manager is None:
             return
         # Where something went wrong before, that is what is told.
-        with self._written() if kind is None else contextlib.suppress(OSError, ValueError):
+        well = kind is None or issubclass(kind, Stopped)
+        with self._written() if well else contextlib.suppress(OSError, ValueError):
             self._manager.close()
 
     def save(self, state: TrainState, validation: dict[str, float] | None) -> None:
@@ -211,6 +213,7 @@ def read_checkpoint(folder: Path, step: int) -> tuple[Any, dict[str, float] | No
 
     Raises:
       Damaged: they are not what was saved.
+      UserError: they cannot be read now, whatever they are.
     """
     path = folder / str(step)
     try:
@@ -227,7 +230,11 @@ def read_checkpoint(folder: Path, step: int) -> tuple[Any, dict[str, float] | No
         if digest(step, arrays, metrics) == seal["sha256"]:
             return arrays, metrics
         reason = "its checksum is another"
+    except MemoryError:
+        raise
     except Exception as error:  # the libraries raise many kinds for files that make no sense
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ENOTDIR):
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
         logging.debug("%s", error)
         reason = f"it cannot be read ({type(error).__name__})"
     raise Damaged(f"the checkpoint {path} is damaged: {reason}")

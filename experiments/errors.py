@@ -10,11 +10,19 @@ from absl import app, flags
 
 
 class UserError(Exception):
-    """A mistake the user can mend; its message is one line that says what to do."""
+    """A mistake the user can mend; its message is one line that says what to do.
+
+    Attributes:
+      status: exit status.
+    """
+
+    status = 2
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """A run was asked to stop by a signal; its message says how to go on.
+
+    Like KeyboardInterrupt it is no Exception, which libraries on the way might take for their own.
 
     Attributes:
       status: exit status, as a shell gives it to a process that the signal ended.
@@ -57,7 +65,7 @@ def run(
                 return function(arguments)
             except (UserError, flags.Error) as error:
                 print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-                sys.exit(2)
+                sys.exit(getattr(error, "status", 2))
             except Stopped as stopped:
                 print(stopped, file=sys.stderr)
                 sys.exit(stopped.status)

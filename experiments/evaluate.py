@@ -16,14 +16,19 @@ from experiments.tasks import Batch, Metrics, Reading, Task
 
 Variables = dict[str, Any]
 Evaluator = Callable[..., dict[str, float]]
+Check = Callable[[], None]  # is called between batches, and may raise
+
+
+def nothing() -> None:
+    """Does nothing."""
 
 
 def make_evaluator(task: Task, noise: jax.Array, parallel: Parallel = ONE_DEVICE) -> Evaluator:
     """A function of variables, reading, split, batch size and `use_running_average`: averages.
 
-    With a `title` it shows a progress bar. Every example counts the same, also those of a short
-    last batch. The key `noise` feeds noise on initial hidden states, which is drawn anew for each
-    batch and the same in each evaluation.
+    With a `title` it shows a progress bar; before each batch it calls `check`. Every example counts
+    the same, also those of a short last batch. The key `noise` feeds noise on initial hidden
+    states, which is drawn anew for each batch and the same in each evaluation.
     """
 
     @jax.jit(static_argnames=("use_running_average", "continued", "split"))
@@ -60,6 +65,7 @@ def make_evaluator(task: Task, noise: jax.Array, parallel: Parallel = ONE_DEVICE
         batch_size: int,
         use_running_average: bool,
         title: str | None = None,
+        check: Check = nothing,
     ) -> dict[str, float]:
         sums: dict[str, np.ndarray] = {}
         examples = task.num_examples(split, reading)
@@ -68,6 +74,7 @@ def make_evaluator(task: Task, noise: jax.Array, parallel: Parallel = ONE_DEVICE
             batches = track(batches, title, math.ceil(examples / batch_size))
         carry = None
         for index, batch in enumerate(batches):
+            check()
             split_up = parallel.splits(min(batch_size, examples - index * batch_size))
             batch = parallel.place(batch, split_up, task.shared)
             carry, metrics = run(
@@ -86,12 +93,14 @@ def population_statistics(
     variables: Variables,
     noise: jax.Array,
     parallel: Parallel = ONE_DEVICE,
+    check: Check = nothing,
 ) -> Variables:
     """The collection `batch_stats`, re-estimated over one pass of the training data.
 
     Whole batches of `config.population_batch_size` are averaged with equal weight, at most
     `config.population_batches` of them; what is left over after the last whole one is not used.
-    A batch is normalised as a whole, whatever share of it a device has.
+    A batch is normalised as a whole, whatever share of it a device has. Before each, `check` is
+    called.
     """
     size, reading = config.population_batch_size, task.readings[0]
     examples = task.num_examples("train", reading)
@@ -101,10 +110,16 @@ def population_statistics(
     split = parallel.splits(min(size, examples))
     batches = itertools.islice(task.batches("train", size, reading, parallel.share), whole)
     batches = track(batches, "re-estimating population statistics", whole)
+
+    def placed() -> Iterator[Batch]:
+        for batch in batches:
+            check()
+            yield parallel.place(batch, split, task.shared)
+
     return estimate_population_statistics(
         task.model,
         variables,
-        (parallel.place(batch, split, task.shared) for batch in batches),
+        placed(),
         rngs={"noise": noise},
         late_steps=config.population_late_steps,
         inputs=task.inputs,
@@ -119,6 +134,7 @@ def evaluate_all(
     variables: Variables,
     population: Variables | None,
     evaluate: Evaluator,
+    check: Check = nothing,
 ) -> Iterator[dict[str, Any]]:
     """Every split, read and normalised in every way, through `make_evaluator(task, ...)`.
 
@@ -140,7 +156,7 @@ def evaluate_all(
         for split in reading.splits:
             row = reading.row(split, statistics)
             title = f"evaluating {describe(row)}, {task.data}"
-            yield row | evaluate(values, reading, split, size, statistics != "batch", title)
+            yield row | evaluate(values, reading, split, size, statistics != "batch", title, check)
 
     if population is None:
         for reading in task.readings:

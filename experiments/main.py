@@ -8,6 +8,7 @@ Any field of the config can be set: --config.model.kind=lstm --config.batch_size
 
 import contextlib
 import difflib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,7 +143,8 @@ def main(_: list[str]) -> None:
     config.check(base)
     parallel.check(base, _NUM_PROCESSES.value or 1)
     with job():
-        processes.check_same(base)
+        fields = json.loads(base.to_json_best_effort())
+        processes.check_same({"--mode": _MODE.value, "config": fields}, "")
         run_all(base)
 
 

@@ -45,6 +45,14 @@ STATISTICS = {
 T = TypeVar("T")
 
 
+class Terminal(Console):
+    """Where a run speaks. Whether anybody hears it any more, is nothing to the run."""
+
+    def on_broken_pipe(self) -> None:
+        """Is silent from then on; rich would end the process."""
+        self.quiet = True
+
+
 class UpdatesPerSecond(ProgressColumn):
     """Speed, in updates per second."""
 
@@ -113,7 +121,7 @@ class Reporter:
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a")
         self._tensorboard = TensorBoard(workdir / "tensorboard", start)
-        self.console = Console(highlight=False, soft_wrap=True, markup=False)
+        self.console = Terminal(highlight=False, soft_wrap=True, markup=False)
         self._progress = Progress(
             MofNCompleteColumn(),
             TimeRemainingColumn(),

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -23,20 +24,25 @@ from flax.traverse_util import flatten_dict
 # It has no public name for that; Orbax too takes it from here.
 from jax._src import distributed
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
 from experiments.errors import Stopped, UserError
 
 T = TypeVar("T")
 
 # In which processes of one job may differ: each machine has its own place for data.
-OWN_FIELDS = ("data_dir", "text_file")
+OWN_FIELDS = ("config.data_dir", "config.text_file")
 LOST_PEER = 75  # exit status: another process was lost, and the job may be started again
 ENDED, FAILED = "ended", "failed: "  # the last words of a process, in place of its heartbeat
 
 
 class Everywhere(UserError):
     """A mistake that every process of the job reports."""
+
+
+class NotAll(UserError):
+    """Some process did not come: the job may be started again."""
+
+    status = LOST_PEER
 
 
 def is_first() -> bool:
@@ -68,7 +74,15 @@ def from_first(tree: T) -> T:
     """The arrays of the first process; those of the others give their shapes and types."""
     if jax.process_count() == 1:
         return tree
-    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+    # As bytes: JAX sends arrays by adding zeros, which makes 0.0 of -0.0.
+    leaves, structure = jax.tree.flatten(jax.tree.map(np.asarray, tree))
+    content = np.frombuffer(b"".join(leaf.tobytes() for leaf in leaves), np.uint8)
+    content = np.asarray(multihost_utils.broadcast_one_to_all(content)).tobytes()
+    ends = np.cumsum([leaf.nbytes for leaf in leaves])
+    return structure.unflatten(
+        np.frombuffer(content[end - leaf.nbytes : end], leaf.dtype).reshape(leaf.shape)
+        for leaf, end in zip(leaves, ends, strict=True)
+    )
 
 
 def _broadcast_text(text: str) -> str:
@@ -80,15 +94,15 @@ def _broadcast_text(text: str) -> str:
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(content))).decode()
 
 
-def check_same(config: ConfigDict) -> None:
-    """Refuses processes with different configs.
+def check_same(values: dict[str, Any], what: str) -> None:
+    """Refuses processes with different values, of JSON types; `what` is put before their names.
 
     Raises:
-      UserError: on every process; where it can be told, with the field that differs.
+      UserError: on every process; where it can be told, with the name of what differs.
     """
     if jax.process_count() == 1:
         return
-    ours = flatten_dict(json.loads(config.to_json_best_effort()), sep=".")
+    ours = flatten_dict(json.loads(json.dumps(values)), sep=".")
     theirs = json.loads(_broadcast_text(json.dumps(ours)))
     differing = sorted(
         name
@@ -100,14 +114,15 @@ def check_same(config: ConfigDict) -> None:
         return
     if differing:
         name = differing[0]
+        here, there = (f"{v.get(name)}"[:80] for v in (ours, theirs))
         raise Everywhere(
-            f"process {jax.process_index()} has another config than process 0: config.{name} is "
-            f"{ours.get(name)} here and {theirs.get(name)} there; start all with the same flags"
+            f"process {jax.process_index()} is not like process 0: {what}{name} is {here} here and "
+            f"{there} there; start all with the same flags, and the same data"
         )
     others = ", ".join(map(str, np.flatnonzero(everywhere)))
     raise Everywhere(
-        f"the processes have different configs: number {others} has another than process 0; start "
-        "all with the same flags"
+        f"the processes are not alike: number {others} differs from process 0; start all with the "
+        "same flags, and the same data"
     )
 
 
@@ -150,25 +165,38 @@ def joined(
         os._exit(LOST_PEER)  # threads that wait for the lost one would hold up a proper exit
 
     threading.Thread(target=_watch, args=(client, say, lost, heart, timeout), daemon=True).start()
+
+    def together() -> None:
+        """Ends as all others do."""
+        heart.set()
+        say(ENDED)
+        jax.distributed.shutdown()
+        words.communicate(b".")
+
     try:
         yield
     except (Everywhere, Stopped):
+        together()
         raise
-    except Exception as error:
-        if not isinstance(error, UserError):
+    except BaseException as error:  # of this process alone
+        told = isinstance(error, UserError)
+        if isinstance(error, Exception) and not told:
             # Perhaps a collective that lacks a process. The watch then ends this one, in time.
             time.sleep(1.5 * timeout)
         heart.set()
-        say(FAILED + " ".join(str(error).split()))
+        with contextlib.suppress(OSError):
+            if told:
+                print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            else:
+                traceback.print_exc()
+            sys.stdout.flush()
+        say(FAILED + (" ".join(str(error).split()) or type(error).__name__))
         if is_first():
             time.sleep(3 * _interval(timeout))  # until all have heard: what they hear goes with it
-        raise
-    finally:
-        if not heart.is_set():  # all come to this point, and end together
-            heart.set()
-            say(ENDED)
-            jax.distributed.shutdown()
         words.communicate(b".")
+        # A proper exit would wait for the others, and then abort.
+        os._exit(error.status if told else 1)
+    together()
 
 
 def _join(
@@ -198,15 +226,14 @@ def _join(
             heartbeat_timeout_seconds=round(3 * timeout) + 10,
             shutdown_timeout_seconds=round(3 * timeout) + 10,
         )
-    except (ValueError, RuntimeError) as error:
-        if coordinator_address is None:
-            raise UserError(
-                "--distributed: there is no cluster here that JAX knows (TPU pod, SLURM, Open "
-                "MPI); say --coordinator_address=HOST:PORT --num_processes=N --process_id=I"
-            ) from error
+    except ValueError as error:
         raise UserError(
-            f"--coordinator_address={coordinator_address}: not all of {num_processes} processes "
-            f"came within {timeout:.0f} seconds (--peer_timeout)"
+            "--distributed: there is no cluster here that JAX knows (TPU pod, SLURM, Open MPI); "
+            "say --coordinator_address=HOST:PORT --num_processes=N --process_id=I"
+        ) from error
+    except RuntimeError as error:
+        raise NotAll(
+            f"not all processes of the job came within {timeout:.0f} seconds (--peer_timeout)"
         ) from error
 
 
@@ -218,7 +245,7 @@ def _wait_for_coordinator(address: str, process_id: int, timeout: float) -> None
     host = host.strip("[]")
     try:
         socket.getaddrinfo(host, int(port))
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise UserError(f"--coordinator_address={address}: there is no host {host}") from error
     if process_id == 0:
         return
@@ -229,7 +256,7 @@ def _wait_for_coordinator(address: str, process_id: int, timeout: float) -> None
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise UserError(
+                raise NotAll(
                     f"--coordinator_address={address} cannot be reached within {timeout:.0f} "
                     f"seconds (--peer_timeout; {error.strerror or error}): is process 0 there?"
                 ) from error

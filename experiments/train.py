@@ -184,20 +184,20 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
     processes.on_first(lambda: workdir.check(config, folder))
     devices = parallel.make(config)
     task = tasks.load(config, devices)
-    processes.on_first(lambda: workdir.check_record(task.record, folder))
+    check_record(task, folder)
     state = create_state(task, config)
     _, noise = random_keys(config.seed)
     train_step = make_train_step(task, noise, devices)
-    evaluator = evaluate.make_evaluator(task, noise, devices)
     statistics = "batch" if state.batch_stats else "none"
     reading = task.readings[0]
     first = processes.is_first()
 
     with (
         workdir.in_use(folder) if first else contextlib.nullcontext(),
-        Checkpoints(folder, task.selection, task.lower_is_better) as checkpoints,
         Interruption() as interruption,
+        Checkpoints(folder, task.selection, task.lower_is_better) as checkpoints,
     ):
+        evaluator = evaluate.make_evaluator(task, noise, devices)
         if (saved := checkpoints.latest_step()) is not None:
             state = checkpoints.restore(saved, state)
         state = devices.replicate(state)
@@ -252,7 +252,7 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
                 last = done == config.num_updates
                 log = last or done % config.log_every == 0
                 validate = last or done % config.eval_every == 0
-                stop = interruption.requested(done)
+                stop = interruption.requested()
                 save = validate or done % config.checkpoint_every == 0 or stop is not None
 
                 if log or save or reporter.due():
@@ -313,7 +313,9 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
             results = processes.on_first(lambda: finished_results(config, folder, start))
             if results is not None:
                 return results
-        results = evaluate_best(task, config, state, checkpoints, folder, evaluator, devices)
+        results = evaluate_best(
+            task, config, state, checkpoints, folder, evaluator, devices, interruption
+        )
         if first:
             workdir.record_end(folder, config.num_updates)
         return results
@@ -337,6 +339,7 @@ def evaluate_best(
     folder: Path,
     evaluator: evaluate.Evaluator,
     devices: Parallel,
+    interruption: Interruption,
 ) -> dict[str, Any]:
     """Evaluates the best checkpoint in every way, into `results.json`.
 
@@ -350,7 +353,9 @@ def evaluate_best(
 
     Raises:
       UserError: no checkpoint has been validated.
+      Stopped: by a signal.
     """
+    check = interruption.check
     best_step = checkpoints.best_step()
     if best_step is None:
         raise UserError(f"--workdir={folder} holds no validated checkpoint to evaluate yet")
@@ -358,7 +363,7 @@ def evaluate_best(
     _, noise = random_keys(config.seed)
     population = None
     if state.batch_stats:
-        population = evaluate.population_statistics(task, config, variables, noise, devices)
+        population = evaluate.population_statistics(task, config, variables, noise, devices, check)
         if processes.is_first():
             workdir.write_statistics(folder, best_step, population)
     results = {
@@ -369,7 +374,7 @@ def evaluate_best(
         "selection": task.selection,
         "shown": list(task.shown),
         "evaluation": evaluation_fields(config),
-        "rows": list(evaluate.evaluate_all(task, config, variables, population, evaluator)),
+        "rows": list(evaluate.evaluate_all(task, config, variables, population, evaluator, check)),
     }
     if processes.is_first():
         results["rows"] += other_rows(folder / RESULTS_NAME, results)
@@ -414,10 +419,27 @@ def evaluate_run(config: ConfigDict, folder: Path) -> dict[str, Any]:
     processes.on_first(check_folder)
     devices = parallel.make(config)
     task = tasks.load(config, devices)
-    processes.on_first(lambda: workdir.check_record(task.record, folder))
+    check_record(task, folder)
     state = create_state(task, config)
     _, noise = random_keys(config.seed)
     evaluator = evaluate.make_evaluator(task, noise, devices)
     choice = task.selection, task.lower_is_better
-    with Checkpoints(folder, *choice, read_only=True) as checkpoints:
-        return evaluate_best(task, config, state, checkpoints, folder, evaluator, devices)
+    with (
+        workdir.errors_told(folder),
+        Interruption() as interruption,
+        Checkpoints(folder, *choice, read_only=True) as checkpoints,
+    ):
+        interruption.wait_no_more()
+        return evaluate_best(
+            task, config, state, checkpoints, folder, evaluator, devices, interruption
+        )
+
+
+def check_record(task: tasks.Task, folder: Path) -> None:
+    """Refuses data that are not those of the run in `folder`, or not the same on all processes.
+
+    Raises:
+      UserError: names what differs.
+    """
+    processes.check_same(task.record, "data: ")
+    processes.on_first(lambda: workdir.check_record(task.record, folder))

@@ -61,13 +61,24 @@ STATISTICS_NAME = "population_statistics.npz"
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A file to write, which then takes the place of `path`: that is whole, or as it was before."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        _sync(temporary)  # before it gets its name, which else may outlive a power cut alone
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    with contextlib.suppress(OSError):  # not all file systems can do it for folders
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -207,7 +218,7 @@ def in_use(workdir: Path) -> Iterator[None]:
     Raises:
       UserError: another process has it; or a file in it can not be written, at any time.
     """
-    try:
+    with errors_told(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         # The system gives the lock back when the process ends, however it does.
         with (workdir / "lock").open("a+") as file:
@@ -230,12 +241,28 @@ def in_use(workdir: Path) -> Iterator[None]:
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
             yield
+
+
+@contextlib.contextmanager
+def errors_told(workdir: Path) -> Iterator[None]:
+    """Tells in a line of what the system refuses.
+
+    Raises:
+      UserError: a file cannot be read or written, in `workdir` or elsewhere.
+    """
+    try:
+        yield
     except BrokenPipeError:  # of the output, say
         raise
     except OSError as error:
-        place = f" ({error.filename})" if error.filename else ""
+        if error.strerror is None:
+            raise
+        place = str(error.filename or workdir)
+        if not place.startswith(str(workdir)):
+            raise UserError(f"{place}: {error.strerror}") from error
+        inside = f" ({place})" if place != str(workdir) else ""
         raise UserError(
-            f"--workdir={workdir} cannot be written: {error.strerror}{place}"
+            f"--workdir={workdir} cannot be written: {error.strerror}{inside}"
         ) from error
 
 

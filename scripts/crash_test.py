@@ -140,9 +140,10 @@ def crash(folder: Path, words: Sequence[str], seconds: float, kills: int, rng: r
             except subprocess.TimeoutExpired:
                 was = moment(folder)
                 process.send_signal(getattr(signal, f"SIG{name}"))
-                process.wait()
-                yield name, was
-                continue
+                if process.wait() != 0:  # else it has ended before, or does not hear the signal
+                    yield name, was
+                    continue
+                return
         if process.wait() != 0:
             last = log.read_text().splitlines()[-1:]
             raise UserError(f"the run failed after a kill: {' '.join(last)} (see {log})")
@@ -178,6 +179,8 @@ def crash_test(words: Sequence[str]) -> dict[str, Any]:
                 problems += [f"{ours.name}: {line}" for line in differences(ours, theirs)]
         except (UserError, checkpoints.Damaged, OSError, KeyError, ValueError) as error:
             problems.append(str(error))
+        if problems and not kills:
+            raise UserError(f"the run fails by itself: {'; '.join(problems)}")
         if problems:
             lost += kills
         else:

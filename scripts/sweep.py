@@ -26,7 +26,9 @@ itself reads no pickle.
 """
 
 import collections
+import contextlib
 import json
+import os
 import shlex
 import signal
 import sys
@@ -288,7 +290,8 @@ class Sweep:
 
     def _stop(self, running: list[str], write: Any) -> Stopped:
         """Stops points that run here; returns what to raise."""
-        print("stopping; once more leaves points to themselves", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # who read it may have got the same Ctrl-C
+            os.write(sys.stderr.fileno(), b"stopping; once more leaves points to themselves\n")
         told = self.launcher.stop(list(running))
         running[:] = [name for name in running if self.launcher.running(name)]
         write()

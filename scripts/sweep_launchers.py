@@ -8,7 +8,6 @@ pickles, of what is to be run, and logs.
 import collections
 import contextlib
 import fcntl
-import getpass
 import json
 import os
 import signal
@@ -218,7 +217,7 @@ class Slurm(Launcher):
 
     def _look(self) -> None:
         """Asks for the queue; what is there is kept if it does not answer."""
-        command = ["squeue", "--noheader", "--format=%i", f"--user={getpass.getuser()}"]
+        command = ["squeue", "--noheader", "--format=%i", "--me"]
         done = subprocess.run(command, capture_output=True, text=True)
         now = self._looked = time.monotonic()
         if done.returncode == 0:

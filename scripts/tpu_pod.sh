@@ -148,8 +148,9 @@ watch() {
         fi
         case $now in
             "not started") again setup && again run -- "$@" || now="$now: setup or run failed" ;;
-            # A worker was lost to the others.
-            "ended with status 75") [ "$now" = "$before" ] || again run -- "$@" || true ;;
+            "ended with status "*)
+                [ "$now" = "$before" ] || ! lost_a_worker "$now" || again run -- "$@" || true
+                ;;
             PREEMPTED | TERMINATED | MISSING)
                 again resume -- "$@" || now="$now: not resumed" # there may be no TPU to be had
                 ;;
@@ -163,6 +164,11 @@ watch() {
         before=$now
         sleep "$every"
     done
+}
+
+# Whether runs ended because a worker was lost to the others: these say 75, and it was killed.
+lost_a_worker() {
+    [[ $1 =~ ^"ended with status"(' '(75|134|137|143))+$ && $1 =~ ' '75 ]]
 }
 
 # What the runs of a node do that is READY.

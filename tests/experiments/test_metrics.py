@@ -1,5 +1,7 @@
+import contextlib
 import io
 import json
+import os
 import resource
 import signal
 import struct
@@ -88,6 +90,15 @@ def test_a_disk_that_fills_up_is_told(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, earlier)
         signal.signal(signal.SIGXFSZ, ignored)
     assert (tmp_path / "metrics.jsonl").stat().st_size < 3000
+
+
+def test_a_run_does_not_need_to_be_heard(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)  # as of `| tee log`, upon Ctrl-C
+    with contextlib.suppress(BrokenPipeError), os.fdopen(writer, "w") as closed:
+        terminal = metrics.Terminal(file=closed)
+        terminal.print("lost")
+        terminal.print("too")
 
 
 def test_the_stopwatch_adds_up_what_blocks_take(monkeypatch):

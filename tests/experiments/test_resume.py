@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from experiments import checkpoints, finite, metrics, train
@@ -171,11 +172,42 @@ def test_a_second_ctrl_c_stops_at_once(config, tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert done.returncode == -signal.SIGINT
     assert "Ctrl-C: stopping after this update; once more to stop at once" in done.stderr
     assert 6 not in checkpoints.steps_in(tmp_path / "run" / "checkpoints")  # nothing was saved
+
+
+def test_a_signal_after_the_last_update_is_not_lost(config, unbroken, tmp_path, monkeypatch):
+    """While the last checkpoint is saved: the final evaluation, which is long, is not begun."""
+    with monkeypatch.context() as patch:
+        save = checkpoints.Checkpoints.save
+
+        def saving(self, state, validation):
+            save(self, state, validation)
+            if int(state.step) == 8:
+                signal.raise_signal(signal.SIGTERM)
+
+        patch.setattr(checkpoints.Checkpoints, "save", saving)
+        patch.setattr(train, "evaluate_best", lambda *_: pytest.fail("went on"))
+        with pytest.raises(Stopped, match="stopped by SIGTERM; the same command goes on"):
+            train.train(config, tmp_path)
+    train.train(config, tmp_path)
+    assert list(differences(tmp_path, unbroken)) == []
+
+
+def test_nothing_is_called_saved_that_is_not(config, tmp_path, monkeypatch):
+    """Saving goes on in the background when the run is stopped, and may fail there."""
+    stop_at(monkeypatch, 2, signal.SIGTERM)
+    written = ocp.CheckpointManager.close
+
+    def close(self):
+        written(self)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "close", close)
+    with pytest.raises(UserError, match=r"a checkpoint cannot be written .*no space left"):
+        train.train(config, tmp_path)
 
 
 def test_a_signal_in_the_last_evaluation_stops_it(config, unbroken, tmp_path, monkeypatch):
@@ -232,6 +264,30 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(
     assert list(differences(folder, unbroken)) == []
     starts = json.loads((folder / "run.json").read_text())["starts"]
     assert len(starts) == 2
+
+
+def test_what_cannot_be_read_now_is_not_damaged(unbroken, tmp_path, monkeypatch):
+    """A disk or a network that fails for the moment, a signal: nothing is put aside."""
+    folder = copy(unbroken, tmp_path / "run") / "checkpoints"
+    before = files_of(folder)
+    restore = ocp.Checkpointer.restore
+    for problem, raised in (
+        (OSError(5, "Input/output error"), UserError),
+        (MemoryError(), MemoryError),
+        (Stopped("", signal.SIGTERM), Stopped),
+        (ValueError(), UserError),  # damaged, all of them
+    ):
+
+        def fails(*_, problem=problem, **__):
+            raise problem
+
+        monkeypatch.setattr(ocp.Checkpointer, "restore", fails)
+        with pytest.raises(raised):
+            checkpoints.put_aside_damaged(folder)
+        assert files_of(folder) == before
+    monkeypatch.setattr(ocp.Checkpointer, "restore", restore)
+    checkpoints.put_aside_damaged(folder)
+    assert files_of(folder) == before
 
 
 def test_any_flipped_bit_is_found_or_harmless(unbroken, tmp_path):

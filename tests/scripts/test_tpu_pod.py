@@ -240,6 +240,19 @@ def test_watch_resumes_until_the_run_has_finished(machine):
     ]
 
 
+@pytest.mark.parametrize(
+    "statuses, again",
+    [("75 137", True), ("134 75", True), ("75 2", False), ("137", False), ("75 0", False)],
+)
+def test_watch_starts_again_what_has_lost_a_worker(machine, statuses, again):
+    """The lost one says 137 or the like itself. A mistake, 2, would be made again."""
+    ended = "\\n".join(f"t1v-{n}: ended with status {s}" for n, s in enumerate(statuses.split()))
+    after = "t1v-0: ended with status 0" if again else ended
+    machine.answers(states=["READY"] * 3, runs=[ended, after])
+    machine.call("watch", *NODE, "--every=0", "--", WORKDIR, expect=0 if again else 2)
+    assert ("run" in verbs(machine.recorded())) == again
+
+
 def test_watch_starts_a_run_where_there_is_none(machine):
     """As on a node that was repaired, or whose setting up was broken off."""
     machine.answers(
