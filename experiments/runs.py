@@ -1,0 +1,121 @@
+"""Finished runs, and those in progress, as what they have written tells of them."""
+
+import dataclasses
+import functools
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+from experiments import workdir
+from experiments.metrics import read_metrics
+
+# What runs of one experiment may differ in: their seed, and what runs may change when they go on.
+FREE_FIELDS = ("seed", *workdir.FREE_FIELDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A config, one kind of model, and fields that are set: what one run is of, but for its seed.
+
+    Attributes:
+      config: a file in `configs`, with a variant if it has some: `ptb` or `ptb:small`.
+      kind: of the model.
+      fields: those that are not as the file has them, as pairs of name and value.
+    """
+
+    config: str
+    kind: str
+    fields: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        """Of a folder: `pmnist/bn_lstm` or `pmnist/bn_lstm,initial_scale=0.3`."""
+        fields = "".join(f",{name.split('.')[-1]}={value}" for name, value in self.fields)
+        return f"{self.config.replace(':', '_')}/{self.kind}{fields}"
+
+    def get_config(self) -> ConfigDict:
+        """The whole config, with the paper's number of updates."""
+        name, _, variant = self.config.partition(":")
+        module = importlib.import_module(f"configs.{name}")
+        config = module.get_config(variant) if variant else module.get_config()
+        config.update_from_flattened_dict({**dict(self.fields), "model.kind": self.kind})
+        return config
+
+    @functools.cached_property
+    def _identity(self) -> dict[str, Any]:
+        return identity(self.get_config())
+
+    def is_of(self, config: ConfigDict) -> bool:
+        """Whether a config is this experiment's, but for what runs of it may differ in."""
+        return self._identity == identity(config)
+
+
+def identity(config: ConfigDict) -> dict[str, Any]:
+    """The fields that make runs comparable, as JSON has them."""
+    flat = flatten_dict(json.loads(config.to_json_best_effort()), sep=".")
+    return {name: value for name, value in flat.items() if name not in FREE_FIELDS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The folder of a run."""
+
+    folder: Path
+
+    @functools.cached_property
+    def config(self) -> ConfigDict:
+        """What it was started with."""
+        return workdir.read_config(self.folder)
+
+    @functools.cached_property
+    def record(self) -> dict[str, Any]:
+        """Its `run.json`."""
+        return workdir.read_record(self.folder)
+
+    @functools.cached_property
+    def results(self) -> dict[str, Any]:
+        """Its `results.json`; empty while the run goes on."""
+        path = self.folder / "results.json"
+        return workdir.read_json(path) if path.exists() else {}
+
+    @functools.cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """Its metrics, oldest first."""
+        return read_metrics(self.folder)
+
+    @property
+    def updates(self) -> int:
+        """How far it has come, as far as it has told."""
+        return self.rows[-1]["update"] if self.rows else 0
+
+    @property
+    def seconds(self) -> int | None:
+        """How long it took, of all its starts; None if one of them was killed, or goes on."""
+        seconds = [start.get("seconds") for start in self.record["starts"]]
+        return None if None in seconds else sum(seconds)
+
+    def curve(self, split: str, metric: str) -> np.ndarray:
+        """A metric by update, `[2, points]`: update and value, with batch statistics if any."""
+        rows = [row for row in self.rows if row["split"] == split and metric in row]
+        points = [(row["update"], row[metric]) for row in rows]
+        return np.array(points, float).reshape(-1, 2).T
+
+
+def find(root: Path) -> list[Run]:
+    """All runs in a folder and in what is in it, by name."""
+    return [Run(path.parent) for path in sorted(root.rglob("config.json"))]
+
+
+def of(experiment: Experiment, runs: list[Run]) -> list[Run]:
+    """Those of an experiment, by seed; of two with the same seed, that which came further."""
+    best: dict[int, Run] = {}
+    for run in runs:
+        if experiment.is_of(run.config):
+            seed = run.config.seed
+            if seed not in best or best[seed].updates < run.updates:
+                best[seed] = run
+    return [best[seed] for seed in sorted(best)]

@@ -1,0 +1,51 @@
+"""Folders of runs that nobody ran."""
+
+import json
+from pathlib import Path
+
+from experiments import workdir
+from experiments.runs import Experiment
+
+
+def write_run(
+    folder: Path,
+    experiment: Experiment,
+    seed: int = 1,
+    validations: dict[int, dict[str, float]] | None = None,
+    test: dict[str, float] | None = None,
+    **start: object,
+) -> Path:
+    """A run with `validations` by update, and final results on the test set if it has finished."""
+    run = folder / str(experiment) / f"seed_{seed}"
+    run.mkdir(parents=True)
+    config = experiment.get_config()
+    validations = validations or {}
+    config.seed, config.num_updates = seed, max(validations, default=1)
+    workdir.write_json(run / "config.json", json.loads(config.to_json_best_effort()))
+    start = {
+        "command": f"python -m experiments.main --workdir={run}",
+        "started": "2026-11-23T05:00:00+00:00",
+        "commit": "0123456789abcdef",
+        "devices": ["cpu"],
+        "machine": "x86_64, 2 cores",
+        **start,
+    }
+    if test is not None:
+        start |= {"until": config.num_updates, "seconds": 3900}
+    workdir.write_json(run / "run.json", {"starts": [start]})
+    rows = [
+        {"update": update, "split": split, "statistics": "batch", **values}
+        for update, values in validations.items()
+        for split in ("train", "valid")
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if test is not None:
+        statistics = "none" if experiment.kind == "lstm" else "population"
+        row = {"split": "test", "statistics": statistics, **test}
+        others = [
+            {"split": "test", "statistics": "batch", **{name: -1.0 for name in test}},
+            {"split": "valid", "statistics": statistics, **{name: -1.0 for name in test}},
+        ]
+        results = {"update": config.num_updates, "rows": [*others, row]}
+        workdir.write_json(run / "results.json", results)
+    return run
