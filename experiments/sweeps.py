@@ -104,7 +104,7 @@ def argument(value: Any) -> str:
 
 
 def name(point: Fields, swept: Iterable[str]) -> str:
-    """A name for a point, and for its folder: `initial_scale=0.1,seed=2`.
+    """A name for a point, and for its folder: `initial_scale=0.1,normalize=input+cell,seed=2`.
 
     It depends on nothing but the point and which fields are `swept`. Fields go by their last name
     where no other swept one shares it. What a file system may not take, or not tell apart, is
@@ -114,10 +114,12 @@ def name(point: Fields, swept: Iterable[str]) -> str:
     parts = []
     for field, value in point.items():
         short = field.rpartition(".")[2]
-        text = argument(value)
+        several = isinstance(value, tuple)
+        items = [argument(item) for item in value] if several else [argument(value)]
+        text = "+".join(items)
         plain = re.sub(r"[^a-z0-9.+-]", "_", text)
-        if plain != text or not text:
-            plain = f"{plain}~{_hash(text)}"
+        if plain != text or not text or (several and any("+" in item for item in items)):
+            plain = f"{plain}~{_hash(argument(value))}"
         parts.append(f"{short if last.count(short) == 1 else field}={plain}")
     whole = ",".join(parts)
     return whole if len(whole) <= NAME_LENGTH else f"{whole[:NAME_LENGTH]}~{_hash(whole)}"

@@ -13,7 +13,7 @@ import numpy as np
 from flax.training import train_state
 from ml_collections import ConfigDict
 
-from experiments import evaluate, finite, metrics, parallel, processes, tasks, workdir
+from experiments import evaluate, finite, metrics, milestones, parallel, processes, tasks, workdir
 from experiments.checkpoints import Checkpoints
 from experiments.errors import Stopped, UserError
 from experiments.interruption import Interruption
@@ -220,6 +220,7 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
             )
             for note in task.notes:
                 reporter.console.print(f"  {note}")
+            expected = milestones.of(config)
 
             # ---- Train.
             doing = metrics.Stopwatch()
@@ -286,6 +287,9 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
                         variables_of(state), reading, split, config.batch_size, False
                     )
                     reporter.write({"update": done, **reading.row(split, statistics)}, validation)
+                    if milestone := expected.get(done):
+                        told = milestone.tell(validation[milestone.metric])
+                        reporter.console.print(f"  {told}")
                 if save:
                     reporter.sync()
                     checkpoints.save(state, validation)

@@ -59,6 +59,7 @@ ALLOWED = {
     # Only names of modules beside the code, which were looked for among its files.
     "experiments/tasks/__init__.py": {"import_module"},
     "experiments/datasets/prepared.py": {"import_module"},
+    "experiments/runs.py": {"import_module"},
     "scripts/slurm.py": {"import_module"},
     # submitit runs on a cluster what it has pickled itself, into a folder of the job. It reads no
     # other pickles, and what belongs to a run is not in that folder.

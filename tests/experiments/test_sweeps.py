@@ -72,6 +72,8 @@ def test_names_are_short_safe_and_distinct():
     assert sweeps.name({"optimizer.name": "adam", "model.name": "x"}, both) == (
         "optimizer.name=adam,model.name=x"
     )
+    terms = {"model.normalize": ("input", "cell")}
+    assert sweeps.name(terms, ["model.normalize"]) == "normalize=input+cell"
     alike = [
         "a/b",
         "a_b",
@@ -86,6 +88,9 @@ def test_names_are_short_safe_and_distinct():
         "1.0",
         1.5,
         (1, 2),
+        ("1+2",),
+        ("1", "2+3"),
+        ("1+2", "3"),
         "x" * 999,
     ]
     names = [sweeps.name({"field": value}, ["field"]) for value in alike]
@@ -111,6 +116,21 @@ def test_values_reach_a_run_as_they_are():
     (made,) = make_points(digits.get_config(), [point], Path("none"))
     assert made.config.to_dict() == own.config.to_dict()
     assert sweeps.argument(True) == "true"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "sweeps").glob("*.py")), ids=lambda path: path.stem
+)
+def test_every_sweep_file_has_points_for_the_configs_it_names(path, tmp_path):
+    described = path.read_text().replace("\\\n", " ")
+    command = rf"--config=configs/(\S+)\.py(\S*) +--sweep=configs/sweeps/{path.name}"
+    called = re.findall(command, described)
+    assert called
+    for name, variant in called:
+        module = importlib.import_module(f"configs.{name}")
+        config = module.get_config(*filter(None, [variant.lstrip(":")]))
+        points = make_points(config, sweeps.load(str(path)), tmp_path)
+        assert len({point.name for point in points}) == len(points) > 1
 
 
 @pytest.mark.parametrize(

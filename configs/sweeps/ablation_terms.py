@@ -1,0 +1,31 @@
+"""Which of the three terms has to be normalised: each alone, each pair, and all of them.
+
+    python -m scripts.sweep --config=configs/digits.py --sweep=configs/sweeps/ablation_terms.py
+    python -m scripts.sweep --config=configs/pmnist.py --sweep=configs/sweeps/ablation_terms.py \
+        --workdir=runs/sweeps/pmnist_terms --config.num_updates=10000
+
+`input` is W_x x_t, `recurrent` W_h h_{t-1}, `cell` what goes into the output's tanh. The paper
+normalises all three and shows no other choice. Input statistics of whole sequences, as its readers
+BN-e* and BN-e** have them, are a point too.
+"""
+
+from experiments.sweeps import Fields, product, values
+
+TERMS = (
+    ("input", "recurrent", "cell"),
+    ("input",),
+    ("recurrent",),
+    ("cell",),
+    ("input", "recurrent"),
+    ("input", "cell"),
+    ("recurrent", "cell"),
+)
+
+
+def get_sweep() -> list[Fields]:
+    """The points."""
+    terms = values("model.normalize", *TERMS)
+    whole_sequences = [{"model.normalize": TERMS[0], "model.input_statistics": "sequence"}]
+    return product(
+        values("model.kind", "bn_lstm"), terms + whole_sequences, values("seed", 1, 2, 3)
+    )

@@ -1,0 +1,91 @@
+"""Makes `experiments/milestones.json` of runs: what a new run is held against.
+
+    python -m scripts.milestones --runs=results/runs
+
+Of each config that has runs, and each kind of model: the first validations that all its seeds have,
+and the paper's value there, if its figure has one.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from experiments import errors, milestones, paper, runs, workdir
+from experiments.errors import UserError
+from experiments.runs import Experiment, Run
+from scripts.paper_items import lines_of
+
+POINTS = 6  # of each experiment
+# By config: the metric, and the file of the paper's curve.
+CURVES = {
+    "digits": ("accuracy", None),
+    "mnist": ("accuracy", "mnist_valid_accuracy"),
+    "pmnist": ("accuracy", "pmnist_valid_accuracy"),
+    "ptb": ("bits_per_character", "ptb_valid_bpc"),
+}
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the command line; only here are flags defined, so that importing this defines none."""
+    flags.DEFINE_string("runs", "results/runs", "Folder with runs in it.")
+    return flags.FLAGS(argv)
+
+
+def points_of(experiment: Experiment, there: list[Run]) -> list[dict[str, Any]]:
+    """Lowest and highest validation over seeds, at no more than `POINTS` updates."""
+    metric, curve = CURVES[experiment.config]
+    curves = [run.curve("valid", metric) for run in there]
+    shared = curves[0][0]
+    for updates, _ in curves:
+        shared = np.intersect1d(shared, updates)
+    published = None
+    if curve is not None:
+        (published,) = (
+            line.published
+            for line in lines_of(curve, experiment.config, metric)
+            if line.experiment == experiment
+        )
+    points = []
+    chosen = np.unique(np.linspace(0, len(shared) - 1, POINTS).round().astype(int))
+    for update in shared[chosen] if len(shared) else ():
+        values = [float(values[updates == update][0]) for updates, values in curves]
+        theirs = None if published is None else paper.at(published, update)
+        points.append(
+            {
+                "update": int(update),
+                "low": round(min(values), 4),
+                "high": round(max(values), 4),
+                "seeds": len(values),
+                "paper": None if theirs is None or np.isnan(theirs) else round(theirs, 4),
+            }
+        )
+    return points
+
+
+def make(folder: Path) -> list[dict[str, Any]]:
+    """All milestones, of the runs in a folder."""
+    every = runs.find(folder)
+    found = []
+    for config, (metric, _) in CURVES.items():
+        for kind in ("lstm", "bn_lstm"):
+            experiment = Experiment(config, kind)
+            if there := runs.of(experiment, every):
+                known = {"config": config, "kind": kind, "metric": metric}
+                found.append({**known, "points": points_of(experiment, there)})
+    return found
+
+
+def main(_: list[str]) -> None:
+    """Writes the file, and says where it is."""
+    folder = Path(flags.FLAGS.runs)
+    if not folder.is_dir():
+        raise UserError(f"--runs={folder} is not a folder")
+    workdir.write_json(milestones.PATH, make(folder))
+    print(milestones.PATH)
+
+
+if __name__ == "__main__":
+    errors.run(main, parse_flags)
