@@ -67,11 +67,15 @@ def test_the_smallest_gradients_are_not_lost_in_their_squares():
 
 
 @pytest.fixture(scope="module")
-def norms(data_dir):
+def mnist(data_dir):
     if not (data_dir / "mnist").is_dir():
         pytest.skip("needs original data: BNLSTM_DATA_DIR has no mnist")
-    data = datasets.load("mnist", str(data_dir))
-    return paper_items.gradient_norms(data, (0.1, 0.2, 0.3, 0.4, 0.5), draws=10)
+    return datasets.load("mnist", str(data_dir))
+
+
+@pytest.fixture(scope="module")
+def norms(mnist):
+    return paper_items.gradient_norms(mnist, (0.1, 0.2, 0.3, 0.4, 0.5), draws=10)
 
 
 def test_gradient_norms_are_the_papers(norms):
@@ -93,6 +97,14 @@ def test_gradient_norms_are_the_papers(norms):
     }
     assert steady >= {(0.1, 783), (0.2, 783), (0.3, 783), (0.4, 783), (0.5, 783)}
     assert steady >= {(0.1, 600), (0.2, 600), (0.3, 600), (0.1, 300)}
+
+
+def test_the_figure_is_of_permuted_pixels(mnist, norms):
+    """Near the end draws hardly differ, and tell the two orders apart."""
+    in_order = paper_items.gradient_norms(mnist, (0.1,), draws=5, order="in_order")[0.1]
+    theirs = paper.at(paper.curves("tanh_rnn_gradient_norm")[("0.1",)], 750)
+    assert np.all(in_order[:, 750] > 1.6 * theirs)
+    assert np.all(np.abs(norms[0.1][:, 750] / theirs - 1) < 0.25)
 
 
 def test_tanh_derivative_is_the_papers():
