@@ -281,9 +281,8 @@ def show_lengths(found: Found) -> tuple[str, Any]:
         lengths = sorted(by_length)
         if lengths:
             values = [np.mean(by_length[length]) for length in lengths]
-            axes.plot(
-                lengths, values, color=STYLES[kind][0], linestyle=dashes, linewidth=2, label=label
-            )
+            style = {"color": STYLES[kind][0], "linestyle": dashes, "linewidth": 2}
+            axes.plot(lengths, values, marker="o", label=label, **style)
         for length, theirs in published[(name,)].T:
             ours = spread(by_length.get(int(length), []))
             rows.append([label, f"{length:.0f}", f"{theirs:.4f}", ours])
