@@ -271,18 +271,18 @@ def test_what_cannot_be_read_now_is_not_damaged(unbroken, tmp_path, monkeypatch)
     folder = copy(unbroken, tmp_path / "run") / "checkpoints"
     before = files_of(folder)
     restore = ocp.Checkpointer.restore
-    for problem, raised in (
-        (OSError(5, "Input/output error"), UserError),
-        (MemoryError(), MemoryError),
-        (Stopped("", signal.SIGTERM), Stopped),
-        (ValueError(), UserError),  # damaged, all of them
+    for problem, raised, message in (
+        (OSError(5, "Input/output error"), UserError, "8 cannot be read: Input/output error"),
+        (MemoryError(), MemoryError, ""),
+        (Stopped("", signal.SIGTERM), Stopped, ""),
+        (ValueError(), UserError, "8 is damaged"),
     ):
 
         def fails(*_, problem=problem, **__):
             raise problem
 
         monkeypatch.setattr(ocp.Checkpointer, "restore", fails)
-        with pytest.raises(raised):
+        with pytest.raises(raised, match=message):
             checkpoints.put_aside_damaged(folder)
         assert files_of(folder) == before
     monkeypatch.setattr(ocp.Checkpointer, "restore", restore)
