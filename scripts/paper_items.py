@@ -103,23 +103,23 @@ def results_table(metric: str, reading: str | None, configs: dict[str, str]) -> 
 # ---- Lines of learning curves.
 
 
-def lines_of(
-    name: str, config: str, metric: str, kinds: tuple[str, ...] = KINDS, split: str = "valid"
-) -> list[Line]:
-    """Lines by kind of model, of a file whose first column says it."""
+def lines_of(name: str, config: str, metric: str) -> list[Line]:
+    """Lines of validation for LSTM and BN-LSTM, of a file whose first column says which it is."""
     published = paper.curves(name)
-    return [
-        Line(
-            Experiment(config, kind),
-            LABELS[kind],
-            STYLES[kind][0],
-            DASHES[kind],
-            split,
-            metric,
-            published[(kind,)],
-        )
-        for kind in kinds
-    ]
+    return [validation_line(config, kind, metric, published[(kind,)]) for kind in KINDS]
+
+
+def reader_lines(name: str, config: str, kinds: tuple[str, ...]) -> list[Line]:
+    """Lines of validation by reader. The paper counts thousands of updates from 0, at the first."""
+    published = paper.curves(name)
+    updates = {kind: published[(kind, "valid")] * [[1000], [1]] + [[1000], [0]] for kind in kinds}
+    return [validation_line(config, kind, "error", updates[kind]) for kind in kinds]
+
+
+def validation_line(config: str, kind: str, metric: str, published: np.ndarray) -> Line:
+    """The line of a kind of model."""
+    style = LABELS[kind], STYLES[kind][0], DASHES[kind]
+    return Line(Experiment(config, kind), *style, "valid", metric, published)
 
 
 def gamma_lines(name: str, config: str, metric: str, split: str) -> list[Line]:
@@ -149,23 +149,6 @@ def gamma_experiment(config: str, gamma: float) -> Experiment:
     """The BN-LSTM with an initial gamma, which the config has at 0.1."""
     fields = () if gamma == 0.1 else (("model.initial_scale", gamma),)
     return Experiment(config, "bn_lstm", fields)
-
-
-def reader_lines(name: str, config: str, kinds: tuple[str, ...]) -> list[Line]:
-    """Lines of validation by reader. The paper counts thousands of updates from 0, at the first."""
-    published = paper.curves(name)
-    return [
-        Line(
-            Experiment(config, kind),
-            LABELS[kind],
-            STYLES[kind][0],
-            DASHES[kind],
-            "valid",
-            "error",
-            published[(kind, "valid")] * [[1000], [1]] + [[1000], [0]],
-        )
-        for kind in kinds
-    ]
 
 
 # ---- Figures of other kinds.

@@ -98,6 +98,7 @@ def test_a_run_does_not_need_to_be_heard(monkeypatch):
     with contextlib.suppress(BrokenPipeError), os.fdopen(writer, "w") as closed:
         terminal = metrics.Terminal(file=closed)
         terminal.print("lost")
+        assert terminal.quiet
         terminal.print("too")
 
 
