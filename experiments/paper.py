@@ -15,14 +15,6 @@ TABLES = {
     "text8": {"lstm": 1.43, "bn_lstm": 1.36},
     "cnn_qa": {"lstm": 0.450, "bn_e_star_star": 0.363},
 }
-# The best validation error on four sentences of CNN.
-FOUR_SENTENCES = {
-    "lstm": 0.503,
-    "bn_lstm": 0.495,
-    "bn_everywhere": 0.500,
-    "bn_e_star": 0.471,
-    "bn_e_star_star": 0.439,
-}
 # Of the figure on the derivative of tanh: standard deviations and means; and with them, quartiles.
 TANH_MEANS = np.array(
     [

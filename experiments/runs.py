@@ -3,12 +3,10 @@
 import dataclasses
 import functools
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from experiments import workdir
@@ -56,7 +54,7 @@ class Experiment:
 
 def identity(config: ConfigDict) -> dict[str, Any]:
     """The fields that make runs comparable, as JSON has them."""
-    flat = flatten_dict(json.loads(config.to_json_best_effort()), sep=".")
+    flat = workdir.flat(config)
     return {name: value for name, value in flat.items() if name not in FREE_FIELDS}
 
 

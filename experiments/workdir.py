@@ -196,7 +196,7 @@ def check(config: ConfigDict, workdir: Path) -> None:
         raise UserError(f"--workdir={workdir} is not a folder")
     if not (workdir / "config.json").exists():
         return
-    ours, theirs = _flat(config), _flat(read_config(workdir))
+    ours, theirs = flat(config), flat(read_config(workdir))
     differing = sorted(
         name
         for name in ours.keys() | theirs.keys()
@@ -299,7 +299,8 @@ def record_end(workdir: Path, update: int) -> None:
     write_json(workdir / "run.json", record)
 
 
-def _flat(config: ConfigDict) -> dict[str, Any]:
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """The fields of a config by their whole names, as JSON has them."""
     return flatten_dict(json.loads(config.to_json_best_effort()), sep=".")
 
 

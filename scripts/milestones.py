@@ -16,6 +16,7 @@ from absl import flags
 from experiments import errors, milestones, paper, runs, workdir
 from experiments.errors import UserError
 from experiments.runs import Experiment, Run
+from scripts.paper_curves import shared_points
 from scripts.paper_items import lines_of
 
 POINTS = 6  # of each experiment
@@ -37,10 +38,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 def points_of(experiment: Experiment, there: list[Run]) -> list[dict[str, Any]]:
     """Lowest and highest validation over seeds, at no more than `POINTS` updates."""
     metric, curve = CURVES[experiment.config]
-    curves = [run.curve("valid", metric) for run in there]
-    shared = curves[0][0]
-    for updates, _ in curves:
-        shared = np.intersect1d(shared, updates)
+    updates, values = shared_points(there, "valid", metric)
     published = None
     if curve is not None:
         (published,) = (
@@ -49,16 +47,16 @@ def points_of(experiment: Experiment, there: list[Run]) -> list[dict[str, Any]]:
             if line.experiment == experiment
         )
     points = []
-    chosen = np.unique(np.linspace(0, len(shared) - 1, POINTS).round().astype(int))
-    for update in shared[chosen] if len(shared) else ():
-        values = [float(values[updates == update][0]) for updates, values in curves]
+    chosen = np.unique(np.linspace(0, len(updates) - 1, POINTS).round().astype(int))
+    for column in chosen if len(updates) else ():
+        update, there_then = updates[column], values[:, column].tolist()
         theirs = None if published is None else paper.at(published, update)
         points.append(
             {
                 "update": int(update),
-                "low": round(min(values), 4),
-                "high": round(max(values), 4),
-                "seeds": len(values),
+                "low": round(min(there_then), 4),
+                "high": round(max(there_then), 4),
+                "seeds": len(there_then),
                 "paper": None if theirs is None or np.isnan(theirs) else round(theirs, 4),
             }
         )

@@ -69,8 +69,13 @@ def learning_curves(
 
 
 def points_of(line: Line, found: Found) -> tuple[np.ndarray, np.ndarray]:
-    """Updates that all our runs have, `[n]`, and their values `[runs, n]`."""
-    curves = [run.curve(line.split, line.metric) for run in found[line.experiment]]
+    """Of our runs, as `shared_points` has them."""
+    return shared_points(found[line.experiment], line.split, line.metric)
+
+
+def shared_points(runs: list[Run], split: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Updates at which all runs have a metric, `[n]`, and its values `[runs, n]`."""
+    curves = [run.curve(split, metric) for run in runs]
     curves = [curve for curve in curves if curve.size]
     if not curves:
         return np.zeros(0), np.zeros((0, 0))
