@@ -2,8 +2,6 @@ import contextlib
 import io
 import json
 import os
-import resource
-import signal
 import struct
 
 import pytest
@@ -11,6 +9,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from experiments import metrics
+from tests.full_disk import files_of_at_most
 
 
 def test_a_log_file_gets_lines_with_the_time_left(capsys, monkeypatch):
@@ -76,19 +75,13 @@ def read_events(path):
 
 def test_a_disk_that_fills_up_is_told(tmp_path):
     """TensorBoard's file meets the limit before that of the metrics does."""
-    earlier = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, earlier[1]))
-        with (
-            pytest.raises(OSError, match="File too large"),
-            metrics.Reporter(tmp_path, "title", "data", 0, 10) as reporter,
-        ):
-            row = {"update": 4, "split": "valid", "statistics": "batch"}
-            reporter.write(row, {f"m{number}": 0.5 for number in range(100)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, earlier)
-        signal.signal(signal.SIGXFSZ, ignored)
+    with (
+        files_of_at_most(3000),
+        pytest.raises(OSError, match="File too large"),
+        metrics.Reporter(tmp_path, "title", "data", 0, 10) as reporter,
+    ):
+        row = {"update": 4, "split": "valid", "statistics": "batch"}
+        reporter.write(row, {f"m{number}": 0.5 for number in range(100)})
     assert (tmp_path / "metrics.jsonl").stat().st_size < 3000
 
 

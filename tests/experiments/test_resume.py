@@ -1,10 +1,8 @@
 """A run that was killed, stopped, or had its checkpoints spoilt ends as one that nobody touched."""
 
-import contextlib
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -20,6 +18,7 @@ from experiments import checkpoints, finite, metrics, train
 from experiments.errors import Stopped, UserError
 from experiments.tasks import sequential_images
 from scripts.crash_test import differences
+from tests.full_disk import files_of_at_most
 
 ROOT = Path(__file__).parents[2]
 # Bits depend on how many threads share a product, which depends on how many devices there are.
@@ -339,19 +338,6 @@ def test_a_reader_of_a_run_that_goes_on_looks_again(unbroken, monkeypatch):
 
 
 # ---- Places that cannot be written.
-
-
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """As on a full disk, files cannot grow beyond a size: a stand-in that needs no rights."""
-    earlier = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, earlier)
 
 
 @pytest.mark.parametrize("size", [0, 2000])
