@@ -3,14 +3,16 @@
 "Recurrent Batch Normalization", Cooijmans, Ballas, Laurent, Gulcehre, Courville; ICLR 2017.
 """
 
-from bnlstm_jax.cells import BNLSTMCell, BNSimpleCell, LSTMCell
+from bnlstm_jax.cells import BNLSTMCell, BNSimpleCell, LNLSTMCell, LSTMCell
 from bnlstm_jax.population import estimate_population_statistics
-from bnlstm_jax.recurrent import BNLSTM, LSTM
+from bnlstm_jax.recurrent import BNLSTM, LNLSTM, LSTM
 
 __all__ = [
     "BNLSTM",
     "BNLSTMCell",
     "BNSimpleCell",
+    "LNLSTM",
+    "LNLSTMCell",
     "LSTM",
     "LSTMCell",
     "estimate_population_statistics",

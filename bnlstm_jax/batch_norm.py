@@ -13,6 +13,7 @@ from bnlstm_jax.normalization import (
     Statistics,
     batch_moments,
     batch_normalize,
+    pool_steps,
     running_average,
     standardize,
     statistics_dtype,
@@ -86,14 +87,16 @@ class Normalized(nn.Module):
         """Moves running statistics towards those of the batch, and shows the latter to who asks.
 
         `count` says how many rows are behind them: `[T]` for statistics `[T, F]`, `[]` for `[F]`.
-        Where there are none, running statistics stay as they are. An initialising module does
-        nothing.
+        Where there are none, running statistics stay as they are. Running statistics `[F]` take
+        those of all time steps pooled. An initialising module does nothing.
         """
         if self.is_initializing():
             return
         if self.axis_name is not None:
             count = jax.lax.psum(count, self.axis_name)
         running = Statistics(*(v.value for v in variables))
+        if batch.mean.ndim > running.mean.ndim:
+            batch, count = pool_steps(batch, count), jnp.sum(count)
         reached = (count > 0)[..., None]
         for variable, value in zip(
             variables, running_average(running, batch, self.momentum, reached), strict=True

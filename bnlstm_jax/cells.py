@@ -14,6 +14,9 @@ Along an axis of size 4H the gates stand in the order f, i, o, g: here and every
 are those of the batch, at each time step separately. The bias b_c in (3) is not in the paper: its
 released baseline has it, being the BN-LSTM with each BN left out.
 
+LN-LSTM, to compare with, has layer normalisation (Ba et al., 2016) in each BN's place: statistics
+of an example's own features, the four gates of a product together.
+
 The carry is `(c, h)`, as in `flax.linen.LSTMCell`.
 """
 
@@ -27,7 +30,7 @@ from jax import Array
 
 from bnlstm_jax import initializers
 from bnlstm_jax.batch_norm import Normalized
-from bnlstm_jax.normalization import Moments, Statistics, statistics_dtype
+from bnlstm_jax.normalization import Moments, Statistics, layer_normalize, statistics_dtype
 
 Carry = tuple[Array, Array]
 # Maps the name and the value of a term to what takes its place, and the batch's moments if they
@@ -92,7 +95,7 @@ def lstm_step(
       carry: `(c, h)`, each `[batch, H]`.
       recurrent_term: `h W_h`, `[batch, 4H]`.
       input_term: `x W_x`, `[batch, 4H]`.
-      normalize: the batch normalisation of a term, without its shift.
+      normalize: the normalisation of a term, without its shift.
       valid: which rows go on, boolean `[batch, 1]`; the others keep their state. None for all.
 
     Returns:
@@ -146,9 +149,14 @@ class Recurrence(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
-    # No batch normalisation: none of the terms. The normalised modules say otherwise.
+    # No normalisation: of none of the terms. The normalised modules say otherwise.
     normalize = ()
     use_running_average = None
+
+    @property
+    def batch_terms(self) -> Sequence[str]:
+        """The terms that statistics of the batch normalise."""
+        return ()
 
     def zeros(self, name: str) -> Array:
         """A parameter `[H]` that starts at zero."""
@@ -246,7 +254,12 @@ class LSTMParameters(Recurrence):
 
 
 class BatchNormParameters(Normalized, Recurrence):
-    """What normalised cells and layers share."""
+    """What batch-normalised cells and layers share."""
+
+    @property
+    def batch_terms(self) -> Sequence[str]:
+        """The terms that statistics of the batch normalise: all that are normalised."""
+        return self.normalize
 
     @nn.nowrap
     def epsilon_of(self, term: str) -> float:
@@ -303,6 +316,32 @@ class BNLSTMParameters(BatchNormParameters, LSTMParameters):
         return self.input_epsilon if own else self.epsilon
 
 
+class LNLSTMParameters(LSTMParameters):
+    """What the layer-normalised LSTM's cell and layer share.
+
+    Attributes:
+      normalize: which terms are normalised, of `input`, `recurrent` and `cell`. A term left out
+        enters as it is and has no scale.
+      epsilon: added to the variance.
+      scale_init: initialiser of the scales (gamma).
+    """
+
+    normalize: Sequence[str] = ("input", "recurrent", "cell")
+    epsilon: float = 1e-5
+    scale_init: initializers.Initializer = nn.initializers.ones_init()
+
+    @nn.nowrap
+    def normalizer(self, params: dict[str, Array], *args: Any, **kwargs: Any) -> Normalizer:
+        """Each example by itself: nothing of the batch, or of running statistics, is needed."""
+
+        def normalize(term: str, x: Array) -> tuple[Array, None]:
+            if term not in self.normalize:
+                return x, None
+            return layer_normalize(x, params[f"{term}_scale"], self.epsilon), None
+
+        return normalize
+
+
 class LSTMCell(LSTMParameters, nn.RNNCellBase):
     """One step of an LSTM with learned initial state, equations 1 to 3.
 
@@ -331,7 +370,7 @@ class LSTMCell(LSTMParameters, nn.RNNCellBase):
 
         `rng` is used for `initial_hidden_noise` alone. Unbound, a cell gives the initial zeros.
         """
-        centered = "recurrent" in self.normalize and self.use_running_average is False
+        centered = "recurrent" in self.batch_terms and self.use_running_average is False
         return self.initial_state(input_shape[:-1], rng, centered)
 
     @property
@@ -372,6 +411,10 @@ class BNLSTMCell(BNLSTMParameters, LSTMCell):
                 batch = moments[term].statistics((-2,))
                 self.update_statistics(variables[term], batch, rows, f"{term}_")
         return carry, self.output(carry[1])
+
+
+class LNLSTMCell(LNLSTMParameters, LSTMCell):
+    """One step of a layer-normalised LSTM."""
 
 
 class BNSimpleCell(BatchNormParameters, nn.RNNCellBase):

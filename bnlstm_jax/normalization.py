@@ -1,4 +1,4 @@
-"""Batch normalisation as a pure transform: moments of a batch, normalisation, running average.
+"""Normalisation as a pure transform: moments of a batch, batch and layer normalisation.
 
     BN(x; gamma, beta) = beta + gamma * (x - mean) / sqrt(var + epsilon)                        (5)
 
@@ -226,6 +226,29 @@ def _backward(epsilon, axis, axis_name, residuals, by_y):
 
 
 batch_normalize.defvjp(_forward, _backward)
+
+
+def layer_normalize(x: Array, scale: Array, epsilon: float) -> Array:
+    """`scale * (x - mean) / sqrt(var + epsilon)` of each row by itself, over its features.
+
+    Values `[..., F]` in any floating dtype; the result is in float32 or wider. Ba, Kiros and Hinton
+    (2016), without the shift.
+    """
+    x = x.astype(statistics_dtype(x.dtype))
+    deviation = x - jnp.mean(x, -1, keepdims=True)
+    var = jnp.mean(jnp.square(deviation), -1, keepdims=True)
+    return scale * jax.lax.rsqrt(var + epsilon) * deviation
+
+
+def pool_steps(statistics: Statistics, count: Array) -> Statistics:
+    """Mean and variance `[F]` of the rows of all time steps together.
+
+    Of the statistics of each, `[T, F]`, with `count` rows behind them, `[T]`. Zeros if all are 0.
+    """
+    weight = (count / jnp.maximum(jnp.sum(count), 1))[:, None]
+    mean = jnp.sum(weight * statistics.mean, 0)
+    var = jnp.sum(weight * (statistics.var + jnp.square(statistics.mean - mean)), 0)
+    return Statistics(mean, var)
 
 
 def running_average(

@@ -17,6 +17,7 @@ from jax import Array
 from bnlstm_jax.cells import (
     BNLSTMParameters,
     Carry,
+    LNLSTMParameters,
     LSTMParameters,
     check_terms,
     look_up,
@@ -49,9 +50,9 @@ def at_steps(statistics: Array, t: Array) -> Array:
 
 
 class RecurrentLayer(LSTMParameters):
-    """The recurrence of LSTM and BNLSTM; an LSTM is the case in which no term is normalised.
+    """The recurrence of all layers; an LSTM is the case in which no term is normalised.
 
-    Keywords are those of `flax.linen.RNN`, and both layers fit `flax.linen.Bidirectional`.
+    Keywords are those of `flax.linen.RNN`, and the layers fit `flax.linen.Bidirectional`.
 
     Attributes:
       vocab_size: number of symbols V where inputs are integers in `[0, V)`. A symbol stands for its
@@ -101,8 +102,8 @@ class RecurrentLayer(LSTMParameters):
           seq_lengths: valid steps of each sequence, integers `[batch]`; all if None.
             From there on a sequence keeps its state, and its outputs repeat the last one.
           return_carry, time_major, reverse, keep_order: override the attributes.
-          use_running_average: overrides BNLSTM's attribute. LSTM takes it too, without effect, so
-            that a model can hold either.
+          use_running_average: overrides BNLSTM's attribute. The others take it too, without effect,
+            so that a model can hold any.
 
         Returns:
           The outputs h; with `return_carry` the carry `(c, h)` after the last valid step, and the
@@ -117,14 +118,14 @@ class RecurrentLayer(LSTMParameters):
         time_major = self.time_major if time_major is None else time_major
         reverse = self.reverse if reverse is None else reverse
         keep_order = self.keep_order if keep_order is None else keep_order
-        if self.normalize:
+        if self.batch_terms:
             use_running_average = nn.merge_param(
                 "use_running_average", self.use_running_average, use_running_average
             )
 
         self.check_inputs(inputs)
         from_start = first_step is None or (isinstance(first_step, int) and first_step == 0)
-        if self.normalize and not use_running_average and not from_start:
+        if self.batch_terms and not use_running_average and not from_start:
             raise ValueError("under batch statistics a sequence is run whole: without first_step")
         if not time_major:
             inputs = jnp.swapaxes(inputs, 0, 1)  # [T, B, D], or [T, B] symbols
@@ -142,13 +143,13 @@ class RecurrentLayer(LSTMParameters):
         params = self.lstm_params(input_size)
         variables = {
             term: self.statistics_variables(self.statistics_shape(term, steps), f"{term}_")
-            for term in self.normalize
+            for term in self.batch_terms
         }
-        masked = [term for term in self.normalize if self.masks_statistics(term)]
+        masked = [term for term in self.batch_terms if self.masks_statistics(term)]
 
         def counted(valid: Array | None) -> dict[str, Array | None]:
             """Which rows count in each term's statistics."""
-            return {term: valid if term in masked else None for term in self.normalize}
+            return {term: valid if term in masked else None for term in self.batch_terms}
 
         def statistics_at(t: Array) -> dict[str, Statistics] | None:
             """The running statistics of time steps t, the last row from there on, if to be used."""
@@ -169,7 +170,7 @@ class RecurrentLayer(LSTMParameters):
 
         # An input that is large, or normalised as a whole, is multiplied by its kernel here for all
         # time steps at once, any other in its step.
-        whole = "input" in self.normalize and self.input_statistics == "sequence"
+        whole = "input" in self.batch_terms and self.input_statistics == "sequence"
         of_input = None
         if whole or input_size > SMALL_INPUT:
             inputs = self.input_term(kernels, inputs, symbols)  # [T, B, 4H]
@@ -182,7 +183,7 @@ class RecurrentLayer(LSTMParameters):
         if initial_carry is None:
             if init_key is None and self.initial_hidden_noise > 0:
                 init_key = self.make_rng("noise")
-            centered = "recurrent" in self.normalize and not use_running_average
+            centered = "recurrent" in self.batch_terms and not use_running_average
             initial_carry = self.initial_state((batch,), init_key, centered)
         initial_carry = jax.tree.map(lambda v: v.astype(state), initial_carry)
 
@@ -197,7 +198,7 @@ class RecurrentLayer(LSTMParameters):
 
             return lstm_step(params, carry, recurrent_term, inputs, normalize, valid)
 
-        given = self.normalize and use_running_average
+        given = self.batch_terms and use_running_average
         run = reference if given else IMPLEMENTATIONS[self.implementation]
         carry, (outputs, moments) = run(
             step,
@@ -211,8 +212,8 @@ class RecurrentLayer(LSTMParameters):
         )
         outputs = self.output(outputs)
 
-        if self.normalize and not use_running_average:
-            for term in self.normalize:
+        if self.batch_terms and not use_running_average:
+            for term in self.batch_terms:
                 every = valid is None or term not in masked
                 count = jnp.full(steps, batch) if every else valid.sum((1, 2))
                 if whole and term == "input":
@@ -264,6 +265,14 @@ class LSTM(RecurrentLayer):
     """
 
 
+class LNLSTM(LNLSTMParameters, RecurrentLayer):
+    """A layer-normalised LSTM over whole sequences: what to hold the batch-normalised one against.
+
+    Training and inference are the same, and there are no statistics to keep. Normalised inputs of
+    one feature are left with their sign alone: for those leave `input` out of `normalize`.
+    """
+
+
 class BNLSTM(BNLSTMParameters, RecurrentLayer):
     """A batch-normalised LSTM over whole sequences, equations 6 to 8.
 
@@ -287,14 +296,18 @@ class BNLSTM(BNLSTMParameters, RecurrentLayer):
       max_steps: number of time steps with statistics of their own; those of later steps are not
         kept. By default the length of the sequence that initialises the layer, and no training
         sequence may be longer then.
+      shared_statistics: keep the running mean and variance of all time steps together, `[F]`,
+        rather than of each; without `max_steps` then. In training each step is normalised by its
+        own batch either way. The paper finds separate ones necessary; this is to see why.
       input_statistics: `per_step`, or `sequence` for input statistics `[4H]` over all time steps
-        together.
+        together, in training too.
       mask_statistics: count only valid steps of `seq_lengths` in statistics. The paper's released
         code counts all, with the frozen state of finished sequences: False does the same. Names of
         terms choose those for which only valid steps count.
     """
 
     max_steps: int | None = None
+    shared_statistics: bool = False
     input_statistics: str = "per_step"
     mask_statistics: bool | Sequence[str] = True
 
@@ -313,7 +326,10 @@ class BNLSTM(BNLSTMParameters, RecurrentLayer):
             raise ValueError(
                 f"input_statistics is {self.input_statistics!r}; it is 'per_step' or 'sequence'"
             )
-        if term == "input" and self.input_statistics == "sequence":
+        if self.shared_statistics and self.max_steps is not None:
+            raise ValueError("shared_statistics are of all time steps: leave max_steps out")
+        of_all_steps = term == "input" and self.input_statistics == "sequence"
+        if of_all_steps or self.shared_statistics:
             return (self.term_size(term),)
         return (self.max_steps or steps, self.term_size(term))
 
@@ -327,7 +343,7 @@ class BNLSTM(BNLSTMParameters, RecurrentLayer):
         """
         if batch.mean.ndim == 1:
             count = count.sum()
-        else:
+        elif not self.shared_statistics:
             rows, steps = variables[0].value.shape[0], count.shape[0]
             if steps > rows and self.max_steps is None:
                 raise ValueError(

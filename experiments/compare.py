@@ -11,6 +11,7 @@ PICTURE_NAME = "comparison.png"
 LABELS = {
     "lstm": "LSTM",
     "bn_lstm": "BN-LSTM",
+    "ln_lstm": "LN-LSTM",
     "bn_everywhere": "BN-everywhere",
     "bn_e_star": "BN-e*",
     "bn_e_star_star": "BN-e**",
@@ -18,6 +19,7 @@ LABELS = {
 STYLES = {
     "lstm": ("tab:gray", "--"),
     "bn_lstm": ("tab:blue", "-"),
+    "ln_lstm": ("tab:olive", "-."),
     "bn_everywhere": ("tab:orange", "-"),
     "bn_e_star": ("tab:green", "-"),
     "bn_e_star_star": ("tab:red", "-"),

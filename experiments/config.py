@@ -9,8 +9,9 @@ from bnlstm_jax.attentive_reader import FORMS
 from bnlstm_jax.implementations import IMPLEMENTATIONS
 from experiments.errors import UserError, unknown_name
 
-MODEL_KINDS = ("lstm", "bn_lstm")
+MODEL_KINDS = ("lstm", "bn_lstm", "ln_lstm")
 READER_KINDS = tuple(FORMS)  # answer questions
+NO_BATCH_STATISTICS = ("lstm", "ln_lstm")
 MAX_SEED = 2**32 - 1  # JAX takes no more bits of it
 
 
@@ -25,7 +26,7 @@ def base_config() -> ConfigDict:
     config.updates_per_call = 1  # in one call of the device, if nothing is due between them
 
     config.model = ConfigDict()
-    config.model.kind = "bn_lstm"  # or lstm; several with commas: trains and compares them
+    config.model.kind = "bn_lstm"  # lstm, ln_lstm; several with commas: trains and compares them
     config.model.features = 100
     config.model.initial_scale = 0.1  # gamma
     config.model.momentum = 0.99  # of the running average of batch statistics

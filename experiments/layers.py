@@ -20,6 +20,7 @@ def layer_config(config: ConfigDict) -> ConfigDict:
     config.model.initial_hidden_noise = 0.0  # standard deviation; in the BN-LSTM alone
     config.model.normalize = ("input", "recurrent", "cell")  # ablation: which terms
     config.model.input_statistics = "per_step"  # or sequence: one for all time steps
+    config.model.shared_statistics = False  # ablation: population statistics of all time steps
     return config
 
 
@@ -31,6 +32,11 @@ def check(model: ConfigDict) -> None:
     """
     one_of("config.model.recurrent_init", model.recurrent_init, ("orthogonal", "identity"))
     one_of("config.model.input_statistics", model.input_statistics, ("per_step", "sequence"))
+    if model.shared_statistics and model.max_steps:
+        raise UserError(
+            f"config.model.max_steps is {model.max_steps}, and config.model.shared_statistics are "
+            "of all time steps: make max_steps 0"
+        )
     for term in words(model.normalize):
         one_of("config.model.normalize", term, ("input", "recurrent", "cell"))
     at_least("config.model.initial_hidden_noise", model.initial_hidden_noise, 0)
@@ -55,7 +61,7 @@ def recurrent_layer(
     sequence_length: int,
     vocab_size: int | None = None,
     axis_name: str | None = None,
-) -> bnlstm_jax.LSTM | bnlstm_jax.BNLSTM:
+) -> bnlstm_jax.LSTM | bnlstm_jax.BNLSTM | bnlstm_jax.LNLSTM:
     """The layer of `config.model`, for training sequences of `sequence_length` steps.
 
     With `vocab_size` its inputs are symbols. `axis_name`: mapped axis over which batch statistics
@@ -80,13 +86,16 @@ def recurrent_layer(
     }
     if model.kind == "lstm":
         return bnlstm_jax.LSTM(**shared)
+    shared["normalize"] = words(model.normalize)
+    shared["scale_init"] = nn.initializers.constant(model.initial_scale)
+    if model.kind == "ln_lstm":
+        return bnlstm_jax.LNLSTM(**shared)
     return bnlstm_jax.BNLSTM(
         **shared,
         axis_name=axis_name,
-        max_steps=model.max_steps or sequence_length,
-        normalize=words(model.normalize),
+        max_steps=None if model.shared_statistics else model.max_steps or sequence_length,
+        shared_statistics=model.shared_statistics,
         input_statistics=model.input_statistics,
         momentum=model.momentum,
-        scale_init=nn.initializers.constant(model.initial_scale),
         initial_hidden_noise=model.initial_hidden_noise,
     )

@@ -39,7 +39,7 @@ STATISTICS = {
     "batch": "batch statistics",
     "running": "population statistics, running average",
     "population": "population statistics, re-estimated",
-    "none": "no normalisation",
+    "none": "no batch statistics",
 }
 
 T = TypeVar("T")

@@ -46,6 +46,7 @@ ADDED_FIELDS = {
     "parallel.devices": 1,
     "parallel.statistics_devices": 0,
 }
+ADDED_LAYER_FIELDS = {"model.shared_statistics": False}  # of models that are one recurrent layer
 FREE_FIELDS = (
     "data_dir",
     "text_file",
@@ -119,7 +120,8 @@ def read_config(workdir: Path) -> ConfigDict:
         problem = f"choose {' or '.join(inside)}" if inside else f"{path} is missing"
         raise UserError(f"--workdir={workdir} is not the folder of a run: {problem}")
     fields = flatten_dict(_tuples(read_json(path)), sep=".")
-    return ConfigDict(unflatten_dict(ADDED_FIELDS | fields, sep="."))
+    added = ADDED_FIELDS | (ADDED_LAYER_FIELDS if "model.input_statistics" in fields else {})
+    return ConfigDict(unflatten_dict(added | fields, sep="."))
 
 
 def read_record(workdir: Path) -> dict[str, Any]:

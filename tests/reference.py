@@ -56,6 +56,7 @@ def bn_lstm(
     keep_order=False,
     epsilon=1e-5,
     operand=lambda x: x,
+    over="batch",
 ):
     """Run the recurrence; return the outputs, the final (c, h) and the statistics of the batch.
 
@@ -64,6 +65,7 @@ def bn_lstm(
     seq_lengths: number of valid steps of each row; beyond it the state of the row is held.
     mask_statistics: count only the valid rows in the statistics, or all of them.
     operand: applied to both factors of every matrix product, to imitate a coarser precision.
+    over: `features` for layer normalisation, each row by its own mean and variance.
 
     The returned statistics are a dict like `statistics`, [time, features] each, or [features] for
     sequence-wide input statistics. Steps without any row to count have NaN.
@@ -82,7 +84,9 @@ def bn_lstm(
     def normalised(term, values, rows, step):
         if term not in normalize:
             return values
-        if statistics is None:
+        if over == "features":
+            mean, var = values.mean(-1, keepdims=True), values.var(-1, keepdims=True)
+        elif statistics is None:
             mean, var = moments(values, rows)
             found[f"{term}_mean"].append(mean)
             found[f"{term}_var"].append(var)

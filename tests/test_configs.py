@@ -71,7 +71,7 @@ def test_config_builds_and_steps(name, variant, request, tmp_path):
         changed = jax.tree.map(lambda a, b: np.any(a != b), before, jax.device_get(state.params))
         learned = {path[-1].key for path, moved in jax.tree.leaves_with_path(changed) if moved}
         assert {"input_kernel", "recurrent_kernel", "bias", "kernel"} <= learned
-        assert ("initial_hidden" in learned) == (kind == "lstm")
+        assert ("initial_hidden" in learned) == (kind in shared.NO_BATCH_STATISTICS)
 
 
 def test_settings_are_those_of_the_released_code():

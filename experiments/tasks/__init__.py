@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
+from experiments.config import NO_BATCH_STATISTICS
 from experiments.errors import UserError, unknown_name
 from experiments.parallel import ONE_DEVICE, Parallel
 
@@ -127,7 +128,7 @@ def check_batch_size(
             f"config.batch_size is {size}, and {data} has {num_examples} training examples: make "
             "it smaller"
         )
-    if config.model.kind == "lstm":
+    if config.model.kind in NO_BATCH_STATISTICS:
         return
     if drop_last and size == 1:
         raise UserError("config.batch_size is 1, which has no batch statistics: make it greater")

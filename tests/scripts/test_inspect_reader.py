@@ -245,7 +245,7 @@ def test_the_page_is_what_the_model_does(runs, inspect, tmp_path, kind, split, e
     name = f"{split} & 2" if split == "valid" else f"{split} {example}"  # valid 1 is left out
     where = f"bAbI task 1, {split}, example {example}: {name}"
     how = {
-        "lstm": "LSTM, update 0, no normalisation",
+        "lstm": "LSTM, update 0, no batch statistics",
         "bn_lstm": "BN-LSTM, update 20, population statistics, re-estimated",
     }[kind]
     assert page.found["title", "title"][0]["text"] == where

@@ -1,0 +1,27 @@
+"""Layer normalisation in batch normalisation's place: statistics of an example, not of a batch.
+
+    python -m scripts.sweep --config=configs/digits.py \
+        --sweep=configs/sweeps/ablation_layer_norm.py
+
+Of the same terms, with the same initial gamma, and with gamma 1, which is usual there. Images give
+one number a step: layer normalisation leaves their input term with the number's sign alone, so that
+leaving it unnormalised is a point too. The BN-LSTM is the config's own.
+"""
+
+from experiments.sweeps import Fields, product, values
+
+TERMS = (("input", "recurrent", "cell"), ("recurrent", "cell"))
+
+
+def get_sweep() -> list[Fields]:
+    """The points."""
+    layer = product(
+        [{"model.kind": "ln_lstm"}],
+        values("model.initial_scale", 0.1, 1.0),
+        values("model.normalize", *TERMS),
+    )
+    batch = [
+        {"model.kind": "bn_lstm", "model.initial_scale": 0.1, "model.normalize": terms}
+        for terms in TERMS
+    ]
+    return product(layer + batch, values("seed", 1, 2, 3))
