@@ -205,17 +205,21 @@ class LSTMParameters(Recurrence):
       bias_factor: what the bias is multiplied by. The released reader adds it twice, which doubles
         its learning rate.
       use_cell_bias: add b_c, in (3) or (8).
-      learn_initial_cell: learn the initial cell state; else it stays zero.
+      initial_hidden_init: initialiser of the learned initial hidden state `[H]`.
+      learn_initial_cell: learn the initial cell state, from zero; else it stays there.
     """
 
     bias_init: initializers.Initializer = initializers.forget_bias(1.0)
     bias_factor: float = 1.0
     use_cell_bias: bool = True
+    initial_hidden_init: initializers.Initializer = nn.initializers.zeros_init()
     learn_initial_cell: bool = True
 
     def setup(self) -> None:
         """Makes the learned initial state."""
-        self.initial_hidden = self.zeros("initial_hidden")
+        self.initial_hidden = self.param(
+            "initial_hidden", self.initial_hidden_init, (self.features,), self.param_dtype
+        )
         if self.learn_initial_cell:
             self.initial_cell = self.zeros("initial_cell")
 
@@ -324,11 +328,14 @@ class LNLSTMParameters(LSTMParameters):
         enters as it is and has no scale.
       epsilon: added to the variance.
       scale_init: initialiser of the scales (gamma).
+      initial_hidden_init: initialiser of the learned initial hidden state. From zeros, with inputs
+        that are zero, all terms stay without variance, and gradients grow beyond all bounds.
     """
 
     normalize: Sequence[str] = ("input", "recurrent", "cell")
     epsilon: float = 1e-5
     scale_init: initializers.Initializer = nn.initializers.ones_init()
+    initial_hidden_init: initializers.Initializer = nn.initializers.normal(0.1)
 
     @nn.nowrap
     def normalizer(self, params: dict[str, Array], *args: Any, **kwargs: Any) -> Normalizer:

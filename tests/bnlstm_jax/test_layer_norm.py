@@ -92,7 +92,7 @@ def test_parameters_and_nothing_to_keep():
 
 
 def test_examples_do_not_know_of_each_other():
-    """An example alone has the outputs it has in a batch, whatever is said of running statistics."""
+    """An example alone has the outputs it has in a batch, whatever is said of statistics."""
     params, inputs, _ = draw()
     with jax.enable_x64(True):
         layer = make_layer()
@@ -122,13 +122,19 @@ def test_statistics_are_accurate_far_from_zero():
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-def test_rows_without_variance_stay_finite(implementation):
-    """The first hidden state is zero, and so are black pixels: their products have no variance."""
-    layer = bnlstm_jax.LNLSTM(FEATURES, implementation=implementation)
-    inputs = jnp.zeros((BATCH, TIME, INPUTS))
-    variables = layer.init(jax.random.key(0), inputs)
-    outputs, gradients = jax.value_and_grad(lambda v: layer.apply(v, inputs).sum())(variables)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((outputs, gradients)))
+def test_a_hundred_black_pixels_have_finite_gradients(implementation):
+    """Their products have no variance; a hidden state that starts from zero has none either."""
+    layer = bnlstm_jax.LNLSTM(16, implementation=implementation)
+    inputs = jnp.zeros((BATCH, 100, INPUTS))
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=16))
+
+    def finite(layer):
+        variables = layer.init(jax.random.key(0), inputs)
+        gradients = jax.grad(lambda v: jnp.sum(weights * layer.apply(v, inputs)))(variables)
+        return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+    assert finite(layer)
+    assert not finite(layer.clone(initial_hidden_init=nn.initializers.zeros_init()))
 
 
 def test_half_precision_products_have_float32_statistics():
