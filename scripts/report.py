@@ -97,7 +97,14 @@ RUN_HEADER = ["run", "seed", "updates", "wall time", "machine", "commit", "date"
 
 def duration(seconds: int) -> str:
     """Hours and minutes: `1:05 h`."""
-    return f"{seconds // 3600}:{seconds % 3600 // 60:02} h"
+    return f"{seconds // 3600:,}:{seconds % 3600 // 60:02} h"
+
+
+def find(known: dict[str, Item], folder: Path) -> Found:
+    """The runs of all items' experiments that are in a folder."""
+    every = runs.find(folder)
+    experiments = {e: None for item in known.values() for e in item.experiments}
+    return {e: runs.of(e, every) for e in experiments}
 
 
 def missing(name: str, item: Item, found: Found) -> list[str]:
@@ -108,6 +115,9 @@ def missing(name: str, item: Item, found: Found) -> list[str]:
         furthest = max((run.updates for run in there), default=0)
         if furthest < whole:
             far = f"{furthest:,} of {whole:,} updates" if there else "not run"
+            paces = [run.seconds / run.updates for run in there if run.seconds and run.updates]
+            if paces:
+                far += f", {duration(round(min(paces) * (whole - furthest)))} more at its pace"
             fields = "".join(f", {key} {value}" for key, value in experiment.fields)
             short.append(f"{experiment.config} {LABELS[experiment.kind]}{fields}: {far}")
     if short:
@@ -115,13 +125,13 @@ def missing(name: str, item: Item, found: Found) -> list[str]:
     return short
 
 
-def summary(known: dict[str, Item], every: list[Run]) -> str:
+def summary(known: dict[str, Item], found: Found) -> str:
     """The tables of final results as one, for README."""
     lines: list[list[str]] = []
     header: list[str] = []
     for name, item in known.items():
         if name.startswith("table_"):
-            table, _ = item.show({e: runs.of(e, every) for e in item.experiments})
+            table, _ = item.show({e: found[e] for e in item.experiments})
             head, *rows = cells(table)
             metric = head[2].removeprefix("paper, test ").strip()
             header = ["task", "model", "test", "paper", *head[3:]]
@@ -158,9 +168,9 @@ def html_image(figure: Any, title: str) -> str:
     return f'<img width="{width}" alt="{escape(title)}" src="{source}">'
 
 
-def section(name: str, item: Item, every: list[Run]) -> tuple[str, str]:
+def section(name: str, item: Item, found: Found) -> tuple[str, str]:
     """An item as HTML and as Markdown."""
-    found = {e: runs.of(e, every) for e in item.experiments}
+    found = {e: found[e] for e in item.experiments}
     try:
         table, figure = item.show(found)
         problem = ""
@@ -216,9 +226,9 @@ def main(_: list[str]) -> None:
     folder, page = Path(given.runs), Path(given.output)
     if not folder.is_dir():
         raise UserError(f"--runs={folder} is not a folder")
-    every = runs.find(folder)
     known = items(given.data_dir)
-    sections = {name: section(name, item, every) for name, item in known.items()}
+    found = find(known, folder)
+    sections = {name: section(name, item, found) for name, item in known.items()}
     contents = "".join(f'<a href="#{n}">{escape(i.title)}</a>' for n, i in known.items())
     html = PAGE.substitute(
         contents=contents, sections="\n".join(page for page, _ in sections.values())
@@ -230,8 +240,8 @@ def main(_: list[str]) -> None:
     except OSError as error:
         raise UserError(f"--output={page} cannot be written: {error.strerror}") from error
     if given.readme:
-        into_readme(ROOT / "README.md", summary(known, every))
-    print(f"{len(every)} runs: {page}, {page.with_suffix('.md')}")
+        into_readme(ROOT / "README.md", summary(known, found))
+    print(f"{sum(map(len, found.values()))} runs: {page}, {page.with_suffix('.md')}")
 
 
 if __name__ == "__main__":
