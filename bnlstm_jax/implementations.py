@@ -2,6 +2,7 @@
 
     reference   a scan of the step, differentiated by JAX
     xla         the same scan with a backward pass that keeps little
+    tpu         one kernel for all steps, for TPUs; see `bnlstm_jax.pallas_tpu`
 
 `xla` keeps of every step the carry that entered it, the product of hidden state and recurrent
 kernel, and the moments of normalised terms; all else the backward pass computes anew, by
@@ -18,6 +19,7 @@ from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from bnlstm_jax.cells import product
+from bnlstm_jax.pallas_tpu import tpu
 
 # (params, carry, recurrent_term, inputs, rest, kept) to (carry, kept): one step, given the product
 # of the hidden state, which is the last of the carry, and the recurrent kernel. What it kept when
@@ -144,4 +146,4 @@ def xla(
     return run(kernel, params, carry, inputs, rest)
 
 
-IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+IMPLEMENTATIONS = {"xla": xla, "reference": reference, "tpu": tpu}

@@ -171,14 +171,24 @@ def _first_row(x: Array, axis: tuple[int, ...], where: Array | None) -> Array:
                 counts = jnp.any(counts, axis=a, keepdims=True)
         return x
 
-    def by_product(x: Array) -> Array:
-        counts = jnp.ones((x.shape[-2], 1), bool) if where is None else where
-        return _row_product(counts & (jnp.cumsum(counts, axis=-2) == 1), x)
-
     if axis != (-2,):
         return by_index(x)
-    # XLA on CPU would take the row out of `x` anew for each of the rows it is subtracted from.
-    return jax.lax.platform_dependent(x, cpu=by_product, default=by_index)
+    size = x.shape[-2]
+    row = jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+    first = 0
+    if where is not None:
+        first = jnp.min(jnp.where(where, row, size), -2, keepdims=True)
+
+    def by_product(x: Array) -> Array:
+        return _row_product(row == first, x)
+
+    def by_sum(x: Array) -> Array:
+        return jnp.sum(jnp.where(row == first, x, 0), -2, keepdims=True)
+
+    # XLA on CPU would take the row out of `x` anew for each of the rows it is subtracted from. A
+    # TPU kernel has no take_along_axis.
+    default = by_index if where is None else by_sum
+    return jax.lax.platform_dependent(x, cpu=by_product, default=default)
 
 
 def _row_product(weights: Array, x: Array) -> Array:

@@ -24,7 +24,7 @@ from bnlstm_jax.cells import (
     lstm_step,
     product,
 )
-from bnlstm_jax.implementations import IMPLEMENTATIONS, reference
+from bnlstm_jax.implementations import IMPLEMENTATIONS, reference, xla
 from bnlstm_jax.normalization import Moments, Statistics, statistics_dtype
 
 # Inputs of up to so many features are multiplied by their kernel in every step, forward and again
@@ -44,9 +44,8 @@ def flip_sequences(x: Array, seq_lengths: Array | None) -> Array:
 
 def at_steps(statistics: Array, t: Array) -> Array:
     """Rows t of statistics `[max_steps, F]`, the last row beyond; `[F]` are for every step."""
-    if statistics.ndim == 1:
-        return statistics
-    return jnp.asarray(statistics)[jnp.minimum(t, statistics.shape[0] - 1)]
+    rows = jnp.atleast_2d(statistics)
+    return rows[jnp.minimum(t, len(rows) - 1)]
 
 
 class RecurrentLayer(LSTMParameters):
@@ -63,8 +62,9 @@ class RecurrentLayer(LSTMParameters):
       keep_order: with `reverse`, return outputs in the order of the inputs.
       unroll: time steps per iteration of the compiled loop.
       implementation: `xla`, or `reference`, a plain scan that takes more time and memory to
-        differentiate. `xla` is differentiated in reverse mode only, and in a mapped function with
-        an `axis_name`: `vmap(grad(...))`. Running statistics always take the plain scan.
+        differentiate, or `tpu`, one kernel for all steps, without `axis_name`. `xla` and `tpu` are
+        differentiated in reverse mode only, and `xla` in a mapped function with an `axis_name`:
+        `vmap(grad(...))`. Running statistics take the plain scan in place of `xla`.
     """
 
     vocab_size: int | None = None
@@ -151,19 +151,9 @@ class RecurrentLayer(LSTMParameters):
             """Which rows count in each term's statistics."""
             return {term: valid if term in masked else None for term in self.batch_terms}
 
-        def statistics_at(t: Array) -> dict[str, Statistics] | None:
-            """The running statistics of time steps t, the last row from there on, if to be used."""
-            if not use_running_average:
-                return None
-            return {
-                term: Statistics(*(at_steps(v.value, t) for v in pair))
-                for term, pair in variables.items()
-            }
-
         state = statistics_dtype(self.param_dtype)
         kernels = {name: params.pop(name) for name in ("input_kernel", "recurrent_kernel")}
         params = jax.tree.map(lambda p: p.astype(state), params)
-        t = (0 if first_step is None else first_step) + jnp.arange(steps)
         symbols = None
         if self.vocab_size is not None:
             inputs, symbols = None, inputs
@@ -171,14 +161,30 @@ class RecurrentLayer(LSTMParameters):
         # An input that is large, or normalised as a whole, is multiplied by its kernel here for all
         # time steps at once, any other in its step.
         whole = "input" in self.batch_terms and self.input_statistics == "sequence"
+        given = self.batch_terms and use_running_average
         of_input = None
-        if whole or input_size > SMALL_INPUT:
+        # A TPU's kernel has no look-up, and no bfloat16 product over a single feature.
+        single = input_size == 1 and self.dtype == jnp.bfloat16
+        outside = self.implementation == "tpu" and (symbols is not None or single)
+        if whole or outside or input_size > SMALL_INPUT:
             inputs = self.input_term(kernels, inputs, symbols)  # [T, B, 4H]
         else:
             params["input_kernel"] = kernels["input_kernel"].astype(state)
         if whole:
-            normalize = self.normalizer(params, statistics_at(t), counted(valid), (-3, -2))
+            running = {"input": Statistics(*(v.value for v in variables["input"]))}
+            normalize = self.normalizer(
+                params, running if given else None, counted(valid), (-3, -2)
+            )
             inputs, of_input = normalize("input", inputs)
+
+        running = None
+        if given:  # of every step, the last row from there on
+            t = (0 if first_step is None else first_step) + jnp.arange(steps)
+            running = {
+                term: Statistics(*(at_steps(v.value, t) for v in pair))
+                for term, pair in variables.items()
+                if not (whole and term == "input")
+            }
 
         if initial_carry is None:
             if init_key is None and self.initial_hidden_noise > 0:
@@ -188,25 +194,26 @@ class RecurrentLayer(LSTMParameters):
         initial_carry = jax.tree.map(lambda v: v.astype(state), initial_carry)
 
         def step(params, carry, recurrent_term, inputs, rest, moments):
-            t, symbols, valid = rest
+            running, symbols, valid = rest
             if "input_kernel" in params:
                 inputs = self.input_term(params, inputs, symbols)
-            of_batch = self.normalizer(params, statistics_at(t), counted(valid), moments=moments)
+            of_batch = self.normalizer(params, running, counted(valid), moments=moments)
 
             def normalize(term: str, x: Array) -> tuple[Array, Moments | None]:
                 return (x, None) if whole and term == "input" else of_batch(term, x)
 
             return lstm_step(params, carry, recurrent_term, inputs, normalize, valid)
 
-        given = self.batch_terms and use_running_average
-        run = reference if given else IMPLEMENTATIONS[self.implementation]
+        run = IMPLEMENTATIONS[self.implementation]
+        if given and run is xla:  # which would keep gradients from the statistics
+            run = reference
         carry, (outputs, moments) = run(
             step,
             kernels["recurrent_kernel"],
             params,
             initial_carry,
             inputs,
-            (t, symbols, valid),
+            (running, symbols, valid),
             self.dtype,
             self.unroll,
         )
@@ -244,6 +251,8 @@ class RecurrentLayer(LSTMParameters):
         if self.implementation not in IMPLEMENTATIONS:
             names = " or ".join(map(repr, IMPLEMENTATIONS))
             raise ValueError(f"implementation is {self.implementation!r}; it is {names}")
+        if self.implementation == "tpu" and self.batch_terms and self.axis_name is not None:
+            raise ValueError("implementation 'tpu' has the batch on one device: without axis_name")
         given = f"these are {inputs.dtype}{list(inputs.shape)}"
         if self.vocab_size is None and inputs.ndim != 3:
             symbols = "; for symbols [batch, time] set vocab_size" if inputs.ndim == 2 else ""

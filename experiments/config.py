@@ -32,7 +32,7 @@ def base_config() -> ConfigDict:
     config.model.momentum = 0.99  # of the running average of batch statistics
     config.model.max_steps = 0  # time steps with statistics; 0: all of training sequences
     config.model.dtype = "float32"  # of matrix products' operands; or bfloat16
-    config.model.implementation = "xla"  # of the recurrence; or reference: slower, equal
+    config.model.implementation = "xla"  # of the recurrence; reference: slower, equal; tpu
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "rmsprop"  # or adam

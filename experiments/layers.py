@@ -1,6 +1,7 @@
 """The recurrent layer that a config describes."""
 
 import flax.linen as nn
+import jax
 from ml_collections import ConfigDict
 
 import bnlstm_jax
@@ -42,6 +43,26 @@ def check(model: ConfigDict) -> None:
     at_least("config.model.initial_hidden_noise", model.initial_hidden_noise, 0)
 
 
+def check_implementation(model: ConfigDict, axis_name: str | None) -> None:
+    """Refuses a way to run the recurrence that these devices have not.
+
+    Raises:
+      UserError: says what to choose in its place.
+    """
+    if model.implementation != "tpu":
+        return
+    if jax.default_backend() != "tpu":
+        raise UserError(
+            f"config.model.implementation is tpu, and devices here are {jax.default_backend()}: "
+            "make it xla"
+        )
+    if axis_name is not None:
+        raise UserError(
+            "config.model.implementation is tpu, which has a batch's statistics on one device: "
+            "make it xla, or config.parallel.statistics_devices 1"
+        )
+
+
 def check_max_steps(model: ConfigDict, steps: int, sequences: str) -> None:
     """Refuses statistics of steps that no training sequence has.
 
@@ -72,6 +93,7 @@ def recurrent_layer(
         has.
     """
     check(model)
+    check_implementation(model, axis_name)
     check_max_steps(model, sequence_length, "sequences")
     shared = {
         "features": model.features,

@@ -263,6 +263,8 @@ def candidates(size: Size, dtype: str, is_update: bool, peers: str | None) -> di
     makers = {FLOOR: functools.partial(products, size, kind, is_update)}
     for label, kind_of_layer, more in (("BN-LSTM", BNLSTM, normalized), ("LSTM", LSTM, {})):
         for name in IMPLEMENTATIONS:
+            if name == "tpu" and jax.default_backend() != "tpu":
+                continue
             own = functools.partial(kind_of_layer, units, implementation=name, **fields, **more)
             makers[f"{label}, {name}"] = functools.partial(layer, own, size, is_update)
 

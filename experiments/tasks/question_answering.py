@@ -18,7 +18,7 @@ from experiments.datasets import questions
 from experiments.datasets.question_arrays import SPLITS
 from experiments.datasets.questions import SPECIALS, Selection, Split, Texts
 from experiments.errors import UserError
-from experiments.layers import check_max_steps, matmul_dtype
+from experiments.layers import check_implementation, check_max_steps, matmul_dtype
 from experiments.parallel import ONE_DEVICE, Parallel
 from experiments.tasks import (
     Batch,
@@ -79,8 +79,10 @@ def make_model(
     """The reader of `config.model`, for training passages and questions of so many steps.
 
     Raises:
-      UserError: there are to be statistics of steps that no training passage has.
+      UserError: there are to be statistics of steps that no training passage has, or these devices
+        have not the implementation.
     """
+    check_implementation(model, axis_name)
     check_max_steps(model, passage_steps, "passages")
     return AttentiveReader(
         vocab_size=vocab_size,

@@ -1,4 +1,7 @@
-"""The implementations of a layer against each other: the default one and the plain scan."""
+"""The implementations of a layer against each other: all of them, and the plain scan.
+
+The TPU's kernel is interpreted here; see also test_pallas_tpu.py.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -86,18 +89,25 @@ def run(
 def test_equal_in_everything(options):
     with jax.enable_x64(True):
         options = {"param_dtype": jnp.float64, **options}
-        found, expected = (run(name, **options) for name in IMPLEMENTATIONS)
+        expected = run("reference", **options)
+        found = {name: run(name, **options) for name in IMPLEMENTATIONS if name != "reference"}
     # Float64 but for inputs; six steps, each of which a normalisation with little variance can
     # multiply rounding by up to 316.
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), found, expected
-    )
+    for name, values in found.items():
+        jax.tree.map(
+            lambda a, b, name=name: np.testing.assert_allclose(
+                a, b, rtol=1e-8, atol=1e-10, err_msg=name
+            ),
+            values,
+            expected,
+        )
 
 
+@pytest.mark.parametrize("name", ["xla", "tpu"])
 @pytest.mark.parametrize("options", [{}, {"plain": True}, {"vocab_size": 7}, {"inputs": 20}])
-def test_equal_in_mixed_precision(options):
+def test_equal_in_mixed_precision(options, name):
     options = {"dtype": jnp.bfloat16, "batch": 16, **options}
-    found, expected = (run(name, **options) for name in IMPLEMENTATIONS)
+    found, expected = run(name, **options), run("reference", **options)
     assert jax.tree.map(lambda a: a.dtype, found) == jax.tree.map(lambda a: a.dtype, expected)
     # The same products forward. Backward, operands are rounded to bfloat16 (2^-9) at other places:
     # the plain scan's gradients of kernels at each of six steps, the default's once.
@@ -142,5 +152,5 @@ def test_only_the_plain_scan_is_differentiated_forward():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="implementation is 'cuda'; it is 'xla' or 'reference'"):
+    with pytest.raises(ValueError, match="is 'cuda'; it is 'xla' or 'reference' or 'tpu'"):
         run("cuda")

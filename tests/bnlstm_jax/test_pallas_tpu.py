@@ -1,0 +1,161 @@
+"""The TPU's kernel, interpreted: its scan against JAX's, and layers against the plain scan.
+
+Gradients of all kinds of layers are compared in test_implementations.py.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bnlstm_jax
+from bnlstm_jax.pallas_tpu import kernel_scan
+
+BATCH, TIME, INPUTS, FEATURES = 5, 6, 3, 4
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_scan_is_that_of_jax(steps, reverse):
+    """With constants, carries and inputs of every rank, booleans, and trees of them."""
+    random = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(random.normal(size=shape), jnp.float32)
+
+    constants = {"matrix": draw(3, 3), "vector": draw(3)}
+    carry = draw(2, 3), {"sum": draw(3)}
+    flags = jnp.asarray(random.integers(0, 2, (steps, 2, 1)), bool)
+    xs = draw(steps, 2, 3), (flags, draw(steps, 3), draw(steps)), None
+
+    def body(constants, carry, x):
+        h, total = carry
+        rows, (flag, vector, scalar), _ = x
+        h = jnp.where(flag, h @ constants["matrix"] + rows, h) + vector * scalar
+        return (h, {"sum": total["sum"] + constants["vector"] * h[0]}), (h, h.sum(), flag, h[1])
+
+    found = jax.jit(lambda *given: kernel_scan(body, *given, reverse=reverse))(constants, carry, xs)
+    expected = jax.lax.scan(lambda c, x: body(constants, c, x), carry, xs, reverse=reverse)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+INFERENCE = {
+    "full": {},
+    "masks": {"lengths": (6, 1, 4, 0, 3)},
+    "beyond max_steps": {"max_steps": 2},
+    "a later piece": {"first_step": 3},
+    "statistics of sequences": {"input_statistics": "sequence"},
+    "shared statistics": {"shared_statistics": True, "max_steps": None},
+    "batch of one": {"batch": 1},
+    "symbols": {"vocab_size": 7},
+}
+
+
+@pytest.mark.parametrize("case", INFERENCE.values(), ids=INFERENCE.keys())
+def test_inference_equals_the_plain_scan(case):
+    options = dict(case)
+    batch, lengths = options.pop("batch", BATCH), options.pop("lengths", None)
+    first_step = options.pop("first_step", None)
+    lengths = None if lengths is None else jnp.asarray(lengths)
+    random = np.random.default_rng(1)
+    if "vocab_size" in options:
+        x = jnp.asarray(random.integers(0, 7, (batch, TIME)))
+    else:
+        x = jnp.asarray(random.normal(size=(batch, TIME, INPUTS)), jnp.float32)
+    layer = bnlstm_jax.BNLSTM(FEATURES, **({"max_steps": 8} | options), implementation="reference")
+    variables = layer.init(jax.random.key(0), x, use_running_average=True)
+    variables["batch_stats"] = {
+        name: jnp.asarray(random.uniform(0.5, 1.5, leaf.shape), jnp.float32)
+        for name, leaf in variables["batch_stats"].items()
+    }
+
+    def outputs(implementation):
+        return layer.clone(implementation=implementation).apply(
+            variables, x, seq_lengths=lengths, first_step=first_step, use_running_average=True
+        )
+
+    np.testing.assert_allclose(outputs("tpu"), outputs("reference"), rtol=1e-5, atol=1e-6)
+
+
+def train(layer, variables, x, weights, lengths):
+    """Outputs, statistics and gradients."""
+
+    def value(params, x):
+        y, updated = layer.apply(
+            {**variables, "params": params},
+            x,
+            seq_lengths=lengths,
+            use_running_average=False,
+            mutable=["batch_stats"],
+        )
+        return jnp.vdot(weights, y), (y, updated)
+
+    return jax.jit(jax.grad(value, argnums=(0, 1), has_aux=True))(variables["params"], x)
+
+
+def compare_training(batch, steps, features, lengths=None):
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.normal(size=(batch, steps, 1)), jnp.float32)
+    weights = jnp.asarray(random.normal(size=(batch, steps, features)), jnp.float32)
+    layer = bnlstm_jax.BNLSTM(features, max_steps=steps, implementation="tpu")
+    variables = layer.init(jax.random.key(0), x, use_running_average=True)
+    given = variables, x, weights, lengths
+    found, expected = (train(layer.clone(implementation=name), *given) for name in ("tpu", "xla"))
+
+    def close(ours, theirs):
+        # Both sum in float32 in their own order, over batch and time.
+        np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-4 * np.abs(theirs).max())
+
+    jax.tree.map(close, found, expected)
+
+
+@pytest.mark.parametrize("batch, steps, features", [(7, 3, 100), (100, 3, 100), (1, 2, 100)])
+def test_training_at_odd_sizes(batch, steps, features):
+    compare_training(batch, steps, features)
+
+
+@pytest.mark.long
+def test_training_on_784_steps():
+    compare_training(7, 784, 20, jnp.asarray([784, 1, 500, 783, 20, 0, 300]))
+
+
+LOWERED = {
+    "BN-LSTM": (bnlstm_jax.BNLSTM, {}),
+    "BN-LSTM, masks": (bnlstm_jax.BNLSTM, {"lengths": True}),
+    "BN-LSTM, bfloat16": (bnlstm_jax.BNLSTM, {"dtype": jnp.bfloat16}),
+    "LSTM": (bnlstm_jax.LSTM, {}),
+    "LN-LSTM": (bnlstm_jax.LNLSTM, {}),
+}
+
+
+@pytest.mark.parametrize("kind, options", LOWERED.values(), ids=LOWERED.keys())
+def test_is_lowered_for_a_tpu(kind, options):
+    """What a kernel may not do on a TPU, such as indexing by arrays, is refused when it is lowered.
+
+    That needs no TPU. To compile it, without one too: `python -m scripts.compile_tpu`.
+    """
+    options = dict(options)
+    lengths = jnp.full(7, 3) if options.pop("lengths", False) else None
+    layer = kind(100, implementation="tpu", **options)
+    x, weights = jnp.ones((7, 3, 1)), jnp.ones((7, 3, 100))
+    variables = layer.init(jax.random.key(0), x, use_running_average=True)
+
+    def both(variables, x):
+        gradients = train(layer, variables, x, weights, lengths)
+        return gradients, layer.apply(variables, x, seq_lengths=lengths, use_running_average=True)
+
+    device = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = jax.jit(both).trace(variables, x).lower(lowering_platforms=("tpu",))
+    # Forward, backward, and inference.
+    assert lowered.as_text().count("tpu_custom_call") >= 3
+
+
+def test_needs_the_batch_on_one_device():
+    layer = bnlstm_jax.BNLSTM(2, implementation="tpu", axis_name="batch")
+    with pytest.raises(ValueError, match="without axis_name"):
+        layer.init(jax.random.key(0), jnp.ones((2, 3, 1)), use_running_average=True)
