@@ -112,12 +112,8 @@ def load(config: ConfigDict, parallel: Parallel = ONE_DEVICE) -> Task:
     return importlib.import_module(f"{__name__}.{config.task}").Task(config, parallel)
 
 
-def check_batch_size(
-    config: ConfigDict, num_examples: int, data: str, drop_last: bool = False
-) -> None:
+def check_batch_size(config: ConfigDict, num_examples: int, data: str) -> None:
     """Refuses batches that cannot be made of the training data, or not be normalised.
-
-    `drop_last`: training leaves out an epoch's last batch where it is short.
 
     Raises:
       UserError: names the field.
@@ -128,20 +124,17 @@ def check_batch_size(
             f"config.batch_size is {size}, and {data} has {num_examples} training examples: make "
             "it smaller"
         )
-    if config.model.kind in NO_BATCH_STATISTICS:
-        return
-    if drop_last and size == 1:
+    if size == 1 and config.model.kind not in NO_BATCH_STATISTICS:
         raise UserError("config.batch_size is 1, which has no batch statistics: make it greater")
-    if not drop_last and size - -num_examples % size == 1:
-        raise UserError(
-            f"config.batch_size is {size}: of the {num_examples} training examples of {data} the "
-            "last batch would have one, which has no batch statistics; choose another size"
-        )
 
 
 def updates_per_epoch(num_examples: int, batch_size: int) -> int:
-    """Number of batches of an epoch. The last holds what is left, as in the paper's experiments."""
-    return -(-num_examples // batch_size)
+    """Number of batches of an epoch. The last holds what is left, as in the paper's experiments.
+
+    One example alone has no batch statistics: left over, it is left out, another one each epoch.
+    """
+    whole, rest = divmod(num_examples, batch_size)
+    return whole + (rest > 1)
 
 
 def shuffled_rows(num_examples: int, batch_size: int, update: int) -> int:
@@ -151,7 +144,7 @@ def shuffled_rows(num_examples: int, batch_size: int, update: int) -> int:
 
 
 def shuffled_batch(num_examples: int, batch_size: int, seed: int, update: int) -> np.ndarray:
-    """Indices of the examples of an update: every epoch in an order of its own, none left out."""
+    """Indices of the examples of an update: every epoch in an order of its own."""
     epoch, number = divmod(update, updates_per_epoch(num_examples, batch_size))
     order = epoch_order(num_examples, seed, epoch)
     return order[number * batch_size : (number + 1) * batch_size]

@@ -130,7 +130,7 @@ class Task:
         self.is_entity[self.vocabulary.entities] = True
         self.splits = {split: self._within_limit(split, data.splits[split]) for split in SPLITS}
         counts = {split: len(part.answers) for split, part in self.splits.items()}
-        check_batch_size(config, counts["train"], self.data, drop_last=True)
+        check_batch_size(config, counts["train"], self.data)
         if counts["valid"] % config.batch_size == 1 and config.model.kind != "lstm":
             self.notes.append(
                 f"of the {counts['valid']:,} validation questions the last batch has one, which "

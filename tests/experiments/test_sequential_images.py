@@ -26,6 +26,17 @@ def test_every_epoch_holds_every_example_once():
     assert [len(tasks.shuffled_batch(10, 4, 1, n)) for n in range(4)] == [4, 4, 2, 4]
 
 
+def test_an_example_left_over_alone_is_left_out_of_its_epoch():
+    epochs = [
+        np.concatenate([tasks.shuffled_batch(9, 4, 1, 2 * epoch + n) for n in range(2)])
+        for epoch in range(20)
+    ]
+    assert all(len(np.unique(examples)) == 8 for examples in epochs)
+    assert len({(set(range(9)) - set(examples.tolist())).pop() for examples in epochs}) > 3
+    assert [tasks.shuffled_rows(9, 4, n) for n in range(3)] == [4, 4, 4]
+    assert [len(tasks.shuffled_batch(3, 1, 1, n)) for n in range(3)] == [1, 1, 1]
+
+
 def test_order_is_a_pure_function_of_seed_and_update():
     np.testing.assert_array_equal(
         tasks.shuffled_batch(1000, 50, 7, 33), tasks.shuffled_batch(1000, 50, 7, 33)
