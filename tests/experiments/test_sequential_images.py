@@ -79,8 +79,8 @@ def test_bad_fields_are_named(small_config):
     small_config.model.max_steps = 65
     with pytest.raises(UserError, match=r"config\.model\.max_steps is 65.*64 steps"):
         tasks.load(small_config)
-    small_config.batch_size = 1296
-    with pytest.raises(UserError, match=r"config\.batch_size is 1296.*would have one"):
+    small_config.batch_size = 1
+    with pytest.raises(UserError, match=r"config\.batch_size is 1, which has no batch stat"):
         tasks.load(small_config)
     small_config.task = "sequential_image"
     with pytest.raises(UserError, match=r"config\.task.*did you mean sequential_images"):
