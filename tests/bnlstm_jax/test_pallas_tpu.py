@@ -31,7 +31,7 @@ def test_scan_is_that_of_jax(steps, reverse):
     def body(constants, carry, x):
         h, total = carry
         rows, (flag, vector, scalar), _ = x
-        h = jnp.where(flag, h @ constants["matrix"] + rows, h) + vector * scalar
+        h = jnp.where(~flag, h @ constants["matrix"] + rows, h) + vector * scalar
         return (h, {"sum": total["sum"] + constants["vector"] * h[0]}), (h, h.sum(), flag, h[1])
 
     found = jax.jit(lambda *given: kernel_scan(body, *given, reverse=reverse))(constants, carry, xs)
