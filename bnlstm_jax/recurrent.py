@@ -163,13 +163,16 @@ class RecurrentLayer(LSTMParameters):
         whole = "input" in self.batch_terms and self.input_statistics == "sequence"
         given = self.batch_terms and use_running_average
         of_input = None
-        # A TPU's kernel has no look-up, and no bfloat16 product over a single feature.
+        # A TPU's kernel has no bfloat16 product over a single feature.
         single = input_size == 1 and self.dtype == jnp.bfloat16
-        outside = self.implementation == "tpu" and (symbols is not None or single)
+        outside = self.implementation == "tpu" and single
         if whole or outside or input_size > SMALL_INPUT:
             inputs = self.input_term(kernels, inputs, symbols)  # [T, B, 4H]
         else:
             params["input_kernel"] = kernels["input_kernel"].astype(state)
+        one_hot = self.implementation == "tpu" and symbols is not None  # it has no look-up
+        if one_hot:
+            symbols = symbols[..., None].astype(jnp.int32)
         if whole:
             running = {"input": Statistics(*(v.value for v in variables["input"]))}
             normalize = self.normalizer(
@@ -196,6 +199,9 @@ class RecurrentLayer(LSTMParameters):
         def step(params, carry, recurrent_term, inputs, rest, moments):
             running, symbols, valid = rest
             if "input_kernel" in params:
+                if one_hot:
+                    vocabulary = jax.lax.broadcasted_iota(jnp.int32, (1, input_size), 1)
+                    inputs, symbols = (symbols == vocabulary).astype(state), None
                 inputs = self.input_term(params, inputs, symbols)
             of_batch = self.normalizer(params, running, counted(valid), moments=moments)
 

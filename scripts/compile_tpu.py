@@ -104,9 +104,14 @@ def compiled(device: Any, function: Any, arguments: Any) -> list[str]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             program = jax.jit(function).lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
-        vmem = re.search(r"Used (\S+) of (\S+) vmem", str(error))
-        why = f"VMEM: {vmem[1]} of {vmem[2]}" if vmem else str(error).splitlines()[0]
-        return [f"no: {why}", "-"]
+        # Told by the kernel's compiler, or before it by the allocation of its windows.
+        used = re.search(r"Used (\S+) of (\S+) vmem", str(error))
+        more = re.search(r"size=(\d+)\) would exceed memory \(size=(\d+)\)", str(error))
+        if used:
+            return [f"no: {used[1]} of {used[2]} VMEM", "-"]
+        if more:
+            return [f"no: {int(more[1]) / 2**20:.2f}M of {int(more[2]) / 2**20:.2f}M VMEM", "-"]
+        return [f"no: {str(error).splitlines()[0]}", "-"]
     return ["compiles", f"{program.memory_analysis().temp_size_in_bytes / 2**20:,.0f}"]
 
 

@@ -178,6 +178,8 @@ def section(name: str, item: Item, found: Found) -> tuple[str, str]:
         table, figure, problem = "", None, str(error)
     page = [f'<h2 id="{name}">{escape(item.title)}</h2>']
     text = [f"## {item.title}"]
+    if not table and figure is None and not problem:
+        problem = "no run here has come as far, and kept what it needs"
     for line in filter(None, (item.remark, problem and f"Not drawn: {problem}.")):
         page.append(f"<p>{escape(line)}</p>")
         text.append(line)

@@ -93,7 +93,8 @@ def train(layer, variables, x, weights, lengths):
         )
         return jnp.vdot(weights, y), (y, updated)
 
-    return jax.jit(jax.grad(value, argnums=(0, 1), has_aux=True))(variables["params"], x)
+    argnums = 0 if layer.vocab_size else (0, 1)
+    return jax.jit(jax.grad(value, argnums, has_aux=True))(variables["params"], x)
 
 
 def compare_training(batch, steps, features, lengths=None):
@@ -128,6 +129,7 @@ LOWERED = {
     "BN-LSTM, bfloat16": (bnlstm_jax.BNLSTM, {"dtype": jnp.bfloat16}),
     "LSTM": (bnlstm_jax.LSTM, {}),
     "LN-LSTM": (bnlstm_jax.LNLSTM, {}),
+    "symbols": (bnlstm_jax.BNLSTM, {"vocab_size": 50, "dtype": jnp.bfloat16}),
 }
 
 
@@ -141,6 +143,8 @@ def test_is_lowered_for_a_tpu(kind, options):
     lengths = jnp.full(7, 3) if options.pop("lengths", False) else None
     layer = kind(100, implementation="tpu", **options)
     x, weights = jnp.ones((7, 3, 1)), jnp.ones((7, 3, 100))
+    if layer.vocab_size:
+        x = jnp.ones((7, 3), int)
     variables = layer.init(jax.random.key(0), x, use_running_average=True)
 
     def both(variables, x):

@@ -68,6 +68,7 @@ def test_every_number_has_its_run(page):
     assert "| pmnist/bn_lstm | 1 | 1,000 of 100,000 | 1:05 h | cpu (x86_64, 2 cores) |" in flat
     assert "| 012345678 | 2026-11-23 |" in flat
     assert "| pmnist/lstm | 1 | 500 of 100,000 | -, not finished |" in flat
+    assert "Not drawn: no run here has come as far" in flat
     # 3,900 seconds for 1,000 updates.
     assert "pmnist BN-LSTM: 1,000 of 100,000 updates, 107:15 h more at its pace;" in flat
     assert "text8 LSTM: not run; text8 BN-LSTM: not run" in flat
