@@ -82,6 +82,15 @@ def test_bad_fields_are_named(small_config):
     small_config.batch_size = 1
     with pytest.raises(UserError, match=r"config\.batch_size is 1, which has no batch stat"):
         tasks.load(small_config)
+    small_config.batch_size = 10
+    small_config.model.max_steps = 4
+    small_config.model.shared_statistics = True
+    with pytest.raises(UserError, match=r"config\.model\.max_steps is 4.*make max_steps 0"):
+        tasks.load(small_config)
+    small_config.model.max_steps = 0
+    small_config.model.implementation = "tpu"
+    with pytest.raises(UserError, match=r"implementation is tpu, and devices here are cpu"):
+        tasks.load(small_config)
     small_config.task = "sequential_image"
     with pytest.raises(UserError, match=r"config\.task.*did you mean sequential_images"):
         tasks.load(small_config)
