@@ -158,7 +158,7 @@ class AttentiveReader(nn.Module):
     sequence_epsilon: float = 1e-6
     scale_init: initializers.Initializer = nn.initializers.constant(0.1)
     axis_name: str | None = None
-    implementation: str = "xla"
+    implementation: str = "auto"
     dtype: Any = None
     param_dtype: Any = jnp.float32
 

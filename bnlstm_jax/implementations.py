@@ -3,6 +3,10 @@
     reference   a scan of the step, differentiated by JAX
     xla         the same scan with a backward pass that keeps little
     tpu         one kernel for all steps, for TPUs; see `bnlstm_jax.pallas_tpu`
+    gpu         one kernel for all steps, for NVIDIA GPUs; see `bnlstm_jax.cuda_gpu`
+
+The first three are made of the step; the last has it written out. `auto` is the one kernel for the
+device at hand, where its tests have passed, and `xla` elsewhere.
 
 `xla` keeps of every step the carry that entered it, the product of hidden state and recurrent
 kernel, and the moments of normalised terms; all else the backward pass computes anew, by
@@ -10,6 +14,8 @@ differentiating the step itself. The gradient of the recurrent kernel, which JAX
 by step, is one product after the backward scan. Only reverse-mode differentiation is defined.
 """
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -146,4 +152,43 @@ def xla(
     return run(kernel, params, carry, inputs, rest)
 
 
-IMPLEMENTATIONS = {"xla": xla, "reference": reference, "tpu": tpu}
+# All by name, and the platform that one is made for. `auto` is one of them; see `choose`.
+IMPLEMENTATIONS = {"xla": None, "reference": None, "tpu": "tpu", "gpu": "gpu"}
+# Those that are made of a step.
+BY_STEP = {"xla": xla, "reference": reference, "tpu": tpu}
+# Hidden units up to which the tests of the one kernel have passed, by kind of device, as JAX names
+# it: `auto` takes the kernel for these.
+TESTED_UP_TO: dict[str, int] = {}
+
+
+def available() -> list[str]:
+    """The implementations for the devices at hand."""
+    platforms = None, jax.default_backend()
+    return [name for name, platform in IMPLEMENTATIONS.items() if platform in platforms]
+
+
+def choose(units: int, refusal: Callable[[str], str | None]) -> str:
+    """What `auto` is on the devices at hand, for a number of hidden units; logs which, and why.
+
+    `refusal` says why a layer cannot be run by the one kernel of a name; None if it can.
+    """
+    kind = jax.devices()[0].device_kind
+    kernels = [name for name in available() if IMPLEMENTATIONS[name] is not None]
+    tested = TESTED_UP_TO.get(kind, 0)
+    if not kernels:
+        why = f"there is no kernel for {kind}"
+    elif units > tested:
+        why = f"the kernel is tested up to {tested} units on {kind}, and these are {units}"
+    elif reason := refusal(kernels[0]):
+        why = f"the kernel {reason}"
+    else:
+        _log_choice(kernels[0], f"tested on {kind}")
+        return kernels[0]
+    _log_choice("xla", why)
+    return "xla"
+
+
+@functools.cache
+def _log_choice(name: str, why: str) -> None:
+    """Once, however often a layer is traced."""
+    logging.getLogger(__name__).info("implementation 'auto' is %r: %s", name, why)

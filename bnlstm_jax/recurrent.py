@@ -7,6 +7,7 @@ time step's statistics.
 Inside, arrays are time-major: `[T, B, F]`.
 """
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from bnlstm_jax import cuda_gpu
 from bnlstm_jax.cells import (
     BNLSTMParameters,
     Carry,
@@ -24,7 +26,7 @@ from bnlstm_jax.cells import (
     lstm_step,
     product,
 )
-from bnlstm_jax.implementations import IMPLEMENTATIONS, reference, xla
+from bnlstm_jax.implementations import BY_STEP, IMPLEMENTATIONS, choose, reference, xla
 from bnlstm_jax.normalization import Moments, Statistics, statistics_dtype
 
 # Inputs of up to so many features are multiplied by their kernel in every step, forward and again
@@ -62,9 +64,11 @@ class RecurrentLayer(LSTMParameters):
       keep_order: with `reverse`, return outputs in the order of the inputs.
       unroll: time steps per iteration of the compiled loop.
       implementation: `xla`, or `reference`, a plain scan that takes more time and memory to
-        differentiate, or `tpu`, one kernel for all steps, without `axis_name`. `xla` and `tpu` are
-        differentiated in reverse mode only, and `xla` in a mapped function with an `axis_name`:
-        `vmap(grad(...))`. Running statistics take the plain scan in place of `xla`.
+        differentiate, or one kernel for all steps, without `axis_name`: `tpu`, or `gpu` (batches
+        of more than 128 are run by `xla` then). `auto` is the kernel for the device at hand where
+        its tests have passed on such a device, `xla` elsewhere, and logs which and why. All but
+        `reference` are differentiated in reverse mode only, and `xla` in a mapped function with an
+        `axis_name`: `vmap(grad(...))`. Running statistics take the plain scan in place of `xla`.
     """
 
     vocab_size: int | None = None
@@ -73,7 +77,7 @@ class RecurrentLayer(LSTMParameters):
     reverse: bool = False
     keep_order: bool = False
     unroll: int = 1
-    implementation: str = "xla"
+    implementation: str = "auto"
 
     @nn.compact
     def __call__(
@@ -160,34 +164,37 @@ class RecurrentLayer(LSTMParameters):
 
         # An input that is large, or normalised as a whole, is multiplied by its kernel here for all
         # time steps at once, any other in its step.
-        whole = "input" in self.batch_terms and self.input_statistics == "sequence"
+        implementation = self.chosen_implementation(batch)
+        in_cuda = implementation == "gpu"
+        of_sequence = "input" in self.batch_terms and self.input_statistics == "sequence"
+        whole = of_sequence or (in_cuda and "input" in self.batch_terms)  # normalised here
+        axis = (-3, -2) if of_sequence else (-2,)
         given = self.batch_terms and use_running_average
         of_input = None
         # A TPU's kernel has no bfloat16 product over a single feature.
         single = input_size == 1 and self.dtype == jnp.bfloat16
-        outside = self.implementation == "tpu" and single
+        outside = in_cuda or (implementation == "tpu" and single)
         if whole or outside or input_size > SMALL_INPUT:
             inputs = self.input_term(kernels, inputs, symbols)  # [T, B, 4H]
         else:
             params["input_kernel"] = kernels["input_kernel"].astype(state)
-        one_hot = self.implementation == "tpu" and symbols is not None  # it has no look-up
+        one_hot = implementation == "tpu" and symbols is not None  # it has no look-up
         if one_hot:
             symbols = symbols[..., None].astype(jnp.int32)
-        if whole:
-            running = {"input": Statistics(*(v.value for v in variables["input"]))}
-            normalize = self.normalizer(
-                params, running if given else None, counted(valid), (-3, -2)
-            )
-            inputs, of_input = normalize("input", inputs)
-
         running = None
         if given:  # of every step, the last row from there on
             t = (0 if first_step is None else first_step) + jnp.arange(steps)
             running = {
                 term: Statistics(*(at_steps(v.value, t) for v in pair))
                 for term, pair in variables.items()
-                if not (whole and term == "input")
             }
+            if of_sequence:
+                running["input"] = Statistics(*(v.value for v in variables["input"]))
+        if whole:
+            normalize = self.normalizer(params, running, counted(valid), axis)
+            inputs, of_input = normalize("input", inputs)
+        if whole and given:
+            del running["input"]
 
         if initial_carry is None:
             if init_key is None and self.initial_hidden_noise > 0:
@@ -210,19 +217,28 @@ class RecurrentLayer(LSTMParameters):
 
             return lstm_step(params, carry, recurrent_term, inputs, normalize, valid)
 
-        run = IMPLEMENTATIONS[self.implementation]
-        if given and run is xla:  # which would keep gradients from the statistics
-            run = reference
-        carry, (outputs, moments) = run(
-            step,
-            kernels["recurrent_kernel"],
-            params,
-            initial_carry,
-            inputs,
-            (running, symbols, valid),
-            self.dtype,
-            self.unroll,
-        )
+        kernel = kernels["recurrent_kernel"]
+        if in_cuda:
+            carry, (outputs, moments) = cuda_gpu.gpu(
+                kernel,
+                params,
+                initial_carry,
+                inputs + params["bias"],
+                valid,
+                counted(valid),
+                running,
+                self.batch_terms,
+                self.epsilon_of("recurrent") if self.batch_terms else 0.0,
+                self.dtype,
+            )
+        else:
+            run = BY_STEP[implementation]
+            if given and run is xla:  # which would keep gradients from the statistics
+                run = reference
+            rest = running, symbols, valid
+            carry, (outputs, moments) = run(
+                step, kernel, params, initial_carry, inputs, rest, self.dtype, self.unroll
+            )
         outputs = self.output(outputs)
 
         if self.batch_terms and not use_running_average:
@@ -230,7 +246,7 @@ class RecurrentLayer(LSTMParameters):
                 every = valid is None or term not in masked
                 count = jnp.full(steps, batch) if every else valid.sum((1, 2))
                 if whole and term == "input":
-                    of_batch = of_input.statistics((-3, -2))
+                    of_batch = of_input.statistics(axis)
                 else:
                     of_batch = moments[term].statistics((-2,))
                 self.record_statistics(term, variables[term], of_batch, count)
@@ -252,13 +268,36 @@ class RecurrentLayer(LSTMParameters):
         return product(inputs, kernel, self.dtype)
 
     @nn.nowrap
+    def refusal(self, implementation: str, batch: int) -> str | None:
+        """Why an implementation cannot run this layer on so many sequences; None if it can."""
+        if IMPLEMENTATIONS[implementation] is None:
+            return None
+        if self.batch_terms and self.axis_name is not None:
+            return "has the batch on one device, and there is an axis_name"
+        if implementation == "tpu":
+            return None
+        if set(self.normalize) - set(self.batch_terms):
+            return "has no layer normalisation"
+        return cuda_gpu.refusal(self.features, batch, self.param_dtype, self.dtype)
+
+    @nn.nowrap
+    def chosen_implementation(self, batch: int) -> str:
+        """The implementation for so many sequences; not `auto`, but what that is for them."""
+        name = self.implementation
+        if name == "auto":
+            return choose(self.features, functools.partial(self.refusal, batch=batch))
+        in_kernel = min(batch, cuda_gpu.LARGEST_BATCH) if name == "gpu" else batch
+        if reason := self.refusal(name, in_kernel):
+            raise ValueError(f"implementation {name!r} {reason}; take 'xla'")
+        return name if batch == in_kernel else "xla"  # more sequences do not leave a GPU idle
+
+    @nn.nowrap
     def check_inputs(self, inputs: Array) -> None:
         """Refuses inputs of another kind than the layer is made for, and other implementations."""
-        if self.implementation not in IMPLEMENTATIONS:
-            names = " or ".join(map(repr, IMPLEMENTATIONS))
+        known = ("auto", *IMPLEMENTATIONS)
+        if self.implementation not in known:
+            names = " or ".join(map(repr, known))
             raise ValueError(f"implementation is {self.implementation!r}; it is {names}")
-        if self.implementation == "tpu" and self.batch_terms and self.axis_name is not None:
-            raise ValueError("implementation 'tpu' has the batch on one device: without axis_name")
         given = f"these are {inputs.dtype}{list(inputs.shape)}"
         if self.vocab_size is None and inputs.ndim != 3:
             symbols = "; for symbols [batch, time] set vocab_size" if inputs.ndim == 2 else ""

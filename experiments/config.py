@@ -32,7 +32,7 @@ def base_config() -> ConfigDict:
     config.model.momentum = 0.99  # of the running average of batch statistics
     config.model.max_steps = 0  # time steps with statistics; 0: all of training sequences
     config.model.dtype = "float32"  # of matrix products' operands; or bfloat16
-    config.model.implementation = "xla"  # of the recurrence; reference: slower, equal; tpu
+    config.model.implementation = "auto"  # of the recurrence; see bnlstm_jax/implementations.py
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "rmsprop"  # or adam
@@ -123,7 +123,8 @@ def check(config: ConfigDict) -> None:
             )
     model_kinds(config)
     one_of("config.model.dtype", config.model.dtype, ("float32", "bfloat16"))
-    one_of("config.model.implementation", config.model.implementation, tuple(IMPLEMENTATIONS))
+    known = ("auto", *IMPLEMENTATIONS)
+    one_of("config.model.implementation", config.model.implementation, known)
     one_of("config.optimizer.name", config.optimizer.name, ("rmsprop", "adam"))
     one_of("config.optimizer.clip_rule", config.optimizer.clip_rule, ("norm", "released_reader"))
     one_of("config.population_late_steps", config.population_late_steps, ("skip", "repeat"))

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 import bnlstm_jax
 from bnlstm_jax import initializers
+from bnlstm_jax.implementations import IMPLEMENTATIONS
 from experiments.config import at_least, one_of, words
 from experiments.errors import UserError
 
@@ -49,17 +50,22 @@ def check_implementation(model: ConfigDict, axis_name: str | None) -> None:
     Raises:
       UserError: says what to choose in its place.
     """
-    if model.implementation != "tpu":
+    name = model.implementation
+    if IMPLEMENTATIONS.get(name) is None:
         return
-    if jax.default_backend() != "tpu":
+    if jax.default_backend() != IMPLEMENTATIONS[name]:
         raise UserError(
-            f"config.model.implementation is tpu, and devices here are {jax.default_backend()}: "
-            "make it xla"
+            f"config.model.implementation is {name}, and devices here are "
+            f"{jax.default_backend()}: make it xla"
         )
     if axis_name is not None:
         raise UserError(
-            "config.model.implementation is tpu, which has a batch's statistics on one device: "
+            f"config.model.implementation is {name}, which has a batch's statistics on one device: "
             "make it xla, or config.parallel.statistics_devices 1"
+        )
+    if name == "gpu" and "ln_lstm" in words(model.kind):
+        raise UserError(
+            "config.model.implementation is gpu, which has no layer normalisation: make it xla"
         )
 
 

@@ -2,11 +2,11 @@
 
     python -m scripts.compare_implementations --config=configs/pmnist.py --updates=500
 
-Same seed, same batches: the default implementation, the plain scan that is its reference, and the
-default with operands in bfloat16. What rounding alone does is shown by a fourth: the reference from
-initial parameters of which each is moved by one rounding, 2^-23 of it. Two implementations that
-differ by rounding only stay as close as the reference and that one. Prints a table, and writes the
-losses and a picture of them.
+Same seed, same batches: the default implementation, the plain scan that is its reference, the
+default with operands in bfloat16, and the one kernel for the device at hand, if there is one. What
+rounding alone does is shown by another: the reference from initial parameters of which each is
+moved by one rounding, 2^-23 of it. Two implementations that differ by rounding only stay as close
+as the reference and that one. Prints a table, and writes the losses and a picture of them.
 """
 
 from collections.abc import Sequence
@@ -19,21 +19,12 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from bnlstm_jax.implementations import available
 from experiments import config as configs
 from experiments import errors, metrics, tasks, train, workdir
 from experiments.errors import UserError
 from scripts import pictures, timing
 
-# By name: what of the config is changed, and whether initial parameters are.
-RUNS: dict[str, tuple[dict[str, str], bool]] = {
-    "reference": ({"implementation": "reference", "dtype": "float32"}, False),
-    "reference, parameters moved by a rounding": (
-        {"implementation": "reference", "dtype": "float32"},
-        True,
-    ),
-    "xla": ({"implementation": "xla", "dtype": "float32"}, False),
-    "xla, bfloat16": ({"implementation": "xla", "dtype": "bfloat16"}, False),
-}
 SPANS = (10, 50, 100, 200, 500, 1000)  # updates up to which the table tells differences
 
 
@@ -43,6 +34,18 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     flags.DEFINE_integer("updates", 500, "Updates of each.", lower_bound=1)
     flags.DEFINE_string("output", "implementations.json", "File for losses; the picture is beside.")
     return flags.FLAGS(argv)
+
+
+def runs() -> dict[str, tuple[dict[str, str], bool]]:
+    """By name: what of the config is changed, and whether initial parameters are."""
+    there = [name for name in available() if name != "reference"]
+    plain = {"implementation": "reference", "dtype": "float32"}
+    return {
+        "reference": (plain, False),
+        "reference, parameters moved by a rounding": (plain, True),
+        **{name: ({"implementation": name, "dtype": "float32"}, False) for name in there},
+        "xla, bfloat16": ({"implementation": "xla", "dtype": "bfloat16"}, False),
+    }
 
 
 def moved(params: Any) -> Any:
@@ -58,8 +61,8 @@ def moved(params: Any) -> Any:
 
 def losses(base: ConfigDict, updates: int) -> dict[str, list[float]]:
     """The training loss of every batch, in nats, by run; all take turns."""
-    states, steps, found = {}, {}, {name: [] for name in RUNS}
-    for name, (fields, is_moved) in RUNS.items():
+    states, steps, found = {}, {}, {name: [] for name in runs()}
+    for name, (fields, is_moved) in runs().items():
         config = base.copy_and_resolve_references()
         config.model.update(fields)
         task = tasks.load(config)
@@ -98,9 +101,10 @@ def draw(found: dict[str, list[float]], title: str) -> Any:
     """A figure of losses, and of their differences from the reference's."""
     figure = pictures.new_figure(title, 9, 4.2)
     left, right = figure.subplots(1, 2, sharex=True)
-    styles = zip(("tab:gray", "tab:green", "tab:blue", "tab:orange"), (2.5, 1, 1, 1), strict=True)
+    colors = ("tab:gray", "tab:green", "tab:blue", "tab:orange", "tab:red")
+    widths = (2.5, 1, 1, 1, 1)
     apart = differences(found)
-    for (name, values), (color, width) in zip(found.items(), styles, strict=True):
+    for (name, values), color, width in zip(found.items(), colors, widths, strict=False):
         updates = np.arange(1, len(values) + 1)
         left.plot(updates, values, color=color, linewidth=width, label=name)
         if name in apart:

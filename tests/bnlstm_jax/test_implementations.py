@@ -1,6 +1,7 @@
 """The implementations of a layer against each other: all of them, and the plain scan.
 
-The TPU's kernel is interpreted here; see also test_pallas_tpu.py.
+The TPU's kernel is interpreted here, and CUDA's emulated where there is no GPU; see also
+test_pallas_tpu.py and test_cuda_gpu.py.
 """
 
 import functools
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import bnlstm_jax
+from bnlstm_jax import implementations, recurrent
 from bnlstm_jax.recurrent import SMALL_INPUT
 
 LENGTHS = (6, 1, 4, 0, 3)
@@ -93,6 +95,7 @@ def by_plain_scan(case):
 
 # What is interpreted takes long: in the short suite what differs within the kernel.
 IN_KERNEL = ("one step", "batch of one", "symbols", "masks", "reversed", "statistics of sequences")
+IN_CUDA_KERNEL = (*IN_KERNEL, "masks, all rows counted", "recurrent term alone", "LSTM, symbols")
 EVERY = [("xla", case) for case in CASES] + [
     pytest.param("tpu", case, marks=() if case in IN_KERNEL else pytest.mark.long) for case in CASES
 ]
@@ -110,7 +113,29 @@ def test_equal_in_everything(name, case):
     )
 
 
-@pytest.mark.parametrize("name", ["xla", "tpu"])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=() if c in IN_CUDA_KERNEL else pytest.mark.long) for c in CASES],
+)
+def test_cuda_kernel_is_equal_in_everything(case):
+    """In float32, which is all it has."""
+    options = CASES[case]
+    if not options.get("plain"):
+        options = options | {"epsilon": 0.01}
+    with jax.default_matmul_precision("highest"):
+        found, expected = (run(name, **options) for name in ("gpu", "reference"))
+
+    # A unit of float32 is 6e-8, which each of six normalisations of rows that are nearly alike
+    # multiplies by up to 10, and by 316 with the layer's own epsilon, 1e-5.
+    def close(ours, theirs):
+        np.testing.assert_allclose(
+            ours, theirs, rtol=1e-4, atol=1e-5 * max(1, np.abs(theirs).max())
+        )
+
+    jax.tree.map(close, found, expected)
+
+
+@pytest.mark.parametrize("name", ["xla", "tpu", "gpu"])
 @pytest.mark.parametrize("options", [{}, {"plain": True}, {"vocab_size": 7}, {"inputs": 20}])
 def test_equal_in_mixed_precision(options, name):
     options = {"dtype": jnp.bfloat16, "batch": 16, **options}
@@ -159,5 +184,42 @@ def test_only_the_plain_scan_is_differentiated_forward():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="is 'cuda'; it is 'xla' or 'reference' or 'tpu'"):
+    with pytest.raises(
+        ValueError, match="is 'cuda'; it is 'auto' or 'xla' or 'reference' or 'tpu' or 'gpu'"
+    ):
         run("cuda")
+
+
+CHOICES = {
+    "tested": ("gpu", {}, 2, "tested on"),
+    "more units than tested": ("xla", {"features": 9}, 2, "tested up to 8 units on"),
+    "a large batch": ("xla", {}, 129, "takes up to 128 sequences, and these are 129"),
+    "layer normalisation": ("xla", {"kind": bnlstm_jax.LNLSTM}, 2, "has no layer normalisation"),
+    "an axis name": ("xla", {"axis_name": "batch"}, 2, "there is an axis_name"),
+    "dtypes": ("xla", {"dtype": jnp.float16}, 2, "dtype float16"),
+}
+
+
+@pytest.mark.parametrize("case", CHOICES.values(), ids=CHOICES.keys())
+def test_auto_takes_the_kernel_where_it_is_tested(case, monkeypatch, caplog):
+    expected, options, batch, why = case
+    device = jax.devices()[0]
+    kernels = {"xla": None, "gpu": device.platform}  # as if the one for GPUs were for this device
+    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", kernels)
+    monkeypatch.setattr(recurrent, "IMPLEMENTATIONS", kernels)
+    monkeypatch.setattr(implementations, "TESTED_UP_TO", {device.device_kind: 8})
+    implementations._log_choice.cache_clear()
+    options = {"features": 8, "kind": bnlstm_jax.BNLSTM} | options
+    layer = options.pop("kind")(**options)
+    assert layer.implementation == "auto"
+    with caplog.at_level("INFO"):
+        assert layer.chosen_implementation(batch) == expected
+        assert layer.chosen_implementation(batch) == expected
+    (record,) = caplog.records  # once
+    assert f"'auto' is '{expected}': " in record.getMessage() and why in record.getMessage()
+
+
+def test_auto_is_xla_where_no_kernel_is_tested(monkeypatch):
+    assert bnlstm_jax.LSTM(2).chosen_implementation(1) == "xla"
+    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", {"xla": None, "gpu": "cpu"})
+    assert bnlstm_jax.LSTM(2).chosen_implementation(1) == "xla"

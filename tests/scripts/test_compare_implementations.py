@@ -17,7 +17,7 @@ def found(tmp_path_factory):
 
 
 def test_trains_the_same_model_by_each(found):
-    assert list(found) == list(compare_implementations.RUNS)
+    assert list(found) == list(compare_implementations.runs())
     apart = compare_implementations.differences(found)
     # Losses near 2.3: rounding of an average of a batch, grown through two updates.
     assert apart["xla"].max() < 1e-4

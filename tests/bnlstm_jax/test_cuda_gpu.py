@@ -1,0 +1,300 @@
+"""CUDA's kernel, emulated where there is no GPU: sizes, dtypes, statistics, and how it is built.
+
+Gradients of all kinds of layers are compared in test_implementations.py. On a machine with an
+NVIDIA GPU the same tests run on it.
+"""
+
+import os
+import re
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bnlstm_jax
+from bnlstm_jax import cuda_gpu
+from bnlstm_jax.cells import lstm_step
+from bnlstm_jax.implementations import reference
+from bnlstm_jax.normalization import Statistics, batch_moments, batch_normalize, standardize
+
+EPSILON = 1e-5
+BOTH = ("recurrent", "cell")
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """Of products outside of the kernel, which on GPUs take less by default."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def draw(seed, units, batch, steps, terms, given):
+    random = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return jnp.asarray(random.normal(size=shape), jnp.float32)
+
+    params = {"cell_bias": normal(units)}
+    sizes = {"recurrent": 4 * units, "cell": units}
+    params |= {f"{term}_scale": 0.1 + 0.1 * normal(sizes[term]) for term in terms}
+    kernel = normal(units, 4 * units) / units**0.5
+    carry = normal(batch, units), normal(batch, units)
+    statistics = None
+    if given:
+        statistics = {
+            term: Statistics(normal(steps, sizes[term]), jnp.square(normal(steps, sizes[term])))
+            for term in terms
+        }
+    return (kernel, params, carry, normal(steps, batch, 4 * units)), statistics
+
+
+def results(run, arguments, weights):
+    """Outputs, statistics and gradients of a recurrence, with random weights on its outputs."""
+
+    def value(*arguments):
+        (c, h), (hidden, moments) = run(*arguments)
+        found = {term: (m.mean, m.var) for term, m in moments.items() if m is not None}
+        return jnp.vdot(weights, hidden) + c.sum() - h.sum(), (c, h, hidden, found)
+
+    return jax.jit(jax.value_and_grad(value, (0, 1, 2, 3), has_aux=True))(*arguments)
+
+
+def compare(
+    units,
+    batch,
+    steps,
+    terms=BOTH,
+    lengths=None,
+    given=False,
+    dtype=None,
+    block=0,
+    epsilon=EPSILON,
+):
+    arguments, statistics = draw(0, units, batch, steps, terms, given)
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=(steps, batch, units)), jnp.float32)
+    valid = None
+    if lengths is not None:
+        valid = (jnp.arange(steps)[:, None] < jnp.asarray(lengths))[..., None]
+
+    def by_scan(kernel, params, carry, pre_activation):
+        def step(params, carry, recurrent_term, now, rest, _):
+            valid, statistics = rest
+
+            def normalize(term, x):
+                if term not in terms:
+                    return x, None
+                scale = params[f"{term}_scale"]
+                if statistics is not None:
+                    return scale * standardize(x, statistics[term], epsilon, (-2,)), None
+                moments = batch_moments(x, valid)
+                return batch_normalize(x, scale, valid, moments, epsilon), moments
+
+            bias = {"bias": jnp.zeros(())}
+            return lstm_step(params | bias, carry, recurrent_term, now, normalize, valid)
+
+        rest = valid, statistics
+        return reference(step, kernel, params, carry, pre_activation, rest, dtype)
+
+    def by_kernel(*arguments):
+        counted = dict.fromkeys(terms, valid)
+        return cuda_gpu.gpu(*arguments, valid, counted, statistics, terms, epsilon, dtype, block)
+
+    found = results(by_kernel, arguments, weights)
+    expected = results(by_scan, arguments, weights)
+    # Float32, 6e-8; a normalisation multiplies rounding by up to 316. Backward, operands of
+    # bfloat16 are rounded (2^-9) at other places.
+    rtol, atol = (1e-4, 1e-5) if dtype is None else (0.02, 0.02)
+
+    def close(ours, theirs):
+        atol_here = atol * max(1, np.abs(theirs).max())
+        np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=atol_here)
+
+    jax.tree.map(close, found, expected)
+
+
+# Units are shared out 4 or 8 to a block, sequences 32 to a warp; a product is fetched in chunks of
+# 128 rows, several of them backward from 33 units on.
+SIZES = [(4, 32, 3), (5, 7, 3), (9, 33, 2), (3, 100, 2), (6, 128, 2), (4, 1, 2), (6, 5, 1)]
+
+
+@pytest.mark.parametrize("units, batch, steps", SIZES)
+def test_sizes(units, batch, steps):
+    compare(units, batch, steps)
+
+
+@pytest.mark.parametrize("block", [4, 8])
+def test_units_of_a_block(block):
+    # Few rows may be nearly alike: a large epsilon keeps rounding from being multiplied.
+    compare(10, 5, 3, block=block, lengths=(3, 1, 2, 0, 3), epsilon=0.01)
+
+
+@pytest.mark.parametrize("batch", [5, 40, 100])
+def test_bfloat16(batch):
+    compare(18, batch, 2, dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize("terms", [(), ("recurrent",), ("cell",)])
+def test_terms(terms):
+    compare(5, 6, 3, terms)
+
+
+@pytest.mark.parametrize("lengths", [None, (4, 1, 3, 0, 2)])
+def test_given_statistics(lengths):
+    compare(5, 5, 4, given=True, lengths=lengths)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_several_chunks_of_a_product(dtype):
+    compare(140, 4, 2, dtype=dtype)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("units, batch, steps", [(100, 100, 10), (20, 7, 784)])
+def test_sizes_of_the_paper(units, batch, steps):
+    compare(units, batch, steps)
+
+
+@pytest.mark.parametrize("batch", [3, 100])
+def test_what_all_examples_share_is_normalised_to_exactly_zero(batch):
+    """The first recurrent term, of one initial hidden state for all."""
+    (kernel, params, (c, h), inputs), _ = draw(0, 5, batch, 1, BOTH, False)
+
+    def hidden(h):
+        carry = c, jnp.broadcast_to(h, c.shape)
+        counted = dict.fromkeys(BOTH)
+        return cuda_gpu.gpu(kernel, params, carry, inputs, None, counted, None, BOTH, EPSILON)[1][0]
+
+    np.testing.assert_array_equal(hidden(h[0]), hidden(jnp.zeros(5)))
+
+
+INFERENCE = {
+    "full": {},
+    "masks": {"lengths": (6, 1, 4, 0, 3)},
+    "beyond max_steps": {"max_steps": 2},
+    "a later piece": {"first_step": 3},
+    "statistics of sequences": {"input_statistics": "sequence"},
+    "shared statistics": {"shared_statistics": True, "max_steps": None},
+    "batch of one": {"batch": 1},
+    "symbols": {"vocab_size": 7},
+    "a large batch": {"batch": cuda_gpu.LARGEST_BATCH + 1},
+}
+
+
+@pytest.mark.parametrize("case", INFERENCE.values(), ids=INFERENCE.keys())
+def test_inference_equals_the_plain_scan(case):
+    options = dict(case)
+    batch, lengths = options.pop("batch", 5), options.pop("lengths", None)
+    first_step = options.pop("first_step", None)
+    lengths = None if lengths is None else jnp.asarray(lengths)
+    random = np.random.default_rng(1)
+    if "vocab_size" in options:
+        x = jnp.asarray(random.integers(0, 7, (batch, 6)))
+    else:
+        x = jnp.asarray(random.normal(size=(batch, 6, 3)), jnp.float32)
+    layer = bnlstm_jax.BNLSTM(4, **({"max_steps": 8} | options), implementation="reference")
+    variables = layer.init(jax.random.key(0), x, use_running_average=True)
+    variables["batch_stats"] = {
+        name: jnp.asarray(random.uniform(0.5, 1.5, leaf.shape), jnp.float32)
+        for name, leaf in variables["batch_stats"].items()
+    }
+
+    def outputs(implementation):
+        return layer.clone(implementation=implementation).apply(
+            variables, x, seq_lengths=lengths, first_step=first_step, use_running_average=True
+        )
+
+    np.testing.assert_allclose(outputs("gpu"), outputs("reference"), rtol=1e-5, atol=1e-6)
+
+
+def test_runs_within_vmap():
+    layer = bnlstm_jax.BNLSTM(3, implementation="gpu")
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 5, 2)), jnp.float32)
+    variables = layer.init(jax.random.key(0), x[0], use_running_average=True)
+
+    def outputs(x):
+        return layer.apply(variables, x, use_running_average=True)
+
+    np.testing.assert_allclose(jax.vmap(outputs)(x), jnp.stack([*map(outputs, x)]), rtol=1e-6)
+
+
+REFUSED = {
+    "axis_name": (bnlstm_jax.BNLSTM, {"axis_name": "batch"}, "there is an axis_name; take 'xla'"),
+    "layer normalisation": (bnlstm_jax.LNLSTM, {}, "no layer normalisation; take 'xla'"),
+    "dtype": (bnlstm_jax.BNLSTM, {"dtype": jnp.float16}, "dtype float16"),
+    "size": (bnlstm_jax.BNLSTM, {"features": 1100}, "does not fit .* 1100 units, 32 rows"),
+}
+
+
+@pytest.mark.parametrize("kind, options, message", REFUSED.values(), ids=REFUSED.keys())
+def test_what_it_has_not_is_refused(kind, options, message):
+    layer = kind(**{"features": 2} | options, implementation="gpu")
+    with pytest.raises(ValueError, match=message):
+        layer.init(jax.random.key(0), jnp.ones((2, 3, 1)), use_running_average=True)
+
+
+FITTING = {  # the paper's sizes, on an H200
+    "pMNIST": (100, 100, None, True),
+    "Penn Treebank": (1000, 64, jnp.bfloat16, True),
+    "Penn Treebank, float32": (1000, 64, None, True),
+    "text8": (2000, 128, jnp.bfloat16, False),  # the recurrent kernel alone has 32 MB
+    "a large batch": (100, cuda_gpu.LARGEST_BATCH + 1, None, False),
+}
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="emulates one GPU's sizes")
+@pytest.mark.parametrize("units, batch, dtype, fits", FITTING.values(), ids=FITTING.keys())
+def test_tells_what_fits(units, batch, dtype, fits):
+    """What blocks keep is to fit their shared memory, and all of them the device at once."""
+    assert (cuda_gpu.refusal(units, batch, jnp.float32, dtype) is None) == fits
+
+
+# ---- Building.
+
+
+def test_is_compiled_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        '#!/bin/sh\necho called >> "$0.log"\nwhile [ "$1" != -o ]; do shift; done\ntouch "$2"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    made = cuda_gpu.build("cpu")
+    assert made == cuda_gpu.build("cpu") and made.exists()
+    assert (tmp_path / "compiler.log").read_text() == "called\n"
+    assert os.listdir(tmp_path / "bnlstm_jax") == [made.name]
+
+
+def test_tells_why_it_cannot_be_compiled(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(RuntimeError, match=r"recurrence\.cu cannot be compiled"):
+        cuda_gpu.build("cpu")
+    assert os.listdir(tmp_path / "bnlstm_jax") == []
+    for name in ("CXX", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="install g"):
+        cuda_gpu.build("cpu")
+    monkeypatch.setattr(cuda_gpu.site, "getsitepackages", lambda: [str(tmp_path)])
+    with pytest.raises(RuntimeError, match=r"nvcc is neither .* take implementation 'xla'"):
+        cuda_gpu.find_nvcc()
+    packaged = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"
+    packaged.parent.mkdir(parents=True)
+    packaged.touch()
+    assert cuda_gpu.find_nvcc() == str(packaged)
+
+
+@pytest.mark.long
+def test_compiles_for_hopper_with_all_values_in_registers(tmp_path):
+    try:
+        command = cuda_gpu.nvcc_command(tmp_path / "recurrence.so", "90")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    result = subprocess.run([*command, "-Xptxas=-v"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", result.stderr)
+    assert len(spills) == 18  # forward and backward; float32 by 4 and 8 units, bfloat16; 3 batches
+    assert set(spills) == {("0", "0")}
