@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from bnlstm_jax.cells import Carry
 from bnlstm_jax.normalization import Moments, Statistics
@@ -35,6 +36,10 @@ SOURCE = Path(__file__).parent / "cuda" / "recurrence.cu"
 BATCHES = (32, 64, 128)  # to which a batch is padded
 LARGEST_BATCH = BATCHES[-1]
 VALID, IN_RECURRENT, IN_CELL = 1, 2, 4  # flags of a row at a step
+# What the backward pass has of the forward one is h, c, the recurrent term and statistics. Around
+# `gpu` and what its arguments are made of, `jax.checkpoint` with this policy keeps no more.
+_KEPT = "bnlstm_jax.cuda_gpu"
+KEEP = jax.checkpoint_policies.save_only_these_names(_KEPT)
 
 
 # ---- Building.
@@ -182,16 +187,29 @@ class Options:
     units_of_block: int = 0
 
     def call(
-        self, name: str, shapes: Sequence[tuple[int, ...]], *arrays: Array, **more: Any
+        self,
+        name: str,
+        shapes: Sequence[tuple[int, ...]],
+        *arrays: Array,
+        aliases: dict[int, int] | None = None,
+        **more: Any,
     ) -> list[Array]:
-        """One of the kernel's two calls, with room for what its blocks exchange."""
+        """One of the kernel's two calls, with room for what its blocks exchange.
+
+        `aliases` are inputs that are overwritten, and the results that then lie there.
+        """
         kernel = arrays[0]
         units, gates = kernel.shape
         exchanged = units if name == "bnlstm_forward" else gates
         room = jax.ShapeDtypeStruct((2, exchanged, arrays[1].shape[-1]), kernel.dtype)
         counter = jax.ShapeDtypeStruct((1,), jnp.uint32)
         results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-        call = jax.ffi.ffi_call(name, (*results, room, counter), vmap_method="sequential")
+        call = jax.ffi.ffi_call(
+            name,
+            (*results, room, counter),
+            vmap_method="sequential",
+            input_output_aliases=aliases,
+        )
         attributes = dataclasses.asdict(self) | {"epsilon": np.float32(self.epsilon)} | more
         return call(*arrays, **attributes)[:-2]
 
@@ -247,7 +265,8 @@ def run(options: Options, inputs: Inputs) -> tuple[Array, ...]:
 
 
 def _run_forward(options, inputs):
-    hidden, cell, recurrent_term, *statistics = forward_call(options, inputs, keep=True)
+    kept = forward_call(options, inputs, keep=True)
+    hidden, cell, recurrent_term, *statistics = (checkpoint_name(x, _KEPT) for x in kept)
     return (hidden, cell[-1], *statistics), (inputs, hidden, cell, recurrent_term, *statistics)
 
 
@@ -267,6 +286,11 @@ def _run_backward(options, residuals, gradients):
         recurrent_term,
         by_hidden,
         by_cell,
+        # Gradients take the place of what they are of, in the order in which it is read.
+        aliases={
+            Inputs._fields.index("pre_activation"): 0,
+            len(inputs) + 1: 1,
+        },
     )
     before = jnp.concatenate([inputs.hidden[None], hidden[:-1]])  # what entered each step
     dtype = inputs.kernel.dtype

@@ -162,25 +162,8 @@ class RecurrentLayer(LSTMParameters):
         if self.vocab_size is not None:
             inputs, symbols = None, inputs
 
-        # An input that is large, or normalised as a whole, is multiplied by its kernel here for all
-        # time steps at once, any other in its step.
-        implementation = self.chosen_implementation(batch)
-        in_cuda = implementation == "gpu"
-        of_sequence = "input" in self.batch_terms and self.input_statistics == "sequence"
-        whole = of_sequence or (in_cuda and "input" in self.batch_terms)  # normalised here
-        axis = (-3, -2) if of_sequence else (-2,)
         given = self.batch_terms and use_running_average
-        of_input = None
-        # A TPU's kernel has no bfloat16 product over a single feature.
-        single = input_size == 1 and self.dtype == jnp.bfloat16
-        outside = in_cuda or (implementation == "tpu" and single)
-        if whole or outside or input_size > SMALL_INPUT:
-            inputs = self.input_term(kernels, inputs, symbols)  # [T, B, 4H]
-        else:
-            params["input_kernel"] = kernels["input_kernel"].astype(state)
-        one_hot = implementation == "tpu" and symbols is not None  # it has no look-up
-        if one_hot:
-            symbols = symbols[..., None].astype(jnp.int32)
+        of_sequence = "input" in self.batch_terms and self.input_statistics == "sequence"
         running = None
         if given:  # of every step, the last row from there on
             t = (0 if first_step is None else first_step) + jnp.arange(steps)
@@ -190,11 +173,6 @@ class RecurrentLayer(LSTMParameters):
             }
             if of_sequence:
                 running["input"] = Statistics(*(v.value for v in variables["input"]))
-        if whole:
-            normalize = self.normalizer(params, running, counted(valid), axis)
-            inputs, of_input = normalize("input", inputs)
-        if whole and given:
-            del running["input"]
 
         if initial_carry is None:
             if init_key is None and self.initial_hidden_noise > 0:
@@ -203,26 +181,68 @@ class RecurrentLayer(LSTMParameters):
             initial_carry = self.initial_state((batch,), init_key, centered)
         initial_carry = jax.tree.map(lambda v: v.astype(state), initial_carry)
 
-        def step(params, carry, recurrent_term, inputs, rest, moments):
-            running, symbols, valid = rest
-            if "input_kernel" in params:
-                if one_hot:
-                    vocabulary = jax.lax.broadcasted_iota(jnp.int32, (1, input_size), 1)
-                    inputs, symbols = (symbols == vocabulary).astype(state), None
-                inputs = self.input_term(params, inputs, symbols)
-            of_batch = self.normalizer(params, running, counted(valid), moments=moments)
+        implementation = self.chosen_implementation(batch)
+        in_cuda = implementation == "gpu"
+        # The input term is normalised before the recurrence; else in its step.
+        whole = of_sequence or (in_cuda and "input" in self.batch_terms)
+        input_axes = (-3, -2) if of_sequence else (-2,)
 
-            def normalize(term: str, x: Array) -> tuple[Array, Moments | None]:
-                return (x, None) if whole and term == "input" else of_batch(term, x)
+        def input_terms(
+            kernels: dict[str, Array], params: dict[str, Array], inputs: Array | None
+        ) -> tuple[Array, Moments | None]:
+            """`x W_x` of all time steps at once, `[T, B, 4H]`, normalised if `whole`."""
+            terms = self.input_term(kernels, inputs, symbols)
+            if not whole:
+                return terms, None
+            return self.normalizer(params, running, counted(valid), input_axes)("input", terms)
 
-            return lstm_step(params, carry, recurrent_term, inputs, normalize, valid)
+        def by_steps(kernels, params, carry, inputs):
+            """By an implementation that is made of the step."""
+            nonlocal symbols
+            on_tpu = implementation == "tpu"
+            # A TPU's kernel has no bfloat16 product over a single feature, and no look-up.
+            one_hot = on_tpu and symbols is not None
+            no_product = on_tpu and input_size == 1 and self.dtype == jnp.bfloat16
+            of_input = None
+            if whole or no_product or input_size > SMALL_INPUT:
+                inputs, of_input = input_terms(kernels, params, inputs)
+            else:
+                params = params | {"input_kernel": kernels["input_kernel"].astype(state)}
+            if one_hot:
+                symbols = symbols[..., None].astype(jnp.int32)
 
-        kernel = kernels["recurrent_kernel"]
-        if in_cuda:
-            carry, (outputs, moments) = cuda_gpu.gpu(
-                kernel,
+            def step(params, carry, recurrent_term, inputs, rest, moments):
+                running, symbols, valid = rest
+                if "input_kernel" in params:
+                    if one_hot:
+                        vocabulary = jax.lax.broadcasted_iota(jnp.int32, (1, input_size), 1)
+                        inputs, symbols = (symbols == vocabulary).astype(state), None
+                    inputs = self.input_term(params, inputs, symbols)
+                of_batch = self.normalizer(params, running, counted(valid), moments=moments)
+
+                def normalize(term: str, x: Array) -> tuple[Array, Moments | None]:
+                    return (x, None) if whole and term == "input" else of_batch(term, x)
+
+                return lstm_step(params, carry, recurrent_term, inputs, normalize, valid)
+
+            run = BY_STEP[implementation]
+            if given and run is xla:  # which would keep gradients from the statistics
+                run = reference
+            of_steps = running
+            if given and whole:
+                of_steps = {term: pair for term, pair in running.items() if term != "input"}
+            rest = of_steps, symbols, valid
+            kernel = kernels["recurrent_kernel"]
+            return run(step, kernel, params, carry, inputs, rest, self.dtype, self.unroll), of_input
+
+        @functools.partial(jax.checkpoint, policy=cuda_gpu.KEEP)
+        def by_cuda(kernels, params, carry, inputs):
+            """By CUDA's kernel; for the backward pass the input terms are computed anew."""
+            inputs, of_input = input_terms(kernels, params, inputs)
+            result = cuda_gpu.gpu(
+                kernels["recurrent_kernel"],
                 params,
-                initial_carry,
+                carry,
                 inputs + params["bias"],
                 valid,
                 counted(valid),
@@ -231,14 +251,10 @@ class RecurrentLayer(LSTMParameters):
                 self.epsilon_of("recurrent") if self.batch_terms else 0.0,
                 self.dtype,
             )
-        else:
-            run = BY_STEP[implementation]
-            if given and run is xla:  # which would keep gradients from the statistics
-                run = reference
-            rest = running, symbols, valid
-            carry, (outputs, moments) = run(
-                step, kernel, params, initial_carry, inputs, rest, self.dtype, self.unroll
-            )
+            return result, of_input
+
+        run = by_cuda if in_cuda else by_steps
+        (carry, (outputs, moments)), of_input = run(kernels, params, initial_carry, inputs)
         outputs = self.output(outputs)
 
         if self.batch_terms and not use_running_average:
@@ -246,7 +262,7 @@ class RecurrentLayer(LSTMParameters):
                 every = valid is None or term not in masked
                 count = jnp.full(steps, batch) if every else valid.sum((1, 2))
                 if whole and term == "input":
-                    of_batch = of_input.statistics(axis)
+                    of_batch = of_input.statistics(input_axes)
                 else:
                     of_batch = moments[term].statistics((-2,))
                 self.record_statistics(term, variables[term], of_batch, count)

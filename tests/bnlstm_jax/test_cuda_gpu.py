@@ -208,6 +208,21 @@ def test_inference_equals_the_plain_scan(case):
     np.testing.assert_allclose(outputs("gpu"), outputs("reference"), rtol=1e-5, atol=1e-6)
 
 
+def test_keeps_states_and_recurrent_terms_alone():
+    """For the backward pass: h, c and one row of `[batch, 4H]` a step."""
+    layer = bnlstm_jax.BNLSTM(16, max_steps=40, use_running_average=False, implementation="gpu")
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 40, 1)), jnp.float32)
+    variables = layer.init(jax.random.key(0), x)
+
+    def outputs(params):
+        return layer.apply({**variables, "params": params}, x, mutable=["batch_stats"])[0]
+
+    _, pull_back = jax.vjp(outputs, variables["params"])
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(pull_back) if hasattr(leaf, "nbytes"))
+    row = 4 * 40 * 32 * 16  # bytes of a float32 state of every step
+    assert 6 * row < kept < 7 * row  # the rest is inputs, statistics and parameters
+
+
 def test_runs_within_vmap():
     layer = bnlstm_jax.BNLSTM(3, implementation="gpu")
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 5, 2)), jnp.float32)
