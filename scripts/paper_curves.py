@@ -58,6 +58,8 @@ def learning_curves(
                 for line in lines:
                     draw(axes, line, found)
                 axes.set(xlim=(0, limit), ylim=ylim, xlabel="update", ylabel=label)
+                axes.locator_params(axis="x", nbins=5)
+                axes.xaxis.set_major_formatter("{x:,.0f}")
                 if limit != whole:
                     axes.set_ylim(*range_of(lines, found, limit))
                     axes.set_title("as far as measured here", fontsize="small")

@@ -23,12 +23,13 @@ from scripts.plot_statistics import draw_statistics, find_statistics
 KINDS = ("lstm", "bn_lstm")
 FIGURE_GAMMAS = (0.1, 0.3, 0.5, 0.7, 1.0)
 LENGTHS = tuple(range(100, 1001, 100))
+LONG_DASHES = (0, (12, 3))
 DASHES = {
     "lstm": "--",
     "bn_lstm": "-",
     "bn_everywhere": ":",
     "bn_e_star": "-.",
-    "bn_e_star_star": (0, (5, 1, 1, 1, 1, 1)),
+    "bn_e_star_star": LONG_DASHES,
 }
 # Of an experiment on a CPU, in a few minutes; elsewhere and later, the same command goes on.
 MINUTES = {"mnist": 500, "pmnist": 500, "ptb": 100, "text8": 10, "cnn_qa": 100}
@@ -125,7 +126,7 @@ def validation_line(config: str, kind: str, metric: str, published: np.ndarray) 
 def gamma_lines(name: str, config: str, metric: str, split: str) -> list[Line]:
     """Lines of BN-LSTMs by initial gamma."""
     published = paper.curves(name)
-    dashes = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+    dashes = ("-", "--", "-.", ":", LONG_DASHES)
     return [
         Line(
             gamma_experiment(config, gamma),
