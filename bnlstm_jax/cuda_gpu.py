@@ -30,6 +30,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from bnlstm_jax.cells import Carry
+from bnlstm_jax.implementations import default_device
 from bnlstm_jax.normalization import Moments, Statistics
 
 SOURCE = Path(__file__).parent / "cuda" / "recurrence.cu"
@@ -70,7 +71,7 @@ def find_nvcc() -> str:
 def build_command(platform: str, target: Path) -> list[str]:
     """The command that compiles the kernel for a platform of JAX."""
     if platform == "gpu":
-        capability = jax.devices("gpu")[0].compute_capability
+        capability = default_device().compute_capability
         return nvcc_command(target, capability.replace(".", ""))
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -125,7 +126,7 @@ def build(platform: str) -> Path:
 
 def platform() -> str:
     """Where the kernel would run: on a GPU, or emulated on a CPU."""
-    return "gpu" if jax.default_backend() == "gpu" else "cpu"
+    return "gpu" if default_device().platform == "gpu" else "cpu"
 
 
 @functools.cache
@@ -177,6 +178,7 @@ class Options:
       normalize_recurrent, normalize_cell: which terms are normalised.
       given: by statistics that are given; else by the batch's own.
       epsilon: added to variances.
+      operands: dtype of the operands of recurrent products, float32 or bfloat16.
       units_of_block: hidden units that a block of threads has, 4 or 8; 0 for as it fits best.
     """
 
@@ -184,6 +186,7 @@ class Options:
     normalize_cell: bool
     given: bool
     epsilon: float
+    operands: str = "float32"
     units_of_block: int = 0
 
     def call(
@@ -198,7 +201,8 @@ class Options:
 
         `aliases` are inputs that are overwritten, and the results that then lie there.
         """
-        kernel = arrays[0]
+        kernel, *others = arrays
+        kernel = kernel.astype(self.operands)
         units, gates = kernel.shape
         exchanged = units if name == "bnlstm_forward" else gates
         room = jax.ShapeDtypeStruct((2, exchanged, arrays[1].shape[-1]), kernel.dtype)
@@ -211,11 +215,12 @@ class Options:
             input_output_aliases=aliases,
         )
         attributes = dataclasses.asdict(self) | {"epsilon": np.float32(self.epsilon)} | more
-        return call(*arrays, **attributes)[:-2]
+        del attributes["operands"]  # which the kernel's dtype tells
+        return call(kernel, *others, **attributes)[:-2]
 
 
 class Inputs(NamedTuple):
-    """What the kernel is given: `kernel` in the dtype of operands, all else in float32.
+    """What a recurrence is given, in float32.
 
     Attributes:
       kernel: the recurrent kernel `[H, 4H]`.
@@ -293,7 +298,7 @@ def _run_backward(options, residuals, gradients):
         },
     )
     before = jnp.concatenate([inputs.hidden[None], hidden[:-1]])  # what entered each step
-    dtype = inputs.kernel.dtype
+    dtype = options.operands
     by_kernel = jax.lax.dot_general(
         before.astype(dtype),
         by_term.astype(dtype),
@@ -302,7 +307,7 @@ def _run_backward(options, residuals, gradients):
     )
     return (
         Inputs(
-            by_kernel.astype(dtype),
+            by_kernel,
             by_pre,
             None,
             *by_params,
@@ -373,24 +378,29 @@ def gpu(
 
     def statistics(term: str, size: int) -> Array:
         if given is None or term not in normalize:
-            return jnp.zeros((steps if given is not None else 0, 2, size))
+            return jnp.zeros((steps if given is not None else 0, 2, size), jnp.float32)
         return jnp.stack(given[term], 1)
 
     flags = flag(VALID, valid)
     flags |= flag(IN_RECURRENT, counted.get("recurrent"))
     flags |= flag(IN_CELL, counted.get("cell"))
     options = Options(
-        "recurrent" in normalize, "cell" in normalize, given is not None, epsilon, units_of_block
+        "recurrent" in normalize,
+        "cell" in normalize,
+        given is not None,
+        epsilon,
+        jnp.dtype(dtype or jnp.float32).name,
+        units_of_block,
     )
     hidden, cell, *found = run(
         options,
         Inputs(
-            kernel.astype(dtype or jnp.float32),
+            kernel,
             to_kernel(pre_activation),
             jnp.pad(flags, [(0, 0), (0, padding)]),
-            params.get("recurrent_scale", jnp.ones(gates)),
-            params.get("cell_scale", jnp.ones(units)),
-            params.get("cell_bias", jnp.zeros(units)),
+            params.get("recurrent_scale", jnp.ones(gates, jnp.float32)),
+            params.get("cell_scale", jnp.ones(units, jnp.float32)),
+            params.get("cell_bias", jnp.zeros(units, jnp.float32)),
             *map(to_kernel, carry),
             statistics("recurrent", gates),
             statistics("cell", units),

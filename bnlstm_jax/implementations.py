@@ -161,34 +161,45 @@ BY_STEP = {"xla": xla, "reference": reference, "tpu": tpu}
 TESTED_UP_TO: dict[str, int] = {}
 
 
+def default_device() -> jax.Device:
+    """The device that programs are for, unless their arrays say otherwise."""
+    device = jax.config.jax_default_device
+    return device if isinstance(device, jax.Device) else jax.devices(device)[0]
+
+
 def available() -> list[str]:
-    """The implementations for the devices at hand."""
-    platforms = None, jax.default_backend()
+    """The implementations for the default device."""
+    platforms = None, default_device().platform
     return [name for name, platform in IMPLEMENTATIONS.items() if platform in platforms]
 
 
 def choose(units: int, refusal: Callable[[str], str | None]) -> str:
-    """What `auto` is on the devices at hand, for a number of hidden units; logs which, and why.
+    """What `auto` is on the default device, for a number of hidden units; logs which, and why.
 
     `refusal` says why a layer cannot be run by the one kernel of a name; None if it can.
     """
-    kind = jax.devices()[0].device_kind
+    kind = default_device().device_kind
     kernels = [name for name in available() if IMPLEMENTATIONS[name] is not None]
     tested = TESTED_UP_TO.get(kind, 0)
     if not kernels:
         why = f"there is no kernel for {kind}"
     elif units > tested:
         why = f"the kernel is tested up to {tested} units on {kind}, and these are {units}"
-    elif reason := refusal(kernels[0]):
-        why = f"the kernel {reason}"
     else:
-        _log_choice(kernels[0], f"tested on {kind}")
-        return kernels[0]
-    _log_choice("xla", why)
+        try:
+            reason = refusal(kernels[0])
+        except (RuntimeError, OSError) as error:  # of a compiler
+            log_choice("auto", "xla", str(error), logging.WARNING)
+            return "xla"
+        if reason is None:
+            log_choice("auto", kernels[0], f"tested on {kind}")
+            return kernels[0]
+        why = f"the kernel {reason}"
+    log_choice("auto", "xla", why)
     return "xla"
 
 
 @functools.cache
-def _log_choice(name: str, why: str) -> None:
-    """Once, however often a layer is traced."""
-    logging.getLogger(__name__).info("implementation 'auto' is %r: %s", name, why)
+def log_choice(name: str, chosen: str, why: str, level: int = logging.INFO) -> None:
+    """Tells by what an implementation is run, once, however often a layer is traced."""
+    logging.getLogger(__name__).log(level, "implementation %r is %r: %s", name, chosen, why)

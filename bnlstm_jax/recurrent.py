@@ -26,7 +26,14 @@ from bnlstm_jax.cells import (
     lstm_step,
     product,
 )
-from bnlstm_jax.implementations import BY_STEP, IMPLEMENTATIONS, choose, reference, xla
+from bnlstm_jax.implementations import (
+    BY_STEP,
+    IMPLEMENTATIONS,
+    choose,
+    log_choice,
+    reference,
+    xla,
+)
 from bnlstm_jax.normalization import Moments, Statistics, statistics_dtype
 
 # Inputs of up to so many features are multiplied by their kernel in every step, forward and again
@@ -67,8 +74,9 @@ class RecurrentLayer(LSTMParameters):
         differentiate, or one kernel for all steps, without `axis_name`: `tpu`, or `gpu` (batches
         of more than 128 are run by `xla` then). `auto` is the kernel for the device at hand where
         its tests have passed on such a device, `xla` elsewhere, and logs which and why. All but
-        `reference` are differentiated in reverse mode only, and `xla` in a mapped function with an
-        `axis_name`: `vmap(grad(...))`. Running statistics take the plain scan in place of `xla`.
+        `reference` are differentiated once, in reverse mode only, and `xla` in a mapped function
+        with an `axis_name`: `vmap(grad(...))`. Running statistics take the plain scan in place of
+        `xla`; the kernels have no gradients of running statistics.
     """
 
     vocab_size: int | None = None
@@ -183,6 +191,8 @@ class RecurrentLayer(LSTMParameters):
 
         implementation = self.chosen_implementation(batch)
         in_cuda = implementation == "gpu"
+        if in_cuda:
+            running = jax.tree.map(jax.lax.stop_gradient, running)
         # The input term is normalised before the recurrence; else in its step.
         whole = of_sequence or (in_cuda and "input" in self.batch_terms)
         input_axes = (-3, -2) if of_sequence else (-2,)
@@ -198,7 +208,6 @@ class RecurrentLayer(LSTMParameters):
 
         def by_steps(kernels, params, carry, inputs):
             """By an implementation that is made of the step."""
-            nonlocal symbols
             on_tpu = implementation == "tpu"
             # A TPU's kernel has no bfloat16 product over a single feature, and no look-up.
             one_hot = on_tpu and symbols is not None
@@ -208,8 +217,6 @@ class RecurrentLayer(LSTMParameters):
                 inputs, of_input = input_terms(kernels, params, inputs)
             else:
                 params = params | {"input_kernel": kernels["input_kernel"].astype(state)}
-            if one_hot:
-                symbols = symbols[..., None].astype(jnp.int32)
 
             def step(params, carry, recurrent_term, inputs, rest, moments):
                 running, symbols, valid = rest
@@ -231,7 +238,7 @@ class RecurrentLayer(LSTMParameters):
             of_steps = running
             if given and whole:
                 of_steps = {term: pair for term, pair in running.items() if term != "input"}
-            rest = of_steps, symbols, valid
+            rest = of_steps, symbols[..., None].astype(jnp.int32) if one_hot else symbols, valid
             kernel = kernels["recurrent_kernel"]
             return run(step, kernel, params, carry, inputs, rest, self.dtype, self.unroll), of_input
 
@@ -305,7 +312,10 @@ class RecurrentLayer(LSTMParameters):
         in_kernel = min(batch, cuda_gpu.LARGEST_BATCH) if name == "gpu" else batch
         if reason := self.refusal(name, in_kernel):
             raise ValueError(f"implementation {name!r} {reason}; take 'xla'")
-        return name if batch == in_kernel else "xla"  # more sequences do not leave a GPU idle
+        if batch > in_kernel:  # such a batch does not leave a GPU idle
+            log_choice(name, "xla", f"the kernel takes up to {in_kernel} sequences")
+            return "xla"
+        return name
 
     @nn.nowrap
     def check_inputs(self, inputs: Array) -> None:

@@ -1,12 +1,11 @@
 """The recurrent layer that a config describes."""
 
 import flax.linen as nn
-import jax
 from ml_collections import ConfigDict
 
 import bnlstm_jax
 from bnlstm_jax import initializers
-from bnlstm_jax.implementations import IMPLEMENTATIONS
+from bnlstm_jax.implementations import IMPLEMENTATIONS, available, default_device
 from experiments.config import at_least, one_of, words
 from experiments.errors import UserError
 
@@ -44,29 +43,31 @@ def check(model: ConfigDict) -> None:
     at_least("config.model.initial_hidden_noise", model.initial_hidden_noise, 0)
 
 
-def check_implementation(model: ConfigDict, axis_name: str | None) -> None:
-    """Refuses a way to run the recurrence that these devices have not.
+def check_implementation(layer: bnlstm_jax.LSTM | bnlstm_jax.BNLSTM | bnlstm_jax.LNLSTM) -> None:
+    """Refuses an implementation that these devices, or such a layer, have not.
 
     Raises:
       UserError: says what to choose in its place.
     """
-    name = model.implementation
+    name = layer.implementation
     if IMPLEMENTATIONS.get(name) is None:
         return
-    if jax.default_backend() != IMPLEMENTATIONS[name]:
+    if name not in available():
         raise UserError(
             f"config.model.implementation is {name}, and devices here are "
-            f"{jax.default_backend()}: make it xla"
+            f"{default_device().platform}: make it xla"
         )
-    if axis_name is not None:
+    if layer.batch_terms and layer.axis_name is not None:
         raise UserError(
             f"config.model.implementation is {name}, which has a batch's statistics on one device: "
             "make it xla, or config.parallel.statistics_devices 1"
         )
-    if name == "gpu" and "ln_lstm" in words(model.kind):
-        raise UserError(
-            "config.model.implementation is gpu, which has no layer normalisation: make it xla"
-        )
+    try:
+        reason = layer.refusal(name, batch=1)
+    except RuntimeError as error:  # of a compiler
+        raise UserError(f"config.model.implementation is {name}: {error}") from error
+    if reason is not None:
+        raise UserError(f"config.model.implementation is {name}, which {reason}: make it xla")
 
 
 def check_max_steps(model: ConfigDict, steps: int, sequences: str) -> None:
@@ -99,7 +100,6 @@ def recurrent_layer(
         has.
     """
     check(model)
-    check_implementation(model, axis_name)
     check_max_steps(model, sequence_length, "sequences")
     shared = {
         "features": model.features,
@@ -112,18 +112,24 @@ def recurrent_layer(
             else initializers.semi_orthogonal()
         ),
     }
+    normalized = {
+        "normalize": words(model.normalize),
+        "scale_init": nn.initializers.constant(model.initial_scale),
+    }
     if model.kind == "lstm":
-        return bnlstm_jax.LSTM(**shared)
-    shared["normalize"] = words(model.normalize)
-    shared["scale_init"] = nn.initializers.constant(model.initial_scale)
-    if model.kind == "ln_lstm":
-        return bnlstm_jax.LNLSTM(**shared)
-    return bnlstm_jax.BNLSTM(
-        **shared,
-        axis_name=axis_name,
-        max_steps=None if model.shared_statistics else model.max_steps or sequence_length,
-        shared_statistics=model.shared_statistics,
-        input_statistics=model.input_statistics,
-        momentum=model.momentum,
-        initial_hidden_noise=model.initial_hidden_noise,
-    )
+        layer = bnlstm_jax.LSTM(**shared)
+    elif model.kind == "ln_lstm":
+        layer = bnlstm_jax.LNLSTM(**shared, **normalized)
+    else:
+        layer = bnlstm_jax.BNLSTM(
+            **shared,
+            **normalized,
+            axis_name=axis_name,
+            max_steps=None if model.shared_statistics else model.max_steps or sequence_length,
+            shared_statistics=model.shared_statistics,
+            input_statistics=model.input_statistics,
+            momentum=model.momentum,
+            initial_hidden_noise=model.initial_hidden_noise,
+        )
+    check_implementation(layer)
+    return layer

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
+from bnlstm_jax import BNLSTM
 from bnlstm_jax.attentive_reader import FORMS, AttentiveReader
 from experiments.config import at_least, at_most, one_of
 from experiments.datasets import questions
@@ -82,7 +83,8 @@ def make_model(
       UserError: there are to be statistics of steps that no training passage has, or these devices
         have not the implementation.
     """
-    check_implementation(model, axis_name)
+    fields = {"dtype": matmul_dtype(model), "implementation": model.implementation}
+    check_implementation(BNLSTM(model.features, axis_name=axis_name, **fields))
     check_max_steps(model, passage_steps, "passages")
     return AttentiveReader(
         vocab_size=vocab_size,
@@ -101,8 +103,7 @@ def make_model(
         momentum=model.momentum,
         scale_init=nn.initializers.constant(model.initial_scale),
         axis_name=axis_name,
-        dtype=matmul_dtype(model),
-        implementation=model.implementation,
+        **fields,
     )
 
 

@@ -178,7 +178,6 @@ INFERENCE = {
     "shared statistics": {"shared_statistics": True, "max_steps": None},
     "batch of one": {"batch": 1},
     "symbols": {"vocab_size": 7},
-    "a large batch": {"batch": cuda_gpu.LARGEST_BATCH + 1},
 }
 
 
@@ -206,6 +205,41 @@ def test_inference_equals_the_plain_scan(case):
         )
 
     np.testing.assert_allclose(outputs("gpu"), outputs("reference"), rtol=1e-5, atol=1e-6)
+
+
+def test_larger_batches_are_run_by_xla():
+    layer = bnlstm_jax.LSTM(2, implementation="gpu")
+    batches = cuda_gpu.LARGEST_BATCH, cuda_gpu.LARGEST_BATCH + 1
+    assert [layer.chosen_implementation(batch) for batch in batches] == ["gpu", "xla"]
+
+
+def test_a_float32_layer_where_float64_is_enabled():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 2)), jnp.float32)
+    with jax.enable_x64(True):
+        layer = bnlstm_jax.LSTM(4, use_cell_bias=False)
+        variables = layer.init(jax.random.key(0), x)
+        outputs = [layer.clone(implementation=name).apply(variables, x) for name in ("gpu", "xla")]
+    np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-6)
+
+
+def test_running_statistics_have_no_gradient():
+    layer = bnlstm_jax.BNLSTM(2, use_running_average=True, implementation="gpu")
+    x = jnp.ones((2, 3, 1))
+    variables = layer.init(jax.random.key(0), x)
+
+    def total(statistics):
+        return layer.apply(variables | {"batch_stats": statistics}, x).sum()
+
+    gradients = jax.grad(total)(variables["batch_stats"])
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="too much for the emulation")
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("units, batch, steps", [(240, 64, 50), (1000, 64, 20)])
+def test_many_units(units, batch, steps, dtype):
+    lengths = np.random.default_rng(0).integers(1, steps + 1, batch)
+    compare(units, batch, steps, lengths=lengths, dtype=dtype, epsilon=0.01)
 
 
 def test_keeps_states_and_recurrent_terms_alone():

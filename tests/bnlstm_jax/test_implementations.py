@@ -208,7 +208,7 @@ def test_auto_takes_the_kernel_where_it_is_tested(case, monkeypatch, caplog):
     monkeypatch.setattr(implementations, "IMPLEMENTATIONS", kernels)
     monkeypatch.setattr(recurrent, "IMPLEMENTATIONS", kernels)
     monkeypatch.setattr(implementations, "TESTED_UP_TO", {device.device_kind: 8})
-    implementations._log_choice.cache_clear()
+    implementations.log_choice.cache_clear()
     options = {"features": 8, "kind": bnlstm_jax.BNLSTM} | options
     layer = options.pop("kind")(**options)
     assert layer.implementation == "auto"
@@ -219,7 +219,25 @@ def test_auto_takes_the_kernel_where_it_is_tested(case, monkeypatch, caplog):
     assert f"'auto' is '{expected}': " in record.getMessage() and why in record.getMessage()
 
 
+@pytest.mark.parametrize("error", [RuntimeError, OSError])
+def test_auto_is_xla_where_the_kernel_cannot_be_compiled(error, caplog, monkeypatch):
+    def fail(*_):
+        raise error("no compiler")
+
+    device = jax.devices()[0]
+    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", {"gpu": device.platform})
+    monkeypatch.setattr(recurrent, "IMPLEMENTATIONS", {"gpu": device.platform})
+    monkeypatch.setattr(implementations, "TESTED_UP_TO", {device.device_kind: 8})
+    monkeypatch.setattr(recurrent.cuda_gpu, "load", fail)
+    implementations.log_choice.cache_clear()
+    assert bnlstm_jax.LSTM(8).chosen_implementation(1) == "xla"
+    assert [(r.levelname, "no compiler" in r.getMessage()) for r in caplog.records] == [
+        ("WARNING", True)
+    ]
+
+
 def test_auto_is_xla_where_no_kernel_is_tested(monkeypatch):
+    monkeypatch.setattr(implementations, "TESTED_UP_TO", {})
     assert bnlstm_jax.LSTM(2).chosen_implementation(1) == "xla"
     monkeypatch.setattr(implementations, "IMPLEMENTATIONS", {"xla": None, "gpu": "cpu"})
     assert bnlstm_jax.LSTM(2).chosen_implementation(1) == "xla"
