@@ -169,44 +169,6 @@ def test_what_all_examples_share_is_normalised_to_exactly_zero(batch):
     np.testing.assert_array_equal(hidden(h[0]), hidden(jnp.zeros(5)))
 
 
-INFERENCE = {
-    "full": {},
-    "masks": {"lengths": (6, 1, 4, 0, 3)},
-    "beyond max_steps": {"max_steps": 2},
-    "a later piece": {"first_step": 3},
-    "statistics of sequences": {"input_statistics": "sequence"},
-    "shared statistics": {"shared_statistics": True, "max_steps": None},
-    "batch of one": {"batch": 1},
-    "symbols": {"vocab_size": 7},
-}
-
-
-@pytest.mark.parametrize("case", INFERENCE.values(), ids=INFERENCE.keys())
-def test_inference_equals_the_plain_scan(case):
-    options = dict(case)
-    batch, lengths = options.pop("batch", 5), options.pop("lengths", None)
-    first_step = options.pop("first_step", None)
-    lengths = None if lengths is None else jnp.asarray(lengths)
-    random = np.random.default_rng(1)
-    if "vocab_size" in options:
-        x = jnp.asarray(random.integers(0, 7, (batch, 6)))
-    else:
-        x = jnp.asarray(random.normal(size=(batch, 6, 3)), jnp.float32)
-    layer = bnlstm_jax.BNLSTM(4, **({"max_steps": 8} | options), implementation="reference")
-    variables = layer.init(jax.random.key(0), x, use_running_average=True)
-    variables["batch_stats"] = {
-        name: jnp.asarray(random.uniform(0.5, 1.5, leaf.shape), jnp.float32)
-        for name, leaf in variables["batch_stats"].items()
-    }
-
-    def outputs(implementation):
-        return layer.clone(implementation=implementation).apply(
-            variables, x, seq_lengths=lengths, first_step=first_step, use_running_average=True
-        )
-
-    np.testing.assert_allclose(outputs("gpu"), outputs("reference"), rtol=1e-5, atol=1e-6)
-
-
 def test_larger_batches_are_run_by_xla():
     layer = bnlstm_jax.LSTM(2, implementation="gpu")
     batches = cuda_gpu.LARGEST_BATCH, cuda_gpu.LARGEST_BATCH + 1
