@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -63,8 +64,16 @@ struct Block {
   float slots[32][2][32];  // by warp, turn and lane
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t size;
+};
+
 struct Fiber {
   ucontext_t context;
+  // Copies under way, by group, the last one open: done as late as may be, when they are waited for.
+  std::deque<std::vector<Copy>> copies{1};
   Block* block;
   unsigned thread, index;
   bool done = false;
@@ -163,10 +172,14 @@ static inline unsigned load_acquire(const unsigned* from) {
 }
 
 static inline void __pipeline_memcpy_async(void* to, const void* from, size_t size) {
-  std::memcpy(to, from, size);
+  emulation::now->copies.back().push_back({to, from, size});
 }
-static inline void __pipeline_commit() {}
-static inline void __pipeline_wait_prior(size_t) {}
+static inline void __pipeline_commit() { emulation::now->copies.emplace_back(); }
+static inline void __pipeline_wait_prior(size_t groups) {
+  auto& copies = emulation::now->copies;
+  for (; copies.size() > groups + 1; copies.pop_front())
+    for (const emulation::Copy& copy : copies.front()) std::memcpy(copy.to, copy.from, copy.size);
+}
 
 // A warp's matrices: every lane has them whole.
 namespace nvcuda::wmma {

@@ -137,7 +137,8 @@ struct Moments {
   float mean, inverse;  // 1 / sqrt(variance + epsilon)
 };
 
-// Of the batch, measured from the first row that counts: so that the mean of equal rows is each of them.
+// Of the batch, measured from the first row that counts: so that the mean of equal rows is each of
+// them. Both are zero if no row counts.
 template <int R>
 DEVICE Moments moments_of(const float (&x)[R], const Rows<R>& rows, float epsilon, float* variance) {
   float origin = 0;
@@ -163,8 +164,7 @@ DEVICE Moments moments_at(const float (&x)[R], const Rows<R>& rows, const Argume
   if (known)
     return {statistics[feature], rsqrtf(statistics[size + feature] + a.epsilon)};
   float variance;
-  Moments moments = moments_of(x, rows, a.epsilon, &variance);
-  if (rows.first >= kWarp * R) moments.mean = variance = 0;  // no row counts
+  const Moments moments = moments_of(x, rows, a.epsilon, &variance);
   if (lane == 0) {
     statistics[feature] = moments.mean;
     statistics[size + feature] = variance;
@@ -172,7 +172,8 @@ DEVICE Moments moments_at(const float (&x)[R], const Rows<R>& rows, const Argume
   return moments;
 }
 
-// The gradient by x of scale * (x - mean) * inverse, in place of that by the result.
+// The gradient by x of scale * (x - mean) * inverse, in place of that by the result, which is zero
+// for rows that do not count.
 // Returns the sum for the scale's own gradient.
 template <int R>
 DEVICE float normalize_backward(float (&by)[R], const float (&x)[R], const Moments& moments,
@@ -180,7 +181,6 @@ DEVICE float normalize_backward(float (&by)[R], const float (&x)[R], const Momen
   float sum = 0, by_inverse = 0;
 #pragma unroll
   for (int r = 0; r < R; ++r) {
-    if (!rows.counts[r]) by[r] = 0;
     sum += by[r];
     by_inverse += by[r] * (x[r] - moments.mean);
   }

@@ -135,9 +135,15 @@ def test_cuda_kernel_is_equal_in_everything(case):
     jax.tree.map(close, found, expected)
 
 
-@pytest.mark.parametrize("name", ["xla", "tpu", "gpu"])
-@pytest.mark.parametrize("options", [{}, {"plain": True}, {"vocab_size": 7}, {"inputs": 20}])
-def test_equal_in_mixed_precision(options, name):
+MIXED = [(name, {}) for name in ("xla", "tpu", "gpu")] + [
+    pytest.param(name, options, marks=() if name == "xla" else pytest.mark.long)
+    for name in ("xla", "tpu", "gpu")
+    for options in ({"plain": True}, {"vocab_size": 7}, {"inputs": 20})
+]
+
+
+@pytest.mark.parametrize("name, options", MIXED)
+def test_equal_in_mixed_precision(name, options):
     options = {"dtype": jnp.bfloat16, "batch": 16, **options}
     found, expected = run(name, **options), run("reference", **options)
     assert jax.tree.map(lambda a: a.dtype, found) == jax.tree.map(lambda a: a.dtype, expected)
