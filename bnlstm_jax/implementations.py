@@ -152,8 +152,10 @@ def xla(
     return run(kernel, params, carry, inputs, rest)
 
 
-# All by name, and the platform that one is made for. `auto` is one of them; see `choose`.
+# All by name, and the platform that one is made for.
 IMPLEMENTATIONS = {"xla": None, "reference": None, "tpu": "tpu", "gpu": "gpu"}
+# What users may name. `auto` is one of the others; see `choose`.
+NAMES = ("auto", *IMPLEMENTATIONS)
 # Those that are made of a step.
 BY_STEP = {"xla": xla, "reference": reference, "tpu": tpu}
 # Hidden units up to which the tests of the one kernel have passed, by kind of device, as JAX names

@@ -29,6 +29,7 @@ from bnlstm_jax.cells import (
 from bnlstm_jax.implementations import (
     BY_STEP,
     IMPLEMENTATIONS,
+    NAMES,
     choose,
     log_choice,
     reference,
@@ -320,9 +321,8 @@ class RecurrentLayer(LSTMParameters):
     @nn.nowrap
     def check_inputs(self, inputs: Array) -> None:
         """Refuses inputs of another kind than the layer is made for, and other implementations."""
-        known = ("auto", *IMPLEMENTATIONS)
-        if self.implementation not in known:
-            names = " or ".join(map(repr, known))
+        if self.implementation not in NAMES:
+            names = " or ".join(map(repr, NAMES))
             raise ValueError(f"implementation is {self.implementation!r}; it is {names}")
         given = f"these are {inputs.dtype}{list(inputs.shape)}"
         if self.vocab_size is None and inputs.ndim != 3:

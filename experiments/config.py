@@ -6,7 +6,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from bnlstm_jax.attentive_reader import FORMS
-from bnlstm_jax.implementations import IMPLEMENTATIONS
+from bnlstm_jax.implementations import NAMES
 from experiments.errors import UserError, unknown_name
 
 MODEL_KINDS = ("lstm", "bn_lstm", "ln_lstm")
@@ -123,8 +123,7 @@ def check(config: ConfigDict) -> None:
             )
     model_kinds(config)
     one_of("config.model.dtype", config.model.dtype, ("float32", "bfloat16"))
-    known = ("auto", *IMPLEMENTATIONS)
-    one_of("config.model.implementation", config.model.implementation, known)
+    one_of("config.model.implementation", config.model.implementation, NAMES)
     one_of("config.optimizer.name", config.optimizer.name, ("rmsprop", "adam"))
     one_of("config.optimizer.clip_rule", config.optimizer.clip_rule, ("norm", "released_reader"))
     one_of("config.population_late_steps", config.population_late_steps, ("skip", "repeat"))

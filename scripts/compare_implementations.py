@@ -61,8 +61,9 @@ def moved(params: Any) -> Any:
 
 def losses(base: ConfigDict, updates: int) -> dict[str, list[float]]:
     """The training loss of every batch, in nats, by run; all take turns."""
-    states, steps, found = {}, {}, {name: [] for name in runs()}
-    for name, (fields, is_moved) in runs().items():
+    todo = runs()
+    states, steps, found = {}, {}, {name: [] for name in todo}
+    for name, (fields, is_moved) in todo.items():
         config = base.copy_and_resolve_references()
         config.model.update(fields)
         task = tasks.load(config)
