@@ -1,0 +1,110 @@
+"""A checkpoint and outputs of an earlier version, in data/: this one restores and reproduces them.
+
+The files were written by this file's functions, on a CPU, before the library was rearranged.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import bnlstm_jax
+from bnlstm_jax.attentive_reader import FORMS, AttentiveReader
+
+DATA = Path(__file__).parent / "data"
+RESTORED = ("bn_lstm", "lstm", "reader_lstm")  # the modules with variables in the checkpoint
+# Float32 through a few steps, on other processors too.
+CLOSE = dict(rtol=1e-5, atol=2e-6)
+
+
+def modules():
+    """Modules with their inputs."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(4, 5, 2)).astype(np.float32)
+    symbols = random.integers(0, 6, (4, 5))
+    lengths = {"seq_lengths": np.array([5, 1, 3, 4])}
+    words, questions = random.integers(0, 7, (4, 6)), random.integers(0, 7, (4, 3))
+    asked = words, questions, np.array([5, 1, 3, 4]), np.array([3, 1, 2, 2])
+    normalized = dict(mask_statistics=False, passage_steps=5, question_steps=3, momentum=0.9)
+
+    def reader(form, **options):
+        return AttentiveReader(7, 3, **FORMS[form], **options)
+
+    return {
+        "bn_lstm": (bnlstm_jax.BNLSTM(3, max_steps=6, momentum=0.9), (x,), lengths),
+        "ln_lstm": (bnlstm_jax.LNLSTM(3), (x,), lengths),
+        "lstm": (bnlstm_jax.LSTM(3, vocab_size=6), (symbols,), {}),
+        "reader_lstm": (reader("lstm", bias_factor=2.0, identical_blocks=True), asked, {}),
+        "bn_e_star": (reader("bn_e_star", **normalized), asked, {}),
+        "bn_e_star_star": (reader("bn_e_star_star", **normalized), asked, {}),
+    }
+
+
+def initialized(name):
+    module, inputs, _ = modules()[name]
+    return module.init(jax.random.key(1), *inputs, use_running_average=True)
+
+
+def randomized(variables):
+    random = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: leaf + np.float32(0.3 * random.random(leaf.shape)), variables)
+
+
+def flat(tree):
+    return np.concatenate([np.zeros(0), *map(np.ravel, jax.tree.leaves(tree))])
+
+
+def computed(name, variables):
+    """Outputs in training and at inference, updated statistics, and the gradient, flat."""
+    module, inputs, options = modules()[name]
+
+    def value(params):
+        outputs, updated = module.apply(
+            {**variables, "params": params},
+            *inputs,
+            use_running_average=False,
+            mutable=["batch_stats"],
+            **options,
+        )
+        return jnp.sum(jnp.sin(outputs)), (outputs, updated)
+
+    gradient, (outputs, updated) = jax.grad(value, has_aux=True)(variables["params"])
+    inference = module.apply(variables, *inputs, use_running_average=True, **options)
+    return np.concatenate([flat(tree) for tree in (outputs, inference, updated, gradient)])
+
+
+def write():
+    variables = {name: randomized(initialized(name)) for name in modules()}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(DATA / "checkpoint", {name: variables[name] for name in RESTORED})
+    found = {name: computed(name, variables[name]) for name in variables}
+    initial = {f"initial_{name}": flat(initialized(name)) for name in variables}
+    np.savez_compressed(DATA / "outputs.npz", **found, **initial)
+
+
+@pytest.fixture(scope="module")
+def outputs():
+    with np.load(DATA / "outputs.npz") as file:
+        return dict(file)
+
+
+@pytest.mark.parametrize("name", modules())
+def test_initial_values_are_the_same(name, outputs):
+    np.testing.assert_allclose(flat(initialized(name)), outputs[f"initial_{name}"], **CLOSE)
+
+
+@pytest.mark.parametrize("name", modules())
+def test_outputs_statistics_and_gradients_are_the_same(name, outputs):
+    found = computed(name, randomized(initialized(name)))
+    np.testing.assert_allclose(found, outputs[name], **CLOSE)
+
+
+def test_restores_a_checkpoint(outputs):
+    trees = jax.eval_shape(lambda: {name: initialized(name) for name in RESTORED})
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(DATA / "checkpoint", trees)
+    for name in RESTORED:
+        np.testing.assert_allclose(computed(name, restored[name]), outputs[name], **CLOSE)
