@@ -4,8 +4,8 @@
 """
 
 from bnlstm_jax.cells import BNLSTMCell, BNSimpleCell, LNLSTMCell, LSTMCell
+from bnlstm_jax.layers import BNLSTM, LNLSTM, LSTM
 from bnlstm_jax.population import estimate_population_statistics
-from bnlstm_jax.recurrent import BNLSTM, LNLSTM, LSTM
 
 __all__ = [
     "BNLSTM",

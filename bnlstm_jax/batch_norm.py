@@ -1,4 +1,4 @@
-"""Batch normalisation in Flax modules: the fields and statistics of a module, and a plain layer."""
+"""Statistics of a Flax module in the collection `batch_stats`, and the plain layer BatchNorm."""
 
 from typing import Any
 
@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bnlstm_jax import initializers
+from bnlstm_jax.initializers import Initializer
 from bnlstm_jax.normalization import (
-    Moments,
     Statistics,
     batch_moments,
     batch_normalize,
@@ -19,123 +18,115 @@ from bnlstm_jax.normalization import (
     statistics_dtype,
 )
 
-# Statistics of the batch at hand, unaveraged, with the number of rows behind each of them.
-# Written when an `apply` names it among its mutable collections; see `bnlstm_jax.population`.
+# Statistics of the current batch, not averaged, and the number of rows behind each. An `apply` that
+# names this collection as mutable gets them; see `bnlstm_jax.population`.
 CURRENT_BATCH_STATS = "current_batch_stats"
 
 
-class Normalized(nn.Module):
-    """What modules with batch statistics share; the names are those of `flax.linen.BatchNorm`.
+def pooled_axis(module: nn.Module) -> str | None:
+    """The `axis_name` of a module, or None where there is nothing to pool.
+
+    As in `flax.linen.BatchNorm`, variables are initialised outside of mapped axes.
+    """
+    if module.is_initializing() or module.axis_name is None:
+        return None
+    return None if jax.lax.psum(1, module.axis_name) == 1 else module.axis_name
+
+
+def statistics_variables(
+    module: nn.Module, shape: tuple[int, ...], prefix: str = ""
+) -> list[nn.Variable]:
+    """The running mean (from 0) and variance (from 1) of a term, in `batch_stats`."""
+    dtype = statistics_dtype(module.param_dtype)
+    return [
+        module.variable("batch_stats", f"{prefix}mean", jnp.zeros, shape, dtype),
+        module.variable("batch_stats", f"{prefix}var", jnp.ones, shape, dtype),
+    ]
+
+
+def values(variables: list[nn.Variable]) -> Statistics:
+    """The values of `statistics_variables`."""
+    return Statistics(*(variable.value for variable in variables))
+
+
+def update_statistics(
+    module: nn.Module,
+    variables: list[nn.Variable],
+    batch: Statistics,
+    count: Array,
+    prefix: str = "",
+) -> None:
+    """Moves running statistics towards those of the batch; writes those in `current_batch_stats`.
+
+    Args:
+      module: has `momentum` and `axis_name`. Nothing happens while it is initialised.
+      variables: the running statistics, `[T, F]` or `[F]`.
+      batch: statistics of the batch. `[T, F]` are pooled over time for running statistics `[F]`.
+      count: number of rows behind them, `[T]` or `[]`. Where it is zero nothing changes.
+      prefix: of names in the collections.
+    """
+    if module.is_initializing():
+        return
+    if module.axis_name is not None:
+        count = jax.lax.psum(count, module.axis_name)
+    running = values(variables)
+    if batch.mean.ndim > running.mean.ndim:
+        batch, count = pool_steps(batch, count), jnp.sum(count)
+    reached = (count > 0)[..., None]
+    averages = running_average(running, batch, module.momentum, reached)
+    for variable, average in zip(variables, averages, strict=True):
+        variable.value = average
+    if module.is_mutable_collection(CURRENT_BATCH_STATS):
+        for name, value in (("mean", batch.mean), ("var", batch.var), ("count", count)):
+            module.put_variable(CURRENT_BATCH_STATS, prefix + name, value)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation of the last axis over all others: equation 5 without its shift.
+
+    Unlike `flax.linen.BatchNorm` it computes statistics in two passes, and its population
+    statistics can be re-estimated by `bnlstm_jax.population`. Parameter `scale [F]`; statistics
+    `mean` and `var`, each `[F]`. Under batch statistics only first derivatives in reverse mode are
+    defined; updated statistics have none.
 
     Attributes:
-      use_running_average: normalise by the statistics in the collection `batch_stats` (inference)
-        rather than by those of the batch (training). Given here or in the call.
-      momentum: decay of the running average of batch statistics.
+      use_running_average: normalise by `batch_stats` (inference) rather than by the batch's own
+        moments (training). Set here or in the call.
+      momentum: decay of the running averages.
       epsilon: added to the variance.
       axis_name: mapped axis over which batches are pooled for their statistics.
-      scale_init: initialiser of the scales (gamma); 0.1 in the paper.
-      param_dtype: dtype of the parameters.
+      scale_init: initialiser of the scale (gamma); 0.1 in the paper.
+      param_dtype: dtype of the scale.
     """
 
     use_running_average: bool | None = None
     momentum: float = 0.99
     epsilon: float = 1e-5
     axis_name: str | None = None
-    scale_init: initializers.Initializer = nn.initializers.constant(0.1)
+    scale_init: Initializer = nn.initializers.constant(0.1)
     param_dtype: Any = jnp.float32
-
-    @nn.nowrap
-    def normalized(
-        self,
-        x: Array,
-        scale: Array,
-        given: Statistics | None,
-        epsilon: float,
-        where: Array | None,
-        axis: tuple[int, ...],
-        moments: Moments | None = None,
-    ) -> tuple[Array, Moments | None]:
-        """Equation 5 without its shift, by the statistics `given` or, if None, by the batch's own.
-
-        `moments` are those of the batch, where they are known. They are returned.
-        """
-        if given is not None:
-            return scale * standardize(x, given, epsilon, axis), None
-        # As in flax.linen.BatchNorm, variables are initialised outside of mapped axes.
-        axis_name = None if self.is_initializing() else self.axis_name
-        if axis_name is not None and jax.lax.psum(1, axis_name) == 1:
-            axis_name = None  # nobody to exchange anything with
-        if moments is None:
-            moments = batch_moments(x, where, axis, axis_name)
-        return batch_normalize(x, scale, where, moments, epsilon, axis, axis_name), moments
-
-    def statistics_variables(self, shape: tuple[int, ...], prefix: str = "") -> list[nn.Variable]:
-        """The running mean (from 0) and variance (from 1) of a term, in `batch_stats`."""
-        dtype = statistics_dtype(self.param_dtype)
-        return [
-            self.variable("batch_stats", f"{prefix}mean", jnp.zeros, shape, dtype),
-            self.variable("batch_stats", f"{prefix}var", jnp.ones, shape, dtype),
-        ]
-
-    def update_statistics(
-        self,
-        variables: list[nn.Variable],
-        batch: Statistics,
-        count: Array,
-        prefix: str = "",
-    ) -> None:
-        """Moves running statistics towards those of the batch, and shows the latter to who asks.
-
-        `count` says how many rows are behind them: `[T]` for statistics `[T, F]`, `[]` for `[F]`.
-        Where there are none, running statistics stay as they are. Running statistics `[F]` take
-        those of all time steps pooled. An initialising module does nothing.
-        """
-        if self.is_initializing():
-            return
-        if self.axis_name is not None:
-            count = jax.lax.psum(count, self.axis_name)
-        running = Statistics(*(v.value for v in variables))
-        if batch.mean.ndim > running.mean.ndim:
-            batch, count = pool_steps(batch, count), jnp.sum(count)
-        reached = (count > 0)[..., None]
-        for variable, value in zip(
-            variables, running_average(running, batch, self.momentum, reached), strict=True
-        ):
-            variable.value = value
-        if self.is_mutable_collection(CURRENT_BATCH_STATS):
-            for name, value in (("mean", batch.mean), ("var", batch.var), ("count", count)):
-                self.put_variable(CURRENT_BATCH_STATS, prefix + name, value)
-
-
-class BatchNorm(Normalized):
-    """Batch normalisation of the last axis, over all others; equation 5 without its shift.
-
-    Unlike `flax.linen.BatchNorm` it takes statistics in two passes, and its population statistics
-    can be re-estimated by `bnlstm_jax.population`. Parameter `scale [F]`; statistics `mean` and
-    `var`, each `[F]`. Under batch statistics only first derivatives in reverse mode are defined;
-    the updated statistics have none.
-    """
 
     @nn.compact
     def __call__(
         self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
     ) -> Array:
-        """Values `[..., F]`, normalised.
+        """Normalises values `[..., F]`.
 
         Args:
           x: the values.
           use_running_average: overrides the attribute.
-          mask: which rows count in statistics, boolean `[..., 1]`; all of them if None.
+          mask: rows that count in statistics, boolean `[..., 1]`; None for all.
         """
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        shape, axis = x.shape[-1:], tuple(range(-x.ndim, -1))
-        scale = self.param("scale", self.scale_init, shape, self.param_dtype)
-        variables = self.statistics_variables(shape)
-        running = Statistics(*(v.value for v in variables)) if use_running_average else None
-        rows = jnp.array(x.size // shape[0]) if mask is None else jnp.sum(mask)
-        x, moments = self.normalized(x, scale, running, self.epsilon, mask, axis)
-        if not use_running_average:
-            self.update_statistics(variables, moments.statistics(axis), rows)
-        return x
+        features, axis = x.shape[-1:], tuple(range(-x.ndim, -1))
+        scale = self.param("scale", self.scale_init, features, self.param_dtype)
+        variables = statistics_variables(self, features)
+        if use_running_average:
+            return scale * standardize(x, values(variables), self.epsilon, axis)
+        axis_name = pooled_axis(self)
+        moments = batch_moments(x, mask, axis, axis_name)
+        rows = jnp.array(x.size // features[0]) if mask is None else jnp.sum(mask)
+        update_statistics(self, variables, moments.statistics(axis), rows)
+        return batch_normalize(x, scale, mask, moments, self.epsilon, axis, axis_name)

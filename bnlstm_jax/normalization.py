@@ -1,12 +1,13 @@
-"""Normalisation as a pure transform: moments of a batch, batch and layer normalisation.
+"""Normalisation as pure functions: moments of a batch, batch and layer normalisation.
 
     BN(x; gamma, beta) = beta + gamma * (x - mean) / sqrt(var + epsilon)                        (5)
 
-Mean and variance are taken in at least float32 whatever the dtype of `x`, and in two passes: the
+Mean and variance are computed in at least float32 whatever the dtype of `x`, in two passes: the
 mean first, then the mean squared deviation from it. The one-pass form E[x^2] - E[x]^2 loses every
-digit where the spread is small against the mean, as it is in the first steps of a recurrence.
+digit where the spread is small against the mean, as in the first steps of a recurrence.
 """
 
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -24,35 +25,105 @@ class Statistics(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Statistics of a batch as they normalise it: with the axes they were taken over, of size one.
+    """Mean and biased variance of a batch; reduced axes stay, with size one.
 
     Attributes:
       mean, var: the mean and the biased variance.
-      count: how many rows count, at least one; None for all, where no axis is mapped.
+      count: number of rows behind them, at least one; None for all rows of an unmapped batch.
     """
 
     mean: Array
     var: Array
     count: Array | None
 
-    def statistics(self, axis: tuple[int, ...]) -> Statistics:
-        """Without those axes."""
+    def statistics(self, axis: tuple[int, ...] = (-2,)) -> Statistics:
+        """The moments without the reduced axes."""
         return Statistics(jnp.squeeze(self.mean, axis), jnp.squeeze(self.var, axis))
 
 
+@dataclasses.dataclass(frozen=True)
+class Normalization:
+    """Which terms of a step are normalised, and how; hashable.
+
+    Attributes:
+      terms: names of the normalised terms. The scale of each is the parameter `{term}_scale`.
+      kind: `batch`, by statistics of the batch or given ones, or `layer`, over each row's features.
+      epsilon: added to the variance.
+      input_epsilon: overrides `epsilon` for the term `input`.
+      masked: terms in whose moments only valid rows count.
+      whole_input: moments of the input are those of all time steps together.
+      axis_name: mapped axis over which batches are pooled.
+    """
+
+    terms: tuple[str, ...] = ()
+    kind: str = "batch"
+    epsilon: float = 1e-5
+    input_epsilon: float | None = None
+    masked: tuple[str, ...] = ()
+    whole_input: bool = False
+    axis_name: str | None = None
+
+    @property
+    def batch_terms(self) -> tuple[str, ...]:
+        """The terms that have statistics."""
+        return self.terms if self.kind == "batch" else ()
+
+    def axis(self, term: str) -> tuple[int, ...]:
+        """The axes over which moments of a term `[..., B, F]` are taken."""
+        return (-3, -2) if self.whole_input and term == "input" else (-2,)
+
+    def apply(
+        self,
+        term: str,
+        x: Array,
+        params: dict[str, Array],
+        statistics: dict[str, Statistics] | None = None,
+        valid: Array | None = None,
+        moments: Moments | None = None,
+    ) -> tuple[Array, Moments | None]:
+        """Equation 5 without its shift.
+
+        Args:
+          term: name of the term.
+          x: its values, `[..., B, F]`.
+          params: parameters, the scales among them.
+          statistics: of each term, to normalise by; None to normalise by the batch's own moments.
+          valid: valid rows, boolean `[..., B, 1]`; None if all are.
+          moments: the batch's moments of the term, if they are known.
+
+        Returns:
+          The normalised term, or `x` if it is not normalised; the moments that normalised it, or
+          None.
+        """
+        if term not in self.terms:
+            return x, None
+        scale = params[f"{term}_scale"]
+        has_own = term == "input" and self.input_epsilon is not None
+        epsilon = self.input_epsilon if has_own else self.epsilon
+        if self.kind == "layer":
+            return layer_normalize(x, scale, epsilon), None
+        axis = self.axis(term)
+        if statistics is not None:
+            return scale * standardize(x, statistics[term], epsilon, axis), None
+        where = valid if term in self.masked else None
+        if moments is None:
+            moments = batch_moments(x, where, axis, self.axis_name)
+        return batch_normalize(x, scale, where, moments, epsilon, axis, self.axis_name), moments
+
+
 def statistics_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype in which statistics and state are kept: float32, or wider if `dtype` is."""
+    """The dtype of statistics and state: float32, or `dtype` if it is wider."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def standardize(x: Array, statistics: Statistics, epsilon: float, axis: tuple[int, ...]) -> Array:
-    """`(x - mean) / sqrt(var + epsilon)`, which is equation 5 without scale and shift.
+    """`(x - mean) / sqrt(var + epsilon)`: equation 5 without scale and shift.
 
     Args:
-      x: values, `[..., batch, F]`.
-      statistics: given ones, `[..., F]`: the shape of `x` without `axis`.
+      x: values, `[..., B, F]`.
+      statistics: given statistics, in the shape of `x` without `axis`.
       epsilon: added to the variance.
-      axis: the axes over which statistics are taken, negative numbers.
+      axis: the axes of which statistics are taken, negative numbers.
     """
     mean, var = (jnp.expand_dims(s, axis) for s in statistics)
     return (x - mean) * jax.lax.rsqrt(var + epsilon)
@@ -64,20 +135,19 @@ def batch_moments(
     axis: tuple[int, ...] = (-2,),
     axis_name: str | None = None,
 ) -> Moments:
-    """The moments of a batch, for `batch_normalize`. No gradient flows through them here.
+    """The moments of a batch, for `batch_normalize`. They carry no gradient.
 
     Args:
-      x: values, `[..., batch, F]`.
-      where: which rows count, boolean `[..., batch, 1]`; all of them if None. The others are taken
-        for zeros. Where no row counts, mean and variance are zero.
-      axis: the axes over which statistics are taken, negative numbers.
-      axis_name: mapped axis of `vmap`, `pmap` or `shard_map(check_vma=False)`, over which rows are
-        pooled too.
+      x: values, `[..., B, F]`.
+      where: rows that count, boolean `[..., B, 1]`; None for all. If none does, mean and variance
+        are zero.
+      axis: the axes over which moments are taken, negative numbers.
+      axis_name: mapped axis of `vmap`, `pmap` or `shard_map(check_vma=False)` over which batches
+        are pooled.
     """
     values = jax.lax.stop_gradient(_counted(x, where))
-    # Measured from a row that counts, the variance loses no digits to the batch's distance from
-    # zero, and the mean of equal rows is exactly each of them: such is the first recurrent term,
-    # the same in all examples.
+    # Relative to a row that counts, the variance loses no digits to the batch's distance from
+    # zero, and the mean of equal rows is exact: the first recurrent term is equal in all examples.
     origin = _first_row(values, axis, where)
     count = None
     if where is not None:
@@ -89,8 +159,8 @@ def batch_moments(
     if axis_name is None:
         return Moments(origin + offset, squares / rows, count)
 
-    # Pooled in two exchanges: of means, and of deviations from their mean. The latter tell how far
-    # rounding has put it off, too, so that equal rows still have exactly their mean.
+    # Two exchanges: means, then deviations from the pooled mean. The latter correct its rounding
+    # error, so that the mean of equal rows stays exact.
     if where is None:
         count = jnp.asarray(rows * jax.lax.psum(1, axis_name), values.dtype)
     else:
@@ -113,17 +183,16 @@ def batch_normalize(
     axis: tuple[int, ...] = (-2,),
     axis_name: str | None = None,
 ) -> Array:
-    """Equation 5 without its shift, by the batch's own moments: those that `batch_moments` gave.
+    """Equation 5 without its shift, by the moments that `batch_moments` returns.
 
-    Gradients flow through the moments as functions of `x`. They are written out below, because the
-    well-known short form needs two sums where automatic differentiation of the two passes needs
-    several, and because moments can be kept where the values are computed anew. Only reverse-mode
-    differentiation is defined, and only once.
+    Gradients flow through the moments as functions of `x`. They are written out below: the short
+    form needs two sums where differentiating the two passes needs several, and moments can be
+    residuals where values are recomputed. Only first derivatives in reverse mode are defined.
 
     Args:
-      x, where, axis, axis_name: as for `batch_moments`.
+      x, where, axis, axis_name: as in `batch_moments`.
       scale: gamma, `[F]`.
-      moments: those of `x`.
+      moments: the moments of `x`.
       epsilon: added to the variance.
 
     Returns:
@@ -133,7 +202,7 @@ def batch_normalize(
 
 
 def _counted(x: Array, where: Array | None) -> Array:
-    """In the dtype of statistics, with zeros for whatever padding holds."""
+    """`x` in the dtype of statistics, zero in rows that do not count."""
     values = x.astype(statistics_dtype(x.dtype))
     return values if where is None else jnp.where(where, values, 0)
 
@@ -143,7 +212,7 @@ def _rows(x: Array, axis: tuple[int, ...]) -> int:
 
 
 def _total(x: Array, axis: tuple[int, ...], where: Array | None = None) -> Array:
-    """Sum over `axis`, which stays with size one; of the rows `where`, if given."""
+    """Sum of the rows `where`, or of all, over `axis`, which stays with size one."""
 
     def by_reduction(x: Array) -> Array:
         return jnp.sum(x, axis, where=where, keepdims=True)
@@ -153,12 +222,12 @@ def _total(x: Array, axis: tuple[int, ...], where: Array | None = None) -> Array
 
     if axis != (-2,):
         return by_reduction(x)
-    # XLA's sums of columns on CPU take several times as long as this product.
+    # On CPU, XLA's sums of columns take several times as long as this product.
     return jax.lax.platform_dependent(x, cpu=by_product, default=by_reduction)
 
 
 def _first_row(x: Array, axis: tuple[int, ...], where: Array | None) -> Array:
-    """The first row along `axis`, which stays with size one, that counts; any if none does."""
+    """The first row along `axis` that counts, any if none does; `axis` stays with size one."""
 
     def by_index(x: Array) -> Array:
         counts = where
@@ -185,14 +254,14 @@ def _first_row(x: Array, axis: tuple[int, ...], where: Array | None) -> Array:
     def by_sum(x: Array) -> Array:
         return jnp.sum(jnp.where(row == first, x, 0), -2, keepdims=True)
 
-    # XLA on CPU would take the row out of `x` anew for each of the rows it is subtracted from. A
-    # TPU kernel has no take_along_axis.
+    # On CPU, XLA would read the row again for each row it is subtracted from. A TPU kernel has no
+    # take_along_axis.
     default = by_index if where is None else by_sum
     return jax.lax.platform_dependent(x, cpu=by_product, default=default)
 
 
 def _row_product(weights: Array, x: Array) -> Array:
-    """The sum of rows with weights `[..., batch, 1]`, by a product `[1, batch] x [batch, F]`."""
+    """Sum of rows with weights `[..., B, 1]`, as a product `[1, B] x [B, F]`."""
     weights = jnp.swapaxes(weights, -1, -2).astype(x.dtype)
     return jnp.matmul(weights, x, precision=jax.lax.Precision.HIGHEST)
 
@@ -204,7 +273,7 @@ def _forward(x, scale, where, moments, epsilon, axis, axis_name):
 
 @jax.custom_vjp
 def _last_derivative(x: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Refuses to be differentiated: the moments behind it would count as constants."""
+    """Cannot be differentiated: the moments behind `x` would count as constants."""
     return x
 
 
@@ -215,34 +284,34 @@ def _refuse(x):
 _last_derivative.defvjp(_refuse, lambda residuals, gradients: (gradients,))
 
 
-def _backward(epsilon, axis, axis_name, residuals, by_y):
+def _backward(epsilon, axis, axis_name, residuals, d_y):
     x, scale, where, moments = residuals
     inverse = jax.lax.rsqrt(moments.var + epsilon)
     deviation = _counted(x, where) - moments.mean
-    by_shift = _total(by_y, axis)
-    by_scale = inverse * _total(by_y * deviation, axis)
-    gradient = by_scale.reshape(-1, scale.shape[-1]).sum(0).astype(scale.dtype)
-    if axis_name is not None:  # every shard's moments depend on every shard's rows
-        sums = jax.lax.psum(jnp.concatenate([by_shift, by_scale], axis[-1]), axis_name)
-        by_shift, by_scale = jnp.split(sums, 2, axis[-1])
+    d_shift = _total(d_y, axis)
+    d_scale = inverse * _total(d_y * deviation, axis)
+    d_gamma = d_scale.reshape(-1, scale.shape[-1]).sum(0).astype(scale.dtype)
+    if axis_name is not None:  # moments of every shard depend on rows of every shard
+        sums = jax.lax.psum(jnp.concatenate([d_shift, d_scale], axis[-1]), axis_name)
+        d_shift, d_scale = jnp.split(sums, 2, axis[-1])
     count = _rows(x, axis) if moments.count is None else moments.count
     # A row that counts moves the mean by 1 / count and the variance by 2 (x - mean) / count.
-    by_x = by_y - by_shift / count - deviation * (inverse * by_scale / count)
-    by_x = scale * inverse * by_x
+    d_x = d_y - d_shift / count - deviation * (inverse * d_scale / count)
+    d_x = scale * inverse * d_x
     if where is not None:
-        by_x = jnp.where(where, by_x, 0)
-    by_x, gradient = _last_derivative((by_x.astype(x.dtype), gradient))
-    return by_x, gradient, None, None
+        d_x = jnp.where(where, d_x, 0)
+    d_x, d_gamma = _last_derivative((d_x.astype(x.dtype), d_gamma))
+    return d_x, d_gamma, None, None
 
 
 batch_normalize.defvjp(_forward, _backward)
 
 
 def layer_normalize(x: Array, scale: Array, epsilon: float) -> Array:
-    """`scale * (x - mean) / sqrt(var + epsilon)` of each row by itself, over its features.
+    """`scale * (x - mean) / sqrt(var + epsilon)`, moments over each row's features.
 
-    Values `[..., F]` in any floating dtype; the result is in float32 or wider. Ba, Kiros and Hinton
-    (2016), without the shift.
+    Ba, Kiros and Hinton (2016), without the shift. `x` `[..., F]` has any floating dtype; the
+    result is in float32 or wider.
     """
     x = x.astype(statistics_dtype(x.dtype))
     deviation = x - jnp.mean(x, -1, keepdims=True)
@@ -251,9 +320,9 @@ def layer_normalize(x: Array, scale: Array, epsilon: float) -> Array:
 
 
 def pool_steps(statistics: Statistics, count: Array) -> Statistics:
-    """Mean and variance `[F]` of the rows of all time steps together.
+    """Statistics `[F]` of all time steps together, from those of each, `[T, F]`.
 
-    Of the statistics of each, `[T, F]`, with `count` rows behind them, `[T]`. Zeros if all are 0.
+    `count` `[T]` is the number of rows at each step; zeros if there are no rows at all.
     """
     weight = (count / jnp.maximum(jnp.sum(count), 1))[:, None]
     mean = jnp.sum(weight * statistics.mean, 0)
@@ -264,9 +333,9 @@ def pool_steps(statistics: Statistics, count: Array) -> Statistics:
 def running_average(
     running: Statistics, batch: Statistics, momentum: float, where: Array | None = None
 ) -> Statistics:
-    """`momentum * running + (1 - momentum) * batch`, only `where` the batch has something to say.
+    """`momentum * running + (1 - momentum) * batch` where `where` holds, elsewhere `running`.
 
-    `where` is boolean and broadcasts against the statistics; None stands for everywhere.
+    `where` is boolean and broadcasts against the statistics; None is everywhere.
     """
 
     def average(old: Array, new: Array) -> Array:

@@ -5,9 +5,9 @@ import math
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from bnlstm_jax.attentive_reader import FORMS
-from bnlstm_jax.implementations import NAMES
+from bnlstm_jax.recurrence import NAMES
 from experiments.errors import UserError, unknown_name
+from experiments.models.attentive_reader import FORMS
 
 MODEL_KINDS = ("lstm", "bn_lstm", "ln_lstm")
 READER_KINDS = tuple(FORMS)  # answer questions
@@ -32,7 +32,7 @@ def base_config() -> ConfigDict:
     config.model.momentum = 0.99  # of the running average of batch statistics
     config.model.max_steps = 0  # time steps with statistics; 0: all of training sequences
     config.model.dtype = "float32"  # of matrix products' operands; or bfloat16
-    config.model.implementation = "auto"  # of the recurrence; see bnlstm_jax/implementations.py
+    config.model.implementation = "auto"  # of the recurrence; see bnlstm_jax/recurrence
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "rmsprop"  # or adam

@@ -4,8 +4,8 @@ import flax.linen as nn
 from ml_collections import ConfigDict
 
 import bnlstm_jax
-from bnlstm_jax import initializers
-from bnlstm_jax.implementations import IMPLEMENTATIONS, available, default_device
+from bnlstm_jax import initializers, recurrence
+from bnlstm_jax.layers import Layer, abstract_problem
 from experiments.config import at_least, one_of, words
 from experiments.errors import UserError
 
@@ -43,31 +43,23 @@ def check(model: ConfigDict) -> None:
     at_least("config.model.initial_hidden_noise", model.initial_hidden_noise, 0)
 
 
-def check_implementation(layer: bnlstm_jax.LSTM | bnlstm_jax.BNLSTM | bnlstm_jax.LNLSTM) -> None:
-    """Refuses an implementation that these devices, or such a layer, have not.
+def check_implementation(layer: Layer) -> None:
+    """Refuses an implementation that does not run a layer here.
 
     Raises:
       UserError: says what to choose in its place.
     """
     name = layer.implementation
-    if IMPLEMENTATIONS.get(name) is None:
-        return
-    if name not in available():
-        raise UserError(
-            f"config.model.implementation is {name}, and devices here are "
-            f"{default_device().platform}: make it xla"
-        )
-    if layer.batch_terms and layer.axis_name is not None:
-        raise UserError(
-            f"config.model.implementation is {name}, which has a batch's statistics on one device: "
-            "make it xla, or config.parallel.statistics_devices 1"
-        )
     try:
-        reason = layer.refusal(name, batch=1)
-    except RuntimeError as error:  # of a compiler
+        reason = recurrence.why_unsupported(name, abstract_problem(layer))
+    except RuntimeError as error:  # from a compiler
         raise UserError(f"config.model.implementation is {name}: {error}") from error
     if reason is not None:
-        raise UserError(f"config.model.implementation is {name}, which {reason}: make it xla")
+        pooled = "axis_name" in reason
+        other = ", or config.parallel.statistics_devices 1" if pooled else ""
+        raise UserError(
+            f"config.model.implementation is {name}, which {reason}: make it xla{other}"
+        )
 
 
 def check_max_steps(model: ConfigDict, steps: int, sequences: str) -> None:
@@ -89,7 +81,7 @@ def recurrent_layer(
     sequence_length: int,
     vocab_size: int | None = None,
     axis_name: str | None = None,
-) -> bnlstm_jax.LSTM | bnlstm_jax.BNLSTM | bnlstm_jax.LNLSTM:
+) -> Layer:
     """The layer of `config.model`, for training sequences of `sequence_length` steps.
 
     With `vocab_size` its inputs are symbols. `axis_name`: mapped axis over which batch statistics

@@ -34,7 +34,8 @@ from jax import Array
 
 from bnlstm_jax import BNLSTM, LSTM
 from bnlstm_jax.cells import product
-from bnlstm_jax.implementations import IMPLEMENTATIONS, available, transpose
+from bnlstm_jax.recurrence import IMPLEMENTATIONS, available
+from bnlstm_jax.recurrence.problem import transpose
 from experiments import errors, metrics, workdir
 from experiments.errors import UserError
 from scripts import timing
@@ -266,7 +267,7 @@ def candidates(size: Size, dtype: str, is_update: bool, peers: str | None) -> di
         for name in available():
             own = functools.partial(kind_of_layer, units, implementation=name, **fields, **more)
             makers[f"{label}, {name}"] = functools.partial(layer, own, size, is_update)
-            if IMPLEMENTATIONS[name] is not None:
+            if IMPLEMENTATIONS[name].platform is not None:
                 one_kernel.append(f"{label}, {name}")
 
     def flax_rnn() -> nn.Module:

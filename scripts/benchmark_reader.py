@@ -20,10 +20,8 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from bnlstm_jax.attentive_reader import AttentiveReader, Encoder
 from bnlstm_jax.cells import look_up
 from bnlstm_jax.initializers import orthogonal_blocks
-from bnlstm_jax.models import Readout
 from configs import cnn_qa
 from experiments import errors, metrics, tasks, train
 from experiments.compare import LABELS
@@ -31,6 +29,8 @@ from experiments.config import READER_KINDS
 from experiments.datasets import prepared
 from experiments.datasets.question_arrays import SPLITS, Question, pack
 from experiments.datasets.questions import SPECIALS
+from experiments.models.attentive_reader import AttentiveReader, Encoder
+from experiments.models.readout import Readout
 from scripts import timing
 
 FEATURES = flags.DEFINE_integer("features", 240, "Hidden units of a direction.", lower_bound=1)

@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from bnlstm_jax.implementations import available
+from bnlstm_jax.recurrence import available
 from experiments import config as configs
 from experiments import errors, metrics, tasks, train, workdir
 from experiments.errors import UserError

@@ -21,11 +21,11 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 from jax import Array
 
-from bnlstm_jax.models import LanguageModel
 from experiments import errors, workdir
 from experiments.checkpoints import read_best
 from experiments.datasets import corpus
 from experiments.errors import UserError
+from experiments.models.language_model import LanguageModel
 from experiments.tasks import char_lm
 
 Variables = dict[str, Any]

@@ -11,13 +11,13 @@ from absl import logging
 from jax import Array
 from ml_collections import ConfigDict
 
-from bnlstm_jax.models import LanguageModel
 from experiments import layers
 from experiments.config import NO_BATCH_STATISTICS, one_of, words
 from experiments.datasets import corpus
 from experiments.datasets.corpus import SPLITS, UNKNOWN
 from experiments.errors import UserError
 from experiments.layers import layer_config, matmul_dtype, recurrent_layer
+from experiments.models.language_model import LanguageModel
 from experiments.parallel import ONE_DEVICE, Parallel
 from experiments.tasks import (
     Batch,

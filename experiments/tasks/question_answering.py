@@ -1,5 +1,6 @@
 """Questions on passages, answered by a word: the Attentive Reader on CNN news and on bAbI."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -13,13 +14,13 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from bnlstm_jax import BNLSTM
-from bnlstm_jax.attentive_reader import FORMS, AttentiveReader
 from experiments.config import at_least, at_most, one_of
 from experiments.datasets import questions
 from experiments.datasets.question_arrays import SPLITS
 from experiments.datasets.questions import SPECIALS, Selection, Split, Texts
 from experiments.errors import UserError
 from experiments.layers import check_implementation, check_max_steps, matmul_dtype
+from experiments.models.attentive_reader import FORMS, AttentiveReader, Quirks
 from experiments.parallel import ONE_DEVICE, Parallel
 from experiments.tasks import (
     Batch,
@@ -86,18 +87,13 @@ def make_model(
     fields = {"dtype": matmul_dtype(model), "implementation": model.implementation}
     check_implementation(BNLSTM(model.features, axis_name=axis_name, **fields))
     check_max_steps(model, passage_steps, "passages")
+    names = [field.name for field in dataclasses.fields(Quirks)]
     return AttentiveReader(
         vocab_size=vocab_size,
         features=model.features,
         **FORMS[model.kind],
-        mask_statistics=not model.count_padding,
-        square_scale=model.square_scale,
-        identical_blocks=model.identical_blocks,
-        bias_factor=2.0 if model.double_bias else 1.0,
-        mean_passage=model.mean_passage,
-        bilinear=model.bilinear,
+        quirks=Quirks(**{name: model[name] for name in names if name in model}),
         dropout_rate=model.dropout_rate,
-        unscaled_dropout=model.unscaled_dropout,
         passage_steps=model.max_steps or passage_steps,
         question_steps=min(model.max_steps or question_steps, question_steps),
         momentum=model.momentum,

@@ -9,10 +9,10 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from bnlstm_jax.models import SequenceClassifier
 from experiments import datasets, layers
 from experiments.config import MAX_SEED, at_least, at_most, one_of
 from experiments.layers import matmul_dtype, recurrent_layer
+from experiments.models.sequence_classifier import SequenceClassifier
 from experiments.parallel import ONE_DEVICE, Parallel
 from experiments.tasks import (
     Batch,

@@ -14,10 +14,14 @@ import numpy as np
 import pytest
 
 import bnlstm_jax
-from bnlstm_jax import cuda_gpu
-from bnlstm_jax.cells import lstm_step
-from bnlstm_jax.implementations import reference
-from bnlstm_jax.normalization import Statistics, batch_moments, batch_normalize, standardize
+from bnlstm_jax import recurrence
+from bnlstm_jax.cells import Variant
+from bnlstm_jax.layers import abstract_problem
+from bnlstm_jax.normalization import Normalization, Statistics
+from bnlstm_jax.recurrence.devices import emulation
+from bnlstm_jax.recurrence.native import build, call
+from bnlstm_jax.recurrence.problem import Problem
+from bnlstm_jax.recurrence.scan import reference
 
 EPSILON = 1e-5
 BOTH = ("recurrent", "cell")
@@ -26,7 +30,7 @@ BOTH = ("recurrent", "cell")
 @pytest.fixture(autouse=True)
 def full_precision():
     """Of products outside of the kernel, which on GPUs take less by default."""
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("highest"), emulation():
         yield
 
 
@@ -36,9 +40,10 @@ def draw(seed, units, batch, steps, terms, given):
     def normal(*shape):
         return jnp.asarray(random.normal(size=shape), jnp.float32)
 
-    params = {"cell_bias": normal(units)}
     sizes = {"recurrent": 4 * units, "cell": units}
-    params |= {f"{term}_scale": 0.1 + 0.1 * normal(sizes[term]) for term in terms}
+    params = {f"{term}_scale": 0.1 + 0.1 * normal(sizes[term]) for term in terms}
+    params |= {"cell_bias": normal(units), "bias": normal(4 * units)}
+    params["input_kernel"] = normal(3, 4 * units)
     kernel = normal(units, 4 * units) / units**0.5
     carry = normal(batch, units), normal(batch, units)
     statistics = None
@@ -47,16 +52,16 @@ def draw(seed, units, batch, steps, terms, given):
             term: Statistics(normal(steps, sizes[term]), jnp.square(normal(steps, sizes[term])))
             for term in terms
         }
-    return (kernel, params, carry, normal(steps, batch, 4 * units)), statistics
+    return (kernel, params, carry, normal(steps, batch, 3)), statistics
 
 
 def results(run, arguments, weights):
-    """Outputs, statistics and gradients of a recurrence, with random weights on its outputs."""
+    """Outputs, moments and gradients of a recurrence, with random weights on its outputs."""
 
     def value(*arguments):
-        (c, h), (hidden, moments) = run(*arguments)
-        found = {term: (m.mean, m.var) for term, m in moments.items() if m is not None}
-        return jnp.vdot(weights, hidden) + c.sum() - h.sum(), (c, h, hidden, found)
+        result = run(*arguments)
+        (c, h), hidden = result.carry, result.hidden
+        return jnp.vdot(weights, hidden) + c.sum() - h.sum(), result
 
     return jax.jit(jax.value_and_grad(value, (0, 1, 2, 3), has_aux=True))(*arguments)
 
@@ -77,29 +82,14 @@ def compare(
     valid = None
     if lengths is not None:
         valid = (jnp.arange(steps)[:, None] < jnp.asarray(lengths))[..., None]
+    norm = Normalization(terms, epsilon=epsilon, masked=terms)
 
-    def by_scan(kernel, params, carry, pre_activation):
-        def step(params, carry, recurrent_term, now, rest, _):
-            valid, statistics = rest
-
-            def normalize(term, x):
-                if term not in terms:
-                    return x, None
-                scale = params[f"{term}_scale"]
-                if statistics is not None:
-                    return scale * standardize(x, statistics[term], epsilon, (-2,)), None
-                moments = batch_moments(x, valid)
-                return batch_normalize(x, scale, valid, moments, epsilon), moments
-
-            bias = {"bias": jnp.zeros(())}
-            return lstm_step(params | bias, carry, recurrent_term, now, normalize, valid)
-
-        rest = valid, statistics
-        return reference(step, kernel, params, carry, pre_activation, rest, dtype)
+    def by_scan(*arguments):
+        return reference(Problem(*arguments, None, valid, statistics, norm, dtype))
 
     def by_kernel(*arguments):
-        counted = dict.fromkeys(terms, valid)
-        return cuda_gpu.gpu(*arguments, valid, counted, statistics, terms, epsilon, dtype, block)
+        problem = Problem(*arguments, None, valid, statistics, norm, dtype)
+        return call.run(problem, units_of_block=block)
 
     found = results(by_kernel, arguments, weights)
     expected = results(by_scan, arguments, weights)
@@ -163,22 +153,26 @@ def test_what_all_examples_share_is_normalised_to_exactly_zero(batch):
 
     def hidden(h):
         carry = c, jnp.broadcast_to(h, c.shape)
-        counted = dict.fromkeys(BOTH)
-        return cuda_gpu.gpu(kernel, params, carry, inputs, None, counted, None, BOTH, EPSILON)[1][0]
+        return call.run(Problem(kernel, params, carry, inputs, norm=Normalization(BOTH))).hidden
 
     np.testing.assert_array_equal(hidden(h[0]), hidden(jnp.zeros(5)))
 
 
 def test_larger_batches_are_run_by_xla():
     layer = bnlstm_jax.LSTM(2, implementation="gpu")
-    batches = cuda_gpu.LARGEST_BATCH, cuda_gpu.LARGEST_BATCH + 1
-    assert [layer.chosen_implementation(batch) for batch in batches] == ["gpu", "xla"]
+    chosen = [
+        recurrence.choose("gpu", abstract_problem(layer, call.LARGEST_BATCH + more))
+        for more in (0, 1)
+    ]
+    assert chosen == ["gpu", "xla"]
+    x = jnp.ones((call.LARGEST_BATCH + 1, 2, 1))
+    assert layer.apply(layer.init(jax.random.key(0), x), x).shape == (len(x), 2, 2)
 
 
 def test_a_float32_layer_where_float64_is_enabled():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 2)), jnp.float32)
     with jax.enable_x64(True):
-        layer = bnlstm_jax.LSTM(4, use_cell_bias=False)
+        layer = bnlstm_jax.LSTM(4, variant=Variant(cell_bias=False))
         variables = layer.init(jax.random.key(0), x)
         outputs = [layer.clone(implementation=name).apply(variables, x) for name in ("gpu", "xla")]
     np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-6)
@@ -231,8 +225,8 @@ def test_runs_within_vmap():
 
 
 REFUSED = {
-    "axis_name": (bnlstm_jax.BNLSTM, {"axis_name": "batch"}, "there is an axis_name; take 'xla'"),
-    "layer normalisation": (bnlstm_jax.LNLSTM, {}, "no layer normalisation; take 'xla'"),
+    "axis_name": (bnlstm_jax.BNLSTM, {"axis_name": "batch"}, "axis_name.*'xla'"),
+    "layer normalisation": (bnlstm_jax.LNLSTM, {}, "layer normalisation.*'xla'"),
     "dtype": (bnlstm_jax.BNLSTM, {"dtype": jnp.float16}, "dtype float16"),
     "size": (bnlstm_jax.BNLSTM, {"features": 1100}, "does not fit .* 1100 units, 32 rows"),
 }
@@ -250,7 +244,6 @@ FITTING = {  # the paper's sizes, on an H200
     "Penn Treebank": (1000, 64, jnp.bfloat16, True),
     "Penn Treebank, float32": (1000, 64, None, True),
     "text8": (2000, 128, jnp.bfloat16, False),  # the recurrent kernel alone has 32 MB
-    "a large batch": (100, cuda_gpu.LARGEST_BATCH + 1, None, False),
 }
 
 
@@ -258,7 +251,8 @@ FITTING = {  # the paper's sizes, on an H200
 @pytest.mark.parametrize("units, batch, dtype, fits", FITTING.values(), ids=FITTING.keys())
 def test_tells_what_fits(units, batch, dtype, fits):
     """What blocks keep is to fit their shared memory, and all of them the device at once."""
-    assert (cuda_gpu.refusal(units, batch, jnp.float32, dtype) is None) == fits
+    problem = abstract_problem(bnlstm_jax.BNLSTM(units, dtype=dtype), batch)
+    assert (call.why_unsupported(problem) is None) == fits
 
 
 # ---- Building.
@@ -272,8 +266,8 @@ def test_is_compiled_once(monkeypatch, tmp_path):
     )
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    made = cuda_gpu.build("cpu")
-    assert made == cuda_gpu.build("cpu") and made.exists()
+    made = build.build(call.SOURCE, "cpu")
+    assert made == build.build(call.SOURCE, "cpu") and made.exists()
     assert (tmp_path / "compiler.log").read_text() == "called\n"
     assert os.listdir(tmp_path / "bnlstm_jax") == [made.name]
 
@@ -281,27 +275,27 @@ def test_is_compiled_once(monkeypatch, tmp_path):
 def test_tells_why_it_cannot_be_compiled(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "false")
-    with pytest.raises(RuntimeError, match=r"recurrence\.cu cannot be compiled"):
-        cuda_gpu.build("cpu")
+    with pytest.raises(RuntimeError, match=r"cuda\.cu cannot be compiled"):
+        build.build(call.SOURCE, "cpu")
     assert os.listdir(tmp_path / "bnlstm_jax") == []
     for name in ("CXX", "CUDA_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="install g"):
-        cuda_gpu.build("cpu")
-    monkeypatch.setattr(cuda_gpu.site, "getsitepackages", lambda: [str(tmp_path)])
-    with pytest.raises(RuntimeError, match=r"nvcc is neither .* take implementation 'xla'"):
-        cuda_gpu.find_nvcc()
+        build.build(call.SOURCE, "cpu")
+    monkeypatch.setattr(build.site, "getsitepackages", lambda: [str(tmp_path)])
+    with pytest.raises(RuntimeError, match=r"nvcc is neither .*implementation='xla'"):
+        build.find_nvcc()
     packaged = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"
     packaged.parent.mkdir(parents=True)
     packaged.touch()
-    assert cuda_gpu.find_nvcc() == str(packaged)
+    assert build.find_nvcc() == str(packaged)
 
 
 @pytest.mark.long
 def test_compiles_for_hopper_with_all_values_in_registers(tmp_path):
     try:
-        command = cuda_gpu.nvcc_command(tmp_path / "recurrence.so", "90")
+        command = build.nvcc_command(call.SOURCE, "90", tmp_path / "cuda.so")
     except RuntimeError as error:
         pytest.skip(str(error))
     result = subprocess.run([*command, "-Xptxas=-v"], capture_output=True, text=True)

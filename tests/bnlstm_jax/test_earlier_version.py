@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import bnlstm_jax
-from bnlstm_jax.attentive_reader import FORMS, AttentiveReader
+from experiments.models.attentive_reader import FORMS, AttentiveReader, Quirks
 
 DATA = Path(__file__).parent / "data"
 RESTORED = ("bn_lstm", "lstm", "reader_lstm")  # the modules with variables in the checkpoint
@@ -28,18 +28,20 @@ def modules():
     lengths = {"seq_lengths": np.array([5, 1, 3, 4])}
     words, questions = random.integers(0, 7, (4, 6)), random.integers(0, 7, (4, 3))
     asked = words, questions, np.array([5, 1, 3, 4]), np.array([3, 1, 2, 2])
-    normalized = dict(mask_statistics=False, passage_steps=5, question_steps=3, momentum=0.9)
+    normalized = dict(passage_steps=5, question_steps=3, momentum=0.9)
 
-    def reader(form, **options):
-        return AttentiveReader(7, 3, **FORMS[form], **options)
+    def reader(form, quirks, **options):
+        return AttentiveReader(7, 3, **FORMS[form], quirks=quirks, **options)
 
+    padded = Quirks(count_padding=True)
+    alike = Quirks(double_bias=True, identical_blocks=True)
     return {
         "bn_lstm": (bnlstm_jax.BNLSTM(3, max_steps=6, momentum=0.9), (x,), lengths),
         "ln_lstm": (bnlstm_jax.LNLSTM(3), (x,), lengths),
         "lstm": (bnlstm_jax.LSTM(3, vocab_size=6), (symbols,), {}),
-        "reader_lstm": (reader("lstm", bias_factor=2.0, identical_blocks=True), asked, {}),
-        "bn_e_star": (reader("bn_e_star", **normalized), asked, {}),
-        "bn_e_star_star": (reader("bn_e_star_star", **normalized), asked, {}),
+        "reader_lstm": (reader("lstm", alike), asked, {}),
+        "bn_e_star": (reader("bn_e_star", padded, **normalized), asked, {}),
+        "bn_e_star_star": (reader("bn_e_star_star", padded, **normalized), asked, {}),
     }
 
 

@@ -12,8 +12,13 @@ import numpy as np
 import pytest
 
 import bnlstm_jax
-from bnlstm_jax import implementations, recurrent
-from bnlstm_jax.recurrent import SMALL_INPUT
+from bnlstm_jax import recurrence
+from bnlstm_jax.cells import Variant
+from bnlstm_jax.layers import abstract_problem
+from bnlstm_jax.recurrence import devices
+from bnlstm_jax.recurrence.devices import emulation
+from bnlstm_jax.recurrence.native import call
+from bnlstm_jax.recurrence.problem import SMALL_INPUT
 
 LENGTHS = (6, 1, 4, 0, 3)
 CASES = {
@@ -31,12 +36,18 @@ CASES = {
     "statistics of sequences, symbols": {"input_statistics": "sequence", "vocab_size": 7},
     "recurrent term alone": {"normalize": ("recurrent",)},
     "unrolled": {"unroll": 4},
-    "no cell bias, one bias twice": {"use_cell_bias": False, "bias_factor": 2.0},
+    "no cell bias, one bias twice": {"variant": Variant(bias_factor=2.0, cell_bias=False)},
     "LSTM": {"plain": True},
     "LSTM, learned initial state, integers": {"plain": True, "carry": False, "integers": True},
     "LSTM, large input, masks": {"plain": True, "inputs": SMALL_INPUT + 1, "lengths": LENGTHS},
     "LSTM, symbols": {"plain": True, "vocab_size": 7},
 }
+
+
+@pytest.fixture(autouse=True)
+def kernels_anywhere():
+    with emulation():
+        yield
 
 
 def run(
@@ -229,60 +240,74 @@ def test_only_the_plain_scan_is_differentiated_forward():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(
-        ValueError, match="is 'cuda'; it is 'auto' or 'xla' or 'reference' or 'tpu' or 'gpu'"
-    ):
+    with pytest.raises(ValueError, match=r"implementation: .*'auto', 'xla', .*'gpu'.* got 'cuda'"):
         run("cuda")
 
 
+def chosen(layer, batch=1):
+    return recurrence.choose(layer.implementation, abstract_problem(layer, batch))
+
+
+@pytest.fixture
+def gpu_kernel_is_for_this_device(monkeypatch):
+    """As if the kernel for GPUs were for the device of the tests, and validated there."""
+    device = jax.devices()[0]
+    kernels = {name: recurrence.IMPLEMENTATIONS[name] for name in ("xla", "gpu")}
+    kernels["gpu"] = kernels["gpu"]._replace(platform=device.platform)
+    monkeypatch.setattr(recurrence, "IMPLEMENTATIONS", kernels)
+    monkeypatch.setattr(recurrence, "VALIDATED_UNITS", {device.device_kind: 8})
+    recurrence.log_choice.cache_clear()
+
+
 CHOICES = {
-    "tested": ("gpu", {}, 2, "tested on"),
-    "more units than tested": ("xla", {"features": 9}, 2, "tested up to 8 units on"),
-    "a large batch": ("xla", {}, 129, "takes up to 128 sequences, and these are 129"),
-    "layer normalisation": ("xla", {"kind": bnlstm_jax.LNLSTM}, 2, "has no layer normalisation"),
-    "an axis name": ("xla", {"axis_name": "batch"}, 2, "there is an axis_name"),
+    "validated": ("gpu", {}, 2, "validated on"),
+    "more units than validated": ("xla", {"features": 9}, 2, "validated up to 8 units on"),
+    "a large batch": ("xla", {}, 129, "takes up to 128 sequences, got 129"),
+    "layer normalisation": ("xla", {"kind": bnlstm_jax.LNLSTM}, 2, "layer normalisation"),
+    "an axis name": ("xla", {"axis_name": "batch"}, 2, "axis_name"),
     "dtypes": ("xla", {"dtype": jnp.float16}, 2, "dtype float16"),
 }
 
 
 @pytest.mark.parametrize("case", CHOICES.values(), ids=CHOICES.keys())
-def test_auto_takes_the_kernel_where_it_is_tested(case, monkeypatch, caplog):
+def test_auto_takes_a_validated_kernel(case, gpu_kernel_is_for_this_device, caplog):
     expected, options, batch, why = case
-    device = jax.devices()[0]
-    kernels = {"xla": None, "gpu": device.platform}  # as if the one for GPUs were for this device
-    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", kernels)
-    monkeypatch.setattr(recurrent, "IMPLEMENTATIONS", kernels)
-    monkeypatch.setattr(implementations, "TESTED_UP_TO", {device.device_kind: 8})
-    implementations.log_choice.cache_clear()
     options = {"features": 8, "kind": bnlstm_jax.BNLSTM} | options
     layer = options.pop("kind")(**options)
     assert layer.implementation == "auto"
     with caplog.at_level("INFO"):
-        assert layer.chosen_implementation(batch) == expected
-        assert layer.chosen_implementation(batch) == expected
+        assert chosen(layer, batch) == expected
+        assert chosen(layer, batch) == expected
     (record,) = caplog.records  # once
     assert f"'auto' is '{expected}': " in record.getMessage() and why in record.getMessage()
 
 
 @pytest.mark.parametrize("error", [RuntimeError, OSError])
-def test_auto_is_xla_where_the_kernel_cannot_be_compiled(error, caplog, monkeypatch):
+def test_auto_is_xla_where_the_kernel_cannot_be_compiled(
+    error, caplog, monkeypatch, gpu_kernel_is_for_this_device
+):
     def fail(*_):
         raise error("no compiler")
 
-    device = jax.devices()[0]
-    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", {"gpu": device.platform})
-    monkeypatch.setattr(recurrent, "IMPLEMENTATIONS", {"gpu": device.platform})
-    monkeypatch.setattr(implementations, "TESTED_UP_TO", {device.device_kind: 8})
-    monkeypatch.setattr(recurrent.cuda_gpu, "load", fail)
-    implementations.log_choice.cache_clear()
-    assert bnlstm_jax.LSTM(8).chosen_implementation(1) == "xla"
+    monkeypatch.setattr(call, "load", fail)
+    assert chosen(bnlstm_jax.LSTM(8)) == "xla"
     assert [(r.levelname, "no compiler" in r.getMessage()) for r in caplog.records] == [
         ("WARNING", True)
     ]
 
 
-def test_auto_is_xla_where_no_kernel_is_tested(monkeypatch):
-    monkeypatch.setattr(implementations, "TESTED_UP_TO", {})
-    assert bnlstm_jax.LSTM(2).chosen_implementation(1) == "xla"
-    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", {"xla": None, "gpu": "cpu"})
-    assert bnlstm_jax.LSTM(2).chosen_implementation(1) == "xla"
+def test_auto_is_xla_where_no_kernel_is_validated(monkeypatch, gpu_kernel_is_for_this_device):
+    monkeypatch.setattr(recurrence, "VALIDATED_UNITS", {})
+    assert chosen(bnlstm_jax.LSTM(2)) == "xla"
+    monkeypatch.delitem(recurrence.IMPLEMENTATIONS, "gpu")
+    assert chosen(bnlstm_jax.LSTM(2)) == "xla"
+
+
+@pytest.mark.parametrize("name", ["tpu", "gpu"])
+def test_kernels_are_refused_on_other_devices(name, monkeypatch):
+    monkeypatch.setattr(devices, "_emulating", False)
+    monkeypatch.setattr(devices, "default_device", lambda: jax.devices("cpu")[0])
+    layer = bnlstm_jax.LSTM(2, implementation=name)
+    with pytest.raises(ValueError, match=f"implementation='{name}' .*'cpu'.*'xla'"):
+        layer.init(jax.random.key(0), jnp.ones((2, 3, 1)))
+    assert name not in recurrence.available()

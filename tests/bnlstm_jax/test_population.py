@@ -6,7 +6,7 @@ import pytest
 
 import bnlstm_jax
 from bnlstm_jax.batch_norm import BatchNorm
-from bnlstm_jax.models import SequenceClassifier
+from experiments.models.sequence_classifier import SequenceClassifier
 
 STEPS = 6
 

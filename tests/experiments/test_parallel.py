@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from bnlstm_jax.attentive_reader import FORMS, AttentiveReader
 from configs import text
 from experiments import evaluate, parallel, tasks, train
 from experiments.errors import UserError
+from experiments.models.attentive_reader import FORMS, AttentiveReader, Quirks
 from scripts.exchanges import compiled_update, exchanges
 
 NOISE = jax.random.key(0)
@@ -165,7 +165,7 @@ def test_readers_on_shards_see_the_longest_passage_of_all():
             20,
             6,
             **FORMS["bn_e_star"],
-            mask_statistics=False,
+            quirks=Quirks(count_padding=True),
             axis_name=axis_name,
             passage_steps=9,
             question_steps=5,

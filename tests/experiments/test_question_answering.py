@@ -248,14 +248,16 @@ def test_other_tasks_have_no_readers(config, small_config):
 def test_switches_of_the_released_code_reach_the_model(config):
     config.model.kind = "bn_e_star"
     reader = make_model(config.model, 20, 30, 10)
-    assert not reader.mask_statistics and reader.identical_blocks and reader.bias_factor == 2
+    quirks = reader.quirks
+    assert quirks.count_padding and quirks.identical_blocks and quirks.double_bias
     assert reader.input_statistics == "sequence" and not reader.bidirectional
     for name in ("count_padding", "identical_blocks", "double_bias", "bilinear", "mean_passage"):
         config.model[name] = False
     config.model.unscaled_dropout = True
     reader = make_model(config.model, 20, 30, 10)
-    assert reader.mask_statistics and not reader.identical_blocks and reader.bias_factor == 1
-    assert not reader.bilinear and not reader.mean_passage and reader.unscaled_dropout
+    quirks = reader.quirks
+    assert not (quirks.count_padding or quirks.identical_blocks or quirks.double_bias)
+    assert not quirks.bilinear and not quirks.mean_passage and quirks.unscaled_dropout
 
 
 @pytest.mark.parametrize(

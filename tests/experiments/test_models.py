@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 import bnlstm_jax
-from bnlstm_jax.models import LanguageModel, SequenceClassifier
+from experiments.models.language_model import LanguageModel
+from experiments.models.sequence_classifier import SequenceClassifier
 
 
 @pytest.mark.parametrize("layer", [bnlstm_jax.LSTM(6), bnlstm_jax.BNLSTM(6, max_steps=5)])

@@ -14,6 +14,7 @@ N is batch normalisation (equation 5 of the paper) in the forms that normalise a
 read-out, and nothing in the others. The term s_t is not in Hermann's reader, nor is y.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -23,11 +24,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bnlstm_jax import initializers
+from bnlstm_jax import BNLSTM, LSTM, initializers
 from bnlstm_jax.batch_norm import BatchNorm
-from bnlstm_jax.cells import look_up, product
-from bnlstm_jax.models import Readout
-from bnlstm_jax.recurrent import BNLSTM, LSTM
+from bnlstm_jax.cells import Variant, look_up, product
+from experiments.models.readout import Readout
 
 # The paper's five readers, each as fields of `AttentiveReader`.
 FORMS = {
@@ -46,6 +46,37 @@ FORMS = {
         "bidirectional": True,
     },
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Quirks:
+    """What the released reader does that neither paper says; see docs/differences.md.
+
+    Attributes:
+      count_padding: count padding in statistics where the released code does: everywhere but in
+        sequence-wise input statistics. Finished sequences count with their last state, and in W_d's
+        term there is one step of padding behind the longest passage. Else nothing counts that is
+        padding.
+      identical_blocks: all square kernels start from one matrix; see
+        `initializers.orthogonal_blocks`.
+      double_bias: the LSTM's bias is added twice, which doubles its learning rate. BN-LSTMs' mean
+        removes the other.
+      unscaled_dropout: what dropout keeps is not scaled up in training; all is scaled down at
+        inference. The released code does so on four sentences.
+      bilinear: attention has the term s_t.
+      mean_passage: the read-out has the mean over the passage, y.
+      square_scale: factor of the orthogonal matrices that square kernels start from.
+      sequence_epsilon: `epsilon` of sequence-wise input statistics.
+    """
+
+    count_padding: bool = False
+    identical_blocks: bool = False
+    double_bias: bool = False
+    unscaled_dropout: bool = False
+    bilinear: bool = True
+    mean_passage: bool = True
+    square_scale: float = 0.05
+    sequence_epsilon: float = 1e-6
 
 
 class Encoder(nn.Module):
@@ -114,23 +145,10 @@ class AttentiveReader(nn.Module):
       input_statistics: as of BNLSTM, `per_step` or `sequence`.
       normalize_attention: normalise the terms of attention and read-out, all but s_t.
       bidirectional: encode in both directions.
-      mask_statistics: count nothing in statistics that is padding. The released code masks the
-        input's where they are of whole sequences, and no others: finished sequences count with
-        their last state, and in W_d's term there is one step of padding behind the longest passage.
-        False does the same.
-      square_scale: by which orthogonal matrices are multiplied to start square kernels from.
-      identical_blocks: all square kernels start from one matrix, as in the released code; see
-        `initializers.orthogonal_blocks`.
-      bias_factor: of the LSTM's bias; 2 in the released code, which adds it twice. BN-LSTMs have 1:
-        the mean takes the other away.
-      mean_passage: give the read-out the mean over the passage, y.
-      bilinear: give attention the term s_t.
+      quirks: what the released code does besides.
       dropout_rate: of embeddings, for each direction apart, and of g.
-      unscaled_dropout: in training what dropout keeps is not scaled up; at inference all is scaled
-        down. So did the released code on four sentences.
       passage_steps, question_steps: `max_steps` of the encoders' statistics.
       momentum, epsilon, scale_init: of all normalisation.
-      sequence_epsilon: added to the variance of sequence-wise input statistics.
       axis_name: mapped axis over which batches are pooled for their statistics.
       implementation: of the recurrence; see `LSTM`.
       dtype: dtype of the operands of matrix products; logits are float32 or wider.
@@ -143,19 +161,12 @@ class AttentiveReader(nn.Module):
     input_statistics: str = "per_step"
     normalize_attention: bool = False
     bidirectional: bool = False
-    mask_statistics: bool = True
-    square_scale: float = 0.05
-    identical_blocks: bool = False
-    bias_factor: float = 1.0
-    mean_passage: bool = True
-    bilinear: bool = True
+    quirks: Quirks = Quirks()
     dropout_rate: float = 0.5
-    unscaled_dropout: bool = False
     passage_steps: int | None = None
     question_steps: int | None = None
     momentum: float = 0.99
     epsilon: float = 1e-5
-    sequence_epsilon: float = 1e-6
     scale_init: initializers.Initializer = nn.initializers.constant(0.1)
     axis_name: str | None = None
     implementation: str = "auto"
@@ -184,15 +195,14 @@ class AttentiveReader(nn.Module):
         """
         if deterministic is None:
             deterministic = not self.has_rng("dropout")
+        quirks = self.quirks
+        fan_uniform = initializers.fan_uniform()
+        square = initializers.orthogonal_blocks(quirks.square_scale, quirks.identical_blocks)
+        embedding = self.matrix("embedding", fan_uniform, self.vocab_size, self.features)
 
         def dropout(x: Array) -> Array:
             x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
-            return (1 - self.dropout_rate) * x if self.unscaled_dropout else x
-
-        # ---- Encode.
-        fan_uniform = initializers.fan_uniform()
-        square = initializers.orthogonal_blocks(self.square_scale, self.identical_blocks)
-        embedding = self.matrix("embedding", fan_uniform, self.vocab_size, self.features)
+            return (1 - self.dropout_rate) * x if quirks.unscaled_dropout else x
 
         def encode(
             name: str, words: Array, lengths: Array, steps: int | None
@@ -204,36 +214,42 @@ class AttentiveReader(nn.Module):
 
         y, _ = encode("passage", passages, passage_lengths, self.passage_steps)  # [B, T, K]
         _, u = encode("question", questions, question_lengths, self.question_steps)  # [B, K]
-        size = y.shape[-1]
+        attention = self.attend(y, u, passage_lengths, square, use_running_average)
+        attended = jnp.sum(attention * y, axis=1)
 
-        def term(name: str, x: Array, init=fan_uniform, where: Array | None = None) -> Array:
-            """`N(x W)`, or `x W` where attention is not normalised: `[..., d]`."""
-            kernel = self.matrix(f"{name}_kernel", init, size, self.features)
-            x = product(x, kernel, self.dtype)
-            if not self.normalize_attention:
-                return x
-            norm = BatchNorm(
-                name=f"{name}_norm", param_dtype=self.param_dtype, **self.normalization()
-            )
-            return norm(x, use_running_average, mask=where)
+        g = self.term("attended", attended, use_running_average)
+        g += self.term("readout_question", u, use_running_average) + self.bias("readout_bias")
+        if quirks.mean_passage:
+            total = jnp.sum(jnp.where(padding_mask(passage_lengths, y.shape[1]), y, 0), axis=1)
+            mean = total / jnp.maximum(passage_lengths, 1)[:, None]
+            g += self.term("mean", mean, use_running_average)
+        g = dropout(jnp.tanh(g))
+        return Readout(self.vocab_size, self.dtype, fan_uniform, self.param_dtype, name="readout")(
+            g
+        )
 
-        def bias(name: str) -> Array:
-            zeros = nn.initializers.zeros_init()
-            return self.param(name, zeros, (self.features,), self.param_dtype)
-
-        # ---- Attend.
-        valid = padding_mask(passage_lengths, passages.shape[1])  # [B, T, 1]
+    def attend(
+        self,
+        y: Array,
+        u: Array,
+        lengths: Array,
+        square: initializers.Initializer,
+        use_running_average: bool | None,
+    ) -> Array:
+        """Weights `[B, T, 1]` of the states y `[B, T, K]` of passages, for questions u `[B, K]`."""
+        size, steps = y.shape[-1], y.shape[1]
+        valid = padding_mask(lengths, steps)  # [B, T, 1]
         counted = valid
-        if not self.mask_statistics:
-            longest = jnp.max(passage_lengths)
+        if self.quirks.count_padding:
+            longest = jnp.max(lengths)
             if self.axis_name is not None and not self.is_initializing():
                 longest = jax.lax.pmax(longest, self.axis_name)
-            longest = jnp.full_like(passage_lengths, longest)
-            counted = padding_mask(longest + 1, passages.shape[1])
-        init = square if size == self.features else fan_uniform
-        m = term("passage", y, init, counted) + bias("attention_bias")
-        m += term("question", u)[:, None]
-        if self.bilinear:  # (y M) . (u M) = y . (u M M^T), without a product for each y
+            counted = padding_mask(jnp.full_like(lengths, longest) + 1, steps)
+        init = square if size == self.features else initializers.fan_uniform()
+        m = self.term("passage", y, use_running_average, init, counted)
+        m += self.bias("attention_bias")
+        m += self.term("question", u, use_running_average)[:, None]
+        if self.quirks.bilinear:  # (y M) . (u M) = y . (u M M^T), without a product for each y
             kernel = self.matrix("bilinear_kernel", square, size, size)
             v = product(product(u, kernel, self.dtype), kernel.T, self.dtype)
             m += product(y, v[..., None], self.dtype)
@@ -242,19 +258,31 @@ class AttentiveReader(nn.Module):
         scores = product(jnp.tanh(m), kernel, self.dtype)
         # Finite where a passage is empty: then nothing is attended to.
         scores = jnp.where(valid, scores, jnp.finfo(scores.dtype).min)
-        attention = jnp.where(valid, jax.nn.softmax(scores, axis=1), 0)  # [B, T, 1]
+        attention = jnp.where(valid, jax.nn.softmax(scores, axis=1), 0)
         self.sow("intermediates", "attention", attention[..., 0])
-        attended = jnp.sum(attention * y, axis=1)
+        return attention
 
-        # ---- Answer.
-        g = term("attended", attended) + term("readout_question", u) + bias("readout_bias")
-        if self.mean_passage:
-            total = jnp.sum(jnp.where(valid, y, 0), axis=1)
-            g += term("mean", total / jnp.maximum(passage_lengths, 1)[:, None])
-        g = dropout(jnp.tanh(g))
-        return Readout(self.vocab_size, self.dtype, fan_uniform, self.param_dtype, name="readout")(
-            g
-        )
+    def term(
+        self,
+        name: str,
+        x: Array,
+        use_running_average: bool | None,
+        init: initializers.Initializer | None = None,
+        where: Array | None = None,
+    ) -> Array:
+        """`N(x W)`, or `x W` where attention is not normalised: `[..., d]`."""
+        init = init or initializers.fan_uniform()
+        kernel = self.matrix(f"{name}_kernel", init, x.shape[-1], self.features)
+        x = product(x, kernel, self.dtype)
+        if not self.normalize_attention:
+            return x
+        norm = BatchNorm(name=f"{name}_norm", param_dtype=self.param_dtype, **self.normalization())
+        return norm(x, use_running_average, mask=where)
+
+    def bias(self, name: str) -> Array:
+        """A parameter `[d]` that starts at zero."""
+        zeros = nn.initializers.zeros_init()
+        return self.param(name, zeros, (self.features,), self.param_dtype)
 
     def matrix(self, name: str, init: initializers.Initializer, rows: int, columns: int) -> Array:
         """A parameter `[rows, columns]`."""
@@ -278,22 +306,24 @@ class AttentiveReader(nn.Module):
             "input_kernel_init": init,
             "recurrent_kernel_init": init,
             "bias_init": nn.initializers.zeros_init(),
-            "learn_initial_cell": False,
             "implementation": self.implementation,
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
             "parent": None,
         }
+        quirks = self.quirks
         if not self.normalize_recurrence:
-            return LSTM(**shared, bias_factor=self.bias_factor, use_cell_bias=False)
+            factor = 2.0 if quirks.double_bias else 1.0
+            return LSTM(**shared, variant=Variant(factor, cell_bias=False, learned_cell=False))
         sequence = self.input_statistics == "sequence"
+        epsilon = quirks.sequence_epsilon if sequence else None
         return BNLSTM(
             **shared,
             **self.normalization(),
             max_steps=steps,
             input_statistics=self.input_statistics,
-            input_epsilon=self.sequence_epsilon if sequence else None,
-            mask_statistics=self.mask_statistics or (("input",) if sequence else ()),
+            variant=Variant(learned_cell=False, input_epsilon=epsilon),
+            mask_statistics=(("input",) if sequence else ()) if quirks.count_padding else True,
         )
 
 

@@ -3,6 +3,7 @@
 Nearly all in double precision, so that a wrong formula cannot hide behind rounding.
 """
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -16,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bnlstm_jax
-from bnlstm_jax.attentive_reader import FORMS, AttentiveReader, Encoder
-from bnlstm_jax.recurrent import flip_sequences
+from bnlstm_jax.cells import Variant
+from bnlstm_jax.layers import flip_sequences
+from experiments.models.attentive_reader import FORMS, AttentiveReader, Encoder, Quirks
 from tests import reference, reference_reader
 from tests.reference import TERMS
 
@@ -57,10 +59,11 @@ def double():
         yield
 
 
-def make_reader(form, mask=False, param_dtype=jnp.float64, **options):
+def make_reader(form, mask=False, param_dtype=jnp.float64, quirks=Quirks(), **options):
     options = dict(passage_steps=ROWS, question_steps=QUESTION, momentum=0.0) | options
     options["param_dtype"] = param_dtype
-    return AttentiveReader(WORDS, UNITS, mask_statistics=mask, **FORMS[form], **options)
+    quirks = dataclasses.replace(quirks, count_padding=not mask)
+    return AttentiveReader(WORDS, UNITS, quirks=quirks, **FORMS[form], **options)
 
 
 def make_batch(lengths="padded", seed=0, time=TIME, question=QUESTION):
@@ -266,8 +269,10 @@ def test_initial_hidden_state_is_learned_only_where_it_has_an_effect(form, doubl
 
 def test_what_is_added_to_variances_can_be_chosen(double):
     params, stats, _ = draw("bn_e_star")
-    epsilons = dict(epsilon=0.2, sequence_epsilon=0.5)
-    logits, _, _ = values("bn_e_star", False, **epsilons)(params, stats, make_batch())
+    quirks, epsilons = Quirks(sequence_epsilon=0.5), dict(epsilon=0.2, sequence_epsilon=0.5)
+    logits, _, _ = values("bn_e_star", False, quirks=quirks, epsilon=0.2)(
+        params, stats, make_batch()
+    )
     expected, _, _ = reference_reader.read(
         "bn_e_star", params, *make_batch(), statistics=stats, **epsilons
     )
@@ -279,17 +284,17 @@ def test_bilinear_term_and_mean_passage_can_be_left_out(double):
     batch = make_batch()
     for option, name in (("bilinear", "bilinear_kernel"), ("mean_passage", "mean_kernel")):
         without = {key: leaf for key, leaf in params.items() if key != name}
-        logits, _, _ = values("lstm", True, **{option: False})(without, {}, batch)
+        logits, _, _ = values("lstm", True, quirks=Quirks(**{option: False}))(without, {}, batch)
         zero = params | {name: np.zeros_like(params[name])}
         expected, _, _ = reference_reader.read("lstm", zero, *batch)
         np.testing.assert_allclose(logits, expected, **VALUES)
 
 
-def test_bias_factor_multiplies_bias_and_its_gradient(double):
+def test_double_bias_doubles_bias_and_its_gradient(double):
     params, _, weights = draw("lstm")
     batch = make_batch()
 
-    reader = make_reader("lstm", bias_factor=2.0)
+    reader = make_reader("lstm", quirks=Quirks(double_bias=True))
 
     def value(params):
         logits = reader.apply({"params": params}, *batch)
@@ -308,11 +313,11 @@ def test_bias_factor_multiplies_bias_and_its_gradient(double):
     assert_close(by_factor, by_bias, **VALUES)
 
 
-def test_bias_factor_is_the_lstms_alone(double):
+def test_double_bias_is_the_lstms_alone(double):
     params, stats, _ = draw("bn_lstm")
     batch = make_batch()
     once = values("bn_lstm", False)(params, stats, batch)
-    twice = values("bn_lstm", False, bias_factor=2.0)(params, stats, batch)
+    twice = values("bn_lstm", False, quirks=Quirks(double_bias=True))(params, stats, batch)
     np.testing.assert_array_equal(once[0], twice[0])
 
 
@@ -575,7 +580,9 @@ def test_dropout_needs_a_key_and_may_be_told_to_rest():
 @pytest.mark.parametrize("unscaled", [False, True], ids=["scaled", "unscaled"])
 def test_dropout_of_embeddings_and_of_the_answer(unscaled):
     keep = 0.75
-    reader, params, batch = single_reader(dropout_rate=1 - keep, unscaled_dropout=unscaled)
+    reader, params, batch = single_reader(
+        dropout_rate=1 - keep, quirks=Quirks(unscaled_dropout=unscaled)
+    )
     kept = 1.0 if unscaled else 1 / keep
     _, given = dropped(reader, params, batch, 1)
     masks = []
@@ -615,7 +622,9 @@ def test_unscaled_dropout_is_the_scaled_one_of_smaller_weights():
         "readout": params["readout"] | {"kernel": keep * params["readout"]["kernel"]},
     }
     for key in (None, 1):  # at inference, in training
-        unscaled, _ = dropped(reader.clone(unscaled_dropout=True), params, batch, key)
+        unscaled, _ = dropped(
+            reader.clone(quirks=Quirks(unscaled_dropout=True)), params, batch, key
+        )
         scaled, _ = dropped(reader, smaller, batch, key)
         np.testing.assert_allclose(unscaled, scaled, **SINGLE)
         assert not np.allclose(unscaled, dropped(reader, params, batch, key)[0], atol=1e-2)
@@ -642,7 +651,9 @@ def test_initial_values(form, identical):
     units, words = 8, 50
     scale = 0.2 if identical else 0.1  # which is not said
     options = dict(scale_init=nn.initializers.constant(scale)) if identical else {}
-    reader = AttentiveReader(words, units, identical_blocks=identical, **FORMS[form], **options)
+    reader = AttentiveReader(
+        words, units, quirks=Quirks(identical_blocks=identical), **FORMS[form], **options
+    )
     init = quickly(functools.partial(reader.init, use_running_average=True))
     params = init(jax.random.key(1), *make_batch())["params"]
     squares = blocks(params, units)
@@ -725,8 +736,7 @@ def test_each_term_is_masked_by_itself_and_input_has_its_epsilon(input_statistic
             max_steps=TIME,
             input_statistics=input_statistics,
             mask_statistics=masked,
-            input_epsilon=1e-3,
-            learn_initial_cell=False,
+            variant=Variant(learned_cell=False, input_epsilon=1e-3),
             momentum=0.0,
             param_dtype=jnp.float64,
         )
@@ -754,8 +764,8 @@ def test_lstm_layer_and_cell_without_the_parameters_that_the_reader_has_not(doub
     params = params["passage"]["forward"]
     x = np.random.default_rng(0).normal(size=(BATCH, TIME, UNITS))
     lengths = np.full(BATCH, TIME)
-    options = dict(bias_factor=2.0, use_cell_bias=False, learn_initial_cell=False)
-    options |= dict(param_dtype=jnp.float64)
+    variant = Variant(bias_factor=2.0, cell_bias=False, learned_cell=False)
+    options = dict(variant=variant, param_dtype=jnp.float64)
     layer = bnlstm_jax.LSTM(UNITS, **options)
     cell = nn.RNN(bnlstm_jax.LSTMCell(UNITS, **options))
     expected, _, _ = reference_reader.recur(params, x, lengths, False, False, (), bias_factor=2)
@@ -766,7 +776,7 @@ def test_lstm_layer_and_cell_without_the_parameters_that_the_reader_has_not(doub
 
     # The cell bias that an LSTM has otherwise, and the cell state that it starts from.
     learned = params | {"cell_bias": np.full(UNITS, 0.5), "initial_cell": np.full(UNITS, 0.7)}
-    layer = layer.clone(use_cell_bias=True, learn_initial_cell=True)
+    layer = layer.clone(variant=Variant(bias_factor=2.0))
     doubled = learned | {"bias": 2 * params["bias"]}
     expected, _, _ = reference.bn_lstm(doubled, x, normalize=())
     np.testing.assert_allclose(layer.apply({"params": learned}, x), expected, **VALUES)
@@ -777,8 +787,8 @@ def test_normalised_layer_and_cell_take_the_options_too(double):
     params, stats = params["passage"]["forward"], stats["passage"]["forward"]
     stats = {name: moment[:1] for name, moment in stats.items()}
     x = np.random.default_rng(0).normal(size=(BATCH, 1, UNITS))
-    options = dict(bias_factor=2.0, input_epsilon=0.1, learn_initial_cell=False)
-    options |= dict(param_dtype=jnp.float64, use_cell_bias=False, use_running_average=True)
+    variant = Variant(2.0, cell_bias=False, learned_cell=False, input_epsilon=0.1)
+    options = dict(variant=variant, param_dtype=jnp.float64, use_running_average=True)
     params.pop("cell_bias")
     layer = bnlstm_jax.BNLSTM(UNITS, **options).apply({"params": params, "batch_stats": stats}, x)
     cell = bnlstm_jax.BNLSTMCell(UNITS, **options)

@@ -1,0 +1,504 @@
+"""LSTM, BN-LSTM and LN-LSTM over whole sequences.
+
+Equal to the cells of `bnlstm_jax.cells` under `flax.linen.RNN`, and faster: see
+`bnlstm_jax.recurrence`. Beyond the cells, BNLSTM masks statistics by `seq_lengths`, and at
+inference goes on past `max_steps` with the last time step's statistics.
+
+Call arguments are those of `flax.linen.RNN`, and the layers fit `flax.linen.Bidirectional`. Within
+this file arrays are time-major: `[T, B, F]`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from bnlstm_jax import recurrence
+from bnlstm_jax.batch_norm import pooled_axis, statistics_variables, update_statistics, values
+from bnlstm_jax.cells import (
+    TERMS,
+    Carry,
+    Variant,
+    check_terms,
+    initial_params,
+    initial_state,
+    lstm_params,
+    term_size,
+)
+from bnlstm_jax.initializers import Initializer, forget_bias, semi_orthogonal
+from bnlstm_jax.normalization import Normalization, Statistics, statistics_dtype
+from bnlstm_jax.recurrence.problem import Problem, Result
+
+
+class RecurrentLayer(nn.Module):
+    """The call of LSTM, BNLSTM and LNLSTM, which have the fields."""
+
+    def setup(self) -> None:
+        """Makes the learned initial state."""
+        self.initial_cell, self.initial_hidden = initial_params(self)
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: Array,
+        *,
+        initial_carry: Carry | None = None,
+        init_key: Array | None = None,
+        first_step: Array | int | None = None,
+        seq_lengths: Array | None = None,
+        return_carry: bool | None = None,
+        time_major: bool | None = None,
+        reverse: bool | None = None,
+        keep_order: bool | None = None,
+        use_running_average: bool | None = None,
+    ) -> Array | tuple[Carry, Array]:
+        """Runs over sequences `[batch, time, input]`, giving outputs `[batch, time, features]`.
+
+        Args:
+          inputs: sequences `[batch, time, input]`, or `[time, batch, input]` if `time_major`; with
+            `vocab_size` integers, without the last axis.
+          initial_carry: `(c, h)`, each `[batch, features]`; the learned state if None.
+          init_key: key of the initial hidden state's noise; the rng stream `noise` if None.
+          first_step: number of time steps run before, for a long sequence run in pieces with the
+            carry handed on. At inference statistics are those of the steps from there.
+          seq_lengths: valid steps of each sequence, integers `[batch]`; all if None. After them a
+            sequence keeps its state, and its outputs repeat the last one.
+          return_carry, time_major, reverse, keep_order: override the attributes.
+          use_running_average: overrides BNLSTM's attribute. LSTM and LNLSTM ignore it, so that a
+            model can hold any of the three.
+
+        Returns:
+          The outputs h; with `return_carry` the carry `(c, h)` after the last valid step, and the
+          outputs.
+
+        Raises:
+          ValueError: inputs have another rank or type than the layer takes; the implementation
+            does not support the layer; a training sequence of BNLSTM is not given from its first
+            step on, or, without `max_steps`, is longer than the one that initialised the layer.
+        """
+        form = _Form.of(self, seq_lengths, time_major, reverse, keep_order, return_carry)
+        start = initial_carry, init_key, first_step
+        return _run(self, inputs, form, start, use_running_average)
+
+
+class LSTM(RecurrentLayer):
+    """An LSTM over whole sequences, equations 1 to 3.
+
+    Example::
+
+        layer = LSTM(100)
+        variables = layer.init(key, x)  # x [batch, time, input]
+        y = layer.apply(variables, x)  # y [batch, time, 100]
+
+    Attributes:
+      features: number of hidden units H.
+      vocab_size: number of symbols V, for inputs that are integers in `[0, V)`. A symbol stands for
+        its one-hot vector, whose product with the kernel is a row of it. None for dense inputs.
+      input_kernel_init: initialiser of `input_kernel`, `[D, 4H]` or `[V, 4H]`.
+      recurrent_kernel_init: initialiser of `recurrent_kernel [H, 4H]`.
+      bias_init: initialiser of `bias [4H]`.
+      initial_hidden_init: initialiser of the learned initial hidden state `[H]`.
+      initial_hidden_noise: standard deviation of Gaussian noise on it, at inference too, from the
+        rng stream `noise`.
+      variant: departures from the equations.
+      time_major: sequences are `[time, batch, ...]` rather than `[batch, time, ...]`.
+      return_carry: return `(carry, outputs)` rather than outputs alone.
+      reverse: run from the last valid step of each sequence to its first.
+      keep_order: with `reverse`, return outputs in the order of the inputs.
+      unroll: time steps per iteration of a compiled loop.
+      implementation: `auto`, or one of `bnlstm_jax.recurrence`. All but `reference` have only first
+        derivatives in reverse mode.
+      dtype: dtype of products' operands and of outputs; state stays float32 or wider. By default
+        that of inputs and parameters.
+      param_dtype: dtype of the parameters.
+    """
+
+    features: int
+    vocab_size: int | None = None
+    input_kernel_init: Initializer = semi_orthogonal()
+    recurrent_kernel_init: Initializer = semi_orthogonal()
+    bias_init: Initializer = forget_bias(1.0)
+    initial_hidden_init: Initializer = nn.initializers.zeros_init()
+    initial_hidden_noise: float = 0.0
+    variant: Variant = Variant()
+    time_major: bool = False
+    return_carry: bool = False
+    reverse: bool = False
+    keep_order: bool = False
+    unroll: int = 1
+    implementation: str = "auto"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+
+class LNLSTM(RecurrentLayer):
+    """A layer-normalised LSTM over whole sequences, to compare with the batch-normalised one.
+
+    Training and inference are the same, and there are no statistics. Normalisation leaves only the
+    sign of inputs of one feature: for those leave `input` out of `normalize`.
+
+    Attributes:
+      features: number of hidden units H.
+      normalize: the normalised terms, of `input`, `recurrent` and `cell`. Others enter as they are
+        and have no scale.
+      epsilon: added to variances.
+      scale_init: initialiser of the scales (gamma).
+      vocab_size: number of symbols V, for inputs that are integers in `[0, V)`; see `LSTM`. None
+        for dense inputs.
+      input_kernel_init: initialiser of `input_kernel`, `[D, 4H]` or `[V, 4H]`.
+      recurrent_kernel_init: initialiser of `recurrent_kernel [H, 4H]`.
+      bias_init: initialiser of `bias [4H]`.
+      initial_hidden_init: initialiser of the learned initial hidden state `[H]`. From zeros, zero
+        inputs would leave all terms without variance, and gradients without bound.
+      initial_hidden_noise: standard deviation of Gaussian noise on it, at inference too, from the
+        rng stream `noise`.
+      variant: departures from the equations.
+      time_major: sequences are `[time, batch, ...]` rather than `[batch, time, ...]`.
+      return_carry: return `(carry, outputs)` rather than outputs alone.
+      reverse: run from the last valid step of each sequence to its first.
+      keep_order: with `reverse`, return outputs in the order of the inputs.
+      unroll: time steps per iteration of a compiled loop.
+      implementation: `auto`, or one of `bnlstm_jax.recurrence`. All but `reference` have only first
+        derivatives in reverse mode.
+      dtype: dtype of products' operands and of outputs; state stays float32 or wider. By default
+        that of inputs and parameters.
+      param_dtype: dtype of the parameters.
+    """
+
+    features: int
+    normalize: Sequence[str] = TERMS
+    epsilon: float = 1e-5
+    scale_init: Initializer = nn.initializers.ones_init()
+    vocab_size: int | None = None
+    input_kernel_init: Initializer = semi_orthogonal()
+    recurrent_kernel_init: Initializer = semi_orthogonal()
+    bias_init: Initializer = forget_bias(1.0)
+    initial_hidden_init: Initializer = nn.initializers.normal(0.1)
+    initial_hidden_noise: float = 0.0
+    variant: Variant = Variant()
+    time_major: bool = False
+    return_carry: bool = False
+    reverse: bool = False
+    keep_order: bool = False
+    unroll: int = 1
+    implementation: str = "auto"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+
+class BNLSTM(RecurrentLayer):
+    """A batch-normalised LSTM over whole sequences, equations 6 to 8.
+
+    Example::
+
+        layer = BNLSTM(100, max_steps=784)
+        variables = layer.init(key, x, use_running_average=True)
+        # Training, then inference.
+        y, updated = layer.apply(
+            variables, x, use_running_average=False, mutable=["batch_stats"])
+        y = layer.apply({**variables, **updated}, x, use_running_average=True)
+
+    The collection `batch_stats` has statistics of each time step,
+    `{input,recurrent,cell}_{mean,var}`, each `[max_steps, F]`. Training moves them towards those of
+    the batch; `bnlstm_jax.population` re-estimates them. Inference goes on past `max_steps` with
+    the last row. In a reversed layer the rows follow the recurrence, not the inputs. Under batch
+    statistics only first derivatives in reverse mode (`jax.grad`, `jax.vjp`) are defined; updated
+    statistics have none.
+
+    Attributes:
+      features: number of hidden units H.
+      max_steps: number of time steps with statistics of their own; those of later steps are not
+        recorded. By default the length of the sequence that initialises the layer, which no
+        training sequence may exceed then.
+      normalize: the normalised terms, of `input`, `recurrent` and `cell`. Others enter as they are
+        and have neither scale nor statistics.
+      use_running_average: normalise by `batch_stats` (inference) rather than by the batch's own
+        moments (training). Set here or in the call.
+      momentum: decay of the running averages.
+      epsilon: added to variances.
+      axis_name: mapped axis over which batches are pooled for their statistics. With `xla`, take
+        gradients within the mapped function: `vmap(grad(...))`. Kernels do not support it.
+      scale_init: initialiser of the scales (gamma); 0.1 in the paper.
+      shared_statistics: record statistics `[F]` of all time steps together rather than of each,
+        without `max_steps`. Training normalises each step by its own moments either way. The paper
+        finds separate ones necessary; this is to see why.
+      input_statistics: `per_step`, or `sequence` for input moments `[4H]` of all time steps
+        together, in training too.
+      mask_statistics: count only valid steps of `seq_lengths` in statistics; names of terms do so
+        for those. The paper's released code counts all steps, finished sequences with their frozen
+        state: so does False.
+      vocab_size: number of symbols V, for inputs that are integers in `[0, V)`; see `LSTM`. None
+        for dense inputs.
+      input_kernel_init: initialiser of `input_kernel`, `[D, 4H]` or `[V, 4H]`.
+      recurrent_kernel_init: initialiser of `recurrent_kernel [H, 4H]`.
+      bias_init: initialiser of `bias [4H]`.
+      initial_hidden_init: initialiser of the learned initial hidden state `[H]`.
+      initial_hidden_noise: standard deviation of Gaussian noise on it, at inference too, from the
+        rng stream `noise`.
+      variant: departures from the equations.
+      time_major: sequences are `[time, batch, ...]` rather than `[batch, time, ...]`.
+      return_carry: return `(carry, outputs)` rather than outputs alone.
+      reverse: run from the last valid step of each sequence to its first.
+      keep_order: with `reverse`, return outputs in the order of the inputs.
+      unroll: time steps per iteration of a compiled loop.
+      implementation: `auto`, or one of `bnlstm_jax.recurrence`. Kernels have no gradients of
+        running statistics.
+      dtype: dtype of products' operands and of outputs; statistics and state stay float32 or wider.
+        By default that of inputs and parameters.
+      param_dtype: dtype of the parameters.
+    """
+
+    features: int
+    max_steps: int | None = None
+    normalize: Sequence[str] = TERMS
+    use_running_average: bool | None = None
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    axis_name: str | None = None
+    scale_init: Initializer = nn.initializers.constant(0.1)
+    shared_statistics: bool = False
+    input_statistics: str = "per_step"
+    mask_statistics: bool | Sequence[str] = True
+    vocab_size: int | None = None
+    input_kernel_init: Initializer = semi_orthogonal()
+    recurrent_kernel_init: Initializer = semi_orthogonal()
+    bias_init: Initializer = forget_bias(1.0)
+    initial_hidden_init: Initializer = nn.initializers.zeros_init()
+    initial_hidden_noise: float = 0.0
+    variant: Variant = Variant()
+    time_major: bool = False
+    return_carry: bool = False
+    reverse: bool = False
+    keep_order: bool = False
+    unroll: int = 1
+    implementation: str = "auto"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+
+Layer = LSTM | LNLSTM | BNLSTM
+
+
+def abstract_problem(layer: Layer, batch: int = 1) -> Problem:
+    """A layer's problem without values, to ask `recurrence` by what it would be run."""
+    state = jax.ShapeDtypeStruct((batch, layer.features), statistics_dtype(layer.param_dtype))
+    kernel = jax.ShapeDtypeStruct((layer.features, 4 * layer.features), layer.param_dtype)
+    norm = normalization(layer)
+    return Problem(kernel, {}, (state, state), None, norm=norm, dtype=layer.dtype)
+
+
+def normalization(layer: Layer) -> Normalization:
+    """Which terms a layer normalises, and how.
+
+    Raises:
+      ValueError: `normalize`, `mask_statistics` or `input_statistics` is none that there is.
+    """
+    if isinstance(layer, LSTM):
+        return Normalization()
+    check_terms("normalize", layer.normalize)
+    terms = tuple(layer.normalize)
+    if isinstance(layer, LNLSTM):
+        return Normalization(terms, "layer", layer.epsilon)
+    masked = layer.mask_statistics
+    if isinstance(masked, bool):
+        masked = TERMS if masked else ()
+    check_terms("mask_statistics", masked)
+    if layer.input_statistics not in ("per_step", "sequence"):
+        raise ValueError(
+            f"input_statistics: expected 'per_step' or 'sequence', got {layer.input_statistics!r}"
+        )
+    return Normalization(
+        terms,
+        "batch",
+        layer.epsilon,
+        layer.variant.input_epsilon,
+        tuple(masked),
+        layer.input_statistics == "sequence",
+        layer.axis_name,
+    )
+
+
+class _Form(NamedTuple):
+    """The form of a call's sequences: an override of each attribute, or the attribute."""
+
+    seq_lengths: Array | None
+    time_major: bool
+    reverse: bool
+    keep_order: bool
+    return_carry: bool
+
+    @classmethod
+    def of(cls, layer: Layer, seq_lengths: Array | None, *overrides: bool | None) -> "_Form":
+        """`overrides` in the order of the fields; None for the layer's attribute."""
+        named = zip(cls._fields[1:], overrides, strict=True)
+        return cls(seq_lengths, *(getattr(layer, n) if v is None else v for n, v in named))
+
+    def enter(self, inputs: Array) -> Array:
+        """Inputs in the order of the recurrence, `[T, B, ...]`."""
+        inputs = inputs if self.time_major else jnp.swapaxes(inputs, 0, 1)
+        return flip_sequences(inputs, self.seq_lengths) if self.reverse else inputs
+
+    def leave(self, carry: Carry, outputs: Array) -> Array | tuple[Carry, Array]:
+        """What the call returns."""
+        if self.reverse and self.keep_order:
+            outputs = flip_sequences(outputs, self.seq_lengths)
+        outputs = outputs if self.time_major else jnp.swapaxes(outputs, 0, 1)
+        return (carry, outputs) if self.return_carry else outputs
+
+
+def _run(
+    layer: Layer,
+    inputs: Array,
+    form: _Form,
+    start: tuple[Carry | None, Array | None, Array | int | None],
+    use_running_average: bool | None,
+) -> Array | tuple[Carry, Array]:
+    """The call of all layers. `start` is `initial_carry`, `init_key` and `first_step`."""
+    carry, key, first_step = start
+    norm = normalization(layer)
+    if norm.batch_terms:
+        use_running_average = nn.merge_param(
+            "use_running_average", layer.use_running_average, use_running_average
+        )
+    training = bool(norm.batch_terms) and not use_running_average
+    _check(layer, inputs, first_step if training else None)
+    inputs = form.enter(inputs)
+    steps, batch = inputs.shape[:2]
+    valid = None
+    if form.seq_lengths is not None:
+        valid = (jnp.arange(steps)[:, None] < form.seq_lengths)[..., None]
+
+    state = statistics_dtype(layer.param_dtype)
+    params = lstm_params(layer, layer.vocab_size or inputs.shape[-1], norm.terms)
+    kernel = params.pop("recurrent_kernel")
+    variables = {
+        term: statistics_variables(layer, _statistics_shape(layer, norm, term, steps), f"{term}_")
+        for term in norm.batch_terms
+    }
+    if carry is None:
+        if key is None and layer.initial_hidden_noise > 0:
+            key = layer.make_rng("noise")
+        carry = initial_state(layer, (batch,), key, training and "recurrent" in norm.terms)
+    dense = layer.vocab_size is None
+    problem = Problem(
+        kernel,
+        *jax.tree.map(lambda x: x.astype(state), (params, carry)),
+        inputs.astype(jnp.promote_types(inputs.dtype, jnp.bfloat16)) if dense else None,
+        None if dense else inputs,
+        valid,
+        _given_statistics(variables, norm, steps, first_step) if use_running_average else None,
+        norm,
+        layer.dtype,
+        layer.unroll,
+    )
+    result = _run_problem(layer, problem)
+    if training:
+        for term, pair in variables.items():
+            _record(layer, term, pair, result.moments[term], _count(problem, term, steps, batch))
+    outputs = result.hidden.astype(layer.dtype or result.hidden.dtype)
+    return form.leave(result.carry, outputs)
+
+
+def _run_problem(layer: Layer, problem: Problem) -> Result:
+    """Runs a problem, pooled over the layer's mapped axis if there is one."""
+    name = recurrence.choose(layer.implementation, problem)
+    if problem.norm.axis_name is not None:
+        norm = dataclasses.replace(problem.norm, axis_name=pooled_axis(layer))
+        problem = problem.replace(norm=norm)
+    return recurrence.IMPLEMENTATIONS[name].run(problem)
+
+
+def _check(layer: Layer, inputs: Array, first_step: Array | int | None) -> None:
+    """Checks the inputs of a call; `first_step` is that of training."""
+    got = f"got {inputs.dtype}{list(inputs.shape)}"
+    if layer.vocab_size is None and inputs.ndim != 3:
+        hint = "; set vocab_size for symbols [batch, time]" if inputs.ndim == 2 else ""
+        raise ValueError(f"expected inputs [batch, time, features], {got}{hint}")
+    if layer.vocab_size is not None and (
+        inputs.ndim != 2 or not jnp.issubdtype(inputs.dtype, jnp.integer)
+    ):
+        raise ValueError(f"with vocab_size: expected inputs of integers [batch, time], {got}")
+    if first_step is not None and not (isinstance(first_step, int) and first_step == 0):
+        raise ValueError("first_step: expected None under batch statistics; run sequences whole")
+
+
+def flip_sequences(x: Array, seq_lengths: Array | None) -> Array:
+    """Reverses `x` `[T, B, ...]` in time; with lengths `[B]`, padding stays at the end."""
+    if seq_lengths is None:
+        return jnp.flip(x, axis=0)
+    t = jnp.arange(x.shape[0])[:, None]
+    source = jnp.where(t < seq_lengths, seq_lengths - 1 - t, t)
+    return jnp.take_along_axis(x, source.reshape(source.shape + (1,) * (x.ndim - 2)), axis=0)
+
+
+# ---- Statistics of BNLSTM.
+
+
+def _statistics_shape(layer: BNLSTM, norm: Normalization, term: str, steps: int) -> tuple[int, ...]:
+    """Shape of a term's statistics, for a layer that sequences of `steps` steps initialise."""
+    if layer.shared_statistics and layer.max_steps is not None:
+        raise ValueError("max_steps: expected None with shared_statistics, which are of all steps")
+    size = term_size(layer, term)
+    if layer.shared_statistics or (norm.whole_input and term == "input"):
+        return (size,)
+    return (layer.max_steps or steps, size)
+
+
+def _given_statistics(
+    variables: dict[str, list[nn.Variable]],
+    norm: Normalization,
+    steps: int,
+    first_step: Array | int | None,
+) -> dict[str, Statistics] | None:
+    """Running statistics of each step from `first_step` on, the last row beyond the rows."""
+    if not variables:
+        return None
+    t = (0 if first_step is None else first_step) + jnp.arange(steps)
+
+    def at_steps(statistics: Array) -> Array:
+        rows = jnp.atleast_2d(statistics)
+        return rows[jnp.minimum(t, len(rows) - 1)]
+
+    return {
+        term: values(pair)
+        if norm.whole_input and term == "input"
+        else Statistics(*map(at_steps, values(pair)))
+        for term, pair in variables.items()
+    }
+
+
+def _count(problem: Problem, term: str, steps: int, batch: int) -> Array:
+    """Number of rows behind a term's moments at each step, `[T]`."""
+    if problem.valid is None or term not in problem.norm.masked:
+        return jnp.full(steps, batch)
+    return problem.valid.sum((1, 2))
+
+
+def _record(
+    layer: BNLSTM, term: str, variables: list[nn.Variable], batch: Statistics, count: Array
+) -> None:
+    """Moves a term's running statistics towards `batch`, `[T, F]` or `[F]`.
+
+    Steps past the last row of the running statistics are not recorded.
+    """
+    if batch.mean.ndim == 1:
+        count = count.sum()
+    elif not layer.shared_statistics:
+        rows, steps = variables[0].value.shape[0], count.shape[0]
+        if steps > rows and layer.max_steps is None:
+            raise ValueError(
+                f"max_steps: statistics have {rows} time steps, of the sequence that initialised "
+                f"the layer, got {steps}; set max_steps (of a reader, passage_steps or "
+                "question_steps)"
+            )
+
+        def to_rows(x: Array) -> Array:
+            x = x[:rows]
+            return jnp.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
+
+        batch, count = Statistics(*map(to_rows, batch)), to_rows(count)
+    update_statistics(layer, variables, batch, count, f"{term}_")

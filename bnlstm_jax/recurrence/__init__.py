@@ -1,0 +1,124 @@
+"""One recurrence, several implementations, equal but for rounding.
+
+    xla         a scan with a backward pass of few residuals
+    reference   a plain scan, differentiated by JAX
+    tpu         one kernel for all steps, for TPUs
+    gpu         one kernel for all steps, for NVIDIA GPUs
+
+A `Problem` says what a recurrence is given, a `Result` what it gives back. An implementation is a
+function from one to the other, and one that says why it cannot run a problem; to add one, write
+both and name them in `IMPLEMENTATIONS`. All but `gpu` are made of `problem.step`.
+
+`auto` is the kernel for the device at hand, if it is validated there, else `xla`.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+from bnlstm_jax.recurrence import pallas_tpu, scan
+from bnlstm_jax.recurrence.devices import default_device, runs_here
+from bnlstm_jax.recurrence.native import call
+from bnlstm_jax.recurrence.problem import Problem, Result
+
+
+class Implementation(NamedTuple):
+    """A way to run a recurrence.
+
+    Attributes:
+      run: runs a problem that it supports.
+      why_unsupported: why it cannot run a problem, whose arrays may be `jax.ShapeDtypeStruct`s;
+        None if it can. Raises RuntimeError if a kernel cannot be compiled.
+      platform: the platform of JAX that it is for; None for all.
+      max_batch: the most sequences; larger batches, which leave no device idle, are run by `xla`.
+    """
+
+    run: Callable[[Problem], Result]
+    why_unsupported: Callable[[Problem], str | None] = scan.why_unsupported
+    platform: str | None = None
+    max_batch: float = float("inf")
+
+
+IMPLEMENTATIONS = {
+    "xla": Implementation(scan.xla),
+    "reference": Implementation(scan.reference),
+    "tpu": Implementation(pallas_tpu.run, pallas_tpu.why_unsupported, "tpu"),
+    "gpu": Implementation(call.run, call.why_unsupported, "gpu", call.LARGEST_BATCH),
+}
+NAMES = ("auto", *IMPLEMENTATIONS)  # what users may name
+# Hidden units up to which a kernel is validated, by kind of device as JAX names it.
+VALIDATED_UNITS: dict[str, int] = {}
+
+
+def run(problem: Problem, name: str) -> Result:
+    """Runs a problem by the implementation of a name; see `choose`."""
+    return IMPLEMENTATIONS[choose(name, problem)].run(problem)
+
+
+def available() -> list[str]:
+    """The implementations for the default device."""
+    return [name for name, each in IMPLEMENTATIONS.items() if runs_here(each.platform)]
+
+
+def why_unsupported(name: str, problem: Problem) -> str | None:
+    """Why an implementation cannot run a problem here; None if it can.
+
+    Raises:
+      RuntimeError: its kernel cannot be compiled.
+    """
+    if name == "auto":
+        return None
+    platform = IMPLEMENTATIONS[name].platform
+    if not runs_here(platform):
+        return f"needs a device of platform {platform!r}, and this is {default_device().platform!r}"
+    return IMPLEMENTATIONS[name].why_unsupported(problem)
+
+
+def choose(name: str, problem: Problem) -> str:
+    """The implementation that runs a problem; logs where it is not `name` itself.
+
+    Raises:
+      ValueError: there is no such implementation, or it does not support the problem.
+      RuntimeError: its kernel cannot be compiled.
+    """
+    if name not in NAMES:
+        raise ValueError(f"implementation: expected one of {NAMES}, got {name!r}")
+    batch = problem.carry[1].shape[0]
+    if name == "auto":
+        chosen, reason, level = _choose_for_device(problem)
+    elif reason := why_unsupported(name, problem):
+        raise ValueError(f"implementation={name!r} {reason}; write implementation='xla'")
+    else:
+        chosen, reason, level = name, "", logging.INFO
+    if batch > IMPLEMENTATIONS[chosen].max_batch:
+        most = IMPLEMENTATIONS[chosen].max_batch
+        chosen, reason = "xla", f"{chosen!r} takes up to {most} sequences, got {batch}"
+    if chosen != name:
+        log_choice(name, chosen, reason, level)
+    return chosen
+
+
+def _choose_for_device(problem: Problem) -> tuple[str, str, int]:
+    """What `auto` is for a problem, why, and how loud to say so."""
+    device, units = default_device(), problem.recurrent_kernel.shape[0]
+    kernels = [n for n, each in IMPLEMENTATIONS.items() if each.platform == device.platform]
+    validated = VALIDATED_UNITS.get(device.device_kind, 0)
+    if not kernels:
+        return "xla", f"there is no kernel for {device.device_kind}", logging.INFO
+    if units > validated:
+        reason = f"the kernel is validated up to {validated} units on {device.device_kind}"
+        return "xla", f"{reason}, got {units}", logging.INFO
+    try:
+        reason = IMPLEMENTATIONS[kernels[0]].why_unsupported(problem)
+    except (RuntimeError, OSError) as error:  # from a compiler
+        return "xla", str(error), logging.WARNING
+    if reason is not None:
+        return "xla", f"the kernel {reason}", logging.INFO
+    return kernels[0], f"it is validated on {device.device_kind}", logging.INFO
+
+
+@functools.cache
+def log_choice(name: str, chosen: str, reason: str, level: int) -> None:
+    """Logs by what an implementation is run: once, however often a layer is traced."""
+    logging.getLogger(__name__).log(level, "implementation %r is %r: %s", name, chosen, reason)

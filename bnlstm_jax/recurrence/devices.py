@@ -1,0 +1,33 @@
+"""The device that programs are for."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+
+_emulating = False
+
+
+def default_device() -> jax.Device:
+    """The device that programs run on unless their arrays say otherwise."""
+    device = jax.config.jax_default_device
+    return device if isinstance(device, jax.Device) else jax.devices(device)[0]
+
+
+def runs_here(platform: str | None) -> bool:
+    """Whether an implementation for a platform of JAX, or for all (None), runs on that device."""
+    return platform is None or platform == default_device().platform or _emulating
+
+
+@contextlib.contextmanager
+def emulation() -> Iterator[None]:
+    """Lets kernels run on other devices than theirs: interpreted or emulated, slowly.
+
+    For tests, and to compile for a TPU that is not there; what is traced within keeps it.
+    """
+    global _emulating
+    before, _emulating = _emulating, True
+    try:
+        yield
+    finally:
+        _emulating = before

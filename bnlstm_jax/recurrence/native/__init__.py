@@ -1,0 +1,1 @@
+"""Recurrences written in C++ and CUDA, compiled at first use."""

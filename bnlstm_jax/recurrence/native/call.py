@@ -1,0 +1,298 @@
+"""The recurrence in one CUDA kernel, forward, and one backward: cuda.cu, called through `jax.ffi`.
+
+A scan in XLA starts several small programs at every step. Here the device's multiprocessors share
+the hidden units, keep their part of the recurrent kernel, and run all steps together; the source
+says how. Unlike the other implementations this one is not made of the step of `bnlstm_jax.cells`,
+but written out for (BN-)LSTMs, in float32. On a CPU, CUDA is emulated, which is slow and serves to
+test it.
+
+Within a call arrays are `[time, features, batch]`, the batch padded.
+"""
+
+import ctypes
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from bnlstm_jax.normalization import Statistics
+from bnlstm_jax.recurrence.devices import default_device
+from bnlstm_jax.recurrence.native.build import build
+from bnlstm_jax.recurrence.problem import Problem, Result, with_input_terms
+
+SOURCE = Path(__file__).parent / "cuda.cu"
+BATCHES = (32, 64, 128)  # to which a batch is padded
+LARGEST_BATCH = BATCHES[-1]
+VALID, IN_RECURRENT, IN_CELL = 1, 2, 4  # flags of a row at a step
+# Residuals are h, c, the recurrent term and moments; `jax.checkpoint` recomputes the rest.
+_RESIDUAL = "bnlstm_jax.recurrence.native"
+_SAVE_RESIDUALS = jax.checkpoint_policies.save_only_these_names(_RESIDUAL)
+
+
+# ---- The library.
+
+
+def platform() -> str:
+    """Where the kernel would run: on a GPU, or emulated on a CPU."""
+    return "gpu" if default_device().platform == "gpu" else "cpu"
+
+
+@functools.cache
+def load(platform: str) -> ctypes.CDLL:
+    """The library, its two calls registered with XLA.
+
+    Raises:
+      RuntimeError: it cannot be compiled.
+    """
+    library = ctypes.CDLL(str(build(SOURCE, platform)))
+    name = "CUDA" if platform == "gpu" else platform
+    for call in ("Forward", "Backward"):
+        handler = jax.ffi.pycapsule(getattr(library, f"Bnlstm{call}"))
+        jax.ffi.register_ffi_target(f"bnlstm_{call.lower()}", handler, platform=name)
+    return library
+
+
+def padded(batch: int) -> int:
+    """Rows that the kernel is given for a batch of at most `LARGEST_BATCH`."""
+    return next(rows for rows in BATCHES if batch <= rows)
+
+
+def why_unsupported(problem: Problem) -> str | None:
+    """See `bnlstm_jax.recurrence.Implementation`."""
+    norm, kernel = problem.norm, problem.recurrent_kernel
+    if norm.batch_terms and norm.axis_name is not None:
+        return "does not support axis_name: the batch is on one device"
+    if norm.terms and norm.kind == "layer":
+        return "does not support layer normalisation"
+    operands = jnp.dtype(problem.dtype or jnp.float32)
+    if operands not in (jnp.float32, jnp.bfloat16) or kernel.dtype != jnp.float32:
+        return (
+            "computes in float32, with products of float32 or bfloat16, and param_dtype is "
+            f"{kernel.dtype}, dtype {operands}"
+        )
+    units, rows = kernel.shape[0], padded(min(problem.carry[1].shape[0], LARGEST_BATCH))
+    if not load(platform()).BnlstmFits(units, rows, operands == jnp.bfloat16):
+        return f"does not fit this device with {units} units, {rows} rows and {operands} products"
+    return None
+
+
+# ---- The two calls, and the gradient.
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The attributes of a call.
+
+    Attributes:
+      normalize_recurrent, normalize_cell: which terms are normalised.
+      given: by given statistics; else by the batch's own moments.
+      epsilon: added to variances.
+      operands: dtype of the operands of recurrent products, float32 or bfloat16.
+      units_of_block: hidden units of a block of threads, 4 or 8; 0 for what fits best.
+    """
+
+    normalize_recurrent: bool
+    normalize_cell: bool
+    given: bool
+    epsilon: float
+    operands: str = "float32"
+    units_of_block: int = 0
+
+    def call(
+        self,
+        name: str,
+        shapes: Sequence[tuple[int, ...]],
+        *arrays: Array,
+        aliases: dict[int, int] | None = None,
+        **more: Any,
+    ) -> list[Array]:
+        """Calls the kernel, with room for what its blocks exchange.
+
+        `aliases` are arguments that are overwritten, and the results that take their place.
+        """
+        kernel, *others = arrays
+        kernel = kernel.astype(self.operands)
+        units, gates = kernel.shape
+        exchanged = units if name == "bnlstm_forward" else gates
+        room = jax.ShapeDtypeStruct((2, exchanged, arrays[1].shape[-1]), kernel.dtype)
+        counter = jax.ShapeDtypeStruct((1,), jnp.uint32)
+        results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        call = jax.ffi.ffi_call(
+            name,
+            (*results, room, counter),
+            vmap_method="sequential",
+            input_output_aliases=aliases,
+        )
+        attributes = dataclasses.asdict(self) | {"epsilon": np.float32(self.epsilon)} | more
+        del attributes["operands"]  # the kernel's dtype says so
+        return call(kernel, *others, **attributes)[:-2]
+
+
+class Inputs(NamedTuple):
+    """The arrays of a call, in float32.
+
+    Attributes:
+      kernel: the recurrent kernel `[H, 4H]`.
+      pre_activation: input term and bias, `[T, 4H, B]`.
+      flags: of rows, bytes `[T, B]`.
+      recurrent_scale, cell_scale, cell_bias: `[4H]`, `[H]`, `[H]`.
+      cell, hidden: the initial state, `[H, B]`.
+      recurrent_statistics, cell_statistics: given mean and variance, `[T, 2, 4H]`, `[T, 2, H]`.
+    """
+
+    kernel: Array
+    pre_activation: Array
+    flags: Array
+    recurrent_scale: Array
+    cell_scale: Array
+    cell_bias: Array
+    cell: Array
+    hidden: Array
+    recurrent_statistics: Array
+    cell_statistics: Array
+
+
+def forward_call(options: Options, inputs: Inputs, keep: bool) -> tuple[Array, ...]:
+    """Hidden states and cells `[T, H, B]`, recurrent terms `[T, 4H, B]`, moments as statistics.
+
+    Unless `keep`, cells are the last alone and there are no recurrent terms. There are no moments
+    where statistics are given.
+    """
+    steps, gates, batch = inputs.pre_activation.shape
+    units = gates // 4
+    found = 0 if options.given else steps
+    shapes = (
+        (steps, units, batch),
+        (steps if keep else 1, units, batch),
+        (steps if keep else 0, gates, batch),
+        (found, 2, gates),
+        (found, 2, units),
+    )
+    return options.call("bnlstm_forward", shapes, *inputs, keep=keep)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def call_kernel(options: Options, inputs: Inputs) -> tuple[Array, ...]:
+    """Hidden states, the last cell, moments of recurrent term and cell."""
+    hidden, cell, _, *moments = forward_call(options, inputs, keep=False)
+    return hidden, cell[-1], *moments
+
+
+def _forward(options, inputs):
+    results = forward_call(options, inputs, keep=True)
+    hidden, cell, recurrent_term, *moments = (checkpoint_name(x, _RESIDUAL) for x in results)
+    return (hidden, cell[-1], *moments), (inputs, hidden, cell, recurrent_term, *moments)
+
+
+def _backward(options, residuals, gradients):
+    inputs, hidden, cell, recurrent_term, *moments = residuals
+    d_hidden, d_cell, *_ = gradients
+    if not options.given:
+        inputs = inputs._replace(recurrent_statistics=moments[0], cell_statistics=moments[1])
+    terms, units = inputs.pre_activation.shape, inputs.cell.shape
+    d_pre, d_term, *d_params, d_first_cell, d_first_hidden = options.call(
+        "bnlstm_backward",
+        (terms, terms, terms[1:2], units[:1], units[:1], units, units),
+        *inputs,
+        cell,
+        recurrent_term,
+        d_hidden,
+        d_cell,
+        # Gradients take the place of what they are of, which is read in the same order.
+        aliases={Inputs._fields.index("pre_activation"): 0, len(inputs) + 1: 1},
+    )
+    entering = jnp.concatenate([inputs.hidden[None], hidden[:-1]])
+    d_kernel = jax.lax.dot_general(
+        entering.astype(options.operands),
+        d_term.astype(options.operands),
+        (((0, 2), (0, 2)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    return (Inputs(d_kernel, d_pre, None, *d_params, d_first_cell, d_first_hidden, None, None),)
+
+
+call_kernel.defvjp(_forward, _backward)
+
+
+# ---- From a problem and back.
+
+
+def run(problem: Problem, units_of_block: int = 0) -> Result:
+    """Runs a problem of at most `LARGEST_BATCH` sequences; given statistics have no gradient.
+
+    Raises:
+      RuntimeError: the kernel cannot be compiled.
+    """
+    load(platform())
+    statistics = jax.lax.stop_gradient(problem.statistics)
+    return _run(problem.replace(statistics=statistics), units_of_block)
+
+
+@functools.partial(jax.checkpoint, policy=_SAVE_RESIDUALS, static_argnums=(1,))
+def _run(problem: Problem, units_of_block: int) -> Result:
+    problem, moments = with_input_terms(problem, ahead=True, normalized=True)
+    batch, terms = problem.carry[1].shape[0], problem.norm.terms
+    given = problem.statistics is not None
+    options = Options(
+        "recurrent" in terms,
+        "cell" in terms,
+        given,
+        problem.norm.epsilon,
+        jnp.dtype(problem.dtype or jnp.float32).name,
+        units_of_block,
+    )
+
+    def from_kernel(x: Array) -> Array:
+        return jnp.swapaxes(x[..., :batch], -1, -2)
+
+    hidden, cell, *found = call_kernel(options, to_inputs(problem))
+    hidden = from_kernel(hidden)
+    for term, stacked in zip(("recurrent", "cell"), found, strict=True):
+        if term in terms and not given:
+            moments[term] = Statistics(stacked[:, 0], stacked[:, 1])
+    return Result((from_kernel(cell), hidden[-1]), hidden, moments)
+
+
+def to_inputs(problem: Problem) -> Inputs:
+    """The arrays of a call for a problem whose `inputs` are input terms."""
+    steps, batch, gates = problem.inputs.shape
+    units, params, norm = gates // 4, problem.params, problem.norm
+    padding = padded(batch) - batch
+
+    def to_kernel(x: Array) -> Array:
+        x = jnp.swapaxes(x, -1, -2)
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
+
+    def flag(value: int, masked: bool) -> Array:
+        valid = jnp.ones((steps, batch, 1), bool)
+        if masked and problem.valid is not None:
+            valid = problem.valid
+        return jnp.where(valid[..., 0], value, 0).astype(jnp.uint8)
+
+    def statistics(term: str, size: int) -> Array:
+        if problem.statistics is None or term not in norm.terms:
+            given = steps if problem.statistics is not None else 0
+            return jnp.zeros((given, 2, size), jnp.float32)
+        return jnp.stack(problem.statistics[term], 1)
+
+    flags = flag(VALID, True)
+    flags |= flag(IN_RECURRENT, "recurrent" in norm.masked)
+    flags |= flag(IN_CELL, "cell" in norm.masked)
+    return Inputs(
+        problem.recurrent_kernel,
+        to_kernel(problem.inputs + params["bias"]),
+        jnp.pad(flags, [(0, 0), (0, padding)]),
+        params.get("recurrent_scale", jnp.ones(gates, jnp.float32)),
+        params.get("cell_scale", jnp.ones(units, jnp.float32)),
+        params.get("cell_bias", jnp.zeros(units, jnp.float32)),
+        *map(to_kernel, problem.carry),
+        statistics("recurrent", gates),
+        statistics("cell", units),
+    )

@@ -1,0 +1,249 @@
+"""The recurrence in one TPU kernel: only the arrays of a step move between chip and main memory.
+
+A scan in XLA starts several small programs at every step and reads the recurrent kernel from main
+memory each time. Here one Pallas kernel runs all steps. The recurrent kernel, the other parameters
+and the state stay in vector memory (VMEM) from the first step to the last; arrays of a step are
+moved while the step before is computed.
+
+The step is `bnlstm_jax.recurrence.problem.step`, forward as it is and backward differentiated by
+JAX, with the residuals of `bnlstm_jax.recurrence.scan.xla`. On other devices the kernel is
+interpreted, which is slow and serves to test it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from bnlstm_jax.cells import Carry, product
+from bnlstm_jax.recurrence import problem as recurrence
+from bnlstm_jax.recurrence.problem import Problem, Result
+
+MIB = 2**20
+
+
+# ---- A scan in one kernel.
+
+
+class _Layout(NamedTuple):
+    """Structure of a scan's constants, carry, inputs and results of one step."""
+
+    trees: tuple[Any, ...]
+    leaves: tuple[list[jax.ShapeDtypeStruct], ...]
+
+    def unflatten(self, *leaves: list[Array]) -> list[Any]:
+        """Trees of the first so many."""
+        return [jax.tree.unflatten(*pair) for pair in zip(self.trees, leaves, strict=False)]
+
+    def split(self, refs: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        """A kernel's references: constants, first carry, inputs; then carry and results."""
+        constants, carry, inputs, results = map(len, self.leaves)
+        groups = []
+        for size in (constants, carry, inputs, carry, results):
+            groups.append(refs[:size])
+            refs = refs[size:]
+        return groups
+
+    @property
+    def vmem_bytes(self) -> int:
+        """VMEM to ask for: what stays, once; what moves, twice; and the values of the body."""
+        constants, carry, inputs, results = (sum(map(_tiled, leaves)) for leaves in self.leaves)
+        return 16 * MIB + constants + 2 * carry + 3 * (inputs + results)
+
+
+def kernel_scan(
+    body: Callable[[Any, Any, Any], tuple[Any, Any]],
+    constants: Any,
+    carry: Any,
+    xs: Any,
+    *,
+    reverse: bool = False,
+) -> tuple[Any, Any]:
+    """`jax.lax.scan` in one TPU kernel, with `constants` and carry in VMEM throughout.
+
+    Args:
+      body: `(constants, carry, x)` to `(carry, y)`: one step, traced in the kernel.
+      constants: arrays.
+      carry: arrays that enter the first step.
+      xs: arrays `[T, ...]`, which may be boolean.
+      reverse: run from the last step to the first; results stay beside their inputs.
+
+    Returns:
+      The carry after the last step, and the results `[T, ...]`.
+    """
+    steps = jax.tree.leaves(xs)[0].shape[0]
+    x = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
+    _, y = jax.eval_shape(body, constants, carry, x)
+    flat = zip(*map(jax.tree.flatten, (constants, carry, x, y)), strict=True)
+    leaves, trees = flat
+    layout = _Layout(trees, leaves)
+
+    def at_step(t: Array) -> tuple[Array, int, int]:
+        return steps - 1 - t if reverse else t, 0, 0
+
+    blocks = [[_block_shape(leaf) for leaf in group] for group in leaves[2:]]
+    resident = pl.BlockSpec(memory_space=pltpu.VMEM)
+    moving = [[pl.BlockSpec((None, *block), at_step) for block in group] for group in blocks]
+    results = [(leaf.shape, leaf) for leaf in leaves[1]]
+    results += [((steps, *b), leaf) for b, leaf in zip(blocks[1], leaves[3], strict=True)]
+
+    def call(interpret: bool) -> Callable:
+        return pl.pallas_call(
+            lambda *refs: _run_step(body, layout, refs),
+            out_shape=[jax.ShapeDtypeStruct(shape, leaf.dtype) for shape, leaf in results],
+            grid=(steps,),
+            in_specs=[resident] * (len(leaves[0]) + len(leaves[1])) + moving[0],
+            out_specs=[resident] * len(leaves[1]) + moving[1],
+            interpret=interpret,
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("arbitrary",), vmem_limit_bytes=layout.vmem_bytes
+            ),
+        )
+
+    rows = zip(jax.tree.leaves(xs), blocks[0], strict=True)
+    arguments = jax.tree.leaves((constants, carry))
+    arguments += [_to_block(x).reshape(steps, *block) for x, block in rows]
+    found = jax.lax.platform_dependent(*arguments, tpu=call(False), default=call(True))
+    last, rows = found[: len(leaves[1])], found[len(leaves[1]) :]
+    ys = [y.reshape(steps, *leaf.shape) for y, leaf in zip(rows, leaves[3], strict=True)]
+    return jax.tree.unflatten(trees[1], last), jax.tree.unflatten(trees[3], ys)
+
+
+def _run_step(body: Callable, layout: _Layout, refs: tuple[Any, ...]) -> None:
+    """The kernel: one step of a scan."""
+    constant_refs, first_refs, x_refs, carry_refs, y_refs = layout.split(refs)
+
+    @pl.when(pl.program_id(0) == 0)
+    def _() -> None:
+        for ref, first in zip(carry_refs, first_refs, strict=True):
+            ref[...] = first[...]
+
+    x = [_from_block(ref[...], leaf) for ref, leaf in zip(x_refs, layout.leaves[2], strict=True)]
+    values = [ref[...] for ref in constant_refs], [ref[...] for ref in carry_refs], x
+    carry, y = body(*layout.unflatten(*values))
+    for ref, value in zip((*carry_refs, *y_refs), jax.tree.leaves((carry, y)), strict=True):
+        ref[...] = value.reshape(ref.shape).astype(ref.dtype)
+
+
+def _block_shape(leaf: Any) -> tuple[int, int]:
+    """The shape of an array of a step in two dimensions, which the hardware has."""
+    return (1,) * (2 - len(leaf.shape)) + tuple(leaf.shape)
+
+
+def _to_block(x: Array) -> Array:
+    """VMEM holds no booleans."""
+    return x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
+
+
+def _from_block(x: Array, leaf: jax.ShapeDtypeStruct) -> Array:
+    x = x.reshape(leaf.shape)
+    return x != 0 if leaf.dtype == jnp.bool_ else x
+
+
+def _tiled(leaf: Any) -> int:
+    """Bytes of an array in tiles of 8 x 128 words of 32 bits."""
+    rows, columns = _block_shape(leaf)
+    in_word = max(1, 4 // leaf.dtype.itemsize)
+    return 4 * 8 * 128 * -(-rows // (8 * in_word)) * -(-columns // 128)
+
+
+# ---- The recurrence.
+
+
+def why_unsupported(problem: Problem) -> str | None:
+    """See `bnlstm_jax.recurrence.Implementation`."""
+    if problem.norm.batch_terms and problem.norm.axis_name is not None:
+        return "does not support axis_name: the batch is on one device"
+    return None
+
+
+def run(problem: Problem) -> Result:
+    """Runs a problem. Given statistics have no gradient, and `unroll` has no effect."""
+    # A kernel has no bfloat16 product over a single feature.
+    single = len(problem.params["input_kernel"]) == 1 and problem.symbols is None
+    ahead = single and jnp.dtype(problem.dtype or jnp.float32) == jnp.bfloat16
+    problem, moments = recurrence.with_input_terms(problem, ahead)
+    if problem.symbols is not None:
+        problem = problem.replace(symbols=problem.symbols[..., None].astype(jnp.int32))
+    return Result.of(_run(problem), moments)
+
+
+def _step(problem: Problem, recurrent_term: Array, residuals: Any = None) -> tuple[Carry, Any]:
+    """As `problem.step`, with one-hot vectors of symbols: a kernel cannot index by arrays."""
+    if problem.symbols is not None:
+        kernel = problem.params["input_kernel"]
+        vocabulary = jax.lax.broadcasted_iota(jnp.int32, (1, len(kernel)), 1)
+        one_hot = (problem.symbols == vocabulary).astype(kernel.dtype)
+        problem = problem.replace(inputs=one_hot, symbols=None)
+    return recurrence.step(problem, recurrent_term, residuals)
+
+
+def _constants(problem: Problem) -> Problem:
+    """What stays in VMEM."""
+    kernel = problem.recurrent_kernel.astype(problem.operand_dtype)
+    moving = dict.fromkeys((*problem.over_time, "carry"))
+    return problem.replace(recurrent_kernel=kernel, **moving)
+
+
+def _forward_scan(problem: Problem, keep: bool) -> tuple[Carry, tuple]:
+    dtype = problem.operand_dtype
+
+    def body(constants, carry, now):
+        recurrent_term = product(carry[1], constants.recurrent_kernel, dtype)
+        after, moments = _step(constants.replace(carry=carry, **now), recurrent_term)
+        return after, (after[1], moments, (carry[0], recurrent_term) if keep else None)
+
+    return kernel_scan(body, _constants(problem), problem.carry, problem.over_time)
+
+
+@jax.custom_vjp
+def _run(problem: Problem) -> tuple[Carry, Array, Any]:
+    """The last carry, hidden states `[T, B, H]`, and moments, stacked."""
+    last, (hidden, moments, _) = _forward_scan(problem, keep=False)
+    return last, hidden, moments
+
+
+def _forward(problem: Problem) -> tuple[tuple, tuple]:
+    last, (hidden, moments, (cells, recurrent_terms)) = _forward_scan(problem, keep=True)
+    entering = jnp.concatenate([problem.carry[1][None], hidden[:-1]])
+    return (last, hidden, moments), (problem, (cells, entering), recurrent_terms, moments)
+
+
+def _backward(residuals: tuple, gradients: tuple) -> tuple[Problem]:
+    problem, carries, recurrent_terms, moments = residuals
+    d_last, d_hidden, _ = gradients
+    dtype = problem.operand_dtype
+
+    def body(constants, state, now):
+        d_carry, d_params = state
+        carry, recurrent_term, of_step, moments, d_output = now
+        d_carry = d_carry[0], d_carry[1] + d_output
+        at_step = constants.replace(carry=carry, **of_step)
+        d_of_step, d_carry, d_term, d_inputs = recurrence.step_gradients(
+            _step, at_step, recurrent_term, moments, d_carry
+        )
+        d_h = jax.lax.dot_general(
+            d_term.astype(dtype),
+            constants.recurrent_kernel,
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=d_term.dtype,
+        )
+        d_carry = d_carry[0], d_carry[1] + d_h
+        return (d_carry, jax.tree.map(jnp.add, d_params, d_of_step)), (d_term, d_inputs)
+
+    (d_carry, d_params), (d_terms, d_inputs) = kernel_scan(
+        body,
+        _constants(problem),
+        (d_last, jax.tree.map(jnp.zeros_like, problem.params)),
+        (carries, recurrent_terms, problem.over_time, moments, d_hidden),
+        reverse=True,
+    )
+    d_kernel = recurrence.recurrent_kernel_gradient(problem, carries[1], d_terms)
+    return (recurrence.gradient(problem, d_kernel, d_params, d_carry, d_inputs),)
+
+
+_run.defvjp(_forward, _backward)

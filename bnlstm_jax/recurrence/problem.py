@@ -1,0 +1,219 @@
+"""What a recurrence is given and gives back, one step of it, and the gradient of that step."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from bnlstm_jax.cells import Carry, look_up, lstm_step, product
+from bnlstm_jax.normalization import Moments, Normalization, Statistics
+
+# Inputs of up to so many features are multiplied by their kernel in each step, forward and again
+# backward: on CPU that is faster than writing the product `[T, B, 4H]` to memory and reading it,
+# and a training step takes half of the memory. Other devices are not measured yet.
+SMALL_INPUT = 256
+
+
+@struct.dataclass
+class Problem:
+    """A recurrence over T steps of B sequences, with H units. All arrays are time-major.
+
+    A step takes the same value with arrays of its own time: `inputs [B, D]`, and so on.
+
+    Attributes:
+      recurrent_kernel: `[H, 4H]`.
+      params: the other parameters by name, in the dtype of statistics: `bias [4H]`, `cell_bias
+        [H]` if there is one, `{term}_scale [F]` of normalised terms; and `input_kernel [D, 4H]`,
+        unless `inputs` are products with it.
+      carry: the initial `(c, h)`, each `[B, H]`, in the dtype of statistics.
+      inputs: `[T, B, D]`, or without an `input_kernel` the input terms `[T, B, 4H]`; None for
+        symbols.
+      symbols: integers `[T, B]` in place of inputs.
+      valid: steps that are not padding, boolean `[T, B, 1]`; None if all are. Others keep the
+        state.
+      statistics: by term, to normalise by (inference): each `[T, F]`, or `[F]` of a `whole_input`.
+        None to normalise by moments of the batch (training).
+      norm: which terms are normalised, and how.
+      dtype: dtype of products' operands; None for that of their arguments.
+      unroll: time steps per iteration of a compiled loop.
+    """
+
+    recurrent_kernel: Array
+    params: dict[str, Array]
+    carry: Carry
+    inputs: Array | None
+    symbols: Array | None = None
+    valid: Array | None = None
+    statistics: dict[str, Statistics] | None = None
+    norm: Normalization = struct.field(pytree_node=False, default=Normalization())
+    dtype: Any = struct.field(pytree_node=False, default=None)
+    unroll: int = struct.field(pytree_node=False, default=1)
+
+    @property
+    def over_time(self) -> dict[str, Any]:
+        """The fields with an axis of time."""
+        names = "inputs", "symbols", "valid", "statistics"
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def operand_dtype(self) -> Any:
+        """The dtype of the operands of recurrent products."""
+        return self.dtype or jnp.promote_types(self.carry[1].dtype, self.recurrent_kernel.dtype)
+
+
+@struct.dataclass
+class Result:
+    """What a recurrence gives back.
+
+    Attributes:
+      carry: the `(c, h)` after the last step, each `[B, H]`.
+      hidden: the hidden states of all steps, `[T, B, H]`.
+      moments: of the batch, by term, those that normalised it: each `[T, F]`, or `[F]` of a
+        `whole_input`. They have no gradient.
+    """
+
+    carry: Carry
+    hidden: Array
+    moments: dict[str, Statistics]
+
+    @classmethod
+    def of(cls, scanned: tuple, moments: dict[str, Statistics]) -> "Result":
+        """From what a scan of steps returns, and moments that were known before it."""
+        carry, hidden, stacked = scanned
+        stacked = {term: m.statistics() for term, m in stacked.items() if m is not None}
+        return cls(carry, hidden, moments | stacked)
+
+
+def input_term(problem: Problem) -> Array:
+    """`x W_x` of inputs or symbols, of one step or of all, `[..., B, 4H]`."""
+    kernel = problem.params["input_kernel"]
+    if problem.symbols is not None:
+        return look_up(problem.symbols, kernel, problem.dtype)
+    return product(problem.inputs, kernel, problem.dtype)
+
+
+def with_input_terms(
+    problem: Problem, ahead: bool = False, normalized: bool = False
+) -> tuple[Problem, dict[str, Statistics]]:
+    """Puts the input terms of all steps in place of inputs, if that is due before the recurrence.
+
+    It is if inputs are large, if their moments are those of all steps together, or if the caller
+    says so.
+
+    Args:
+      problem: with inputs or symbols.
+      ahead: always do so.
+      normalized: normalise the terms here, where the recurrence cannot.
+
+    Returns:
+      The problem, and the moments that normalised the input term, if they are known by now.
+    """
+    normalized = "input" in problem.norm.terms and (normalized or problem.norm.whole_input)
+    if not (ahead or normalized or len(problem.params["input_kernel"]) > SMALL_INPUT):
+        return problem, {}
+    terms, params = input_term(problem), dict(problem.params)
+    del params["input_kernel"]
+    problem = problem.replace(inputs=terms, symbols=None, params=params)
+    if not normalized:
+        return problem, {}
+    norm, statistics = problem.norm, problem.statistics
+    terms, moments = norm.apply("input", terms, params, statistics, problem.valid)
+    others = tuple(term for term in norm.terms if term != "input")
+    if statistics is not None:
+        statistics = {term: statistics[term] for term in others}
+    problem = problem.replace(
+        inputs=terms, statistics=statistics, norm=dataclasses.replace(norm, terms=others)
+    )
+    return problem, {} if moments is None else {"input": moments.statistics(norm.axis("input"))}
+
+
+def step(
+    problem: Problem, recurrent_term: Array, residuals: dict[str, Moments | None] | None = None
+) -> tuple[Carry, dict[str, Moments | None]]:
+    """One step.
+
+    Args:
+      problem: with the arrays of this step.
+      recurrent_term: `h W_h`, `[B, 4H]`.
+      residuals: moments that the forward pass found, when the step is re-run for its gradient.
+
+    Returns:
+      The new carry, and moments of the batch by term, None where they did not normalise it.
+    """
+
+    def normalize(term: str, x: Array) -> tuple[Array, Moments | None]:
+        moments = None if residuals is None else residuals[term]
+        return problem.norm.apply(
+            term, x, problem.params, problem.statistics, problem.valid, moments
+        )
+
+    terms = input_term(problem) if "input_kernel" in problem.params else problem.inputs
+    return lstm_step(problem.params, problem.carry, recurrent_term, terms, normalize, problem.valid)
+
+
+def step_gradients(
+    step: Callable, problem: Problem, recurrent_term: Array, moments: Any, d_carry: Carry
+) -> tuple[dict[str, Array], Carry, Array, Array | None]:
+    """The backward pass of one `step`, but for the recurrent product.
+
+    Args:
+      step, problem, recurrent_term, moments: the step and its arguments.
+      d_carry: gradient of the carry that it returned.
+
+    Returns:
+      `d_params`, `d_carry` (of c, and of h only as far as rows kept it), `d_recurrent_term`,
+      `d_inputs`.
+    """
+
+    def differentiable(params, carry, recurrent_term, inputs):
+        now = problem.replace(params=params, carry=carry, inputs=inputs)
+        return step(now, recurrent_term, moments)[0]
+
+    _, pull_back = jax.vjp(
+        differentiable, problem.params, problem.carry, recurrent_term, problem.inputs
+    )
+    return pull_back(d_carry)
+
+
+def recurrent_kernel_gradient(problem: Problem, hidden: Array, d_terms: Array) -> Array:
+    """One product for all steps.
+
+    Args:
+      problem: the recurrence.
+      hidden: hidden states that entered the steps, `[T, B, H]`.
+      d_terms: gradients of recurrent terms, `[T, B, 4H]`.
+    """
+    hidden, d_terms = (x.reshape(-1, x.shape[-1]) for x in (hidden, d_terms))
+    operand = transpose(hidden.astype(problem.operand_dtype))
+    d_kernel = product(operand, d_terms, problem.operand_dtype)
+    return d_kernel.astype(problem.recurrent_kernel.dtype)
+
+
+def gradient(
+    problem: Problem,
+    d_kernel: Array,
+    d_params: dict[str, Array],
+    d_carry: Carry,
+    d_inputs: Array | None,
+) -> Problem:
+    """The gradient of a problem, for `jax.custom_vjp`: symbols, masks and statistics have none."""
+    without = dict.fromkeys(problem.over_time)
+    problem = problem.replace(**without, recurrent_kernel=d_kernel, params=d_params, carry=d_carry)
+    return problem.replace(inputs=d_inputs)
+
+
+def transpose(x: Array) -> Array:
+    """`x.T`, as an operand of a product."""
+    if x.dtype != jnp.bfloat16:
+        return x.T
+
+    # On CPU, XLA's bfloat16 product is fast only with both operands in rows.
+    def in_rows(x: Array) -> Array:
+        return with_layout_constraint(x.T, Layout((0, 1)))
+
+    return jax.lax.platform_dependent(x, cpu=in_rows, default=jnp.transpose)

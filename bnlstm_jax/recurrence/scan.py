@@ -1,0 +1,113 @@
+"""Recurrences as `jax.lax.scan` of a step, for every device.
+
+`reference` is differentiated by JAX. `xla` has a backward pass of fewer residuals: of each step the
+carry that entered it, the recurrent term, and moments. It recomputes the rest by differentiating
+the step. The gradient of the recurrent kernel, which JAX would add up step by step, is one product
+after the backward scan. Only first derivatives in reverse mode are defined.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from bnlstm_jax.cells import Carry, product
+from bnlstm_jax.recurrence.problem import (
+    Problem,
+    Result,
+    gradient,
+    recurrent_kernel_gradient,
+    step,
+    step_gradients,
+    transpose,
+    with_input_terms,
+)
+
+
+def why_unsupported(problem: Problem) -> None:
+    """A scan runs every problem."""
+
+
+def reference(problem: Problem) -> Result:
+    """A plain scan, which takes more time and memory to differentiate."""
+    problem, moments = with_input_terms(problem)
+    return Result.of(_scan(problem), moments)
+
+
+def xla(problem: Problem) -> Result:
+    """The scan with fewer residuals."""
+    if problem.statistics is not None:  # only the plain scan has gradients of them
+        return reference(problem)
+    problem, moments = with_input_terms(problem)
+    return Result.of(_differentiable_scan(problem), moments)
+
+
+def _scan(problem: Problem) -> tuple[Carry, Array, Any]:
+    """The last carry, hidden states `[T, B, H]`, and moments, stacked."""
+    kernel = problem.recurrent_kernel.astype(problem.operand_dtype)
+
+    def body(carry, now):
+        recurrent_term = product(carry[1], kernel, problem.operand_dtype)
+        carry, moments = step(problem.replace(carry=carry, **now), recurrent_term)
+        return carry, (carry[1], moments)
+
+    carry, (hidden, moments) = jax.lax.scan(
+        body, problem.carry, problem.over_time, unroll=problem.unroll
+    )
+    return carry, hidden, moments
+
+
+_differentiable_scan = jax.custom_vjp(_scan)
+
+
+def _forward(problem: Problem) -> tuple[tuple, tuple]:
+    kernel = problem.recurrent_kernel.astype(problem.operand_dtype)
+
+    def body(carry, now):
+        recurrent_term = product(carry[1], kernel, problem.operand_dtype)
+        after, moments = step(problem.replace(carry=carry, **now), recurrent_term)
+        return after, (carry, recurrent_term, moments)
+
+    last, (carries, recurrent_terms, moments) = jax.lax.scan(
+        body, problem.carry, problem.over_time, unroll=problem.unroll
+    )
+    hidden = jnp.concatenate([carries[1][1:], last[1][None]])
+    return (last, hidden, moments), (problem, carries, recurrent_terms, moments)
+
+
+def _backward(residuals: tuple, gradients: tuple) -> tuple[Problem]:
+    problem, carries, recurrent_terms, moments = residuals
+    d_last, d_hidden, _ = gradients
+    transposed = transpose(problem.recurrent_kernel.astype(problem.operand_dtype))
+
+    # A step's row of `rows` holds its recurrent term until the step is run, then the term's
+    # gradient. It is read one step ahead: XLA copies an array that one step reads and writes.
+    def body(state, now):
+        d_carry, d_params, rows, recurrent_term = state
+        t, carry, of_step, moments, d_output = now
+        d_carry = d_carry[0], d_carry[1] + d_output
+        at_step = problem.replace(carry=carry, **of_step)
+        d_of_step, d_carry, d_term, d_inputs = step_gradients(
+            step, at_step, recurrent_term, moments, d_carry
+        )
+        d_carry = d_carry[0], d_carry[1] + product(d_term, transposed, problem.operand_dtype)
+        rows = jax.lax.dynamic_update_index_in_dim(rows, d_term, t, 0)
+        ahead = jax.lax.dynamic_index_in_dim(rows, jnp.maximum(t - 1, 0), 0, keepdims=False)
+        d_params = jax.tree.map(jnp.add, d_params, d_of_step)
+        return (d_carry, d_params, rows, ahead), d_inputs
+
+    zeros = jax.tree.map(jnp.zeros_like, problem.params)
+    steps = jnp.arange(len(d_hidden))
+    (d_carry, d_params, d_terms, _), d_inputs = jax.lax.scan(
+        body,
+        (d_last, zeros, recurrent_terms, recurrent_terms[-1]),
+        (steps, carries, problem.over_time, moments, d_hidden),
+        reverse=True,
+        unroll=problem.unroll,
+    )
+    d_kernel = recurrent_kernel_gradient(problem, carries[1], d_terms)
+    return (gradient(problem, d_kernel, d_params, d_carry, d_inputs),)
+
+
+_differentiable_scan.defvjp(_forward, _backward)

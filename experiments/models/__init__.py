@@ -1,0 +1,1 @@
+"""The models that the paper's experiments train, made of the layers of `bnlstm_jax`."""
