@@ -18,11 +18,8 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
-
-# What processes tell each other besides arrays goes through the service that JAX starts for them.
-# It has no public name for that; Orbax too takes it from here.
-from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from experiments.errors import Stopped, UserError
@@ -147,7 +144,8 @@ def joined(
       UserError: there is no such cluster, or not all processes come.
     """
     _join(coordinator_address, num_processes, process_id, timeout)
-    client = distributed.global_state.client
+    # Of the service that JAX starts for the processes: what they tell each other besides arrays.
+    client = ocp.multihost.get_jax_distributed_client()
     heart = threading.Event()
     words = _last_words()
 

@@ -59,10 +59,10 @@ def double():
         yield
 
 
-def make_reader(form, mask=False, param_dtype=jnp.float64, quirks=Quirks(), **options):
+def make_reader(form, mask=False, param_dtype=jnp.float64, quirks=None, **options):
     options = dict(passage_steps=ROWS, question_steps=QUESTION, momentum=0.0) | options
     options["param_dtype"] = param_dtype
-    quirks = dataclasses.replace(quirks, count_padding=not mask)
+    quirks = dataclasses.replace(quirks or Quirks(), count_padding=not mask)
     return AttentiveReader(WORDS, UNITS, quirks=quirks, **FORMS[form], **options)
 
 
