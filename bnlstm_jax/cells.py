@@ -109,10 +109,9 @@ def lstm_step(
     """One step of (BN-)LSTM from its two products: equations 1 to 3, or 6 to 8.
 
     Args:
-      params: the parameters, of which it uses `bias [4H]` and `cell_bias [H]`, if there is one.
+      params: `bias [4H]` and, if there is one, `cell_bias [H]`; others are not used.
       carry: `(c, h)`, each `[B, H]`.
-      recurrent_term: `h W_h`, `[B, 4H]`.
-      input_term: `x W_x`, `[B, 4H]`.
+      recurrent_term, input_term: `h W_h` and `x W_x`, each `[B, 4H]`.
       normalize: normalises a term by name, without its shift.
       valid: boolean `[B, 1]`; rows that are not valid keep their state. None if all are.
 
@@ -178,7 +177,7 @@ def lstm_params(module: nn.Module, input_size: int, terms: Sequence[str] = ()) -
 
 
 def initial_params(module: nn.Module) -> tuple[Array | None, Array]:
-    """The learned initial state `(initial_cell, initial_hidden)`, each `[H]`; see `Variant`."""
+    """The learned `initial_cell` (None if it is not learned) and `initial_hidden`, each `[H]`."""
     shape, dtype = (module.features,), module.param_dtype
     hidden = module.param("initial_hidden", module.initial_hidden_init, shape, dtype)
     if not module.variant.learned_cell:
@@ -186,49 +185,31 @@ def initial_params(module: nn.Module) -> tuple[Array | None, Array]:
     return module.param("initial_cell", nn.initializers.zeros_init(), shape, dtype), hidden
 
 
-def broadcast_state(module: nn.Module, batch: tuple[int, ...], learned: Array | None) -> Array:
-    """The learned state of every example, `[*batch, H]`; zeros if it is None."""
-    state = jnp.zeros(module.features, module.param_dtype) if learned is None else learned
-    state = state.astype(statistics_dtype(module.param_dtype))
-    return jnp.broadcast_to(state, (*batch, module.features))
+def initial_state(
+    module: nn.Module, batch: tuple[int, ...], key: Array | None, centered: bool = False
+) -> Carry:
+    """The initial `(c, h)` of an LSTM, each `[*batch, H]`; zeros of an unbound module.
 
-
-def initial_hidden_state(
-    module: nn.Module,
-    batch: tuple[int, ...],
-    learned: Array | None,
-    key: Array | None,
-    centered: bool,
-) -> Array:
-    """As `broadcast_state`, with the module's `initial_hidden_noise`, drawn from `key`.
+    The learned state is that of `initial_params`, in the module's attributes; `key` is that of
+    `initial_hidden_noise`.
 
     `centered`: moments of the batch normalise the first recurrent term. They remove what all
-    examples share, so the learned state has neither effect nor gradient. Stopping the gradient
-    keeps rounding errors out of it, of which Adam would make full steps.
+    examples share, so the learned hidden state has neither effect nor gradient. Stopping the
+    gradient keeps rounding errors out of it, of which Adam would make full steps.
     """
-    h = broadcast_state(module, batch, learned)
+
+    def broadcast(name: str) -> Array:
+        learned = getattr(module, name, None) if module.scope is not None else None
+        state = jnp.zeros(module.features, module.param_dtype) if learned is None else learned
+        state = state.astype(statistics_dtype(module.param_dtype))
+        return jnp.broadcast_to(state, (*batch, module.features))
+
+    c, h = broadcast("initial_cell"), broadcast("initial_hidden")
     if centered:
         h = jax.lax.stop_gradient(h)
     if module.initial_hidden_noise > 0:
         h = initial_noise(key, h, module.initial_hidden_noise)
-    return h
-
-
-def initial_state(
-    module: nn.Module, batch: tuple[int, ...], key: Array | None, centered: bool = False
-) -> Carry:
-    """The initial `(c, h)` of an LSTM, each `[*batch, H]`; an unbound module's are zeros.
-
-    The module's `setup` has set `initial_cell` and `initial_hidden` to `initial_params(module)`.
-    See `initial_hidden_state` for `key` and `centered`.
-    """
-    cell = hidden = None
-    if module.scope is not None:
-        cell, hidden = module.initial_cell, module.initial_hidden
-    return (
-        broadcast_state(module, batch, cell),
-        initial_hidden_state(module, batch, hidden, key, centered),
-    )
+    return c, h
 
 
 def cell_step(
@@ -268,15 +249,13 @@ class LSTMCell(RecurrentCell):
 
     Attributes:
       features: number of hidden units H.
-      input_kernel_init: initialiser of `input_kernel [D, 4H]`.
-      recurrent_kernel_init: initialiser of `recurrent_kernel [H, 4H]`.
-      bias_init: initialiser of `bias [4H]`.
+      input_kernel_init, recurrent_kernel_init, bias_init: initialisers of `input_kernel [D, 4H]`,
+        `recurrent_kernel [H, 4H]`, `bias [4H]`.
       initial_hidden_init: initialiser of the learned initial hidden state `[H]`.
       initial_hidden_noise: standard deviation of Gaussian noise on it, at inference too.
       variant: departures from the equations.
-      dtype: dtype of products' operands and of the output; state stays float32 or wider. By default
-        that of inputs and parameters.
-      param_dtype: dtype of the parameters.
+      dtype: dtype of products' operands and the output, by default that of inputs and parameters.
+      param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
     """
 
     features: int
@@ -316,15 +295,13 @@ class BNLSTMCell(RecurrentCell):
       epsilon: added to variances.
       axis_name: mapped axis over which batches are pooled for their statistics.
       scale_init: initialiser of the scales (gamma); 0.1 in the paper.
-      input_kernel_init: initialiser of `input_kernel [D, 4H]`.
-      recurrent_kernel_init: initialiser of `recurrent_kernel [H, 4H]`.
-      bias_init: initialiser of `bias [4H]`.
+      input_kernel_init, recurrent_kernel_init, bias_init: initialisers of `input_kernel [D, 4H]`,
+        `recurrent_kernel [H, 4H]`, `bias [4H]`.
       initial_hidden_init: initialiser of the learned initial hidden state `[H]`.
       initial_hidden_noise: standard deviation of Gaussian noise on it, at inference too.
       variant: departures from the equations.
-      dtype: dtype of products' operands and of the output; statistics and state stay float32 or
-        wider. By default that of inputs and parameters.
-      param_dtype: dtype of the parameters.
+      dtype: dtype of products' operands and the output, by default that of inputs and parameters.
+      param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
     """
 
     features: int
@@ -392,16 +369,14 @@ class LNLSTMCell(RecurrentCell):
         and have no scale.
       epsilon: added to variances.
       scale_init: initialiser of the scales (gamma).
-      input_kernel_init: initialiser of `input_kernel [D, 4H]`.
-      recurrent_kernel_init: initialiser of `recurrent_kernel [H, 4H]`.
-      bias_init: initialiser of `bias [4H]`.
+      input_kernel_init, recurrent_kernel_init, bias_init: initialisers of `input_kernel [D, 4H]`,
+        `recurrent_kernel [H, 4H]`, `bias [4H]`.
       initial_hidden_init: initialiser of the learned initial hidden state `[H]`. From zeros, zero
         inputs would leave all terms without variance, and gradients without bound.
       initial_hidden_noise: standard deviation of Gaussian noise on it, at inference too.
       variant: departures from the equations.
-      dtype: dtype of products' operands and of the output; state stays float32 or wider. By default
-        that of inputs and parameters.
-      param_dtype: dtype of the parameters.
+      dtype: dtype of products' operands and the output, by default that of inputs and parameters.
+      param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
     """
 
     features: int
@@ -446,14 +421,12 @@ class BNSimpleCell(nn.RNNCellBase):
       momentum: decay of the running averages.
       epsilon: added to variances.
       axis_name: mapped axis over which batches are pooled for their statistics.
-      scale_init: initialiser of `joint_scale` (gamma).
-      input_kernel_init: initialiser of `input_kernel`.
-      recurrent_kernel_init: initialiser of `recurrent_kernel`.
+      scale_init, input_kernel_init, recurrent_kernel_init: initialisers of `joint_scale` (gamma),
+        `input_kernel`, `recurrent_kernel`.
       initial_hidden_noise: standard deviation of Gaussian noise on the initial hidden state, at
         inference too.
-      dtype: dtype of products' operands and of the output; statistics and state stay float32 or
-        wider. By default that of inputs and parameters.
-      param_dtype: dtype of the parameters.
+      dtype: dtype of products' operands and the output, by default that of inputs and parameters.
+      param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
     """
 
     features: int
@@ -480,25 +453,23 @@ class BNSimpleCell(nn.RNNCellBase):
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        params = {
-            "input_kernel": self._param("input_kernel", self.input_kernel_init, inputs.shape[-1]),
-            "recurrent_kernel": self._param(
-                "recurrent_kernel", self.recurrent_kernel_init, self.features
-            ),
-            "bias": self._param("bias", nn.initializers.zeros_init()),
-            "joint_scale": self._param("joint_scale", self.scale_init),
-        }
+        input_kernel = self._param("input_kernel", self.input_kernel_init, inputs.shape[-1])
+        recurrent_kernel = self._param(
+            "recurrent_kernel", self.recurrent_kernel_init, self.features
+        )
+        bias = self._param("bias", nn.initializers.zeros_init())
+        scale = {"joint_scale": self._param("joint_scale", self.scale_init)}
         variables = statistics_variables(self, (self.features,), "joint_")
         running = {"joint": values(variables)} if use_running_average else None
         norm = Normalization(("joint",), epsilon=self.epsilon, axis_name=pooled_axis(self))
 
-        total = product(carry, params["recurrent_kernel"], self.dtype)
-        total += product(inputs, params["input_kernel"], self.dtype)
-        joint, moments = norm.apply("joint", total, params, running)
+        total = product(carry, recurrent_kernel, self.dtype)
+        total += product(inputs, input_kernel, self.dtype)
+        joint, moments = norm.apply("joint", total, scale, running)
         if not use_running_average:
             rows = jnp.array(inputs.shape[0])
             update_statistics(self, variables, moments.statistics(), rows, "joint_")
-        h = jnp.tanh(joint + params["bias"])
+        h = jnp.tanh(joint + bias)
         return h, h.astype(self.dtype or h.dtype)
 
     def _param(self, name: str, init: Initializer, *rows: int) -> Array:
@@ -510,9 +481,7 @@ class BNSimpleCell(nn.RNNCellBase):
 
         `rng` is the key of `initial_hidden_noise`.
         """
-        learned = None if self.scope is None else self.initial_hidden
-        centered = self.use_running_average is False
-        return initial_hidden_state(self, input_shape[:-1], learned, rng, centered)
+        return initial_state(self, input_shape[:-1], rng, self.use_running_average is False)[1]
 
     @property
     def num_feature_axes(self) -> int:

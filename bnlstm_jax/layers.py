@@ -31,7 +31,7 @@ from bnlstm_jax.cells import (
 )
 from bnlstm_jax.initializers import Initializer, forget_bias, semi_orthogonal
 from bnlstm_jax.normalization import Normalization, Statistics, statistics_dtype
-from bnlstm_jax.recurrence.problem import Problem, Result
+from bnlstm_jax.recurrence.problem import Problem
 
 
 class RecurrentLayer(nn.Module):
@@ -80,7 +80,10 @@ class RecurrentLayer(nn.Module):
             does not support the layer; a training sequence of BNLSTM is not given from its first
             step on, or, without `max_steps`, is longer than the one that initialised the layer.
         """
-        form = _Form.of(self, seq_lengths, time_major, reverse, keep_order, return_carry)
+        form = {"time_major": time_major, "reverse": reverse, "keep_order": keep_order}
+        form["return_carry"] = return_carry
+        form = {name: getattr(self, name) if v is None else v for name, v in form.items()}
+        form = _Form(seq_lengths, **form)
         start = initial_carry, init_key, first_step
         return _run(self, inputs, form, start, use_running_average)
 
@@ -98,23 +101,21 @@ class LSTM(RecurrentLayer):
       features: number of hidden units H.
       vocab_size: number of symbols V, for inputs that are integers in `[0, V)`. A symbol stands for
         its one-hot vector, whose product with the kernel is a row of it. None for dense inputs.
-      input_kernel_init: initialiser of `input_kernel`, `[D, 4H]` or `[V, 4H]`.
-      recurrent_kernel_init: initialiser of `recurrent_kernel [H, 4H]`.
-      bias_init: initialiser of `bias [4H]`.
+      input_kernel_init, recurrent_kernel_init, bias_init: initialisers of `input_kernel`,
+        `[D, 4H]` or `[V, 4H]`, `recurrent_kernel [H, 4H]`, `bias [4H]`.
       initial_hidden_init: initialiser of the learned initial hidden state `[H]`.
       initial_hidden_noise: standard deviation of Gaussian noise on it, at inference too, from the
         rng stream `noise`.
       variant: departures from the equations.
       time_major: sequences are `[time, batch, ...]` rather than `[batch, time, ...]`.
       return_carry: return `(carry, outputs)` rather than outputs alone.
-      reverse: run from the last valid step of each sequence to its first.
-      keep_order: with `reverse`, return outputs in the order of the inputs.
+      reverse, keep_order: run from the last valid step of each sequence to its first; then return
+        outputs in the order of the inputs.
       unroll: time steps per iteration of a compiled loop.
       implementation: `auto`, or one of `bnlstm_jax.recurrence`. All but `reference` have only first
         derivatives in reverse mode.
-      dtype: dtype of products' operands and of outputs; state stays float32 or wider. By default
-        that of inputs and parameters.
-      param_dtype: dtype of the parameters.
+      dtype: dtype of products' operands and of outputs, by default that of inputs and parameters.
+      param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
     """
 
     features: int
@@ -149,9 +150,8 @@ class LNLSTM(RecurrentLayer):
       scale_init: initialiser of the scales (gamma).
       vocab_size: number of symbols V, for inputs that are integers in `[0, V)`; see `LSTM`. None
         for dense inputs.
-      input_kernel_init: initialiser of `input_kernel`, `[D, 4H]` or `[V, 4H]`.
-      recurrent_kernel_init: initialiser of `recurrent_kernel [H, 4H]`.
-      bias_init: initialiser of `bias [4H]`.
+      input_kernel_init, recurrent_kernel_init, bias_init: initialisers of `input_kernel`,
+        `[D, 4H]` or `[V, 4H]`, `recurrent_kernel [H, 4H]`, `bias [4H]`.
       initial_hidden_init: initialiser of the learned initial hidden state `[H]`. From zeros, zero
         inputs would leave all terms without variance, and gradients without bound.
       initial_hidden_noise: standard deviation of Gaussian noise on it, at inference too, from the
@@ -159,14 +159,13 @@ class LNLSTM(RecurrentLayer):
       variant: departures from the equations.
       time_major: sequences are `[time, batch, ...]` rather than `[batch, time, ...]`.
       return_carry: return `(carry, outputs)` rather than outputs alone.
-      reverse: run from the last valid step of each sequence to its first.
-      keep_order: with `reverse`, return outputs in the order of the inputs.
+      reverse, keep_order: run from the last valid step of each sequence to its first; then return
+        outputs in the order of the inputs.
       unroll: time steps per iteration of a compiled loop.
       implementation: `auto`, or one of `bnlstm_jax.recurrence`. All but `reference` have only first
         derivatives in reverse mode.
-      dtype: dtype of products' operands and of outputs; state stays float32 or wider. By default
-        that of inputs and parameters.
-      param_dtype: dtype of the parameters.
+      dtype: dtype of products' operands and of outputs, by default that of inputs and parameters.
+      param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
     """
 
     features: int
@@ -233,23 +232,21 @@ class BNLSTM(RecurrentLayer):
         state: so does False.
       vocab_size: number of symbols V, for inputs that are integers in `[0, V)`; see `LSTM`. None
         for dense inputs.
-      input_kernel_init: initialiser of `input_kernel`, `[D, 4H]` or `[V, 4H]`.
-      recurrent_kernel_init: initialiser of `recurrent_kernel [H, 4H]`.
-      bias_init: initialiser of `bias [4H]`.
+      input_kernel_init, recurrent_kernel_init, bias_init: initialisers of `input_kernel`,
+        `[D, 4H]` or `[V, 4H]`, `recurrent_kernel [H, 4H]`, `bias [4H]`.
       initial_hidden_init: initialiser of the learned initial hidden state `[H]`.
       initial_hidden_noise: standard deviation of Gaussian noise on it, at inference too, from the
         rng stream `noise`.
       variant: departures from the equations.
       time_major: sequences are `[time, batch, ...]` rather than `[batch, time, ...]`.
       return_carry: return `(carry, outputs)` rather than outputs alone.
-      reverse: run from the last valid step of each sequence to its first.
-      keep_order: with `reverse`, return outputs in the order of the inputs.
+      reverse, keep_order: run from the last valid step of each sequence to its first; then return
+        outputs in the order of the inputs.
       unroll: time steps per iteration of a compiled loop.
       implementation: `auto`, or one of `bnlstm_jax.recurrence`. Kernels have no gradients of
         running statistics.
-      dtype: dtype of products' operands and of outputs; statistics and state stay float32 or wider.
-        By default that of inputs and parameters.
-      param_dtype: dtype of the parameters.
+      dtype: dtype of products' operands and of outputs, by default that of inputs and parameters.
+      param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
     """
 
     features: int
@@ -323,7 +320,7 @@ def normalization(layer: Layer) -> Normalization:
 
 
 class _Form(NamedTuple):
-    """The form of a call's sequences: an override of each attribute, or the attribute."""
+    """The form of a call's sequences; see `RecurrentLayer.__call__`."""
 
     seq_lengths: Array | None
     time_major: bool
@@ -331,16 +328,13 @@ class _Form(NamedTuple):
     keep_order: bool
     return_carry: bool
 
-    @classmethod
-    def of(cls, layer: Layer, seq_lengths: Array | None, *overrides: bool | None) -> "_Form":
-        """`overrides` in the order of the fields; None for the layer's attribute."""
-        named = zip(cls._fields[1:], overrides, strict=True)
-        return cls(seq_lengths, *(getattr(layer, n) if v is None else v for n, v in named))
-
-    def enter(self, inputs: Array) -> Array:
-        """Inputs in the order of the recurrence, `[T, B, ...]`."""
+    def enter(self, inputs: Array) -> tuple[Array, Array | None]:
+        """Inputs in the order of the recurrence, `[T, B, ...]`; which are valid, `[T, B, 1]`."""
         inputs = inputs if self.time_major else jnp.swapaxes(inputs, 0, 1)
-        return flip_sequences(inputs, self.seq_lengths) if self.reverse else inputs
+        inputs = flip_sequences(inputs, self.seq_lengths) if self.reverse else inputs
+        if self.seq_lengths is None:
+            return inputs, None
+        return inputs, (jnp.arange(len(inputs))[:, None] < self.seq_lengths)[..., None]
 
     def leave(self, carry: Carry, outputs: Array) -> Array | tuple[Carry, Array]:
         """What the call returns."""
@@ -366,50 +360,47 @@ def _run(
         )
     training = bool(norm.batch_terms) and not use_running_average
     _check(layer, inputs, first_step if training else None)
-    inputs = form.enter(inputs)
+    inputs, valid = form.enter(inputs)
     steps, batch = inputs.shape[:2]
-    valid = None
-    if form.seq_lengths is not None:
-        valid = (jnp.arange(steps)[:, None] < form.seq_lengths)[..., None]
 
-    state = statistics_dtype(layer.param_dtype)
     params = lstm_params(layer, layer.vocab_size or inputs.shape[-1], norm.terms)
     kernel = params.pop("recurrent_kernel")
     variables = {
-        term: statistics_variables(layer, _statistics_shape(layer, norm, term, steps), f"{term}_")
+        term: statistics_variables(layer, _statistics_shape(layer, term, steps), f"{term}_")
         for term in norm.batch_terms
     }
     if carry is None:
         if key is None and layer.initial_hidden_noise > 0:
             key = layer.make_rng("noise")
         carry = initial_state(layer, (batch,), key, training and "recurrent" in norm.terms)
-    dense = layer.vocab_size is None
+    state = statistics_dtype(layer.param_dtype)
     problem = Problem(
         kernel,
         *jax.tree.map(lambda x: x.astype(state), (params, carry)),
-        inputs.astype(jnp.promote_types(inputs.dtype, jnp.bfloat16)) if dense else None,
-        None if dense else inputs,
-        valid,
-        _given_statistics(variables, norm, steps, first_step) if use_running_average else None,
-        norm,
-        layer.dtype,
-        layer.unroll,
+        **_inputs_or_symbols(layer, inputs),
+        valid=valid,
+        statistics=None if training else _running(layer, variables, first_step, steps),
+        norm=norm,
+        dtype=layer.dtype,
+        unroll=layer.unroll,
     )
-    result = _run_problem(layer, problem)
+    name = recurrence.choose(layer.implementation, problem)
+    if norm.axis_name is not None:
+        problem = problem.replace(norm=dataclasses.replace(norm, axis_name=pooled_axis(layer)))
+    result = recurrence.IMPLEMENTATIONS[name].run(problem)
     if training:
         for term, pair in variables.items():
-            _record(layer, term, pair, result.moments[term], _count(problem, term, steps, batch))
-    outputs = result.hidden.astype(layer.dtype or result.hidden.dtype)
-    return form.leave(result.carry, outputs)
+            counted = valid if term in norm.masked else None
+            count = jnp.full(steps, batch) if counted is None else counted.sum((1, 2))
+            _record(layer, term, pair, result.moments[term], count)
+    return form.leave(result.carry, result.hidden.astype(layer.dtype or result.hidden.dtype))
 
 
-def _run_problem(layer: Layer, problem: Problem) -> Result:
-    """Runs a problem, pooled over the layer's mapped axis if there is one."""
-    name = recurrence.choose(layer.implementation, problem)
-    if problem.norm.axis_name is not None:
-        norm = dataclasses.replace(problem.norm, axis_name=pooled_axis(layer))
-        problem = problem.replace(norm=norm)
-    return recurrence.IMPLEMENTATIONS[name].run(problem)
+def _inputs_or_symbols(layer: Layer, inputs: Array) -> dict[str, Array | None]:
+    """Dense inputs, which are not integers any more, or symbols, as fields of a problem."""
+    if layer.vocab_size is not None:
+        return {"inputs": None, "symbols": inputs}
+    return {"inputs": inputs.astype(jnp.promote_types(inputs.dtype, jnp.bfloat16))}
 
 
 def _check(layer: Layer, inputs: Array, first_step: Array | int | None) -> None:
@@ -438,44 +429,32 @@ def flip_sequences(x: Array, seq_lengths: Array | None) -> Array:
 # ---- Statistics of BNLSTM.
 
 
-def _statistics_shape(layer: BNLSTM, norm: Normalization, term: str, steps: int) -> tuple[int, ...]:
-    """Shape of a term's statistics, for a layer that sequences of `steps` steps initialise."""
+def _statistics_shape(layer: BNLSTM, term: str, steps: int) -> tuple[int, ...]:
+    """Shape of a term's statistics in a layer that sequences of `steps` steps initialise."""
     if layer.shared_statistics and layer.max_steps is not None:
         raise ValueError("max_steps: expected None with shared_statistics, which are of all steps")
-    size = term_size(layer, term)
-    if layer.shared_statistics or (norm.whole_input and term == "input"):
-        return (size,)
-    return (layer.max_steps or steps, size)
+    whole = term == "input" and layer.input_statistics == "sequence"
+    rows = () if whole or layer.shared_statistics else (layer.max_steps or steps,)
+    return (*rows, term_size(layer, term))
 
 
-def _given_statistics(
-    variables: dict[str, list[nn.Variable]],
-    norm: Normalization,
-    steps: int,
-    first_step: Array | int | None,
+def _running(
+    layer: BNLSTM, variables: dict[str, list], first_step: Array | int | None, steps: int
 ) -> dict[str, Statistics] | None:
-    """Running statistics of each step from `first_step` on, the last row beyond the rows."""
-    if not variables:
-        return None
+    """Running statistics of steps from `first_step` on; beyond the rows, the last row."""
     t = (0 if first_step is None else first_step) + jnp.arange(steps)
 
     def at_steps(statistics: Array) -> Array:
         rows = jnp.atleast_2d(statistics)
         return rows[jnp.minimum(t, len(rows) - 1)]
 
+    given = {term: values(pair) for term, pair in variables.items()}
     return {
-        term: values(pair)
-        if norm.whole_input and term == "input"
-        else Statistics(*map(at_steps, values(pair)))
-        for term, pair in variables.items()
-    }
-
-
-def _count(problem: Problem, term: str, steps: int, batch: int) -> Array:
-    """Number of rows behind a term's moments at each step, `[T]`."""
-    if problem.valid is None or term not in problem.norm.masked:
-        return jnp.full(steps, batch)
-    return problem.valid.sum((1, 2))
+        term: pair
+        if term == "input" and layer.input_statistics == "sequence"
+        else Statistics(*map(at_steps, pair))
+        for term, pair in given.items()
+    } or None
 
 
 def _record(

@@ -20,6 +20,7 @@ import numpy as np
 from absl import flags
 
 from bnlstm_jax import BNLSTM
+from bnlstm_jax.recurrence.devices import emulation
 from experiments import errors, metrics
 from experiments.errors import UserError
 from scripts.benchmark import SIZES, Size
@@ -101,7 +102,7 @@ def compiled(device: Any, function: Any, arguments: Any) -> list[str]:
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=there), arguments
     )
     try:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with emulation(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             program = jax.jit(function).lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         # Told by the kernel's compiler, or before it by the allocation of its windows.

@@ -51,11 +51,6 @@ NAMES = ("auto", *IMPLEMENTATIONS)  # what users may name
 VALIDATED_UNITS: dict[str, int] = {}
 
 
-def run(problem: Problem, name: str) -> Result:
-    """Runs a problem by the implementation of a name; see `choose`."""
-    return IMPLEMENTATIONS[choose(name, problem)].run(problem)
-
-
 def available() -> list[str]:
     """The implementations for the default device."""
     return [name for name, each in IMPLEMENTATIONS.items() if runs_here(each.platform)]
@@ -76,7 +71,7 @@ def why_unsupported(name: str, problem: Problem) -> str | None:
 
 
 def choose(name: str, problem: Problem) -> str:
-    """The implementation that runs a problem; logs where it is not `name` itself.
+    """The implementation that runs a problem; logs why, if it is another than `name`.
 
     Raises:
       ValueError: there is no such implementation, or it does not support the problem.
@@ -84,31 +79,29 @@ def choose(name: str, problem: Problem) -> str:
     """
     if name not in NAMES:
         raise ValueError(f"implementation: expected one of {NAMES}, got {name!r}")
-    batch = problem.carry[1].shape[0]
+    chosen, reason, level = name, "", logging.INFO
     if name == "auto":
-        chosen, reason, level = _choose_for_device(problem)
+        chosen, reason, level = _validated(problem)
     elif reason := why_unsupported(name, problem):
         raise ValueError(f"implementation={name!r} {reason}; write implementation='xla'")
-    else:
-        chosen, reason, level = name, "", logging.INFO
-    if batch > IMPLEMENTATIONS[chosen].max_batch:
-        most = IMPLEMENTATIONS[chosen].max_batch
+    batch, most = problem.carry[1].shape[0], IMPLEMENTATIONS[chosen].max_batch
+    if batch > most:
         chosen, reason = "xla", f"{chosen!r} takes up to {most} sequences, got {batch}"
     if chosen != name:
         log_choice(name, chosen, reason, level)
     return chosen
 
 
-def _choose_for_device(problem: Problem) -> tuple[str, str, int]:
-    """What `auto` is for a problem, why, and how loud to say so."""
+def _validated(problem: Problem) -> tuple[str, str, int]:
+    """What `auto` is for a problem, why, and the level of the log."""
     device, units = default_device(), problem.recurrent_kernel.shape[0]
-    kernels = [n for n, each in IMPLEMENTATIONS.items() if each.platform == device.platform]
+    kernels = [name for name, each in IMPLEMENTATIONS.items() if each.platform == device.platform]
     validated = VALIDATED_UNITS.get(device.device_kind, 0)
     if not kernels:
         return "xla", f"there is no kernel for {device.device_kind}", logging.INFO
     if units > validated:
-        reason = f"the kernel is validated up to {validated} units on {device.device_kind}"
-        return "xla", f"{reason}, got {units}", logging.INFO
+        where = f"up to {validated} units on {device.device_kind}"
+        return "xla", f"the kernel is validated {where}, got {units}", logging.INFO
     try:
         reason = IMPLEMENTATIONS[kernels[0]].why_unsupported(problem)
     except (RuntimeError, OSError) as error:  # from a compiler

@@ -11,7 +11,7 @@ interpreted, which is slow and serves to test it.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,32 +27,6 @@ MIB = 2**20
 
 
 # ---- A scan in one kernel.
-
-
-class _Layout(NamedTuple):
-    """Structure of a scan's constants, carry, inputs and results of one step."""
-
-    trees: tuple[Any, ...]
-    leaves: tuple[list[jax.ShapeDtypeStruct], ...]
-
-    def unflatten(self, *leaves: list[Array]) -> list[Any]:
-        """Trees of the first so many."""
-        return [jax.tree.unflatten(*pair) for pair in zip(self.trees, leaves, strict=False)]
-
-    def split(self, refs: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-        """A kernel's references: constants, first carry, inputs; then carry and results."""
-        constants, carry, inputs, results = map(len, self.leaves)
-        groups = []
-        for size in (constants, carry, inputs, carry, results):
-            groups.append(refs[:size])
-            refs = refs[size:]
-        return groups
-
-    @property
-    def vmem_bytes(self) -> int:
-        """VMEM to ask for: what stays, once; what moves, twice; and the values of the body."""
-        constants, carry, inputs, results = (sum(map(_tiled, leaves)) for leaves in self.leaves)
-        return 16 * MIB + constants + 2 * carry + 3 * (inputs + results)
 
 
 def kernel_scan(
@@ -78,9 +52,7 @@ def kernel_scan(
     steps = jax.tree.leaves(xs)[0].shape[0]
     x = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
     _, y = jax.eval_shape(body, constants, carry, x)
-    flat = zip(*map(jax.tree.flatten, (constants, carry, x, y)), strict=True)
-    leaves, trees = flat
-    layout = _Layout(trees, leaves)
+    leaves, trees = zip(*map(jax.tree.flatten, (constants, carry, x, y)), strict=True)
 
     def at_step(t: Array) -> tuple[Array, int, int]:
         return steps - 1 - t if reverse else t, 0, 0
@@ -93,14 +65,14 @@ def kernel_scan(
 
     def call(interpret: bool) -> Callable:
         return pl.pallas_call(
-            lambda *refs: _run_step(body, layout, refs),
+            lambda *refs: _run_step(body, trees, leaves, refs),
             out_shape=[jax.ShapeDtypeStruct(shape, leaf.dtype) for shape, leaf in results],
             grid=(steps,),
             in_specs=[resident] * (len(leaves[0]) + len(leaves[1])) + moving[0],
             out_specs=[resident] * len(leaves[1]) + moving[1],
             interpret=interpret,
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("arbitrary",), vmem_limit_bytes=layout.vmem_bytes
+                dimension_semantics=("arbitrary",), vmem_limit_bytes=_vmem_bytes(leaves)
             ),
         )
 
@@ -113,19 +85,23 @@ def kernel_scan(
     return jax.tree.unflatten(trees[1], last), jax.tree.unflatten(trees[3], ys)
 
 
-def _run_step(body: Callable, layout: _Layout, refs: tuple[Any, ...]) -> None:
-    """The kernel: one step of a scan."""
-    constant_refs, first_refs, x_refs, carry_refs, y_refs = layout.split(refs)
+def _run_step(body: Callable, trees: Any, leaves: Any, refs: tuple[Any, ...]) -> None:
+    """The kernel: one step of a scan, whose constants, carry, x and y have `trees` and `leaves`."""
+    groups = []
+    for group in (0, 1, 2, 1, 3):
+        groups.append(refs[: len(leaves[group])])
+        refs = refs[len(leaves[group]) :]
+    constant_refs, first_refs, x_refs, carry_refs, y_refs = groups
 
     @pl.when(pl.program_id(0) == 0)
     def _() -> None:
         for ref, first in zip(carry_refs, first_refs, strict=True):
             ref[...] = first[...]
 
-    x = [_from_block(ref[...], leaf) for ref, leaf in zip(x_refs, layout.leaves[2], strict=True)]
+    x = [_from_block(ref[...], leaf) for ref, leaf in zip(x_refs, leaves[2], strict=True)]
     values = [ref[...] for ref in constant_refs], [ref[...] for ref in carry_refs], x
-    carry, y = body(*layout.unflatten(*values))
-    for ref, value in zip((*carry_refs, *y_refs), jax.tree.leaves((carry, y)), strict=True):
+    results = body(*map(jax.tree.unflatten, trees[:3], values))
+    for ref, value in zip((*carry_refs, *y_refs), jax.tree.leaves(results), strict=True):
         ref[...] = value.reshape(ref.shape).astype(ref.dtype)
 
 
@@ -144,11 +120,19 @@ def _from_block(x: Array, leaf: jax.ShapeDtypeStruct) -> Array:
     return x != 0 if leaf.dtype == jnp.bool_ else x
 
 
-def _tiled(leaf: Any) -> int:
-    """Bytes of an array in tiles of 8 x 128 words of 32 bits."""
-    rows, columns = _block_shape(leaf)
-    in_word = max(1, 4 // leaf.dtype.itemsize)
-    return 4 * 8 * 128 * -(-rows // (8 * in_word)) * -(-columns // 128)
+def _vmem_bytes(leaves: Any) -> int:
+    """VMEM to ask for: what stays, once; what moves, twice; and the values of the body.
+
+    Arrays are laid out in tiles of 8 x 128 words of 32 bits.
+    """
+
+    def tiled(leaf: Any) -> int:
+        rows, columns = _block_shape(leaf)
+        in_word = max(1, 4 // leaf.dtype.itemsize)
+        return 4 * 8 * 128 * -(-rows // (8 * in_word)) * -(-columns // 128)
+
+    constants, carry, x, y = (sum(map(tiled, group)) for group in leaves)
+    return 16 * MIB + constants + 2 * carry + 3 * (x + y)
 
 
 # ---- The recurrence.
@@ -202,7 +186,7 @@ def _forward_scan(problem: Problem, keep: bool) -> tuple[Carry, tuple]:
 
 @jax.custom_vjp
 def _run(problem: Problem) -> tuple[Carry, Array, Any]:
-    """The last carry, hidden states `[T, B, H]`, and moments, stacked."""
+    """As `scan._scan`."""
     last, (hidden, moments, _) = _forward_scan(problem, keep=False)
     return last, hidden, moments
 
@@ -242,8 +226,7 @@ def _backward(residuals: tuple, gradients: tuple) -> tuple[Problem]:
         (carries, recurrent_terms, problem.over_time, moments, d_hidden),
         reverse=True,
     )
-    d_kernel = recurrence.recurrent_kernel_gradient(problem, carries[1], d_terms)
-    return (recurrence.gradient(problem, d_kernel, d_params, d_carry, d_inputs),)
+    return (recurrence.gradient(problem, carries[1], d_terms, d_params, d_carry, d_inputs),)
 
 
 _run.defvjp(_forward, _backward)

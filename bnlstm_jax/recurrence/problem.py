@@ -135,15 +135,9 @@ def with_input_terms(
 def step(
     problem: Problem, recurrent_term: Array, residuals: dict[str, Moments | None] | None = None
 ) -> tuple[Carry, dict[str, Moments | None]]:
-    """One step.
+    """One step of a problem that has the arrays of this step; see `lstm_step`.
 
-    Args:
-      problem: with the arrays of this step.
-      recurrent_term: `h W_h`, `[B, 4H]`.
-      residuals: moments that the forward pass found, when the step is re-run for its gradient.
-
-    Returns:
-      The new carry, and moments of the batch by term, None where they did not normalise it.
+    `residuals` are the moments that the step returned, when it is re-run for its gradient.
     """
 
     def normalize(term: str, x: Array) -> tuple[Array, Moments | None]:
@@ -159,14 +153,10 @@ def step(
 def step_gradients(
     step: Callable, problem: Problem, recurrent_term: Array, moments: Any, d_carry: Carry
 ) -> tuple[dict[str, Array], Carry, Array, Array | None]:
-    """The backward pass of one `step`, but for the recurrent product.
-
-    Args:
-      step, problem, recurrent_term, moments: the step and its arguments.
-      d_carry: gradient of the carry that it returned.
+    """The backward pass of one `step`, given its arguments, and `d_carry` of what it returned.
 
     Returns:
-      `d_params`, `d_carry` (of c, and of h only as far as rows kept it), `d_recurrent_term`,
+      `d_params`, `d_carry` without what flows through the recurrent product, `d_recurrent_term`,
       `d_inputs`.
     """
 
@@ -180,28 +170,23 @@ def step_gradients(
     return pull_back(d_carry)
 
 
-def recurrent_kernel_gradient(problem: Problem, hidden: Array, d_terms: Array) -> Array:
-    """One product for all steps.
-
-    Args:
-      problem: the recurrence.
-      hidden: hidden states that entered the steps, `[T, B, H]`.
-      d_terms: gradients of recurrent terms, `[T, B, 4H]`.
-    """
-    hidden, d_terms = (x.reshape(-1, x.shape[-1]) for x in (hidden, d_terms))
-    operand = transpose(hidden.astype(problem.operand_dtype))
-    d_kernel = product(operand, d_terms, problem.operand_dtype)
-    return d_kernel.astype(problem.recurrent_kernel.dtype)
-
-
 def gradient(
     problem: Problem,
-    d_kernel: Array,
+    hidden: Array,
+    d_terms: Array,
     d_params: dict[str, Array],
     d_carry: Carry,
     d_inputs: Array | None,
 ) -> Problem:
-    """The gradient of a problem, for `jax.custom_vjp`: symbols, masks and statistics have none."""
+    """The gradient of a problem, for `jax.custom_vjp`; that of its recurrent kernel is one product.
+
+    Symbols, masks and statistics have none. `hidden` are the hidden states that entered the steps,
+    `[T, B, H]`, and `d_terms` the gradients of recurrent terms, `[T, B, 4H]`.
+    """
+    dtype = problem.operand_dtype
+    hidden, d_terms = (x.reshape(-1, x.shape[-1]) for x in (hidden, d_terms))
+    d_kernel = product(transpose(hidden.astype(dtype)), d_terms, dtype)
+    d_kernel = d_kernel.astype(problem.recurrent_kernel.dtype)
     without = dict.fromkeys(problem.over_time)
     problem = problem.replace(**without, recurrent_kernel=d_kernel, params=d_params, carry=d_carry)
     return problem.replace(inputs=d_inputs)

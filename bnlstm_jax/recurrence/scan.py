@@ -17,7 +17,6 @@ from bnlstm_jax.recurrence.problem import (
     Problem,
     Result,
     gradient,
-    recurrent_kernel_gradient,
     step,
     step_gradients,
     transpose,
@@ -40,38 +39,34 @@ def xla(problem: Problem) -> Result:
     if problem.statistics is not None:  # only the plain scan has gradients of them
         return reference(problem)
     problem, moments = with_input_terms(problem)
-    return Result.of(_differentiable_scan(problem), moments)
+    return Result.of(_lean_scan(problem), moments)
 
 
-def _scan(problem: Problem) -> tuple[Carry, Array, Any]:
-    """The last carry, hidden states `[T, B, H]`, and moments, stacked."""
-    kernel = problem.recurrent_kernel.astype(problem.operand_dtype)
+def _scan(problem: Problem, keep: bool = False) -> tuple[Carry, Any, Any]:
+    """The last carry, hidden states `[T, B, H]`, and moments, stacked.
 
-    def body(carry, now):
-        recurrent_term = product(carry[1], kernel, problem.operand_dtype)
-        carry, moments = step(problem.replace(carry=carry, **now), recurrent_term)
-        return carry, (carry[1], moments)
-
-    carry, (hidden, moments) = jax.lax.scan(
-        body, problem.carry, problem.over_time, unroll=problem.unroll
-    )
-    return carry, hidden, moments
-
-
-_differentiable_scan = jax.custom_vjp(_scan)
-
-
-def _forward(problem: Problem) -> tuple[tuple, tuple]:
+    If `keep`, the carry that enters each step and its recurrent term in place of hidden states.
+    """
     kernel = problem.recurrent_kernel.astype(problem.operand_dtype)
 
     def body(carry, now):
         recurrent_term = product(carry[1], kernel, problem.operand_dtype)
         after, moments = step(problem.replace(carry=carry, **now), recurrent_term)
-        return after, (carry, recurrent_term, moments)
+        return after, ((carry, recurrent_term) if keep else after[1], moments)
 
-    last, (carries, recurrent_terms, moments) = jax.lax.scan(
+    last, (kept, moments) = jax.lax.scan(
         body, problem.carry, problem.over_time, unroll=problem.unroll
     )
+    return last, kept, moments
+
+
+@jax.custom_vjp
+def _lean_scan(problem: Problem) -> tuple[Carry, Array, Any]:
+    return _scan(problem)
+
+
+def _forward(problem: Problem) -> tuple[tuple, tuple]:
+    last, (carries, recurrent_terms), moments = _scan(problem, keep=True)
     hidden = jnp.concatenate([carries[1][1:], last[1][None]])
     return (last, hidden, moments), (problem, carries, recurrent_terms, moments)
 
@@ -106,8 +101,7 @@ def _backward(residuals: tuple, gradients: tuple) -> tuple[Problem]:
         reverse=True,
         unroll=problem.unroll,
     )
-    d_kernel = recurrent_kernel_gradient(problem, carries[1], d_terms)
-    return (gradient(problem, d_kernel, d_params, d_carry, d_inputs),)
+    return (gradient(problem, carries[1], d_terms, d_params, d_carry, d_inputs),)
 
 
-_differentiable_scan.defvjp(_forward, _backward)
+_lean_scan.defvjp(_forward, _backward)

@@ -327,5 +327,5 @@ def test_bidirectional_against_the_reference(normalize, options, lengths):
 @pytest.mark.parametrize("terms", [("input", "cells"), "input"], ids=str)
 def test_names_of_other_terms_are_refused(field, terms):
     layer = bnlstm_jax.BNLSTM(3, use_running_average=True, **{field: terms})
-    with pytest.raises(ValueError, match=f"{field} is "):
+    with pytest.raises(ValueError, match=f"{field}: expected"):
         layer.init(jax.random.key(0), np.zeros((2, 4, 5), np.float32))

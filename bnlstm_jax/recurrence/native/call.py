@@ -124,11 +124,9 @@ class Options:
         room = jax.ShapeDtypeStruct((2, exchanged, arrays[1].shape[-1]), kernel.dtype)
         counter = jax.ShapeDtypeStruct((1,), jnp.uint32)
         results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        results += [room, counter]
         call = jax.ffi.ffi_call(
-            name,
-            (*results, room, counter),
-            vmap_method="sequential",
-            input_output_aliases=aliases,
+            name, results, vmap_method="sequential", input_output_aliases=aliases
         )
         attributes = dataclasses.asdict(self) | {"epsilon": np.float32(self.epsilon)} | more
         del attributes["operands"]  # the kernel's dtype says so
@@ -159,23 +157,17 @@ class Inputs(NamedTuple):
     cell_statistics: Array
 
 
-def forward_call(options: Options, inputs: Inputs, keep: bool) -> tuple[Array, ...]:
+def forward_call(options: Options, inputs: Inputs, keep: bool) -> list[Array]:
     """Hidden states and cells `[T, H, B]`, recurrent terms `[T, 4H, B]`, moments as statistics.
 
     Unless `keep`, cells are the last alone and there are no recurrent terms. There are no moments
     where statistics are given.
     """
     steps, gates, batch = inputs.pre_activation.shape
-    units = gates // 4
-    found = 0 if options.given else steps
-    shapes = (
-        (steps, units, batch),
-        (steps if keep else 1, units, batch),
-        (steps if keep else 0, gates, batch),
-        (found, 2, gates),
-        (found, 2, units),
-    )
-    return options.call("bnlstm_forward", shapes, *inputs, keep=keep)
+    units, found = gates // 4, 0 if options.given else steps
+    states, cells = (steps, units, batch), (steps if keep else 1, units, batch)
+    terms, moments = (steps if keep else 0, gates, batch), ((found, 2, gates), (found, 2, units))
+    return options.call("bnlstm_forward", (states, cells, terms, *moments), *inputs, keep=keep)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -196,15 +188,11 @@ def _backward(options, residuals, gradients):
     d_hidden, d_cell, *_ = gradients
     if not options.given:
         inputs = inputs._replace(recurrent_statistics=moments[0], cell_statistics=moments[1])
-    terms, units = inputs.pre_activation.shape, inputs.cell.shape
-    d_pre, d_term, *d_params, d_first_cell, d_first_hidden = options.call(
+    terms, state = inputs.pre_activation.shape, inputs.cell.shape
+    d_pre, d_term, *d_others = options.call(
         "bnlstm_backward",
-        (terms, terms, terms[1:2], units[:1], units[:1], units, units),
-        *inputs,
-        cell,
-        recurrent_term,
-        d_hidden,
-        d_cell,
+        (terms, terms, terms[1:2], state[:1], state[:1], state, state),
+        *(*inputs, cell, recurrent_term, d_hidden, d_cell),
         # Gradients take the place of what they are of, which is read in the same order.
         aliases={Inputs._fields.index("pre_activation"): 0, len(inputs) + 1: 1},
     )
@@ -215,7 +203,7 @@ def _backward(options, residuals, gradients):
         (((0, 2), (0, 2)), ((), ())),
         preferred_element_type=jnp.float32,
     )
-    return (Inputs(d_kernel, d_pre, None, *d_params, d_first_cell, d_first_hidden, None, None),)
+    return (Inputs(d_kernel, d_pre, None, *d_others, None, None),)
 
 
 call_kernel.defvjp(_forward, _backward)
@@ -240,14 +228,9 @@ def _run(problem: Problem, units_of_block: int) -> Result:
     problem, moments = with_input_terms(problem, ahead=True, normalized=True)
     batch, terms = problem.carry[1].shape[0], problem.norm.terms
     given = problem.statistics is not None
-    options = Options(
-        "recurrent" in terms,
-        "cell" in terms,
-        given,
-        problem.norm.epsilon,
-        jnp.dtype(problem.dtype or jnp.float32).name,
-        units_of_block,
-    )
+    operands = jnp.dtype(problem.dtype or jnp.float32).name
+    normalized = "recurrent" in terms, "cell" in terms
+    options = Options(*normalized, given, problem.norm.epsilon, operands, units_of_block)
 
     def from_kernel(x: Array) -> Array:
         return jnp.swapaxes(x[..., :batch], -1, -2)
