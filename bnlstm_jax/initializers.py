@@ -13,8 +13,7 @@ Initializer = initializers.Initializer
 def semi_orthogonal() -> Initializer:
     """A semi-orthogonal matrix: orthonormal rows if it is wide, orthonormal columns if it is tall.
 
-    Over a whole `[H, 4H]` kernel this makes its rows orthonormal; the four `[H, H]` gate blocks
-    are not orthogonal by themselves.
+    The rows of a `[H, 4H]` kernel are orthonormal; its `[H, H]` gate blocks are not orthogonal.
     """
     return initializers.orthogonal()
 
@@ -22,14 +21,15 @@ def semi_orthogonal() -> Initializer:
 def identity_block() -> Initializer:
     """A recurrent kernel `[H, 4H]`: the candidate's block (g) the identity, the gates' orthonormal.
 
-    The three gate blocks f, i, o are one `[H, 3H]` semi-orthogonal matrix. This is what "W_h
-    initialised to the identity" stands for in the paper's MNIST experiments.
+    The three gate blocks f, i, o are one `[H, 3H]` semi-orthogonal matrix. This is the "W_h
+    initialised to the identity" of the paper's MNIST experiments. Raises a ValueError for another
+    shape.
     """
 
     def init(key: Array, shape: tuple[int, ...], dtype=jnp.float32, **kwargs) -> Array:
         features, columns = shape
         if columns != 4 * features:
-            raise ValueError(f"identity_block needs a kernel of shape [H, 4H], got {shape}")
+            raise ValueError(f"identity_block: expected a kernel of shape [H, 4H], got {shape}")
         gates = semi_orthogonal()(key, (features, 3 * features), dtype)
         return jnp.concatenate([gates, jnp.eye(features, dtype=dtype)], axis=1)
 
@@ -39,14 +39,15 @@ def identity_block() -> Initializer:
 def orthogonal_blocks(scale: float = 0.05, identical: bool = False) -> Initializer:
     """A kernel `[H, k H]` of k orthogonal `[H, H]` blocks, times `scale`: the attentive reader's.
 
-    `identical` makes all blocks of all kernels of one size the same matrix, whatever the key: the
-    released reader seeds its generator anew for each of them.
+    With `identical`, all blocks of all kernels of one size are the same matrix, whatever the key:
+    the released reader seeds its generator anew for each block. Raises a ValueError for another
+    shape.
     """
 
     def init(key: Array, shape: tuple[int, ...], dtype=jnp.float32, **kwargs) -> Array:
         rows, columns = shape
         if columns % rows:
-            raise ValueError(f"orthogonal_blocks needs a kernel of shape [H, k H], got {shape}")
+            raise ValueError(f"orthogonal_blocks: expected a kernel of shape [H, k H], got {shape}")
         number = columns // rows
         if identical:
             keys = [jax.random.key(123)] * number
@@ -87,9 +88,9 @@ def forget_bias(value: float = 1.0) -> Initializer:
 
 
 def initial_noise(key: Array, hidden: Array, stddev: float) -> Array:
-    """`hidden` plus Gaussian noise, drawn for each example and unit.
+    """`hidden` `[..., H]` plus Gaussian noise, drawn for each example and unit.
 
-    The paper's BN-LSTM on in-order MNIST uses stddev 0.1 at training and evaluation alike: the
-    first pixels are black in every image, and without noise every batch variance would be zero.
+    The paper's BN-LSTM on in-order MNIST uses stddev 0.1 in training and evaluation: the first
+    pixels are black in every image, and without noise every batch variance would be zero.
     """
     return hidden + stddev * jax.random.normal(key, hidden.shape, hidden.dtype)

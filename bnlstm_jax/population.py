@@ -1,6 +1,6 @@
-"""Population statistics, re-estimated: one plain average of batch statistics over training data.
+"""Population statistics, re-estimated: the mean of batch statistics over training data.
 
-The running average that training keeps in `batch_stats` trails behind the parameters. The paper's
+The running averages that training keeps in `batch_stats` lag behind the parameters. The paper's
 final numbers use this estimate instead: statistics of whole batches under the final parameters,
 averaged with equal weight, for each time step.
 """
@@ -34,29 +34,32 @@ def estimate_population_statistics(
         y = model.apply({**variables, "batch_stats": stats}, x, use_running_average=True)
 
     Args:
-      model: a module with BNLSTM or BatchNorm layers in it, anywhere, each called once.
-      variables: its variables, with the parameters that the statistics are to describe.
-      batches: training data; each is the argument of a call of the model, or a tuple of them.
-      rngs: keys for the model's random streams, folded with the number of the batch.
-      late_steps: what a batch of shorter sequences says of time steps that it does not reach:
-        `skip`, nothing; or `repeat`, the statistics of its last step, as in the released reader.
-      inputs: maps a batch to the model's arguments, where it is no argument or tuple of them.
+      model: a module with BNLSTM or BatchNorm layers anywhere, each called once.
+      variables: its variables, with the parameters to estimate statistics for.
+      batches: training data; each batch is the argument of a call of the model, or a tuple of them.
+      rngs: keys of the model's random streams, folded with the number of the batch.
+      late_steps: what a batch of shorter sequences contributes to time steps that it does not
+        reach: `skip`, nothing; `repeat`, the statistics of its last step, as in the released
+        reader.
+      inputs: maps a batch to a tuple of arguments of the model, if it is not one already.
       transform: compiles a function of variables, the number of a batch, and the batch. For a model
-        with an `axis_name`, it also maps that axis.
-      **kwargs: what makes the model use batch statistics, such as `use_running_average=False`.
+        with an `axis_name` it also maps that axis.
+      **kwargs: arguments that make the model use batch statistics, such as
+        `use_running_average=False`.
 
     Returns:
-      `batch_stats` with every statistic of those layers replaced by its average over the batches
-      that reach its time step; steps that none reaches take the statistics of the last one reached.
+      `batch_stats`, with every statistic of those layers replaced by its average over the batches
+      that reach its time step. Steps that no batch reaches take the statistics of the last step
+      that one does.
 
     Raises:
-      ValueError: there are no batches, or no layer of the model used batch statistics.
+      ValueError: there are no batches, no layer used batch statistics, or `late_steps` is unknown.
     """
     if late_steps not in ("skip", "repeat"):
-        raise ValueError(f"late_steps is {late_steps!r}; it is 'skip' or 'repeat'")
+        raise ValueError(f"late_steps: expected 'skip' or 'repeat', got {late_steps!r}")
 
     def weighted_statistics(variables: Any, index: int, batch: Any) -> Any:
-        """Statistics of a batch, zero where no row is behind them, and ones where some is."""
+        """Statistics of a batch, and one where rows are behind them; both zero elsewhere."""
         if inputs is not None:
             arguments = inputs(batch)
         else:
@@ -83,9 +86,8 @@ def estimate_population_statistics(
         totals = jax.tree.map(jnp.add, totals, weighted) if totals else weighted
     if not totals:
         raise ValueError(
-            "no batch statistics to average: there were no batches, or the model has no layer "
-            "with any, or was called without what makes it use batch statistics, such as "
-            "use_running_average=False"
+            "no batch statistics to average: there are no batches, or no layer of the model has "
+            "statistics, or an argument such as use_running_average=False is missing"
         )
     statistics = flatten_dict(variables["batch_stats"])
     for path, (total, weight) in totals.items():
@@ -96,7 +98,7 @@ def estimate_population_statistics(
 
 def _repeat_last(statistic: jax.Array, reached: jax.Array) -> jax.Array:
     """Time steps after the last one `reached`, `[T, 1]`, take its statistics `[T, F]`."""
-    if statistic.ndim == 1:  # for all time steps together
+    if statistic.ndim == 1:  # of all time steps together
         return statistic
     last = jnp.maximum(jnp.sum(reached) - 1, 0)
     return statistic[jnp.minimum(jnp.arange(len(statistic)), last)]

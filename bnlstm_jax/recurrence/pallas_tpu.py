@@ -10,6 +10,7 @@ JAX, with the residuals of `bnlstm_jax.recurrence.scan.xla`. On other devices th
 interpreted, which is slow and serves to test it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -65,7 +66,7 @@ def kernel_scan(
 
     def call(interpret: bool) -> Callable:
         return pl.pallas_call(
-            lambda *refs: _run_step(body, trees, leaves, refs),
+            functools.partial(_run_step, body, trees, leaves),
             out_shape=[jax.ShapeDtypeStruct(shape, leaf.dtype) for shape, leaf in results],
             grid=(steps,),
             in_specs=[resident] * (len(leaves[0]) + len(leaves[1])) + moving[0],
@@ -85,7 +86,7 @@ def kernel_scan(
     return jax.tree.unflatten(trees[1], last), jax.tree.unflatten(trees[3], ys)
 
 
-def _run_step(body: Callable, trees: Any, leaves: Any, refs: tuple[Any, ...]) -> None:
+def _run_step(body: Callable, trees: Any, leaves: Any, *refs: Any) -> None:
     """The kernel: one step of a scan, whose constants, carry, x and y have `trees` and `leaves`."""
     groups = []
     for group in (0, 1, 2, 1, 3):

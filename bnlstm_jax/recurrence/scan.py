@@ -54,10 +54,10 @@ def _scan(problem: Problem, keep: bool = False) -> tuple[Carry, Any, Any]:
         after, moments = step(problem.replace(carry=carry, **now), recurrent_term)
         return after, ((carry, recurrent_term) if keep else after[1], moments)
 
-    last, (kept, moments) = jax.lax.scan(
+    last, (outputs, moments) = jax.lax.scan(
         body, problem.carry, problem.over_time, unroll=problem.unroll
     )
-    return last, kept, moments
+    return last, outputs, moments
 
 
 @jax.custom_vjp

@@ -1,0 +1,65 @@
+"""What a reader may rely on: where fields are, how long functions are, and who imports whom."""
+
+import ast
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+import bnlstm_jax
+from bnlstm_jax.batch_norm import BatchNorm
+
+ROOT = Path(__file__).parents[2]
+LIBRARY = sorted((ROOT / "bnlstm_jax").rglob("*.py"))
+MODULES = [
+    bnlstm_jax.LSTM,
+    bnlstm_jax.BNLSTM,
+    bnlstm_jax.LNLSTM,
+    bnlstm_jax.LSTMCell,
+    bnlstm_jax.BNLSTMCell,
+    bnlstm_jax.LNLSTMCell,
+    bnlstm_jax.BNSimpleCell,
+    BatchNorm,
+]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_list_and_document_all_of_their_fields(module):
+    fields = {field.name for field in dataclasses.fields(module)} - {"parent", "name"}
+    assert fields <= set(vars(module)["__annotations__"])
+    documented = re.findall(r"^ {6}(\w+(?:, \w+)*): ", module.__doc__, re.MULTILINE)
+    assert {name for names in documented for name in names.split(", ")} == fields
+    ours = [base for base in module.__mro__[1:] if base.__module__.startswith("bnlstm_jax")]
+    assert len(ours) <= 1
+
+
+def functions(node, depth=0):
+    """Functions under a node, with the number of functions around each."""
+    for child in ast.iter_child_nodes(node):
+        is_function = isinstance(child, ast.FunctionDef)
+        if is_function:
+            yield child, depth
+        yield from functions(child, depth + is_function)
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.name)
+def test_functions_fit_on_a_screen(path):
+    for function, depth in functions(ast.parse(path.read_text())):
+        documentation = ast.get_docstring(function, clean=False) or ""
+        lines = function.end_lineno - function.lineno + 1 - len(documentation.splitlines())
+        assert lines <= 60, function.name
+        assert depth <= 1, function.name
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.name)
+def test_the_library_imports_nothing_that_is_built_on_it(path):
+    imported = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
+    assert not {"experiments", "scripts", "configs", "tests"} & set(imported)
+
+
+def test_nothing_private_of_jax_is_used():
+    folders = ("bnlstm_jax", "experiments", "scripts", "configs", "tests")
+    private = "jax." + "_src"
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        assert private not in path.read_text(), path
