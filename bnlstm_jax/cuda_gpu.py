@@ -37,6 +37,7 @@ SOURCE = Path(__file__).parent / "cuda" / "recurrence.cu"
 BATCHES = (32, 64, 128)  # to which a batch is padded
 LARGEST_BATCH = BATCHES[-1]
 VALID, IN_RECURRENT, IN_CELL = 1, 2, 4  # flags of a row at a step
+TILE = 32  # to a multiple of which the rows that blocks exchange are padded
 # What the backward pass has of the forward one is h, c, the recurrent term and statistics. Around
 # `gpu` and what its arguments are made of, `jax.checkpoint` with this policy keeps no more.
 _KEPT = "bnlstm_jax.cuda_gpu"
@@ -179,7 +180,7 @@ class Options:
       given: by statistics that are given; else by the batch's own.
       epsilon: added to variances.
       operands: dtype of the operands of recurrent products, float32 or bfloat16.
-      units_of_block: hidden units that a block of threads has, 4 or 8; 0 for as it fits best.
+      units_of_block: hidden units that a block of threads has, 2, 4 or 8; 0 for as it fits best.
     """
 
     normalize_recurrent: bool
@@ -205,7 +206,8 @@ class Options:
         kernel = kernel.astype(self.operands)
         units, gates = kernel.shape
         exchanged = units if name == "bnlstm_forward" else gates
-        room = jax.ShapeDtypeStruct((2, exchanged, arrays[1].shape[-1]), kernel.dtype)
+        rows = -(-exchanged // TILE) * TILE
+        room = jax.ShapeDtypeStruct((2, rows, arrays[1].shape[-1]), kernel.dtype)
         counter = jax.ShapeDtypeStruct((1,), jnp.uint32)
         results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
         call = jax.ffi.ffi_call(
