@@ -51,6 +51,8 @@ static inline float to_float(__nv_bfloat16 x) {
 }
 
 static inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+static inline float exponential(float x) { return std::exp(x); }
+static inline float divide(float x, float y) { return x / y; }
 
 namespace emulation {
 

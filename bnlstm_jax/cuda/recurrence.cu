@@ -46,6 +46,10 @@ DEVICE void increment_release(unsigned* to) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" : : "l"(to) : "memory");
 }
 
+// With an error of a few roundings.
+DEVICE float exponential(float x) { return __expf(x); }
+DEVICE float divide(float x, float y) { return __fdividef(x, y); }
+
 // A value that other blocks wrote: the L1 cache may hold an older one.
 template <typename V>
 DEVICE V load_past_l1(const void* from) {
@@ -145,13 +149,30 @@ struct Place {
   DEVICE_METHOD int row(int r) const { return (part * By::kRows + r) * kWarp + lane; }
 };
 
+// ---- Nonlinearities, without branches: several of them then run side by side. Their relative errors
+// are below 3e-7.
+
+DEVICE float sigmoid(float x) { return divide(1.f, 1.f + exponential(-x)); }
+
+DEVICE float hyperbolic_tangent(float x) {
+  const float square = x * x;
+  float small = fmaf(square, 0.01643751f, -0.05267177f);  // a polynomial, fitted up to 0.55
+  small = fmaf(square, small, 0.13320725f);
+  small = fmaf(square, small, -0.33332947f);
+  small = fmaf(x * square, small, x);
+  const float large = 1.f - divide(2.f, 1.f + exponential(2.f * fabsf(x)));
+  return fabsf(x) < 0.55f ? small : copysignf(large, x);
+}
+
 // ---- Sums over the batch.
 
-DEVICE float warp_sum(float x) {
+// N sums side by side.
+template <int N>
+DEVICE void warp_sums(float (&x)[N]) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2)
-    x += __shfl_xor_sync(kLanes, x, distance);
-  return x;
+#pragma unroll
+    for (int n = 0; n < N; ++n) x[n] += __shfl_xor_sync(kLanes, x[n], distance);
 }
 
 // Passes N values of each warp of a unit to all of them. `slots` [units, warps of a unit, N] must not
@@ -199,41 +220,45 @@ DEVICE void batch_moments(Moments (&moments)[F], const float (&x)[F][Sharing<U, 
                           const Place<U, B>& at) {
   constexpr int R = Sharing<U, B>::kRows, W = Sharing<U, B>::kWarpsOfUnit;
   constexpr int N = (2 * F + 1 + 3) / 4 * 4;
-  float own[N] = {}, all[W][N];
+  float own[N] = {}, all[W][N], origins[F], sums[F] = {}, squares[F] = {};
   int rows = 0, first = 0, first_r = 0;
 #pragma unroll
   for (int r = R - 1; r >= 0; --r) {
     const unsigned those = __ballot_sync(kLanes, counts[r]);
     rows += __popc(those);
-    if (those) {
-      first = __ffs(those) - 1;
-      first_r = r;
-    }
+    first = those ? __ffs(those) - 1 : first;
+    first_r = those ? r : first_r;
   }
-  own[2 * F] = rows;
-  const float share = rows ? 1.f / rows : 0.f;
+  const float share = divide(1.f, fmaxf(rows, 1.f));
 #pragma unroll
   for (int f = 0; f < F; ++f) {
-    float origin = x[f][0], sum = 0, squares = 0;
+    float candidate = x[f][0];
 #pragma unroll
-    for (int r = 1; r < R; ++r) origin = first_r == r ? x[f][r] : origin;
-    origin = rows ? __shfl_sync(kLanes, origin, first) : 0.f;
+    for (int r = 1; r < R; ++r) candidate = first_r == r ? x[f][r] : candidate;
+    origins[f] = __shfl_sync(kLanes, candidate, first);
 #pragma unroll
-    for (int r = 0; r < R; ++r) sum += counts[r] ? x[f][r] - origin : 0.f;
-    const float mean = origin + warp_sum(sum) * share;
-#pragma unroll
-    for (int r = 0; r < R; ++r) squares += counts[r] ? (x[f][r] - mean) * (x[f][r] - mean) : 0.f;
-    own[f] = mean;
-    own[F + f] = warp_sum(squares);
+    for (int r = 0; r < R; ++r) sums[f] += counts[r] ? x[f][r] - origins[f] : 0.f;
   }
+  warp_sums(sums);
+#pragma unroll
+  for (int f = 0; f < F; ++f) {
+    own[f] = origins[f] + sums[f] * share;
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+      squares[f] += counts[r] ? (x[f][r] - own[f]) * (x[f][r] - own[f]) : 0.f;
+  }
+  warp_sums(squares);
+#pragma unroll
+  for (int f = 0; f < F; ++f) own[F + f] = squares[f];
+  own[2 * F] = rows;
   gather(all, own, slots, at);
   float total = 0;
 #pragma unroll
   for (int w = 0; w < W; ++w) total += all[w][2 * F];
-  const float inverse_total = 1.f / fmaxf(total, 1.f);
+  const float inverse_total = divide(1.f, fmaxf(total, 1.f));
 #pragma unroll
   for (int f = 0; f < F; ++f) {
-    float origin = 0, sum = 0, squares = 0;
+    float origin = 0, sum = 0, square = 0;
 #pragma unroll
     for (int w = W - 1; w >= 0; --w) origin = all[w][2 * F] > 0 ? all[w][f] : origin;
 #pragma unroll
@@ -241,8 +266,10 @@ DEVICE void batch_moments(Moments (&moments)[F], const float (&x)[F][Sharing<U, 
     const float mean = origin + sum * inverse_total;
 #pragma unroll
     for (int w = 0; w < W; ++w)
-      squares += all[w][F + f] + all[w][2 * F] * (all[w][f] - mean) * (all[w][f] - mean);
-    const float variance = squares * inverse_total;
+      square += all[w][2 * F] > 0
+                    ? all[w][F + f] + all[w][2 * F] * (all[w][f] - mean) * (all[w][f] - mean)
+                    : 0.f;
+    const float variance = square * inverse_total;
     moments[f] = {mean, rsqrtf(variance + epsilon)};
     if (at.part == 0 && at.lane == 0) {
       statistics[index + f * stride] = mean;
@@ -273,23 +300,20 @@ DEVICE void normalize_backward(float (&d)[F][Sharing<U, B>::kRows], float (&sums
   constexpr int N = (2 * F + 1 + 3) / 4 * 4;
   float own[N] = {}, all[W][N];
 #pragma unroll
-  for (int r = 0; r < R; ++r) own[2 * F] += __popc(__ballot_sync(kLanes, counts[r]));
-#pragma unroll
-  for (int f = 0; f < F; ++f) {
-    float sum = 0, d_inverse = 0;
+  for (int f = 0; f < F; ++f)
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      sum += d[f][r];
-      d_inverse += d[f][r] * (x[f][r] - moments[f].mean);
+      own[f] += d[f][r];
+      own[F + f] += d[f][r] * (x[f][r] - moments[f].mean);
     }
-    own[f] = warp_sum(sum);
-    own[F + f] = warp_sum(d_inverse);
-  }
+#pragma unroll
+  for (int r = 0; r < R; ++r) own[2 * F] += counts[r];
+  warp_sums(own);
   gather(all, own, slots, at);
   float rows = 0;
 #pragma unroll
   for (int w = 0; w < W; ++w) rows += all[w][2 * F];
-  const float share = given ? 0.f : 1.f / fmaxf(rows, 1.f);
+  const float share = given ? 0.f : divide(1.f, fmaxf(rows, 1.f));
 #pragma unroll
   for (int f = 0; f < F; ++f) {
     float d_inverse = 0;
@@ -347,12 +371,17 @@ DEVICE void assign(bfloat16& to, float x) { to = __float2bfloat16(x); }
 template <typename T, int C, int U, int B>
 struct Sums;
 
+// A lane has kVector rows of the batch, next to each other; where the group's rows leave lanes over,
+// these have the next row of the operand.
 template <int C, int U, int B>
 struct Sums<float, C, U, B> {
   using By = Sharing<U, B>;
-  static constexpr int kVector = By::kGroupRows / kWarp;  // rows of the batch a lane has
-  static constexpr int kAhead = 8;                        // operand rows that are read at once
-  static constexpr int kColumns = C < 4 ? C : 4;          // weights that are read at once
+  static constexpr int kVector = C > 8 ? 2 : 4;
+  static constexpr int kLanesOfRow = By::kGroupRows / kVector;
+  static constexpr int kRowsOfLoad = kWarp / kLanesOfRow;
+  static constexpr int kAhead = C > 16 ? 2 : By::kWarps > 8 ? 4 : 8;  // loads, as registers allow
+  static constexpr int kColumns = C < 4 ? C : 4;  // weights that are read at once
+  static_assert(kLanesOfRow * kRowsOfLoad == kWarp, "lanes by rows");
   float sums[C][kVector] = {};
 
   BOTH_METHOD static constexpr size_t weight_bytes(int rows) { return sizeof(float) * C * rows; }
@@ -368,26 +397,30 @@ struct Sums<float, C, U, B> {
     struct alignas(sizeof(float) * kColumns) Weights {
       float x[kColumns];
     };
-    const int share = (operand.rows + By::kParts - 1) / By::kParts;
-    const int begin = part * share, end = min(begin + share, operand.rows);
-    const float* from = operand.data + group * By::kGroupRows + lane * kVector;
+    constexpr int kStep = By::kParts * kRowsOfLoad;
+    const int first = part * kRowsOfLoad + lane / kLanesOfRow;
+    const float* from = operand.data + group * By::kGroupRows + lane % kLanesOfRow * kVector;
     Vector ahead[kAhead], now[kAhead];
     auto read = [&](Vector (&to)[kAhead], int k) {
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        if (k + i < end) to[i] = load_past_l1<Vector>(from + static_cast<size_t>(k + i) * B);
+      for (int i = 0; i < kAhead; ++i) {
+        const int row = k + i * kStep;
+        to[i] = Vector{};
+        if (row < operand.rows) to[i] = load_past_l1<Vector>(from + static_cast<size_t>(row) * B);
+      }
     };
-    read(ahead, begin);
-    for (int k = begin; k < end; k += kAhead) {
+    read(ahead, first);
+    // Zeros beyond the last row, in place of branches.
+    for (int k = first; k - first < operand.rows - part * kRowsOfLoad; k += kAhead * kStep) {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) now[i] = ahead[i];
-      read(ahead, k + kAhead);
+      read(ahead, k + kAhead * kStep);
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        if (k + i >= end) break;
+        const int row = min(k + i * kStep, operand.rows - 1);
 #pragma unroll
         for (int c = 0; c < C; c += kColumns) {
-          const Weights w = *reinterpret_cast<const Weights*>(weights + (k + i) * C + c);
+          const Weights w = *reinterpret_cast<const Weights*>(weights + row * C + c);
 #pragma unroll
           for (int n = 0; n < kColumns; ++n)
 #pragma unroll
@@ -396,10 +429,18 @@ struct Sums<float, C, U, B> {
         }
       }
     }
+#pragma unroll
+    for (int distance = kLanesOfRow; distance < kWarp; distance *= 2)
+#pragma unroll
+      for (int c = 0; c < C; ++c)
+#pragma unroll
+        for (int v = 0; v < kVector; ++v)
+          sums[c][v] += __shfl_xor_sync(kLanes, sums[c][v], distance);
   }
 
   template <typename F>
   DEVICE_METHOD void each(int group, int lane, F f) {
+    if (lane >= kLanesOfRow) return;
 #pragma unroll
     for (int c = 0; c < C; ++c)
 #pragma unroll
@@ -468,29 +509,82 @@ struct Sums<bfloat16, C, U, B> {
   }
 };
 
+// What a block's units pass on: G rows of the operand each.
+template <typename T, int G, int U, int B>
+struct Outbox;
+
+template <int G, int U, int B>
+struct Outbox<float, G, U, B> {
+  static constexpr size_t kBytes = 0;
+  const Operand<float, B> operand;
+
+  DEVICE_METHOD Outbox(unsigned char*, const Operand<float, B>& operand) : operand(operand) {}
+  DEVICE_METHOD void put(int own, int which, int row, float x) {
+    operand.at((blockIdx.x * U + own) * G + which, row) = x;
+  }
+  DEVICE_METHOD void send() {}
+};
+
+// By way of shared memory, where they are put side by side: [row, kPitch bytes].
+template <int G, int U, int B>
+struct Outbox<bfloat16, G, U, B> {
+  static constexpr int kValues = G * U, kVector = kValues < 8 ? kValues : 8;
+  static constexpr int kPitch = kValues * 2 + 16;
+  static constexpr size_t kBytes = kPitch * B;
+  unsigned char* const memory;
+  const Operand<bfloat16, B> operand;
+
+  DEVICE_METHOD Outbox(unsigned char* memory, const Operand<bfloat16, B>& operand)
+      : memory(memory), operand(operand) {}
+  DEVICE_METHOD bfloat16& value(int index, int row) {
+    return reinterpret_cast<bfloat16*>(memory + row * kPitch)[index];
+  }
+  DEVICE_METHOD void put(int own, int which, int row, float x) {
+    value(own * G + which, row) = __float2bfloat16(x);
+  }
+  DEVICE_METHOD void send() {
+    struct alignas(2 * kVector) Vector {
+      bfloat16 x[kVector];
+    };
+    __syncthreads();
+    for (int i = threadIdx.x; i < B * kValues / kVector; i += Sharing<U, B>::kThreads) {
+      const int row = i / (kValues / kVector), index = i % (kValues / kVector) * kVector;
+      *reinterpret_cast<Vector*>(&operand.at(blockIdx.x * kValues + index, row)) =
+          *reinterpret_cast<const Vector*>(&value(index, row));
+    }
+  }
+};
+
 // Shared memory of a block, and the product that it serves.
-template <typename T, int C, int U, int B>
+template <typename T, int C, int G, int U, int B>
 struct Shared {
   using By = Sharing<U, B>;
   using Warp = Sums<T, C, U, B>;
   static constexpr int kPitch = B + 4;  // keeps lanes that store sums out of each other's banks
   static constexpr int kSlots = By::kParts > 1 ? By::kParts / 2 : 1;
   static constexpr int kGathered = U * By::kWarpsOfUnit * 12;  // for each of two uses in a step
+  using Out = Outbox<T, G, U, B>;
   T* weights;
-  float* sums;      // [kSlots, C, kPitch]
-  float* gathered;  // [2, kGathered]
+  float* sums;            // [kSlots, C, kPitch]
+  float* gathered;        // [2, kGathered]
+  unsigned char* outbox;  // of an Outbox
   int rows;
 
   BOTH_METHOD static constexpr size_t weight_bytes(int rows) { return (Warp::weight_bytes(rows) + 15) / 16 * 16; }
   static constexpr size_t bytes(int rows) {
-    return weight_bytes(rows) + sizeof(float) * (kSlots * C * kPitch + 2 * kGathered);
+    return weight_bytes(rows) + sizeof(float) * (kSlots * C * kPitch + 2 * kGathered) + Out::kBytes;
   }
 
   DEVICE_METHOD Shared(unsigned char* memory, int rows)
       : weights(reinterpret_cast<T*>(memory)),
         sums(reinterpret_cast<float*>(memory + weight_bytes(rows))),
         gathered(sums + kSlots * C * kPitch),
-        rows(rows) {}
+        outbox(reinterpret_cast<unsigned char*>(gathered + 2 * kGathered)),
+        rows(rows) {
+    // Units beyond the last one pass zeros on.
+    for (int i = threadIdx.x; i < Out::kBytes; i += By::kThreads) outbox[i] = 0;
+    if (Out::kBytes) __syncthreads();
+  }
 
   // `of(k, column)` is the kernel's element, for k beyond `rows` zero.
   template <typename F>
@@ -556,8 +650,6 @@ DEVICE void wait_for_all(const unsigned* arrived, unsigned turn) {
   __syncthreads();
 }
 
-DEVICE float sigmoid(float x) { return 0.5f * tanhf(0.5f * x) + 0.5f; }
-
 // ---- Forward.
 
 template <typename T, int U, int B>
@@ -568,7 +660,7 @@ __global__ void __launch_bounds__(Sharing<U, B>::kThreads, 1) forward(Arguments 
   const Place<U, B> at(H);
   const int unit = at.unit;
   const T* kernel = static_cast<const T*>(a.kernel);
-  Shared<T, 4 * U, U, B> shared(memory, H);
+  Shared<T, 4 * U, 1, U, B> shared(memory, H);
   shared.load_weights([&](int k, int column) {  // column: 4 unit + gate
     const int of = blockIdx.x * U + column / 4;
     T zero;
@@ -577,19 +669,20 @@ __global__ void __launch_bounds__(Sharing<U, B>::kThreads, 1) forward(Arguments 
   });
   clear_padding<T, U, B>(a.exchange, H);
   float c[R], h[R], scale[4], cell_scale = 1, cell_bias = 0;
+  typename decltype(shared)::Out first(shared.outbox, Operand<T, B>(a.exchange, H, 0));
   if (at.owner) {
-    const Operand<T, B> exchanged(a.exchange, H, 0);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       c[r] = a.first_cell[unit * B + at.row(r)];
       h[r] = a.first_hidden[unit * B + at.row(r)];
-      assign(exchanged.at(unit, at.row(r)), h[r]);
+      first.put(at.own, 0, at.row(r), h[r]);
     }
     cell_scale = a.cell_scale[unit];
     cell_bias = a.cell_bias[unit];
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) scale[gate] = a.recurrent_scale[gate * H + unit];
   }
+  first.send();
   arrive(a.arrived);
   wait_for_all(a.arrived, 1);
 
@@ -607,6 +700,7 @@ __global__ void __launch_bounds__(Sharing<U, B>::kThreads, 1) forward(Arguments 
       }
     }
     shared.multiply(Operand<T, B>(a.exchange, H, t % 2), at.warp, at.lane);
+    typename decltype(shared)::Out out(shared.outbox, Operand<T, B>(a.exchange, H, (t + 1) % 2));
     if (at.owner) {
       bool in_recurrent[R], in_cell[R];
       Moments moments[4] = {{0, 1}, {0, 1}, {0, 1}, {0, 1}}, of_cell[1] = {{0, 1}};
@@ -633,7 +727,7 @@ __global__ void __launch_bounds__(Sharing<U, B>::kThreads, 1) forward(Arguments 
         for (int gate = 0; gate < 4; ++gate) {
           const float factor = a.normalize_recurrent ? scale[gate] * moments[gate].inverse : 1.f;
           const float x = terms[gate][r] + factor * (recurrent[gate][r] - moments[gate].mean);
-          gates[gate][r] = gate < 3 ? sigmoid(x) : tanhf(x);  // f, i, o, g: (6)
+          gates[gate][r] = gate < 3 ? sigmoid(x) : hyperbolic_tangent(x);  // f, i, o, g: (6)
         }
         if (flags[r] & kValid) c[r] = gates[0][r] * c[r] + gates[1][r] * gates[3][r];  // (7)
         cell[0][r] = c[r];
@@ -647,14 +741,14 @@ __global__ void __launch_bounds__(Sharing<U, B>::kThreads, 1) forward(Arguments 
                         shared.gathered + shared.kGathered, at);
       }
       const float factor = a.normalize_cell ? cell_scale * of_cell[0].inverse : 1.f;
-      const Operand<T, B> exchanged(a.exchange, H, (t + 1) % 2);
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         if (flags[r] & kValid)
-          h[r] = gates[2][r] * tanhf(factor * (c[r] - of_cell[0].mean) + cell_bias);  // (8)
-        assign(exchanged.at(unit, at.row(r)), h[r]);
+          h[r] = gates[2][r] * hyperbolic_tangent(factor * (c[r] - of_cell[0].mean) + cell_bias);  // (8)
+        out.put(at.own, 0, at.row(r), h[r]);
       }
     }
+    out.send();
     arrive(a.arrived);
     if (at.owner) {  // what no other block waits for
 #pragma unroll
@@ -677,18 +771,15 @@ __global__ void __launch_bounds__(Sharing<U, B>::kThreads, 1) forward(Arguments 
 
 // ---- Backward.
 
-// A step of a unit, as its gradient needs it.
+// What the forward pass left of a step of a unit.
 template <int R>
-struct Step {
+struct Read {
   uint8_t flags[R] = {};
-  float recurrent[4][R], gates[4][R], c[1][R], before[R], output[R], d_output[R];
-  Moments moments[4], of_cell[1];
+  float recurrent[4][R], terms[4][R], before[R], d_output[R];
+  float means[5] = {}, variances[5] = {};  // of the recurrent term's gates and of the cell
 
-  // Reads and computes step t again. `before` of the step after it is this one's cell.
   template <int U, int B>
-  DEVICE_METHOD void compute(const Arguments& a, int t, const float (&cell)[R],
-                             const float (&scale)[4], float cell_scale, float cell_bias,
-                             const Place<U, B>& at) {
+  DEVICE_METHOD void read(const Arguments& a, int t, const Place<U, B>& at) {
     const int H = a.units, unit = at.unit;
     const size_t gates_at = static_cast<size_t>(t) * 4 * H, units_at = static_cast<size_t>(t) * H;
 #pragma unroll
@@ -699,29 +790,53 @@ struct Step {
       for (int gate = 0; gate < 4; ++gate) {
         const size_t here = (gates_at + gate * H + unit) * B + row;
         recurrent[gate][r] = a.recurrent_term[here];
-        gates[gate][r] = a.pre_activation[here];
+        terms[gate][r] = a.pre_activation[here];
       }
-      c[0][r] = cell[r];
       before[r] = t > 0 ? a.cell[(units_at - H + unit) * B + row] : a.first_cell[unit * B + row];
       d_output[r] = a.d_hidden[(units_at + unit) * B + row];
     }
+    if (a.normalize_recurrent) {
 #pragma unroll
-    for (int gate = 0; gate < 4; ++gate) moments[gate] = {0, 1};
-    of_cell[0] = {0, 1};
-    if (a.normalize_recurrent)
-      known_moments(moments, a.recurrent_statistics + 2 * gates_at, 4 * H, unit, H, a.epsilon);
-    if (a.normalize_cell)
-      known_moments(of_cell, a.cell_statistics + 2 * units_at, H, unit, 0, a.epsilon);
+      for (int gate = 0; gate < 4; ++gate) {
+        means[gate] = a.recurrent_statistics[2 * gates_at + gate * H + unit];
+        variances[gate] = a.recurrent_statistics[2 * gates_at + (4 + gate) * H + unit];
+      }
+    }
+    if (a.normalize_cell) {
+      means[4] = a.cell_statistics[2 * units_at + unit];
+      variances[4] = a.cell_statistics[2 * units_at + H + unit];
+    }
+  }
+};
+
+// The step computed again, from what was read and its own cell: the `before` of the step after it.
+template <int R>
+struct Step : Read<R> {
+  float gates[4][R], c[1][R], output[R];
+  Moments moments[4], of_cell[1];
+
+  DEVICE_METHOD void compute(const Arguments& a, const Read<R>& read, const float (&cell)[R],
+                             const float (&scale)[4], float cell_scale, float cell_bias) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) c[0][r] = cell[r];
+    static_cast<Read<R>&>(*this) = read;
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate)
+      moments[gate] = {read.means[gate],
+                       a.normalize_recurrent ? rsqrtf(read.variances[gate] + a.epsilon) : 1.f};
+    of_cell[0] = {read.means[4], a.normalize_cell ? rsqrtf(read.variances[4] + a.epsilon) : 1.f};
 #pragma unroll
     for (int r = 0; r < R; ++r) {
 #pragma unroll
       for (int gate = 0; gate < 4; ++gate) {
-        const float factor = a.normalize_recurrent ? scale[gate] * moments[gate].inverse : 1.f;
-        const float x = gates[gate][r] + factor * (recurrent[gate][r] - moments[gate].mean);
-        gates[gate][r] = gate < 3 ? sigmoid(x) : tanhf(x);
+        const Moments& m = moments[gate];
+        const float factor = a.normalize_recurrent ? scale[gate] * m.inverse : 1.f;
+        const float x = this->terms[gate][r] + factor * (this->recurrent[gate][r] - m.mean);
+        gates[gate][r] = gate < 3 ? sigmoid(x) : hyperbolic_tangent(x);
       }
-      const float factor = a.normalize_cell ? cell_scale * of_cell[0].inverse : 1.f;
-      output[r] = tanhf(factor * (c[0][r] - of_cell[0].mean) + cell_bias);
+      const Moments& m = of_cell[0];
+      const float factor = a.normalize_cell ? cell_scale * m.inverse : 1.f;
+      output[r] = hyperbolic_tangent(factor * (c[0][r] - m.mean) + cell_bias);
     }
   }
 };
@@ -730,11 +845,12 @@ template <typename T, int U, int B>
 __global__ void __launch_bounds__(Sharing<U, B>::kThreads, 1) backward(Arguments a) {
   DYNAMIC_SHARED(memory);
   constexpr int R = Sharing<U, B>::kRows;
+  constexpr bool kEarly = R == 1;  // reads a step ahead, as registers allow
   const int H = a.units;
   const Place<U, B> at(H);
   const int unit = at.unit;
   const T* kernel = static_cast<const T*>(a.kernel);
-  Shared<T, U, U, B> shared(memory, 4 * H);
+  Shared<T, U, 4, U, B> shared(memory, 4 * H);
   shared.load_weights([&](int k, int column) {  // k: 4 unit + gate
     const int of = blockIdx.x * U + column;
     T zero;
@@ -756,13 +872,18 @@ __global__ void __launch_bounds__(Sharing<U, B>::kThreads, 1) backward(Arguments
     cell_bias = a.cell_bias[unit];
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) scale[gate] = a.recurrent_scale[gate * H + unit];
-    step.compute(a, a.steps - 1, last, scale, cell_scale[0], cell_bias, at);
+    Read<R> read;
+    read.read(a, a.steps - 1, at);
+    step.compute(a, read, last, scale, cell_scale[0], cell_bias);
   }
 
   for (int t = a.steps - 1; t >= 0; --t) {
     const size_t gates_at = static_cast<size_t>(t) * 4 * H;
     float d_terms[4][R], d_recurrent[4][R];
+    typename decltype(shared)::Out out(shared.outbox, Operand<T, B>(a.exchange, 4 * H, t % 2));
+    Read<R> next;
     if (at.owner) {
+      if (kEarly && t > 0) next.read(a, t - 1, at);
       bool in_recurrent[R], in_cell[R];
       float d_cell[1][R], sum[1], d_this_scale[1], sums[4], d_these_scales[4];
 #pragma unroll
@@ -800,13 +921,12 @@ __global__ void __launch_bounds__(Sharing<U, B>::kThreads, 1) backward(Arguments
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate) d_scale[gate] += d_these_scales[gate];
       }
-      const Operand<T, B> exchanged(a.exchange, 4 * H, t % 2);
 #pragma unroll
       for (int r = 0; r < R; ++r)
 #pragma unroll
-        for (int gate = 0; gate < 4; ++gate)
-          assign(exchanged.at(4 * unit + gate, at.row(r)), d_recurrent[gate][r]);
+        for (int gate = 0; gate < 4; ++gate) out.put(at.own, gate, at.row(r), d_recurrent[gate][r]);
     }
+    out.send();
     arrive(a.arrived);
     bool valid[R] = {};
     if (at.owner) {  // what no other block waits for, and the next step
@@ -821,14 +941,15 @@ __global__ void __launch_bounds__(Sharing<U, B>::kThreads, 1) backward(Arguments
         }
       }
       if (t > 0) {
+        if (!kEarly) next.read(a, t - 1, at);
         float cell[R];
 #pragma unroll
         for (int r = 0; r < R; ++r) cell[r] = step.before[r];
-        step.compute(a, t - 1, cell, scale, cell_scale[0], cell_bias, at);
+        step.compute(a, next, cell, scale, cell_scale[0], cell_bias);
       }
     }
     wait_for_all(a.arrived, a.steps - t);
-    shared.multiply(Operand<T, B>(a.exchange, 4 * H, t % 2), at.warp, at.lane);
+    shared.multiply(out.operand, at.warp, at.lane);
     if (at.owner) {
 #pragma unroll
       for (int r = 0; r < R; ++r)  // a row that is not valid passes its gradient on
@@ -920,7 +1041,7 @@ Plan plan_of(int units, bool is_forward) {
   plan.blocks = (units + U - 1) / U;
   plan.threads = Sharing<U, B>::kThreads;
   plan.memory =
-      is_forward ? Shared<T, 4 * U, U, B>::bytes(units) : Shared<T, U, U, B>::bytes(4 * units);
+      is_forward ? Shared<T, 4 * U, 1, U, B>::bytes(units) : Shared<T, U, 4, U, B>::bytes(4 * units);
   if (plan.memory <= shared_memory_of_block()) check_on_device(&plan);
   return plan;
 }
