@@ -106,7 +106,8 @@ static inline void enter() {
   now->done = true;
 }
 
-static inline void run(int blocks, int threads, size_t memory, const std::function<void()>& kernel) {
+static inline void run(int blocks, int threads, size_t memory,
+                       const std::function<void()>& kernel) {
   constexpr size_t kStack = 256 * 1024;  // touched where it is used, no more
   std::vector<Block> all(blocks);
   std::vector<Fiber> fibers(static_cast<size_t>(blocks) * threads);

@@ -2,10 +2,10 @@
 // normalization of the recurrent term and of the cell: equations 6 to 8 of "Recurrent Batch
 // Normalization". The Python caller says what the arguments are.
 //
-// A block of threads owns U hidden units for the whole batch and for all steps. It keeps its columns
-// of the recurrent kernel in shared memory and its units' cells in registers. Blocks exchange the
-// hidden state (backward: the gradient of the recurrent term) through the L2 cache once a step, and
-// one barrier of all blocks separates the steps.
+// A block of threads owns U hidden units for the whole batch and for all steps. It keeps its
+// columns of the recurrent kernel in shared memory and its units' cells in registers. Blocks
+// exchange the hidden state (backward: the gradient of the recurrent term) through the L2 cache
+// once a step, and one barrier of all blocks separates the steps.
 //
 // Arrays are [time, features, batch]: lanes of a warp are neighbouring rows of the batch. The batch
 // is padded to B = 32, 64 or 128 rows; padded rows have no flag. Gradients are named d_*.
@@ -115,7 +115,8 @@ struct Arguments {
   float* d_cell_bias;        // [H]
   float* d_first_cell;       // [H, B]
   float* d_first_hidden;     // [H, B]
-  // Two buffers for what blocks exchange, `Operand`s of H rows (forward) or 4H (backward); a counter.
+  // Two buffers for what blocks exchange, `Operand`s of H rows (forward) or 4H (backward); a
+  // counter.
   void* exchange;
   unsigned* arrived;
 };
@@ -140,8 +141,8 @@ template <int U, int B>
 struct Place {
   using By = Sharing<U, B>;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int own = warp / By::kWarpsOfUnit;        // which of the block's units
-  const int part = warp % By::kWarpsOfUnit;       // which of that unit's warps
+  const int own = warp / By::kWarpsOfUnit;   // which of the block's units
+  const int part = warp % By::kWarpsOfUnit;  // which of that unit's warps
   const int unit = blockIdx.x * U + own;
   const bool owner;
 
@@ -149,8 +150,8 @@ struct Place {
   DEVICE_METHOD int row(int r) const { return (part * By::kRows + r) * kWarp + lane; }
 };
 
-// ---- Nonlinearities, without branches: several of them then run side by side. Their relative errors
-// are below 3e-7.
+// ---- Nonlinearities, without branches: several of them then run side by side. Their relative
+// errors are below 3e-7.
 
 DEVICE float sigmoid(float x) { return divide(1.f, 1.f + exponential(-x)); }
 
@@ -175,11 +176,11 @@ DEVICE void warp_sums(float (&x)[N]) {
     for (int n = 0; n < N; ++n) x[n] += __shfl_xor_sync(kLanes, x[n], distance);
 }
 
-// Passes N values of each warp of a unit to all of them. `slots` [units, warps of a unit, N] must not
-// be used again before the next barrier of the block.
+// Passes N values of each warp of a unit to all of them. `slots` [units, warps of a unit, N] must
+// not be used again before the next barrier of the block.
 template <int N, int U, int B>
-DEVICE void gather(float (&all)[Sharing<U, B>::kWarpsOfUnit][N], const float (&own)[N], float* slots,
-                   const Place<U, B>& at) {
+DEVICE void gather(float (&all)[Sharing<U, B>::kWarpsOfUnit][N], const float (&own)[N],
+                   float* slots, const Place<U, B>& at) {
   constexpr int W = Sharing<U, B>::kWarpsOfUnit;
   static_assert(N % 4 == 0, "read as vectors");
   if (W == 1) {
@@ -209,10 +210,10 @@ struct Moments {
   float mean, inverse;  // 1 / sqrt(variance + epsilon)
 };
 
-// Moments of F features of a unit over the rows that count, into `statistics`: the mean of feature f
-// at `index + f * stride`, its variance `size` further. Each warp measures from its first row that
-// counts, then means are pooled as offsets from one of them: the mean of equal rows is each of them.
-// Mean and variance are zero if no row counts.
+// Moments of F features of a unit over the rows that count, into `statistics`: the mean of feature
+// f at `index + f * stride`, its variance `size` further. Each warp measures from its first row
+// that counts, then means are pooled as offsets from one of them: the mean of equal rows is each of
+// them. Mean and variance are zero if no row counts.
 template <int F, int U, int B>
 DEVICE void batch_moments(Moments (&moments)[F], const float (&x)[F][Sharing<U, B>::kRows],
                           const bool (&counts)[Sharing<U, B>::kRows], float epsilon,
@@ -262,7 +263,8 @@ DEVICE void batch_moments(Moments (&moments)[F], const float (&x)[F][Sharing<U, 
 #pragma unroll
     for (int w = W - 1; w >= 0; --w) origin = all[w][2 * F] > 0 ? all[w][f] : origin;
 #pragma unroll
-    for (int w = 0; w < W; ++w) sum += all[w][2 * F] > 0 ? all[w][2 * F] * (all[w][f] - origin) : 0.f;
+    for (int w = 0; w < W; ++w)
+      sum += all[w][2 * F] > 0 ? all[w][2 * F] * (all[w][f] - origin) : 0.f;
     const float mean = origin + sum * inverse_total;
 #pragma unroll
     for (int w = 0; w < W; ++w)
@@ -288,8 +290,9 @@ DEVICE void known_moments(Moments (&moments)[F], const float* statistics, int si
                   rsqrtf(statistics[index + f * stride + size] + epsilon)};
 }
 
-// The backward pass of scale * (x - mean) * inverse for F features of a unit: `d`, the gradient of the
-// result, becomes that of x. `sums` are those of `d` over the batch; `d_scale` are the scales' gradients.
+// The backward pass of scale * (x - mean) * inverse for F features of a unit: `d`, the gradient of
+// the result, becomes that of x. `sums` are those of `d` over the batch; `d_scale` are the scales'
+// gradients.
 template <int F, int U, int B>
 DEVICE void normalize_backward(float (&d)[F][Sharing<U, B>::kRows], float (&sums)[F],
                                float (&d_scale)[F], const float (&x)[F][Sharing<U, B>::kRows],
@@ -336,8 +339,8 @@ DEVICE void normalize_backward(float (&d)[F][Sharing<U, B>::kRows], float (&sums
 
 // ---- Products of the block's columns of the kernel with what blocks exchange.
 
-// What blocks exchange: K rows, each of B elements, in the order in which lanes read them. A buffer has
-// room for K rounded up to whole tiles.
+// What blocks exchange: K rows, each of B elements, in the order in which lanes read them. A buffer
+// has room for K rounded up to whole tiles.
 template <typename T, int B>
 struct Operand {
   T* data;
@@ -347,22 +350,13 @@ struct Operand {
       : data(static_cast<T*>(exchange) + static_cast<size_t>(buffer) * tiles(rows) * kTile * B),
         rows(rows) {}
   BOTH_METHOD static constexpr int tiles(int rows) { return (rows + kTile - 1) / kTile; }
-  DEVICE_METHOD T& at(int k, int row) const;
-};
-
-template <int B>
-struct Index {
-  DEVICE_METHOD static size_t of(float, int k, int row) { return static_cast<size_t>(k) * B + row; }
-  // [tile, row, kTile]: a lane reads eight neighbours, of which the tensor cores take four at a time.
-  DEVICE_METHOD static size_t of(bfloat16, int k, int row) {
-    return (static_cast<size_t>(k / kTile) * B + row) * kTile + k % kTile;
+  // Float32 is [K, B]. bfloat16 is [tile, row, kTile]: a lane reads eight neighbours, of which the
+  // tensor cores take four at a time.
+  DEVICE_METHOD T& at(int k, int row) const {
+    if constexpr (sizeof(T) == 4) return data[static_cast<size_t>(k) * B + row];
+    return data[(static_cast<size_t>(k / kTile) * B + row) * kTile + k % kTile];
   }
 };
-
-template <typename T, int B>
-DEVICE_METHOD T& Operand<T, B>::at(int k, int row) const {
-  return data[Index<B>::of(T{}, k, row)];
-}
 
 DEVICE void assign(float& to, float x) { to = x; }
 DEVICE void assign(bfloat16& to, float x) { to = __float2bfloat16(x); }
@@ -371,8 +365,8 @@ DEVICE void assign(bfloat16& to, float x) { to = __float2bfloat16(x); }
 template <typename T, int C, int U, int B>
 struct Sums;
 
-// A lane has kVector rows of the batch, next to each other; where the group's rows leave lanes over,
-// these have the next row of the operand.
+// A lane has kVector rows of the batch, next to each other; where the group's rows leave lanes
+// over, these have the next row of the operand.
 template <int C, int U, int B>
 struct Sums<float, C, U, B> {
   using By = Sharing<U, B>;
@@ -389,8 +383,8 @@ struct Sums<float, C, U, B> {
     return weights[k * C + column];
   }
 
-  DEVICE_METHOD void add(const float* weights, const Operand<float, B>& operand, int group, int part,
-                         int lane) {
+  DEVICE_METHOD void add(const float* weights, const Operand<float, B>& operand, int group,
+                         int part, int lane) {
     struct alignas(sizeof(float) * kVector) Vector {
       float x[kVector];
     };
@@ -401,7 +395,7 @@ struct Sums<float, C, U, B> {
     const int first = part * kRowsOfLoad + lane / kLanesOfRow;
     const float* from = operand.data + group * By::kGroupRows + lane % kLanesOfRow * kVector;
     Vector ahead[kAhead], now[kAhead];
-    auto read = [&](Vector (&to)[kAhead], int k) {
+    auto read = [&](Vector(&to)[kAhead], int k) {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         const int row = k + i * kStep;
@@ -444,12 +438,14 @@ struct Sums<float, C, U, B> {
 #pragma unroll
     for (int c = 0; c < C; ++c)
 #pragma unroll
-      for (int v = 0; v < kVector; ++v) f(c, group * By::kGroupRows + lane * kVector + v, sums[c][v]);
+      for (int v = 0; v < kVector; ++v)
+        f(c, group * By::kGroupRows + lane * kVector + v, sums[c][v]);
   }
 };
 
-// By the tensor cores, in tiles [16 rows of the batch, 16 of the operand, 8 columns]. Which element of
-// the sum has which place in a tile is free, if both factors agree: a lane's four are neighbours.
+// By the tensor cores, in tiles [16 rows of the batch, 16 of the operand, 8 columns]. Which element
+// of the sum has which place in a tile is free, if both factors agree: a lane's four are
+// neighbours.
 template <int C, int U, int B>
 struct Sums<bfloat16, C, U, B> {
   using By = Sharing<U, B>;
@@ -478,8 +474,8 @@ struct Sums<bfloat16, C, U, B> {
       for (int h = 0; h < kHeight; ++h)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          rows[h][half] =
-              load_past_l1<uint4>(from + (static_cast<size_t>(tile) * B + 16 * h + 8 * half) * kTile);
+          rows[h][half] = load_past_l1<uint4>(
+              from + (static_cast<size_t>(tile) * B + 16 * h + 8 * half) * kTile);
 #pragma unroll
       for (int n = 0; n < kWidth; ++n) {
         const uint4 w =
@@ -555,24 +551,28 @@ struct Outbox<bfloat16, G, U, B> {
   }
 };
 
-// Shared memory of a block, and the product that it serves.
+// Shared memory of a block, for a product of C columns and for what its units pass on, G rows each.
 template <typename T, int C, int G, int U, int B>
 struct Shared {
   using By = Sharing<U, B>;
   using Warp = Sums<T, C, U, B>;
   static constexpr int kPitch = B + 4;  // keeps lanes that store sums out of each other's banks
-  static constexpr int kSlots = By::kParts > 1 ? By::kParts / 2 : 1;
+  static constexpr int kSlots = By::kParts / 2;
+  static_assert(By::kParts % 2 == 0, "two warps share a slot");
   static constexpr int kGathered = U * By::kWarpsOfUnit * 12;  // for each of two uses in a step
-  using Out = Outbox<T, G, U, B>;
+  static constexpr size_t kOutboxBytes = Outbox<T, G, U, B>::kBytes;
   T* weights;
   float* sums;            // [kSlots, C, kPitch]
   float* gathered;        // [2, kGathered]
   unsigned char* outbox;  // of an Outbox
   int rows;
 
-  BOTH_METHOD static constexpr size_t weight_bytes(int rows) { return (Warp::weight_bytes(rows) + 15) / 16 * 16; }
+  BOTH_METHOD static constexpr size_t weight_bytes(int rows) {
+    return (Warp::weight_bytes(rows) + 15) / 16 * 16;
+  }
   static constexpr size_t bytes(int rows) {
-    return weight_bytes(rows) + sizeof(float) * (kSlots * C * kPitch + 2 * kGathered) + Out::kBytes;
+    return weight_bytes(rows) + sizeof(float) * (kSlots * C * kPitch + 2 * kGathered) +
+           kOutboxBytes;
   }
 
   DEVICE_METHOD Shared(unsigned char* memory, int rows)
@@ -582,8 +582,8 @@ struct Shared {
         outbox(reinterpret_cast<unsigned char*>(gathered + 2 * kGathered)),
         rows(rows) {
     // Units beyond the last one pass zeros on.
-    for (int i = threadIdx.x; i < Out::kBytes; i += By::kThreads) outbox[i] = 0;
-    if (Out::kBytes) __syncthreads();
+    for (int i = threadIdx.x; i < kOutboxBytes; i += By::kThreads) outbox[i] = 0;
+    if (kOutboxBytes) __syncthreads();
   }
 
   // `of(k, column)` is the kernel's element, for k beyond `rows` zero.
@@ -606,15 +606,13 @@ struct Shared {
     const int group = warp % By::kGroups, part = warp / By::kGroups;
     Warp own;
     own.add(weights, operand, group, part, lane);
+    // Two warps share a slot: one stores its sums, then the other one adds its own.
     float* slot = sums + part % kSlots * C * kPitch;
-    if (part >= kSlots) own.each(group, lane, [&](int c, int row, float x) { slot[c * kPitch + row] = x; });
-    if (By::kParts > 1) __syncthreads();
-    if (part < kSlots) {
-      if (By::kParts > 1)
-        own.each(group, lane, [&](int c, int row, float x) { slot[c * kPitch + row] += x; });
-      else
-        own.each(group, lane, [&](int c, int row, float x) { slot[c * kPitch + row] = x; });
-    }
+    if (part < kSlots)
+      own.each(group, lane, [&](int c, int row, float x) { slot[c * kPitch + row] = x; });
+    __syncthreads();
+    if (part >= kSlots)
+      own.each(group, lane, [&](int c, int row, float x) { slot[c * kPitch + row] += x; });
     __syncthreads();
   }
 
@@ -637,8 +635,8 @@ DEVICE void clear_padding(void* exchange, int rows) {
   }
 }
 
-// A barrier of all blocks, in two halves. What a block wrote before it arrived for the `turn`th time
-// can be read by all that have waited for that turn.
+// A barrier of all blocks, in two halves. What a block wrote before it arrived for the `turn`th
+// time can be read by all that have waited for that turn.
 DEVICE void arrive(unsigned* arrived) {
   __syncthreads();
   if (threadIdx.x == 0) increment_release(arrived);
@@ -669,7 +667,7 @@ __global__ void __launch_bounds__(Sharing<U, B>::kThreads, 1) forward(Arguments 
   });
   clear_padding<T, U, B>(a.exchange, H);
   float c[R], h[R], scale[4], cell_scale = 1, cell_bias = 0;
-  typename decltype(shared)::Out first(shared.outbox, Operand<T, B>(a.exchange, H, 0));
+  Outbox<T, 1, U, B> first(shared.outbox, Operand<T, B>(a.exchange, H, 0));
   if (at.owner) {
 #pragma unroll
     for (int r = 0; r < R; ++r) {
@@ -700,7 +698,7 @@ __global__ void __launch_bounds__(Sharing<U, B>::kThreads, 1) forward(Arguments 
       }
     }
     shared.multiply(Operand<T, B>(a.exchange, H, t % 2), at.warp, at.lane);
-    typename decltype(shared)::Out out(shared.outbox, Operand<T, B>(a.exchange, H, (t + 1) % 2));
+    Outbox<T, 1, U, B> out(shared.outbox, Operand<T, B>(a.exchange, H, (t + 1) % 2));
     if (at.owner) {
       bool in_recurrent[R], in_cell[R];
       Moments moments[4] = {{0, 1}, {0, 1}, {0, 1}, {0, 1}}, of_cell[1] = {{0, 1}};
@@ -744,7 +742,8 @@ __global__ void __launch_bounds__(Sharing<U, B>::kThreads, 1) forward(Arguments 
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         if (flags[r] & kValid)
-          h[r] = gates[2][r] * hyperbolic_tangent(factor * (c[r] - of_cell[0].mean) + cell_bias);  // (8)
+          h[r] = gates[2][r] *
+                 hyperbolic_tangent(factor * (c[r] - of_cell[0].mean) + cell_bias);  // (8)
         out.put(at.own, 0, at.row(r), h[r]);
       }
     }
@@ -880,7 +879,7 @@ __global__ void __launch_bounds__(Sharing<U, B>::kThreads, 1) backward(Arguments
   for (int t = a.steps - 1; t >= 0; --t) {
     const size_t gates_at = static_cast<size_t>(t) * 4 * H;
     float d_terms[4][R], d_recurrent[4][R];
-    typename decltype(shared)::Out out(shared.outbox, Operand<T, B>(a.exchange, 4 * H, t % 2));
+    Outbox<T, 4, U, B> out(shared.outbox, Operand<T, B>(a.exchange, 4 * H, t % 2));
     Read<R> next;
     if (at.owner) {
       if (kEarly && t > 0) next.read(a, t - 1, at);
@@ -1006,8 +1005,8 @@ ffi::Error run(const Plan& plan, Arguments arguments, Stream stream) {
   cudaError_t error = cudaMemsetAsync(arguments.arrived, 0, sizeof(unsigned), stream);
   if (error == cudaSuccess) {
     void* pointers[] = {&arguments};
-    error = cudaLaunchCooperativeKernel(plan.kernel, dim3(plan.blocks), dim3(plan.threads), pointers,
-                                        plan.memory, stream);
+    error = cudaLaunchCooperativeKernel(plan.kernel, dim3(plan.blocks), dim3(plan.threads),
+                                        pointers, plan.memory, stream);
   }
   if (error == cudaSuccess) return ffi::Error::Success();
   return ffi::Error::Internal(std::string("cannot run the recurrence: ") +
@@ -1040,8 +1039,8 @@ Plan plan_of(int units, bool is_forward) {
   plan.kernel = is_forward ? forward<T, U, B> : backward<T, U, B>;
   plan.blocks = (units + U - 1) / U;
   plan.threads = Sharing<U, B>::kThreads;
-  plan.memory =
-      is_forward ? Shared<T, 4 * U, 1, U, B>::bytes(units) : Shared<T, U, 4, U, B>::bytes(4 * units);
+  plan.memory = is_forward ? Shared<T, 4 * U, 1, U, B>::bytes(units)
+                           : Shared<T, U, 4, U, B>::bytes(4 * units);
   if (plan.memory <= shared_memory_of_block()) check_on_device(&plan);
   return plan;
 }
@@ -1049,10 +1048,14 @@ Plan plan_of(int units, bool is_forward) {
 template <typename T, int U>
 Plan plan_of(int batch, int units, bool is_forward) {
   switch (batch) {
-    case 32: return plan_of<T, U, 32>(units, is_forward);
-    case 64: return plan_of<T, U, 64>(units, is_forward);
-    case 128: return plan_of<T, U, 128>(units, is_forward);
-    default: return {};
+    case 32:
+      return plan_of<T, U, 32>(units, is_forward);
+    case 64:
+      return plan_of<T, U, 64>(units, is_forward);
+    case 128:
+      return plan_of<T, U, 128>(units, is_forward);
+    default:
+      return {};
   }
 }
 
@@ -1144,10 +1147,9 @@ ffi::Error backward_call(STREAM ffi::AnyBuffer kernel, Floats pre_activation,
                          Floats cell_bias, Floats first_cell, Floats first_hidden,
                          Floats recurrent_statistics, Floats cell_statistics, Floats cell,
                          Floats recurrent_term, Floats d_hidden, Floats d_last_cell,
-                         Result d_pre_activation, Result d_recurrent_term,
-                         Result d_recurrent_scale, Result d_cell_scale, Result d_cell_bias,
-                         Result d_first_cell, Result d_first_hidden,
-                         ffi::Result<ffi::AnyBuffer> exchange,
+                         Result d_pre_activation, Result d_recurrent_term, Result d_recurrent_scale,
+                         Result d_cell_scale, Result d_cell_bias, Result d_first_cell,
+                         Result d_first_hidden, ffi::Result<ffi::AnyBuffer> exchange,
                          ffi::Result<ffi::Buffer<ffi::U32>> arrived, bool normalize_recurrent,
                          bool normalize_cell, bool given, float epsilon, int64_t units_of_block) {
   Arguments a = arguments_of(kernel, pre_activation, flags, recurrent_scale, cell_scale, cell_bias,
@@ -1177,45 +1179,60 @@ ffi::Error backward_call(STREAM ffi::AnyBuffer kernel, Floats pre_activation,
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    BnlstmForward, forward_call,
-    BIND.Arg<ffi::AnyBuffer>()  // kernel
-        .Arg<Floats>()          // pre-activation
-        .Arg<ffi::Buffer<ffi::U8>>()
-        .Arg<Floats>().Arg<Floats>().Arg<Floats>()  // scales, cell's bias
-        .Arg<Floats>().Arg<Floats>()                // first state
-        .Arg<Floats>().Arg<Floats>()                // statistics, if given
-        .Ret<Floats>().Ret<Floats>().Ret<Floats>()  // hidden, cell, recurrent term
-        .Ret<Floats>().Ret<Floats>()                // statistics, if not
-        .Ret<ffi::AnyBuffer>()
-        .Ret<ffi::Buffer<ffi::U32>>()
-        .Attr<bool>("normalize_recurrent")
-        .Attr<bool>("normalize_cell")
-        .Attr<bool>("given")
-        .Attr<bool>("keep")
-        .Attr<float>("epsilon")
-        .Attr<int64_t>("units_of_block"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(BnlstmForward, forward_call,
+                              BIND.Arg<ffi::AnyBuffer>()  // kernel
+                                  .Arg<Floats>()          // pre-activation
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()  // scales, cell's bias
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()  // first state
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()  // statistics, if given
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()  // hidden, cell, recurrent term
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()  // statistics, if not
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::U32>>()
+                                  .Attr<bool>("normalize_recurrent")
+                                  .Attr<bool>("normalize_cell")
+                                  .Attr<bool>("given")
+                                  .Attr<bool>("keep")
+                                  .Attr<float>("epsilon")
+                                  .Attr<int64_t>("units_of_block"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    BnlstmBackward, backward_call,
-    BIND.Arg<ffi::AnyBuffer>()  // kernel
-        .Arg<Floats>()          // pre-activation
-        .Arg<ffi::Buffer<ffi::U8>>()
-        .Arg<Floats>().Arg<Floats>().Arg<Floats>()  // scales, cell's bias
-        .Arg<Floats>().Arg<Floats>()                // first state
-        .Arg<Floats>().Arg<Floats>()                // statistics
-        .Arg<Floats>().Arg<Floats>()                // cell, recurrent term
-        .Arg<Floats>().Arg<Floats>()                // gradients by hidden state, last cell
-        .Ret<Floats>().Ret<Floats>()                // by pre-activation, recurrent term
-        .Ret<Floats>().Ret<Floats>().Ret<Floats>()  // by scales, cell's bias
-        .Ret<Floats>().Ret<Floats>()                // by first state
-        .Ret<ffi::AnyBuffer>()
-        .Ret<ffi::Buffer<ffi::U32>>()
-        .Attr<bool>("normalize_recurrent")
-        .Attr<bool>("normalize_cell")
-        .Attr<bool>("given")
-        .Attr<float>("epsilon")
-        .Attr<int64_t>("units_of_block"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(BnlstmBackward, backward_call,
+                              BIND.Arg<ffi::AnyBuffer>()  // kernel
+                                  .Arg<Floats>()          // pre-activation
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()  // scales, cell's bias
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()  // first state
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()  // statistics
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()  // cell, recurrent term
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()  // gradients by hidden state, last cell
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()  // by pre-activation, recurrent term
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()  // by scales, cell's bias
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()  // by first state
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::U32>>()
+                                  .Attr<bool>("normalize_recurrent")
+                                  .Attr<bool>("normalize_cell")
+                                  .Attr<bool>("given")
+                                  .Attr<float>("epsilon")
+                                  .Attr<int64_t>("units_of_block"));
 
 // Whether both calls fit on the device, for a padded batch.
 extern "C" int BnlstmFits(int units, int batch, int in_bfloat16) {
