@@ -1,4 +1,4 @@
-"""A checkpoint and outputs of an earlier version, in data/: this one restores and reproduces them.
+"""A checkpoint and outputs of an earlier version, in tests/data: this one restores and reproduces them.
 
 The files were written by this file's functions, on a CPU, before the library was rearranged.
 """
@@ -15,7 +15,7 @@ import pytest
 import bnlstm_jax
 from experiments.models.attentive_reader import FORMS, AttentiveReader, Quirks
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data" / "earlier_version"
 RESTORED = ("bn_lstm", "lstm", "reader_lstm")  # the modules with variables in the checkpoint
 # Float32 (6e-8), of which each normalisation of a batch of four multiplies rounding by up to 316.
 # Measured: below 1e-5, but 3e-5 in a gradient of a reader.

@@ -31,6 +31,7 @@ SOURCE = Path(__file__).parent / "cuda.cu"
 BATCHES = (32, 64, 128)  # to which a batch is padded
 LARGEST_BATCH = BATCHES[-1]
 VALID, IN_RECURRENT, IN_CELL = 1, 2, 4  # flags of a row at a step
+TILE = 32  # to a multiple of which the rows that blocks exchange are padded
 # Residuals are h, c, the recurrent term and moments; `jax.checkpoint` recomputes the rest.
 _RESIDUAL = "bnlstm_jax.recurrence.native"
 _SAVE_RESIDUALS = jax.checkpoint_policies.save_only_these_names(_RESIDUAL)
@@ -95,7 +96,7 @@ class Options:
       given: by given statistics; else by the batch's own moments.
       epsilon: added to variances.
       operands: dtype of the operands of recurrent products, float32 or bfloat16.
-      units_of_block: hidden units of a block of threads, 4 or 8; 0 for what fits best.
+      units_of_block: hidden units of a block of threads, 2, 4 or 8; 0 for what fits best.
     """
 
     normalize_recurrent: bool
@@ -121,7 +122,8 @@ class Options:
         kernel = kernel.astype(self.operands)
         units, gates = kernel.shape
         exchanged = units if name == "bnlstm_forward" else gates
-        room = jax.ShapeDtypeStruct((2, exchanged, arrays[1].shape[-1]), kernel.dtype)
+        rows = -(-exchanged // TILE) * TILE
+        room = jax.ShapeDtypeStruct((2, rows, arrays[1].shape[-1]), kernel.dtype)
         counter = jax.ShapeDtypeStruct((1,), jnp.uint32)
         results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
         results += [room, counter]

@@ -1,16 +1,16 @@
 // The recurrence of an LSTM over all time steps in one kernel, forward and one backward, with batch
-// normalisation of the recurrent term and of the cell: equations 6 to 8 of "Recurrent Batch
-// Normalization". bnlstm_jax/cuda_gpu.py builds and calls it, and says what the arguments are.
+// normalization of the recurrent term and of the cell: equations 6 to 8 of "Recurrent Batch
+// Normalization". The Python caller says what the arguments are.
 //
-// A block of threads owns a few hidden units for the whole batch and for all steps. Its columns of
-// the recurrent kernel stay in shared memory, its units' statistics are sums within a warp, and
-// their cells stay in registers. What blocks exchange at a step is the hidden state (backward: the
-// gradient of the recurrent term), through the L2 cache, with one barrier of all blocks.
+// A block of threads owns U hidden units for the whole batch and for all steps. It keeps its
+// columns of the recurrent kernel in shared memory and its units' cells in registers. Blocks
+// exchange the hidden state (backward: the gradient of the recurrent term) through the L2 cache
+// once a step, and one barrier of all blocks separates the steps.
 //
-// Arrays are [time, features, batch]: lanes of a warp are rows of the batch, next to each other.
-// The batch is padded to 32, 64 or 128 rows with such as have no flag.
+// Arrays are [time, features, batch]: lanes of a warp are neighbouring rows of the batch. The batch
+// is padded to B = 32, 64 or 128 rows; padded rows have no flag. Gradients are named d_*.
 //
-// Compiled by a C++ compiler it includes emulation.h in CUDA's place, and runs on a CPU.
+// A C++ compiler includes emulation.h in place of CUDA's headers; the kernel then runs on a CPU.
 
 #include <algorithm>
 #include <cstdint>
@@ -20,12 +20,10 @@
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
-#include <cuda_pipeline.h>
-#include <mma.h>
 
 #define DEVICE static __device__ __forceinline__
 #define DEVICE_METHOD __device__ __forceinline__
-#define HOST_DEVICE_METHOD __host__ __device__
+#define BOTH_METHOD __host__ __device__
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #else
 #include "emulation.h"
@@ -47,27 +45,55 @@ DEVICE unsigned load_acquire(const unsigned* from) {
 DEVICE void increment_release(unsigned* to) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" : : "l"(to) : "memory");
 }
+
+// With an error of a few roundings.
+DEVICE float exponential(float x) { return __expf(x); }
+DEVICE float divide(float x, float y) { return __fdividef(x, y); }
+
+// A value that other blocks wrote: the L1 cache may hold an older one.
+template <typename V>
+DEVICE V load_past_l1(const void* from) {
+  static_assert(sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16, "a load of one instruction");
+  V value;
+  if constexpr (sizeof(V) == 16)
+    reinterpret_cast<uint4&>(value) = __ldcg(static_cast<const uint4*>(from));
+  else if constexpr (sizeof(V) == 8)
+    reinterpret_cast<uint2&>(value) = __ldcg(static_cast<const uint2*>(from));
+  else
+    reinterpret_cast<unsigned&>(value) = __ldcg(static_cast<const unsigned*>(from));
+  return value;
+}
+
+// A barrier of some of a block's threads. Barrier 0 is that of __syncthreads.
+DEVICE void barrier_of(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" : : "r"(id), "r"(threads) : "memory");
+}
+
+// d += a b for matrices [16, 16] and [16, 8], whose elements the lanes of a warp share.
+DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 #endif
 
 constexpr int kWarp = 32;
-constexpr int kWarps = 8;
-constexpr int kThreads = kWarp * kWarps;
-constexpr int kMaxStages = 8;
 constexpr unsigned kLanes = 0xffffffffu;
+constexpr int kTile = 32;  // rows of an operand that the tensor cores take at once
 
-// What a row of the batch is at a step: not past its end, counted in the statistics of the terms.
+// A row of the batch at a step: it is not past its end; it counts in the statistics of the terms.
 enum Flag : uint8_t { kValid = 1, kInRecurrent = 2, kInCell = 4 };
 
 struct Arguments {
-  int steps, batch, units;  // batch: padded
-  int stages;               // chunks of the operand in shared memory
+  int steps, units;
   bool normalize_recurrent, normalize_cell;
-  bool given;  // statistics are given; else they are the batch's, and put out
-  bool keep;   // put out what the backward pass needs
+  bool given;  // statistics are given; otherwise they are the batch's, and are outputs
+  bool keep;   // write what the backward pass needs
   float epsilon;
-  const void* kernel;           // [H, 4H]
-  const float* pre_activation;  // [T, 4H, B], of input and bias
-  const uint8_t* flags;         // [T, B], of rows: kValid, kInRecurrent, kInCell
+  const void* kernel;            // [H, 4H]
+  const float* pre_activation;   // [T, 4H, B], input term and bias
+  const uint8_t* flags;          // [T, B]
   const float* recurrent_scale;  // [4H]
   const float* cell_scale;       // [H]
   const float* cell_bias;        // [H]
@@ -79,299 +105,538 @@ struct Arguments {
   float* hidden;                // [T, H, B]
   float* cell;                  // [T, H, B]
   float* recurrent_term;        // [T, 4H, B]
-  // Gradients by outputs, and those to be found.
-  const float* by_hidden;       // [T, H, B]
-  const float* by_last_cell;    // [H, B]; by_hidden has the last hidden state's
-  float* by_pre_activation;     // [T, 4H, B]
-  float* by_recurrent_term;     // [T, 4H, B]
-  float* by_recurrent_scale;    // [4H]
-  float* by_cell_scale;         // [H]
-  float* by_cell_bias;          // [H]
-  float* by_first_cell;         // [H, B]
-  float* by_first_hidden;       // [H, B]
-  // What is exchanged, twice: [2, H, B] forward, [2, 4H, B] backward; and a counter.
+  // Gradients of the outputs, then those that the backward pass computes.
+  const float* d_hidden;     // [T, H, B], the last carry's h included
+  const float* d_last_cell;  // [H, B]
+  float* d_pre_activation;   // [T, 4H, B]
+  float* d_recurrent_term;   // [T, 4H, B]
+  float* d_recurrent_scale;  // [4H]
+  float* d_cell_scale;       // [H]
+  float* d_cell_bias;        // [H]
+  float* d_first_cell;       // [H, B]
+  float* d_first_hidden;     // [H, B]
+  // Two buffers for what blocks exchange, `Operand`s of H rows (forward) or 4H (backward); a
+  // counter.
   void* exchange;
   unsigned* arrived;
 };
 
-// ---- Sums over the batch. A lane has the rows lane + 32 r.
-
-DEVICE float warp_sum(float x) {
-  for (int distance = kWarp / 2; distance > 0; distance /= 2)
-    x += __shfl_xor_sync(kLanes, x, distance);
-  return x;
-}
-
-template <int R>
-struct Rows {
-  bool counts[R], is_first[R];  // of those that count
-  float count;                  // at least one
-  int first;                    // which it is; beyond the batch if none counts
+// How the warps of a block share its U units and B rows of the batch.
+template <int U, int B>
+struct Sharing {
+  // Outside of products, some warps have a unit together, each of their lanes kRows rows.
+  static constexpr int kWarpsOfUnit = U * B > 512 ? B / 64 : B / 32;
+  static constexpr int kRows = B / (kWarp * kWarpsOfUnit);
+  static constexpr int kOwners = U * kWarpsOfUnit;
+  static constexpr int kWarps = kOwners < 8 ? 8 : kOwners;
+  static constexpr int kThreads = kWarp * kWarps;
+  // In products, each group of warps has some rows of the batch, and its warps parts of the sum.
+  static constexpr int kGroupRows = B < 64 ? B : 64;
+  static constexpr int kGroups = B / kGroupRows;
+  static constexpr int kParts = kWarps / kGroups;
 };
 
-template <int R>
-DEVICE Rows<R> rows_with(Flag flag, const uint8_t (&flags)[R], int lane) {
-  Rows<R> rows;
-  float count = 0;
-  int first = kWarp * R;
+// Where a lane stands.
+template <int U, int B>
+struct Place {
+  using By = Sharing<U, B>;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int own = warp / By::kWarpsOfUnit;   // which of the block's units
+  const int part = warp % By::kWarpsOfUnit;  // which of that unit's warps
+  const int unit = blockIdx.x * U + own;
+  const bool owner;
+
+  DEVICE_METHOD explicit Place(int units) : owner(warp < By::kOwners && unit < units) {}
+  DEVICE_METHOD int row(int r) const { return (part * By::kRows + r) * kWarp + lane; }
+};
+
+// ---- Nonlinearities, without branches: several of them then run side by side. Their relative
+// errors are below 3e-7.
+
+DEVICE float sigmoid(float x) { return divide(1.f, 1.f + exponential(-x)); }
+
+DEVICE float hyperbolic_tangent(float x) {
+  const float square = x * x;
+  float small = fmaf(square, 0.01643751f, -0.05267177f);  // a polynomial, fitted up to 0.55
+  small = fmaf(square, small, 0.13320725f);
+  small = fmaf(square, small, -0.33332947f);
+  small = fmaf(x * square, small, x);
+  const float large = 1.f - divide(2.f, 1.f + exponential(2.f * fabsf(x)));
+  return fabsf(x) < 0.55f ? small : copysignf(large, x);
+}
+
+// ---- Sums over the batch.
+
+// N sums side by side.
+template <int N>
+DEVICE void warp_sums(float (&x)[N]) {
 #pragma unroll
-  for (int r = R - 1; r >= 0; --r) {
-    rows.counts[r] = flags[r] & flag;
-    if (rows.counts[r]) {
-      count += 1;
-      first = lane + kWarp * r;
+  for (int distance = kWarp / 2; distance > 0; distance /= 2)
+#pragma unroll
+    for (int n = 0; n < N; ++n) x[n] += __shfl_xor_sync(kLanes, x[n], distance);
+}
+
+// Passes N values of each warp of a unit to all of them. `slots` [units, warps of a unit, N] must
+// not be used again before the next barrier of the block.
+template <int N, int U, int B>
+DEVICE void gather(float (&all)[Sharing<U, B>::kWarpsOfUnit][N], const float (&own)[N],
+                   float* slots, const Place<U, B>& at) {
+  constexpr int W = Sharing<U, B>::kWarpsOfUnit;
+  static_assert(N % 4 == 0, "read as vectors");
+  if (W == 1) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) all[0][n] = own[n];
+    return;
+  }
+  float* of_unit = slots + at.own * W * N;
+  if (at.lane == 0) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) of_unit[at.part * N + n] = own[n];
+  }
+  barrier_of(1 + at.own, kWarp * W);
+#pragma unroll
+  for (int w = 0; w < W; ++w)
+#pragma unroll
+    for (int n = 0; n < N; n += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(of_unit + w * N + n);
+      all[w][n] = four.x;
+      all[w][n + 1] = four.y;
+      all[w][n + 2] = four.z;
+      all[w][n + 3] = four.w;
     }
-  }
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    const int other = __shfl_xor_sync(kLanes, first, distance);
-    first = other < first ? other : first;
-  }
-#pragma unroll
-  for (int r = 0; r < R; ++r) rows.is_first[r] = first == lane + kWarp * r;
-  rows.count = fmaxf(warp_sum(count), 1.f);
-  rows.first = first;
-  return rows;
 }
 
 struct Moments {
   float mean, inverse;  // 1 / sqrt(variance + epsilon)
 };
 
-// Of the batch, measured from the first row that counts: so that the mean of equal rows is each of
-// them. Both are zero if no row counts.
-template <int R>
-DEVICE Moments moments_of(const float (&x)[R], const Rows<R>& rows, float epsilon, float* variance) {
-  float origin = 0;
+// Moments of F features of a unit over the rows that count, into `statistics`: the mean of feature
+// f at `index + f * stride`, its variance `size` further. Each warp measures from its first row
+// that counts, then means are pooled as offsets from one of them: the mean of equal rows is each of
+// them. Mean and variance are zero if no row counts.
+template <int F, int U, int B>
+DEVICE void batch_moments(Moments (&moments)[F], const float (&x)[F][Sharing<U, B>::kRows],
+                          const bool (&counts)[Sharing<U, B>::kRows], float epsilon,
+                          float* statistics, int size, int index, int stride, float* slots,
+                          const Place<U, B>& at) {
+  constexpr int R = Sharing<U, B>::kRows, W = Sharing<U, B>::kWarpsOfUnit;
+  constexpr int N = (2 * F + 1 + 3) / 4 * 4;
+  float own[N] = {}, all[W][N], origins[F], sums[F] = {}, squares[F] = {};
+  int rows = 0, first = 0, first_r = 0;
 #pragma unroll
-  for (int r = 0; r < R; ++r)
-    if (rows.is_first[r]) origin = x[r];
-  origin = __shfl_sync(kLanes, origin, rows.first % kWarp);
-  float sum = 0;
+  for (int r = R - 1; r >= 0; --r) {
+    const unsigned those = __ballot_sync(kLanes, counts[r]);
+    rows += __popc(those);
+    first = those ? __ffs(those) - 1 : first;
+    first_r = those ? r : first_r;
+  }
+  const float share = divide(1.f, fmaxf(rows, 1.f));
 #pragma unroll
-  for (int r = 0; r < R; ++r) sum += rows.counts[r] ? x[r] - origin : 0.f;
-  float mean = origin + warp_sum(sum) / rows.count;
-  float squares = 0;
+  for (int f = 0; f < F; ++f) {
+    float candidate = x[f][0];
 #pragma unroll
-  for (int r = 0; r < R; ++r) squares += rows.counts[r] ? (x[r] - mean) * (x[r] - mean) : 0.f;
-  *variance = warp_sum(squares) / rows.count;
-  return {mean, rsqrtf(*variance + epsilon)};
+    for (int r = 1; r < R; ++r) candidate = first_r == r ? x[f][r] : candidate;
+    origins[f] = __shfl_sync(kLanes, candidate, first);
+#pragma unroll
+    for (int r = 0; r < R; ++r) sums[f] += counts[r] ? x[f][r] - origins[f] : 0.f;
+  }
+  warp_sums(sums);
+#pragma unroll
+  for (int f = 0; f < F; ++f) {
+    own[f] = origins[f] + sums[f] * share;
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+      squares[f] += counts[r] ? (x[f][r] - own[f]) * (x[f][r] - own[f]) : 0.f;
+  }
+  warp_sums(squares);
+#pragma unroll
+  for (int f = 0; f < F; ++f) own[F + f] = squares[f];
+  own[2 * F] = rows;
+  gather(all, own, slots, at);
+  float total = 0;
+#pragma unroll
+  for (int w = 0; w < W; ++w) total += all[w][2 * F];
+  const float inverse_total = divide(1.f, fmaxf(total, 1.f));
+#pragma unroll
+  for (int f = 0; f < F; ++f) {
+    float origin = 0, sum = 0, square = 0;
+#pragma unroll
+    for (int w = W - 1; w >= 0; --w) origin = all[w][2 * F] > 0 ? all[w][f] : origin;
+#pragma unroll
+    for (int w = 0; w < W; ++w)
+      sum += all[w][2 * F] > 0 ? all[w][2 * F] * (all[w][f] - origin) : 0.f;
+    const float mean = origin + sum * inverse_total;
+#pragma unroll
+    for (int w = 0; w < W; ++w)
+      square += all[w][2 * F] > 0
+                    ? all[w][F + f] + all[w][2 * F] * (all[w][f] - mean) * (all[w][f] - mean)
+                    : 0.f;
+    const float variance = square * inverse_total;
+    moments[f] = {mean, rsqrtf(variance + epsilon)};
+    if (at.part == 0 && at.lane == 0) {
+      statistics[index + f * stride] = mean;
+      statistics[index + f * stride + size] = variance;
+    }
+  }
 }
 
-// Moments as `statistics` [2, F] has them, or the batch's, which are put there.
-template <int R>
-DEVICE Moments moments_at(const float (&x)[R], const Rows<R>& rows, const Arguments& a,
-                          float* statistics, int size, int feature, bool known, int lane) {
-  if (known)
-    return {statistics[feature], rsqrtf(statistics[size + feature] + a.epsilon)};
-  float variance;
-  const Moments moments = moments_of(x, rows, a.epsilon, &variance);
-  if (lane == 0) {
-    statistics[feature] = moments.mean;
-    statistics[size + feature] = variance;
-  }
-  return moments;
+// Moments from `statistics`, laid out as above.
+template <int F>
+DEVICE void known_moments(Moments (&moments)[F], const float* statistics, int size, int index,
+                          int stride, float epsilon) {
+#pragma unroll
+  for (int f = 0; f < F; ++f)
+    moments[f] = {statistics[index + f * stride],
+                  rsqrtf(statistics[index + f * stride + size] + epsilon)};
 }
 
-// The gradient by x of scale * (x - mean) * inverse, in place of that by the result, which is zero
-// for rows that do not count.
-// Returns the sum for the scale's own gradient.
-template <int R>
-DEVICE float normalize_backward(float (&by)[R], const float (&x)[R], const Moments& moments,
-                                float scale, const Rows<R>& rows, bool given) {
-  float sum = 0, by_inverse = 0;
+// The backward pass of scale * (x - mean) * inverse for F features of a unit: `d`, the gradient of
+// the result, becomes that of x. `sums` are those of `d` over the batch; `d_scale` are the scales'
+// gradients.
+template <int F, int U, int B>
+DEVICE void normalize_backward(float (&d)[F][Sharing<U, B>::kRows], float (&sums)[F],
+                               float (&d_scale)[F], const float (&x)[F][Sharing<U, B>::kRows],
+                               const Moments (&moments)[F], const float (&scale)[F],
+                               const bool (&counts)[Sharing<U, B>::kRows], bool given, float* slots,
+                               const Place<U, B>& at) {
+  constexpr int R = Sharing<U, B>::kRows, W = Sharing<U, B>::kWarpsOfUnit;
+  constexpr int N = (2 * F + 1 + 3) / 4 * 4;
+  float own[N] = {}, all[W][N];
 #pragma unroll
-  for (int r = 0; r < R; ++r) {
-    sum += by[r];
-    by_inverse += by[r] * (x[r] - moments.mean);
+  for (int f = 0; f < F; ++f)
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      own[f] += d[f][r];
+      own[F + f] += d[f][r] * (x[f][r] - moments[f].mean);
+    }
+#pragma unroll
+  for (int r = 0; r < R; ++r) own[2 * F] += counts[r];
+  warp_sums(own);
+  gather(all, own, slots, at);
+  float rows = 0;
+#pragma unroll
+  for (int w = 0; w < W; ++w) rows += all[w][2 * F];
+  const float share = given ? 0.f : divide(1.f, fmaxf(rows, 1.f));
+#pragma unroll
+  for (int f = 0; f < F; ++f) {
+    float d_inverse = 0;
+    sums[f] = 0;
+#pragma unroll
+    for (int w = 0; w < W; ++w) {
+      sums[f] += all[w][f];
+      d_inverse += all[w][F + f];
+    }
+    const float inverse = moments[f].inverse;
+    d_scale[f] = inverse * d_inverse;
+    const float mean = sums[f] * share, slope = inverse * d_scale[f] * share;
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+      d[f][r] = counts[r]
+                    ? scale[f] * inverse * (d[f][r] - mean - (x[f][r] - moments[f].mean) * slope)
+                    : 0.f;
   }
-  float by_scale = moments.inverse * warp_sum(by_inverse);
-  sum = given ? 0.f : warp_sum(sum) / rows.count;
-  float slope = given ? 0.f : moments.inverse * by_scale / rows.count;
-#pragma unroll
-  for (int r = 0; r < R; ++r)
-    by[r] = rows.counts[r]
-                ? scale * moments.inverse * (by[r] - sum - (x[r] - moments.mean) * slope)
-                : 0.f;
-  return by_scale;
 }
 
 // ---- Products of the block's columns of the kernel with what blocks exchange.
 
-// How warps share the C columns: each has kColumns of them, and one of kParts parts of every chunk
-// of kChunk rows of the operand, which are fetched together.
-template <typename T, int C>
-struct Shares {
-  static constexpr int kChunk = sizeof(T) == 4 ? 32 : 128;
-  static constexpr int kColumns = C < 8 ? C : 8;
-  static constexpr int kGroups = C / kColumns;
-  static constexpr int kParts = kWarps / kGroups;
-  static_assert(kGroups * kColumns == C && kGroups * kParts == kWarps, "columns by warps");
+// What blocks exchange: K rows, each of B elements, in the order in which lanes read them. A buffer
+// has room for K rounded up to whole tiles.
+template <typename T, int B>
+struct Operand {
+  T* data;
+  int rows;
+
+  DEVICE_METHOD Operand(void* exchange, int rows, int buffer)
+      : data(static_cast<T*>(exchange) + static_cast<size_t>(buffer) * tiles(rows) * kTile * B),
+        rows(rows) {}
+  BOTH_METHOD static constexpr int tiles(int rows) { return (rows + kTile - 1) / kTile; }
+  // Float32 is [K, B]. bfloat16 is [tile, row, kTile]: a lane reads eight neighbours, of which the
+  // tensor cores take four at a time.
+  DEVICE_METHOD T& at(int k, int row) const {
+    if constexpr (sizeof(T) == 4) return data[static_cast<size_t>(k) * B + row];
+    return data[(static_cast<size_t>(k / kTile) * B + row) * kTile + k % kTile];
+  }
 };
 
-// Elements from a row of an operand in shared memory to the next. The tensor cores' loads take eight
-// rows at once, which are not to lie in the same banks.
-template <typename T, int R>
-constexpr int kPitch = kWarp * R + (sizeof(T) == 2 ? 8 : 0);
+DEVICE void assign(float& to, float x) { to = x; }
+DEVICE void assign(bfloat16& to, float x) { to = __float2bfloat16(x); }
 
-// Sums of a warp: N columns of the batch.
-template <typename T, int N, int R>
-struct Accumulator;
+// A warp's part of a product: its group's rows of the batch, C columns, some rows of the operand.
+template <typename T, int C, int U, int B>
+struct Sums;
 
-template <int N, int R>
-struct Accumulator<float, N, R> {
-  float sums[N][R] = {};
+// A lane has kVector rows of the batch, next to each other; where the group's rows leave lanes
+// over, these have the next row of the operand.
+template <int C, int U, int B>
+struct Sums<float, C, U, B> {
+  using By = Sharing<U, B>;
+  static constexpr int kVector = C > 8 ? 2 : 4;
+  static constexpr int kLanesOfRow = By::kGroupRows / kVector;
+  static constexpr int kRowsOfLoad = kWarp / kLanesOfRow;
+  static constexpr int kAhead = C > 16 ? 2 : By::kWarps > 8 ? 4 : 8;  // loads, as registers allow
+  static constexpr int kColumns = C < 4 ? C : 4;  // weights that are read at once
+  static_assert(kLanesOfRow * kRowsOfLoad == kWarp, "lanes by rows");
+  float sums[C][kVector] = {};
 
-  DEVICE_METHOD void add(const float* weights, const float* operand, int rows, int lane) {
-    for (int k = 0; k < rows; ++k) {
-      float w[N];
+  BOTH_METHOD static constexpr size_t weight_bytes(int rows) { return sizeof(float) * C * rows; }
+  DEVICE_METHOD static float& weight(float* weights, int, int k, int column) {
+    return weights[k * C + column];
+  }
+
+  DEVICE_METHOD void add(const float* weights, const Operand<float, B>& operand, int group,
+                         int part, int lane) {
+    struct alignas(sizeof(float) * kVector) Vector {
+      float x[kVector];
+    };
+    struct alignas(sizeof(float) * kColumns) Weights {
+      float x[kColumns];
+    };
+    constexpr int kStep = By::kParts * kRowsOfLoad;
+    const int first = part * kRowsOfLoad + lane / kLanesOfRow;
+    const float* from = operand.data + group * By::kGroupRows + lane % kLanesOfRow * kVector;
+    Vector ahead[kAhead], now[kAhead];
+    auto read = [&](Vector(&to)[kAhead], int k) {
 #pragma unroll
-      for (int n = 0; n < N; n += 4)
-        *reinterpret_cast<float4*>(w + n) = *reinterpret_cast<const float4*>(weights + k * N + n);
+      for (int i = 0; i < kAhead; ++i) {
+        const int row = k + i * kStep;
+        to[i] = Vector{};
+        if (row < operand.rows) to[i] = load_past_l1<Vector>(from + static_cast<size_t>(row) * B);
+      }
+    };
+    read(ahead, first);
+    // Zeros beyond the last row, in place of branches.
+    for (int k = first; k - first < operand.rows - part * kRowsOfLoad; k += kAhead * kStep) {
 #pragma unroll
-      for (int r = 0; r < R; ++r) {
-        const float x = operand[k * kPitch<float, R> + lane + kWarp * r];
+      for (int i = 0; i < kAhead; ++i) now[i] = ahead[i];
+      read(ahead, k + kAhead * kStep);
 #pragma unroll
-        for (int n = 0; n < N; ++n) sums[n][r] = fmaf(w[n], x, sums[n][r]);
+      for (int i = 0; i < kAhead; ++i) {
+        const int row = min(k + i * kStep, operand.rows - 1);
+#pragma unroll
+        for (int c = 0; c < C; c += kColumns) {
+          const Weights w = *reinterpret_cast<const Weights*>(weights + row * C + c);
+#pragma unroll
+          for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+            for (int v = 0; v < kVector; ++v)
+              sums[c + n][v] = fmaf(w.x[n], now[i].x[v], sums[c + n][v]);
+        }
+      }
+    }
+#pragma unroll
+    for (int distance = kLanesOfRow; distance < kWarp; distance *= 2)
+#pragma unroll
+      for (int c = 0; c < C; ++c)
+#pragma unroll
+        for (int v = 0; v < kVector; ++v)
+          sums[c][v] += __shfl_xor_sync(kLanes, sums[c][v], distance);
+  }
+
+  template <typename F>
+  DEVICE_METHOD void each(int group, int lane, F f) {
+    if (lane >= kLanesOfRow) return;
+#pragma unroll
+    for (int c = 0; c < C; ++c)
+#pragma unroll
+      for (int v = 0; v < kVector; ++v)
+        f(c, group * By::kGroupRows + lane * kVector + v, sums[c][v]);
+  }
+};
+
+// By the tensor cores, in tiles [16 rows of the batch, 16 of the operand, 8 columns]. Which element
+// of the sum has which place in a tile is free, if both factors agree: a lane's four are
+// neighbours.
+template <int C, int U, int B>
+struct Sums<bfloat16, C, U, B> {
+  using By = Sharing<U, B>;
+  static constexpr int kHeight = By::kGroupRows / 16, kWidth = (C + 7) / 8;
+  float sums[kHeight][kWidth][4] = {};
+
+  BOTH_METHOD static constexpr size_t weight_bytes(int rows) {
+    return sizeof(bfloat16) * kWidth * 8 * kTile * Operand<bfloat16, B>::tiles(rows);
+  }
+  // [8 columns, tile, column, kTile].
+  DEVICE_METHOD static bfloat16& weight(bfloat16* weights, int rows, int k, int column) {
+    const int tile = column / 8 * Operand<bfloat16, B>::tiles(rows) + k / kTile;
+    return weights[(tile * 8 + column % 8) * kTile + k % kTile];
+  }
+
+  DEVICE_METHOD void add(const bfloat16* weights, const Operand<bfloat16, B>& operand, int group,
+                         int part, int lane) {
+    const int tiles = Operand<bfloat16, B>::tiles(operand.rows);
+    const int share = (tiles + By::kParts - 1) / By::kParts;
+    const int begin = part * share, end = min(begin + share, tiles);
+    const bfloat16* from = operand.data + (group * By::kGroupRows * 4 + lane) * 8;
+#pragma unroll(kWidth == 1 ? 2 : 1)
+    for (int tile = begin; tile < end; ++tile) {
+      uint4 rows[kHeight][2];
+#pragma unroll
+      for (int h = 0; h < kHeight; ++h)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          rows[h][half] = load_past_l1<uint4>(
+              from + (static_cast<size_t>(tile) * B + 16 * h + 8 * half) * kTile);
+#pragma unroll
+      for (int n = 0; n < kWidth; ++n) {
+        const uint4 w =
+            *reinterpret_cast<const uint4*>(weights + ((n * tiles + tile) * kWarp + lane) * 8);
+#pragma unroll
+        for (int h = 0; h < kHeight; ++h) {
+          const uint4 x = rows[h][0], y = rows[h][1];
+          multiply_add(sums[h][n], {x.x, y.x, x.y, y.y}, w.x, w.y);
+          multiply_add(sums[h][n], {x.z, y.z, x.w, y.w}, w.z, w.w);
+        }
       }
     }
   }
 
-  DEVICE_METHOD void store(float* to, int lane) const {
+  template <typename F>
+  DEVICE_METHOD void each(int group, int lane, F f) {
 #pragma unroll
-    for (int n = 0; n < N; ++n)
+    for (int h = 0; h < kHeight; ++h)
 #pragma unroll
-      for (int r = 0; r < R; ++r) to[(n * R + r) * kWarp + lane] = sums[n][r];
+      for (int n = 0; n < kWidth; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int column = 8 * n + 2 * (lane % 4) + i % 2;
+          if (column < C)
+            f(column, group * By::kGroupRows + 16 * h + 8 * (i / 2) + lane / 4, sums[h][n][i]);
+        }
   }
 };
 
-template <int R>
-struct Accumulator<bfloat16, 8, R> {
-  using Tile = nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 8, 32, 16, float>;
-  Tile sums[R];
+// What a block's units pass on: G rows of the operand each.
+template <typename T, int G, int U, int B>
+struct Outbox;
 
-  DEVICE_METHOD Accumulator() {
-#pragma unroll
-    for (int r = 0; r < R; ++r) nvcuda::wmma::fill_fragment(sums[r], 0.f);
+template <int G, int U, int B>
+struct Outbox<float, G, U, B> {
+  static constexpr size_t kBytes = 0;
+  const Operand<float, B> operand;
+
+  DEVICE_METHOD Outbox(unsigned char*, const Operand<float, B>& operand) : operand(operand) {}
+  DEVICE_METHOD void put(int own, int which, int row, float x) {
+    operand.at((blockIdx.x * U + own) * G + which, row) = x;
   }
+  DEVICE_METHOD void send() {}
+};
 
-  DEVICE_METHOD void add(const bfloat16* weights, const bfloat16* operand, int rows, int) {
-    using namespace nvcuda;
-    constexpr int kRow = kPitch<bfloat16, R>;
-    for (int k = 0; k < rows; k += 16) {
-      wmma::fragment<wmma::matrix_a, 8, 32, 16, bfloat16, wmma::col_major> w;
-      wmma::load_matrix_sync(w, weights + k * 8, 8);
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        wmma::fragment<wmma::matrix_b, 8, 32, 16, bfloat16, wmma::row_major> x;
-        wmma::load_matrix_sync(x, operand + k * kRow + kWarp * r, kRow);
-        wmma::mma_sync(sums[r], w, x, sums[r]);
-      }
+// By way of shared memory, where they are put side by side: [row, kPitch bytes].
+template <int G, int U, int B>
+struct Outbox<bfloat16, G, U, B> {
+  static constexpr int kValues = G * U, kVector = kValues < 8 ? kValues : 8;
+  static constexpr int kPitch = kValues * 2 + 16;
+  static constexpr size_t kBytes = kPitch * B;
+  unsigned char* const memory;
+  const Operand<bfloat16, B> operand;
+
+  DEVICE_METHOD Outbox(unsigned char* memory, const Operand<bfloat16, B>& operand)
+      : memory(memory), operand(operand) {}
+  DEVICE_METHOD bfloat16& value(int index, int row) {
+    return reinterpret_cast<bfloat16*>(memory + row * kPitch)[index];
+  }
+  DEVICE_METHOD void put(int own, int which, int row, float x) {
+    value(own * G + which, row) = __float2bfloat16(x);
+  }
+  DEVICE_METHOD void send() {
+    struct alignas(2 * kVector) Vector {
+      bfloat16 x[kVector];
+    };
+    __syncthreads();
+    for (int i = threadIdx.x; i < B * kValues / kVector; i += Sharing<U, B>::kThreads) {
+      const int row = i / (kValues / kVector), index = i % (kValues / kVector) * kVector;
+      *reinterpret_cast<Vector*>(&operand.at(blockIdx.x * kValues + index, row)) =
+          *reinterpret_cast<const Vector*>(&value(index, row));
     }
   }
-
-  DEVICE_METHOD void store(float* to, int) const {
-    using namespace nvcuda;
-#pragma unroll
-    for (int r = 0; r < R; ++r)
-      wmma::store_matrix_sync(to + kWarp * r, sums[r], kWarp * R, wmma::mem_row_major);
-  }
 };
 
-// Shared memory of a block.
-template <typename T, int C, int R>
+// Shared memory of a block, for a product of C columns and for what its units pass on, G rows each.
+template <typename T, int C, int G, int U, int B>
 struct Shared {
-  using By = Shares<T, C>;
-  static constexpr int kBatch = kWarp * R, kRow = kPitch<T, R>, kChunk = By::kChunk;
-  T* weights;    // [groups, padded, columns of a group]
-  T* ring;       // [stages, kChunk, kRow]
-  float* parts;  // [parts, C, B]: the product, in parts to be added
-  int rows, padded;
+  using By = Sharing<U, B>;
+  using Warp = Sums<T, C, U, B>;
+  static constexpr int kPitch = B + 4;  // keeps lanes that store sums out of each other's banks
+  static constexpr int kSlots = By::kParts / 2;
+  static_assert(By::kParts % 2 == 0, "two warps share a slot");
+  static constexpr int kGathered = U * By::kWarpsOfUnit * 12;  // for each of two uses in a step
+  static constexpr size_t kOutboxBytes = Outbox<T, G, U, B>::kBytes;
+  T* weights;
+  float* sums;            // [kSlots, C, kPitch]
+  float* gathered;        // [2, kGathered]
+  unsigned char* outbox;  // of an Outbox
+  int rows;
 
-  HOST_DEVICE_METHOD static constexpr int chunks(int rows) { return (rows + kChunk - 1) / kChunk; }
-  static constexpr size_t chunk_bytes() { return sizeof(T) * kChunk * kRow; }
-  static constexpr size_t fixed_bytes(int rows) {
-    return sizeof(T) * C * kChunk * chunks(rows) + sizeof(float) * By::kParts * C * kBatch;
+  BOTH_METHOD static constexpr size_t weight_bytes(int rows) {
+    return (Warp::weight_bytes(rows) + 15) / 16 * 16;
+  }
+  static constexpr size_t bytes(int rows) {
+    return weight_bytes(rows) + sizeof(float) * (kSlots * C * kPitch + 2 * kGathered) +
+           kOutboxBytes;
   }
 
-  DEVICE_METHOD Shared(unsigned char* memory, int rows, int stages)
-      : rows(rows), padded(chunks(rows) * kChunk) {
-    weights = reinterpret_cast<T*>(memory);
-    ring = weights + C * padded;
-    parts = reinterpret_cast<float*>(ring + stages * kChunk * kRow);
+  DEVICE_METHOD Shared(unsigned char* memory, int rows)
+      : weights(reinterpret_cast<T*>(memory)),
+        sums(reinterpret_cast<float*>(memory + weight_bytes(rows))),
+        gathered(sums + kSlots * C * kPitch),
+        outbox(reinterpret_cast<unsigned char*>(gathered + 2 * kGathered)),
+        rows(rows) {
+    // Units beyond the last one pass zeros on.
+    for (int i = threadIdx.x; i < kOutboxBytes; i += By::kThreads) outbox[i] = 0;
+    if (kOutboxBytes) __syncthreads();
   }
 
-  // Where the weight of a row and a column lies.
-  DEVICE_METHOD T& weight(int row, int column) {
-    constexpr int kColumns = By::kColumns;
-    return weights[(column / kColumns * padded + row) * kColumns + column % kColumns];
-  }
-
-  // `operand` [rows, B] in the device's memory, read past the L1 cache: other blocks wrote it.
-  DEVICE_METHOD void fetch(const T* operand, int chunk, int stages) {
-    constexpr int kVector = 16 / sizeof(T), kVectors = kBatch / kVector;  // of a row
-    if (chunk * kChunk < rows) {
-      T* to = ring + chunk % stages * kChunk * kRow;
-      const T* from = operand + static_cast<size_t>(chunk) * kChunk * kBatch;
-      for (int i = threadIdx.x; i < kChunk * kVectors; i += kThreads) {
-        const int row = i / kVectors;
-        T* place = to + row * kRow + i % kVectors * kVector;
-        if (chunk * kChunk + row < rows)
-          __pipeline_memcpy_async(place, from + i * kVector, 16);
-        else
-          *reinterpret_cast<uint4*>(place) = uint4{0, 0, 0, 0};
-      }
+  // `of(k, column)` is the kernel's element, for k beyond `rows` zero.
+  template <typename F>
+  DEVICE_METHOD void load_weights(F of) {
+    constexpr int kColumns = sizeof(T) == 2 ? (C + 7) / 8 * 8 : C;
+    const int padded = sizeof(T) == 2 ? Operand<T, B>::tiles(rows) * kTile : rows;
+    for (int i = threadIdx.x; i < padded * kColumns; i += By::kThreads) {
+      const int k = i / kColumns, column = i % kColumns;
+      T& weight = Warp::weight(weights, rows, k, column);
+      if (k < rows && column < C)
+        weight = of(k, column);
+      else
+        assign(weight, 0.f);
     }
-    __pipeline_commit();
   }
 
-  // All threads of the block; when it returns, they may read `parts`.
-  DEVICE_METHOD void multiply(const T* operand, int stages) {
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  // All threads of the block call it; when it returns, they may ask for `product`.
+  DEVICE_METHOD void multiply(const Operand<T, B>& operand, int warp, int lane) {
     const int group = warp % By::kGroups, part = warp / By::kGroups;
-    constexpr int kRows = kChunk / By::kParts;
-    Accumulator<T, By::kColumns, R> sums;
-    for (int chunk = 0; chunk < stages; ++chunk) fetch(operand, chunk, stages);
-    for (int chunk = 0; chunk * kChunk < rows; ++chunk) {
-      wait_for_chunk(stages);
-      __syncthreads();
-      const int row = chunk * kChunk + part * kRows;
-      sums.add(weights + (static_cast<size_t>(group) * padded + row) * By::kColumns,
-               ring + (chunk % stages * kChunk + part * kRows) * kRow, kRows, lane);
-      __syncthreads();
-      fetch(operand, chunk + stages, stages);
-    }
-    sums.store(parts + (part * C + group * By::kColumns) * kBatch, lane);
+    Warp own;
+    own.add(weights, operand, group, part, lane);
+    // Two warps share a slot: one stores its sums, then the other one adds its own.
+    float* slot = sums + part % kSlots * C * kPitch;
+    if (part < kSlots)
+      own.each(group, lane, [&](int c, int row, float x) { slot[c * kPitch + row] = x; });
+    __syncthreads();
+    if (part >= kSlots)
+      own.each(group, lane, [&](int c, int row, float x) { slot[c * kPitch + row] += x; });
     __syncthreads();
   }
 
-  // Until no more than stages - 1 fetches are under way, so that the oldest has come.
-  DEVICE_METHOD static void wait_for_chunk(int stages) {
-    switch (stages) {
-      case 1: __pipeline_wait_prior(0); break;
-      case 2: __pipeline_wait_prior(1); break;
-      case 3: __pipeline_wait_prior(2); break;
-      case 4: __pipeline_wait_prior(3); break;
-      case 5: __pipeline_wait_prior(4); break;
-      case 6: __pipeline_wait_prior(5); break;
-      case 7: __pipeline_wait_prior(6); break;
-      default: __pipeline_wait_prior(7); break;
-    }
-  }
-
-  // What `multiply` came to, of a column.
-  DEVICE_METHOD void product(float (&to)[R], int column, int lane) const {
+  DEVICE_METHOD float product(int column, int row) const {
+    float sum = 0;
 #pragma unroll
-    for (int r = 0; r < R; ++r) {
-      to[r] = 0;
-#pragma unroll
-      for (int part = 0; part < By::kParts; ++part)
-        to[r] += parts[(part * C + column) * kBatch + lane + kWarp * r];
-    }
+    for (int slot = 0; slot < kSlots; ++slot) sum += sums[(slot * C + column) * kPitch + row];
+    return sum;
   }
 };
 
-// A barrier of all blocks, in two halves. What a block wrote before it arrived for the `turn`th time
-// can be read by all that have waited for that turn.
+// Elements of the last tile beyond the operand's rows, of both buffers. One block clears them.
+template <typename T, int U, int B>
+DEVICE void clear_padding(void* exchange, int rows) {
+  if (sizeof(T) == 4 || blockIdx.x > 0) return;
+  const int padding = Operand<T, B>::tiles(rows) * kTile - rows;
+  for (int i = threadIdx.x; i < 2 * padding * B; i += Sharing<U, B>::kThreads) {
+    const Operand<T, B> operand(exchange, rows, i / (padding * B));
+    assign(operand.at(rows + i / B % padding, i % B), 0.f);
+  }
+}
+
+// A barrier of all blocks, in two halves. What a block wrote before it arrived for the `turn`th
+// time can be read by all that have waited for that turn.
 DEVICE void arrive(unsigned* arrived) {
   __syncthreads();
   if (threadIdx.x == 0) increment_release(arrived);
@@ -383,272 +648,324 @@ DEVICE void wait_for_all(const unsigned* arrived, unsigned turn) {
   __syncthreads();
 }
 
-DEVICE void assign(float& to, float x) { to = x; }
-DEVICE void assign(bfloat16& to, float x) { to = __float2bfloat16(x); }
+// ---- Forward.
 
-DEVICE float sigmoid(float x) { return 0.5f * tanhf(0.5f * x) + 0.5f; }
-
-// ---- What a step does with the terms of a unit.
-
-template <int R>
-struct Gates {
-  float f[R], i[R], o[R], g[R];
-};
-
-// Rows of one of the features of an array [features, B].
-template <typename T, int R>
-DEVICE void load(T (&to)[R], const T* from, size_t feature, int lane) {
-#pragma unroll
-  for (int r = 0; r < R; ++r) to[r] = from[(feature * R + r) * kWarp + lane];
-}
-
-template <int R>
-DEVICE void store(float* to, size_t feature, int lane, const float (&from)[R]) {
-#pragma unroll
-  for (int r = 0; r < R; ++r) to[(feature * R + r) * kWarp + lane] = from[r];
-}
-
-template <typename T, int R>
-DEVICE void store_operand(T* to, size_t feature, int lane, const float (&from)[R]) {
-#pragma unroll
-  for (int r = 0; r < R; ++r) assign(to[(feature * R + r) * kWarp + lane], from[r]);
-}
-
-template <int R>
-DEVICE Gates<R> gates_of(const float (&terms)[4][R]) {
-  Gates<R> gates;
-#pragma unroll
-  for (int r = 0; r < R; ++r) {
-    gates.f[r] = sigmoid(terms[0][r]);
-    gates.i[r] = sigmoid(terms[1][r]);
-    gates.o[r] = sigmoid(terms[2][r]);
-    gates.g[r] = tanhf(terms[3][r]);
-  }
-  return gates;
-}
-
-template <typename T, int U, int R>
-__global__ void __launch_bounds__(kThreads, 1) forward(Arguments a) {
+template <typename T, int U, int B>
+__global__ void __launch_bounds__(Sharing<U, B>::kThreads, 1) forward(Arguments a) {
   DYNAMIC_SHARED(memory);
-  const int H = a.units, B = kWarp * R;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int unit = blockIdx.x * U + warp;
-  const bool owner = warp < U && unit < H;  // of a unit; all lanes of a warp alike
+  constexpr int R = Sharing<U, B>::kRows;
+  const int H = a.units;
+  const Place<U, B> at(H);
+  const int unit = at.unit;
   const T* kernel = static_cast<const T*>(a.kernel);
-  T* exchange = static_cast<T*>(a.exchange);
-  Shared<T, 4 * U, R> shared(memory, H, a.stages);
-
-  for (int i = threadIdx.x; i < shared.padded * 4 * U; i += kThreads) {
-    const int row = i / (4 * U), column = i % (4 * U);  // column: 4 unit + gate
+  Shared<T, 4 * U, 1, U, B> shared(memory, H);
+  shared.load_weights([&](int k, int column) {  // column: 4 unit + gate
     const int of = blockIdx.x * U + column / 4;
-    T& weight = shared.weight(row, column);
-    if (row < H && of < H)
-      weight = kernel[static_cast<size_t>(row) * 4 * H + column % 4 * H + of];
-    else
-      assign(weight, 0.f);
-  }
+    T zero;
+    assign(zero, 0.f);
+    return of < H ? kernel[static_cast<size_t>(k) * 4 * H + column % 4 * H + of] : zero;
+  });
+  clear_padding<T, U, B>(a.exchange, H);
   float c[R], h[R], scale[4], cell_scale = 1, cell_bias = 0;
-  if (owner) {
-    load(c, a.first_cell, unit, lane);
-    load(h, a.first_hidden, unit, lane);
-    store_operand(exchange, unit, lane, h);
+  Outbox<T, 1, U, B> first(shared.outbox, Operand<T, B>(a.exchange, H, 0));
+  if (at.owner) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      c[r] = a.first_cell[unit * B + at.row(r)];
+      h[r] = a.first_hidden[unit * B + at.row(r)];
+      first.put(at.own, 0, at.row(r), h[r]);
+    }
     cell_scale = a.cell_scale[unit];
     cell_bias = a.cell_bias[unit];
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) scale[gate] = a.recurrent_scale[gate * H + unit];
   }
+  first.send();
   arrive(a.arrived);
   wait_for_all(a.arrived, 1);
 
   for (int t = 0; t < a.steps; ++t) {
     const size_t gates_at = static_cast<size_t>(t) * 4 * H, units_at = static_cast<size_t>(t) * H;
     uint8_t flags[R] = {};
-    float terms[4][R];
-    if (owner) {  // before the product, during which they come
-      load(flags, a.flags, t, lane);
+    float terms[4][R], recurrent[4][R];
+    if (at.owner) {  // before the product, during which they arrive
 #pragma unroll
-      for (int gate = 0; gate < 4; ++gate)
-        load(terms[gate], a.pre_activation, gates_at + gate * H + unit, lane);
-    }
-    shared.multiply(exchange + static_cast<size_t>(t % 2) * H * B, a.stages);
-    if (owner) {
-      const Rows<R> in_recurrent = rows_with(kInRecurrent, flags, lane);
-      const Rows<R> in_cell = rows_with(kInCell, flags, lane);
+      for (int r = 0; r < R; ++r) {
+        flags[r] = a.flags[t * B + at.row(r)];
 #pragma unroll
-      for (int gate = 0; gate < 4; ++gate) {
-        float recurrent[R];
-        shared.product(recurrent, 4 * warp + gate, lane);
-        Moments m = {0, 1};
-        if (a.normalize_recurrent)
-          m = moments_at(recurrent, in_recurrent, a, a.recurrent_statistics + 2 * gates_at,
-                         4 * H, gate * H + unit, a.given, lane);
-        const float factor = a.normalize_recurrent ? scale[gate] * m.inverse : 1.f;
-#pragma unroll
-        for (int r = 0; r < R; ++r) terms[gate][r] += factor * (recurrent[r] - m.mean);
+        for (int gate = 0; gate < 4; ++gate)
+          terms[gate][r] = a.pre_activation[(gates_at + gate * H + unit) * B + at.row(r)];
       }
-      const Gates<R> gates = gates_of(terms);
-#pragma unroll
-      for (int r = 0; r < R; ++r)
-        if (flags[r] & kValid) c[r] = gates.f[r] * c[r] + gates.i[r] * gates.g[r];
-      Moments m = {0, 1};
-      if (a.normalize_cell)
-        m = moments_at(c, in_cell, a, a.cell_statistics + 2 * units_at, H, unit, a.given, lane);
-#pragma unroll
-      for (int r = 0; r < R; ++r)
-        if (flags[r] & kValid)
-          h[r] = gates.o[r] * tanhf(cell_scale * m.inverse * (c[r] - m.mean) + cell_bias);
-      store_operand(exchange + static_cast<size_t>((t + 1) % 2) * H * B, unit, lane, h);
     }
-    arrive(a.arrived);
-    if (owner) {  // what no other block waits for
-      store(a.hidden, units_at + unit, lane, h);
-      if (a.keep) {
-        store(a.cell, units_at + unit, lane, c);
+    shared.multiply(Operand<T, B>(a.exchange, H, t % 2), at.warp, at.lane);
+    Outbox<T, 1, U, B> out(shared.outbox, Operand<T, B>(a.exchange, H, (t + 1) % 2));
+    if (at.owner) {
+      bool in_recurrent[R], in_cell[R];
+      Moments moments[4] = {{0, 1}, {0, 1}, {0, 1}, {0, 1}}, of_cell[1] = {{0, 1}};
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        in_recurrent[r] = flags[r] & kInRecurrent;
+        in_cell[r] = flags[r] & kInCell;
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate)
+          recurrent[gate][r] = shared.product(4 * at.own + gate, at.row(r));
+      }
+      if (a.normalize_recurrent) {
+        float* statistics = a.recurrent_statistics + 2 * gates_at;
+        if (a.given)
+          known_moments(moments, statistics, 4 * H, unit, H, a.epsilon);
+        else
+          batch_moments(moments, recurrent, in_recurrent, a.epsilon, statistics, 4 * H, unit, H,
+                        shared.gathered, at);
+      }
+      float cell[1][R], gates[4][R];
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate) {
-          float recurrent[R];
-          shared.product(recurrent, 4 * warp + gate, lane);
-          store(a.recurrent_term, gates_at + gate * H + unit, lane, recurrent);
+          const float factor = a.normalize_recurrent ? scale[gate] * moments[gate].inverse : 1.f;
+          const float x = terms[gate][r] + factor * (recurrent[gate][r] - moments[gate].mean);
+          gates[gate][r] = gate < 3 ? sigmoid(x) : hyperbolic_tangent(x);  // f, i, o, g: (6)
         }
+        if (flags[r] & kValid) c[r] = gates[0][r] * c[r] + gates[1][r] * gates[3][r];  // (7)
+        cell[0][r] = c[r];
+      }
+      if (a.normalize_cell) {
+        float* statistics = a.cell_statistics + 2 * units_at;
+        if (a.given)
+          known_moments(of_cell, statistics, H, unit, 0, a.epsilon);
+        else
+          batch_moments(of_cell, cell, in_cell, a.epsilon, statistics, H, unit, 0,
+                        shared.gathered + shared.kGathered, at);
+      }
+      const float factor = a.normalize_cell ? cell_scale * of_cell[0].inverse : 1.f;
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        if (flags[r] & kValid)
+          h[r] = gates[2][r] *
+                 hyperbolic_tangent(factor * (c[r] - of_cell[0].mean) + cell_bias);  // (8)
+        out.put(at.own, 0, at.row(r), h[r]);
+      }
+    }
+    out.send();
+    arrive(a.arrived);
+    if (at.owner) {  // what no other block waits for
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        const size_t here = (units_at + unit) * B + at.row(r);
+        a.hidden[here] = h[r];
+        if (!a.keep) continue;
+        a.cell[here] = c[r];
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate)
+          a.recurrent_term[(gates_at + gate * H + unit) * B + at.row(r)] = recurrent[gate][r];
       }
     }
     wait_for_all(a.arrived, t + 2);
   }
-  if (!a.keep && owner) store(a.cell, unit, lane, c);  // the last one alone
+  if (a.keep || !at.owner) return;
+#pragma unroll
+  for (int r = 0; r < R; ++r) a.cell[unit * B + at.row(r)] = c[r];  // the last one alone
 }
 
-template <typename T, int U, int R>
-__global__ void __launch_bounds__(kThreads, 1) backward(Arguments a) {
-  DYNAMIC_SHARED(memory);
-  const int H = a.units, B = kWarp * R;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int unit = blockIdx.x * U + warp;
-  const bool owner = warp < U && unit < H;
-  const T* kernel = static_cast<const T*>(a.kernel);
-  T* exchange = static_cast<T*>(a.exchange);
-  Shared<T, U, R> shared(memory, 4 * H, a.stages);
+// ---- Backward.
 
-  for (int i = threadIdx.x; i < shared.padded * U; i += kThreads) {
-    const int column = i / shared.padded, row = i % shared.padded;
-    const int of = blockIdx.x * U + column;
-    T& weight = shared.weight(row, column);
-    if (row < 4 * H && of < H)
-      weight = kernel[static_cast<size_t>(of) * 4 * H + row];
-    else
-      assign(weight, 0.f);
+// What the forward pass left of a step of a unit.
+template <int R>
+struct Read {
+  uint8_t flags[R] = {};
+  float recurrent[4][R], terms[4][R], before[R], d_output[R];
+  float means[5] = {}, variances[5] = {};  // of the recurrent term's gates and of the cell
+
+  template <int U, int B>
+  DEVICE_METHOD void read(const Arguments& a, int t, const Place<U, B>& at) {
+    const int H = a.units, unit = at.unit;
+    const size_t gates_at = static_cast<size_t>(t) * 4 * H, units_at = static_cast<size_t>(t) * H;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const int row = at.row(r);
+      flags[r] = a.flags[t * B + row];
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) {
+        const size_t here = (gates_at + gate * H + unit) * B + row;
+        recurrent[gate][r] = a.recurrent_term[here];
+        terms[gate][r] = a.pre_activation[here];
+      }
+      before[r] = t > 0 ? a.cell[(units_at - H + unit) * B + row] : a.first_cell[unit * B + row];
+      d_output[r] = a.d_hidden[(units_at + unit) * B + row];
+    }
+    if (a.normalize_recurrent) {
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) {
+        means[gate] = a.recurrent_statistics[2 * gates_at + gate * H + unit];
+        variances[gate] = a.recurrent_statistics[2 * gates_at + (4 + gate) * H + unit];
+      }
+    }
+    if (a.normalize_cell) {
+      means[4] = a.cell_statistics[2 * units_at + unit];
+      variances[4] = a.cell_statistics[2 * units_at + H + unit];
+    }
   }
-  float by_c[R], by_h[R] = {}, scale[4], cell_scale = 1, cell_bias = 0;
-  float by_scale[4] = {}, by_cell_scale = 0, by_cell_bias = 0;
-  if (owner) {
-    load(by_c, a.by_last_cell, unit, lane);
-    cell_scale = a.cell_scale[unit];
+};
+
+// The step computed again, from what was read and its own cell: the `before` of the step after it.
+template <int R>
+struct Step : Read<R> {
+  float gates[4][R], c[1][R], output[R];
+  Moments moments[4], of_cell[1];
+
+  DEVICE_METHOD void compute(const Arguments& a, const Read<R>& read, const float (&cell)[R],
+                             const float (&scale)[4], float cell_scale, float cell_bias) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) c[0][r] = cell[r];
+    static_cast<Read<R>&>(*this) = read;
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate)
+      moments[gate] = {read.means[gate],
+                       a.normalize_recurrent ? rsqrtf(read.variances[gate] + a.epsilon) : 1.f};
+    of_cell[0] = {read.means[4], a.normalize_cell ? rsqrtf(read.variances[4] + a.epsilon) : 1.f};
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) {
+        const Moments& m = moments[gate];
+        const float factor = a.normalize_recurrent ? scale[gate] * m.inverse : 1.f;
+        const float x = this->terms[gate][r] + factor * (this->recurrent[gate][r] - m.mean);
+        gates[gate][r] = gate < 3 ? sigmoid(x) : hyperbolic_tangent(x);
+      }
+      const Moments& m = of_cell[0];
+      const float factor = a.normalize_cell ? cell_scale * m.inverse : 1.f;
+      output[r] = hyperbolic_tangent(factor * (c[0][r] - m.mean) + cell_bias);
+    }
+  }
+};
+
+template <typename T, int U, int B>
+__global__ void __launch_bounds__(Sharing<U, B>::kThreads, 1) backward(Arguments a) {
+  DYNAMIC_SHARED(memory);
+  constexpr int R = Sharing<U, B>::kRows;
+  constexpr bool kEarly = R == 1;  // reads a step ahead, as registers allow
+  const int H = a.units;
+  const Place<U, B> at(H);
+  const int unit = at.unit;
+  const T* kernel = static_cast<const T*>(a.kernel);
+  Shared<T, U, 4, U, B> shared(memory, 4 * H);
+  shared.load_weights([&](int k, int column) {  // k: 4 unit + gate
+    const int of = blockIdx.x * U + column;
+    T zero;
+    assign(zero, 0.f);
+    return of < H ? kernel[static_cast<size_t>(of) * 4 * H + k % 4 * H + k / 4] : zero;
+  });
+  clear_padding<T, U, B>(a.exchange, 4 * H);
+  float d_c[R], d_h[R] = {}, scale[4], cell_scale[1] = {1}, cell_bias = 0;
+  float d_scale[4] = {}, d_cell_scale = 0, d_cell_bias = 0;
+  Step<R> step;
+  if (at.owner) {
+    float last[R];
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      d_c[r] = a.d_last_cell[unit * B + at.row(r)];
+      last[r] = a.cell[(static_cast<size_t>(a.steps - 1) * H + unit) * B + at.row(r)];
+    }
+    cell_scale[0] = a.cell_scale[unit];
     cell_bias = a.cell_bias[unit];
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) scale[gate] = a.recurrent_scale[gate * H + unit];
+    Read<R> read;
+    read.read(a, a.steps - 1, at);
+    step.compute(a, read, last, scale, cell_scale[0], cell_bias);
   }
 
   for (int t = a.steps - 1; t >= 0; --t) {
-    const size_t gates_at = static_cast<size_t>(t) * 4 * H, units_at = static_cast<size_t>(t) * H;
-    T* exchanged = exchange + static_cast<size_t>(t % 2) * 4 * H * B;
-    uint8_t flags[R] = {};
-    float by_terms[4][R], by_recurrent[4][R];
-    if (owner) {
-      load(flags, a.flags, t, lane);
-      const Rows<R> in_recurrent = rows_with(kInRecurrent, flags, lane);
-      const Rows<R> in_cell = rows_with(kInCell, flags, lane);
-      // The step once more.
-      float recurrent[4][R], terms[4][R], c[R], before[R], by_output[R];
-      Moments of[4];
-#pragma unroll
-      for (int gate = 0; gate < 4; ++gate) {
-        const int feature = gate * H + unit;
-        load(recurrent[gate], a.recurrent_term, gates_at + feature, lane);
-        load(terms[gate], a.pre_activation, gates_at + feature, lane);
-        of[gate] = {0, 1};
-        if (a.normalize_recurrent)
-          of[gate] = moments_at(recurrent[gate], in_recurrent, a,
-                                a.recurrent_statistics + 2 * gates_at, 4 * H, feature, true, lane);
-        const float factor = a.normalize_recurrent ? scale[gate] * of[gate].inverse : 1.f;
-#pragma unroll
-        for (int r = 0; r < R; ++r)
-          terms[gate][r] += factor * (recurrent[gate][r] - of[gate].mean);
-      }
-      const Gates<R> gates = gates_of(terms);
-      load(c, a.cell, units_at + unit, lane);
-      if (t > 0)
-        load(before, a.cell, units_at - H + unit, lane);
-      else
-        load(before, a.first_cell, unit, lane);
-      load(by_output, a.by_hidden, units_at + unit, lane);
-      Moments of_cell = {0, 1};
-      if (a.normalize_cell)
-        of_cell = moments_at(c, in_cell, a, a.cell_statistics + 2 * units_at, H, unit, true, lane);
-
-      // Its gradient.
-      float by_cell_term[R];
+    const size_t gates_at = static_cast<size_t>(t) * 4 * H;
+    float d_terms[4][R], d_recurrent[4][R];
+    Outbox<T, 4, U, B> out(shared.outbox, Operand<T, B>(a.exchange, 4 * H, t % 2));
+    Read<R> next;
+    if (at.owner) {
+      if (kEarly && t > 0) next.read(a, t - 1, at);
+      bool in_recurrent[R], in_cell[R];
+      float d_cell[1][R], sum[1], d_this_scale[1], sums[4], d_these_scales[4];
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        by_h[r] += by_output[r];
-        const float output = tanhf(cell_scale * of_cell.inverse * (c[r] - of_cell.mean) + cell_bias);
-        const float by = flags[r] & kValid ? by_h[r] : 0.f;
-        by_terms[2][r] = by * output * gates.o[r] * (1 - gates.o[r]);
-        by_cell_term[r] = by * gates.o[r] * (1 - output * output);
+        in_recurrent[r] = step.flags[r] & kInRecurrent;
+        in_cell[r] = step.flags[r] & kInCell;
+        d_h[r] += step.d_output[r];
+        const float d = step.flags[r] & kValid ? d_h[r] : 0.f, o = step.gates[2][r];
+        d_terms[2][r] = d * step.output[r] * o * (1 - o);
+        d_cell[0][r] = d * o * (1 - step.output[r] * step.output[r]);
       }
-      float sum = 0;
+      float d_unnormalized[R];
 #pragma unroll
-      for (int r = 0; r < R; ++r) sum += by_cell_term[r];
-      by_cell_bias += warp_sum(sum);
-      if (a.normalize_cell)
-        by_cell_scale +=
-            normalize_backward(by_cell_term, c, of_cell, cell_scale, in_cell, a.given);
+      for (int r = 0; r < R; ++r) d_unnormalized[r] = d_cell[0][r];
+      normalize_backward(d_cell, sum, d_this_scale, step.c, step.of_cell, cell_scale, in_cell,
+                         a.given, shared.gathered, at);
+      d_cell_bias += sum[0];
+      if (a.normalize_cell) d_cell_scale += d_this_scale[0];
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        by_c[r] += by_cell_term[r];
-        const float by = flags[r] & kValid ? by_c[r] : 0.f;
-        by_terms[0][r] = by * before[r] * gates.f[r] * (1 - gates.f[r]);
-        by_terms[1][r] = by * gates.g[r] * gates.i[r] * (1 - gates.i[r]);
-        by_terms[3][r] = by * gates.i[r] * (1 - gates.g[r] * gates.g[r]);
-        if (flags[r] & kValid) by_c[r] *= gates.f[r];
+        d_c[r] += a.normalize_cell ? d_cell[0][r] : d_unnormalized[r];
+        const bool valid = step.flags[r] & kValid;
+        const float d = valid ? d_c[r] : 0.f;
+        const float f = step.gates[0][r], i = step.gates[1][r], g = step.gates[3][r];
+        d_terms[0][r] = d * step.before[r] * f * (1 - f);
+        d_terms[1][r] = d * g * i * (1 - i);
+        d_terms[3][r] = d * i * (1 - g * g);
+        if (valid) d_c[r] *= f;
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate) d_recurrent[gate][r] = d_terms[gate][r];
+      }
+      if (a.normalize_recurrent) {
+        normalize_backward(d_recurrent, sums, d_these_scales, step.recurrent, step.moments, scale,
+                           in_recurrent, a.given, shared.gathered + shared.kGathered, at);
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate) d_scale[gate] += d_these_scales[gate];
       }
 #pragma unroll
-      for (int gate = 0; gate < 4; ++gate) {
+      for (int r = 0; r < R; ++r)
 #pragma unroll
-        for (int r = 0; r < R; ++r) by_recurrent[gate][r] = by_terms[gate][r];
-        if (a.normalize_recurrent)
-          by_scale[gate] += normalize_backward(by_recurrent[gate], recurrent[gate], of[gate],
-                                               scale[gate], in_recurrent, a.given);
-        store_operand(exchanged, gate * H + unit, lane, by_recurrent[gate]);
-      }
+        for (int gate = 0; gate < 4; ++gate) out.put(at.own, gate, at.row(r), d_recurrent[gate][r]);
     }
+    out.send();
     arrive(a.arrived);
-    if (owner) {  // what no other block waits for
+    bool valid[R] = {};
+    if (at.owner) {  // what no other block waits for, and the next step
 #pragma unroll
-      for (int gate = 0; gate < 4; ++gate) {
-        const size_t feature = gates_at + gate * H + unit;
-        store(a.by_pre_activation, feature, lane, by_terms[gate]);
-        store(a.by_recurrent_term, feature, lane, by_recurrent[gate]);
+      for (int r = 0; r < R; ++r) {
+        valid[r] = step.flags[r] & kValid;
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate) {
+          const size_t here = (gates_at + gate * H + unit) * B + at.row(r);
+          a.d_pre_activation[here] = d_terms[gate][r];
+          a.d_recurrent_term[here] = d_recurrent[gate][r];
+        }
+      }
+      if (t > 0) {
+        if (!kEarly) next.read(a, t - 1, at);
+        float cell[R];
+#pragma unroll
+        for (int r = 0; r < R; ++r) cell[r] = step.before[r];
+        step.compute(a, next, cell, scale, cell_scale[0], cell_bias);
       }
     }
     wait_for_all(a.arrived, a.steps - t);
-    shared.multiply(exchanged, a.stages);
-    if (owner) {
-      float by_product[R];
-      shared.product(by_product, warp, lane);
+    shared.multiply(out.operand, at.warp, at.lane);
+    if (at.owner) {
 #pragma unroll
-      for (int r = 0; r < R; ++r)  // a row that is not valid hands its gradient on
-        by_h[r] = (flags[r] & kValid ? 0.f : by_h[r]) + by_product[r];
+      for (int r = 0; r < R; ++r)  // a row that is not valid passes its gradient on
+        d_h[r] = (valid[r] ? 0.f : d_h[r]) + shared.product(at.own, at.row(r));
     }
   }
-  if (owner) {
-    store(a.by_first_cell, unit, lane, by_c);
-    store(a.by_first_hidden, unit, lane, by_h);
-    if (lane == 0) {
-      a.by_cell_scale[unit] = by_cell_scale;
-      a.by_cell_bias[unit] = by_cell_bias;
+  if (!at.owner) return;
 #pragma unroll
-      for (int gate = 0; gate < 4; ++gate) a.by_recurrent_scale[gate * H + unit] = by_scale[gate];
-    }
+  for (int r = 0; r < R; ++r) {
+    a.d_first_cell[unit * B + at.row(r)] = d_c[r];
+    a.d_first_hidden[unit * B + at.row(r)] = d_h[r];
   }
+  if (at.part > 0 || at.lane > 0) return;
+  a.d_cell_scale[unit] = d_cell_scale;
+  a.d_cell_bias[unit] = d_cell_bias;
+#pragma unroll
+  for (int gate = 0; gate < 4; ++gate) a.d_recurrent_scale[gate * H + unit] = d_scale[gate];
 }
 
 // ---- Launches.
@@ -658,7 +975,7 @@ using Kernel = void (*)(Arguments);
 // How a kernel is run.
 struct Plan {
   Kernel kernel = nullptr;
-  int blocks = 0, stages = 0;
+  int blocks = 0, threads = 0;
   size_t memory = 0;              // shared memory of a block
   bool fits = false;              // all blocks at once on the device
   const char* problem = nullptr;  // of the device, if it has not told
@@ -676,7 +993,7 @@ void check_on_device(Plan* plan) {
     error = cudaFuncSetAttribute(plan->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  plan->memory);
   if (error == cudaSuccess)
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, plan->kernel, kThreads,
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, plan->kernel, plan->threads,
                                                           plan->memory);
   if (error == cudaSuccess)
     plan->fits = plan->blocks <= processors * resident;
@@ -688,8 +1005,8 @@ ffi::Error run(const Plan& plan, Arguments arguments, Stream stream) {
   cudaError_t error = cudaMemsetAsync(arguments.arrived, 0, sizeof(unsigned), stream);
   if (error == cudaSuccess) {
     void* pointers[] = {&arguments};
-    error = cudaLaunchCooperativeKernel(plan.kernel, dim3(plan.blocks), dim3(kThreads), pointers,
-                                        plan.memory, stream);
+    error = cudaLaunchCooperativeKernel(plan.kernel, dim3(plan.blocks), dim3(plan.threads),
+                                        pointers, plan.memory, stream);
   }
   if (error == cudaSuccess) return ffi::Error::Success();
   return ffi::Error::Internal(std::string("cannot run the recurrence: ") +
@@ -709,54 +1026,60 @@ void check_on_device(Plan* plan) { plan->fits = plan->blocks <= 132; }  // as on
 
 ffi::Error run(const Plan& plan, Arguments arguments, Stream) {
   *arguments.arrived = 0;
-  emulation::run(plan.blocks, kThreads, plan.memory, [&] { plan.kernel(arguments); });
+  emulation::run(plan.blocks, plan.threads, plan.memory, [&] { plan.kernel(arguments); });
   return ffi::Error::Success();
 }
 
 size_t shared_memory_of_block() { return 227 * 1024; }
 #endif
 
-// With as much of the operand under way as there is room for, at least two chunks of several.
-template <typename T, int U, int R>
+template <typename T, int U, int B>
 Plan plan_of(int units, bool is_forward) {
-  using F = Shared<T, 4 * U, R>;
-  using B = Shared<T, U, R>;
-  const int rows = is_forward ? units : 4 * units, chunks = B::chunks(rows);
-  const size_t fixed = is_forward ? F::fixed_bytes(rows) : B::fixed_bytes(rows);
-  const size_t limit = shared_memory_of_block(), chunk = B::chunk_bytes();
   Plan plan;
-  plan.kernel = is_forward ? forward<T, U, R> : backward<T, U, R>;
+  plan.kernel = is_forward ? forward<T, U, B> : backward<T, U, B>;
   plan.blocks = (units + U - 1) / U;
-  if (fixed + std::min(chunks, 2) * chunk > limit) return plan;
-  plan.stages = std::min({kMaxStages, chunks, static_cast<int>((limit - fixed) / chunk)});
-  plan.memory = fixed + plan.stages * chunk;
-  check_on_device(&plan);
+  plan.threads = Sharing<U, B>::kThreads;
+  plan.memory = is_forward ? Shared<T, 4 * U, 1, U, B>::bytes(units)
+                           : Shared<T, U, 4, U, B>::bytes(4 * units);
+  if (plan.memory <= shared_memory_of_block()) check_on_device(&plan);
   return plan;
 }
 
 template <typename T, int U>
 Plan plan_of(int batch, int units, bool is_forward) {
   switch (batch) {
-    case 32: return plan_of<T, U, 1>(units, is_forward);
-    case 64: return plan_of<T, U, 2>(units, is_forward);
-    case 128: return plan_of<T, U, 4>(units, is_forward);
-    default: return {};
+    case 32:
+      return plan_of<T, U, 32>(units, is_forward);
+    case 64:
+      return plan_of<T, U, 64>(units, is_forward);
+    case 128:
+      return plan_of<T, U, 128>(units, is_forward);
+    default:
+      return {};
   }
 }
 
 // With few units a block if that fits, since more multiprocessors then share the work.
-Plan plan_of(bool in_bfloat16, int64_t units_of_block, int batch, int units, bool is_forward) {
-  if (in_bfloat16) return plan_of<bfloat16, 8>(batch, units, is_forward);
+template <typename T>
+Plan plan_of(int64_t units_of_block, int batch, int units, bool is_forward) {
   Plan plan;
-  if (units_of_block != 8) plan = plan_of<float, 4>(batch, units, is_forward);
-  if (units_of_block != 4 && !plan.fits) plan = plan_of<float, 8>(batch, units, is_forward);
+  for (int U : {2, 4, 8}) {
+    if (plan.fits || (units_of_block && units_of_block != U)) continue;
+    plan = U == 2   ? plan_of<T, 2>(batch, units, is_forward)
+           : U == 4 ? plan_of<T, 4>(batch, units, is_forward)
+                    : plan_of<T, 8>(batch, units, is_forward);
+  }
   return plan;
 }
 
-ffi::Error launch(Arguments a, ffi::DataType dtype, int64_t units_of_block, bool is_forward,
-                  Stream stream) {
-  const Plan plan = plan_of(dtype == ffi::BF16, units_of_block, a.batch, a.units, is_forward);
-  a.stages = plan.stages;
+Plan plan_of(bool in_bfloat16, int64_t units_of_block, int batch, int units, bool is_forward) {
+  return in_bfloat16 ? plan_of<bfloat16>(units_of_block, batch, units, is_forward)
+                     : plan_of<float>(units_of_block, batch, units, is_forward);
+}
+
+ffi::Error launch(const Arguments& a, ffi::DataType dtype, int batch, int64_t units_of_block,
+                  bool is_forward, Stream stream) {
+  const Plan plan = plan_of(dtype == ffi::BF16, units_of_block, batch, a.units, is_forward);
   if (plan.fits) return run(plan, a, stream);
   if (plan.problem) return ffi::Error::Internal(std::string("no recurrence: ") + plan.problem);
   return ffi::Error::InvalidArgument("the recurrence does not fit on this device");
@@ -780,7 +1103,6 @@ Arguments arguments_of(ffi::AnyBuffer kernel, Floats pre_activation, ffi::Buffer
   Arguments a = {};
   a.steps = pre_activation.dimensions()[0];
   a.units = kernel.dimensions()[0];
-  a.batch = pre_activation.dimensions()[2];
   a.kernel = kernel.untyped_data();
   a.pre_activation = pre_activation.typed_data();
   a.flags = flags.typed_data();
@@ -816,18 +1138,18 @@ ffi::Error forward_call(STREAM ffi::AnyBuffer kernel, Floats pre_activation,
   a.recurrent_term = recurrent_term->typed_data();
   a.exchange = exchange->untyped_data();
   a.arrived = arrived->typed_data();
-  return launch(a, kernel.element_type(), units_of_block, true, stream);
+  return launch(a, kernel.element_type(), pre_activation.dimensions()[2], units_of_block, true,
+                stream);
 }
 
 ffi::Error backward_call(STREAM ffi::AnyBuffer kernel, Floats pre_activation,
                          ffi::Buffer<ffi::U8> flags, Floats recurrent_scale, Floats cell_scale,
                          Floats cell_bias, Floats first_cell, Floats first_hidden,
                          Floats recurrent_statistics, Floats cell_statistics, Floats cell,
-                         Floats recurrent_term, Floats by_hidden, Floats by_last_cell,
-                         Result by_pre_activation, Result by_recurrent_term,
-                         Result by_recurrent_scale, Result by_cell_scale, Result by_cell_bias,
-                         Result by_first_cell, Result by_first_hidden,
-                         ffi::Result<ffi::AnyBuffer> exchange,
+                         Floats recurrent_term, Floats d_hidden, Floats d_last_cell,
+                         Result d_pre_activation, Result d_recurrent_term, Result d_recurrent_scale,
+                         Result d_cell_scale, Result d_cell_bias, Result d_first_cell,
+                         Result d_first_hidden, ffi::Result<ffi::AnyBuffer> exchange,
                          ffi::Result<ffi::Buffer<ffi::U32>> arrived, bool normalize_recurrent,
                          bool normalize_cell, bool given, float epsilon, int64_t units_of_block) {
   Arguments a = arguments_of(kernel, pre_activation, flags, recurrent_scale, cell_scale, cell_bias,
@@ -840,61 +1162,77 @@ ffi::Error backward_call(STREAM ffi::AnyBuffer kernel, Floats pre_activation,
   a.cell_statistics = cell_statistics.typed_data();
   a.cell = cell.typed_data();
   a.recurrent_term = recurrent_term.typed_data();
-  a.by_hidden = by_hidden.typed_data();
-  a.by_last_cell = by_last_cell.typed_data();
-  a.by_pre_activation = by_pre_activation->typed_data();
-  a.by_recurrent_term = by_recurrent_term->typed_data();
-  a.by_recurrent_scale = by_recurrent_scale->typed_data();
-  a.by_cell_scale = by_cell_scale->typed_data();
-  a.by_cell_bias = by_cell_bias->typed_data();
-  a.by_first_cell = by_first_cell->typed_data();
-  a.by_first_hidden = by_first_hidden->typed_data();
+  a.d_hidden = d_hidden.typed_data();
+  a.d_last_cell = d_last_cell.typed_data();
+  a.d_pre_activation = d_pre_activation->typed_data();
+  a.d_recurrent_term = d_recurrent_term->typed_data();
+  a.d_recurrent_scale = d_recurrent_scale->typed_data();
+  a.d_cell_scale = d_cell_scale->typed_data();
+  a.d_cell_bias = d_cell_bias->typed_data();
+  a.d_first_cell = d_first_cell->typed_data();
+  a.d_first_hidden = d_first_hidden->typed_data();
   a.exchange = exchange->untyped_data();
   a.arrived = arrived->typed_data();
-  return launch(a, kernel.element_type(), units_of_block, false, stream);
+  return launch(a, kernel.element_type(), pre_activation.dimensions()[2], units_of_block, false,
+                stream);
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    BnlstmForward, forward_call,
-    BIND.Arg<ffi::AnyBuffer>()  // kernel
-        .Arg<Floats>()          // pre-activation
-        .Arg<ffi::Buffer<ffi::U8>>()
-        .Arg<Floats>().Arg<Floats>().Arg<Floats>()  // scales, cell's bias
-        .Arg<Floats>().Arg<Floats>()                // first state
-        .Arg<Floats>().Arg<Floats>()                // statistics, if given
-        .Ret<Floats>().Ret<Floats>().Ret<Floats>()  // hidden, cell, recurrent term
-        .Ret<Floats>().Ret<Floats>()                // statistics, if not
-        .Ret<ffi::AnyBuffer>()
-        .Ret<ffi::Buffer<ffi::U32>>()
-        .Attr<bool>("normalize_recurrent")
-        .Attr<bool>("normalize_cell")
-        .Attr<bool>("given")
-        .Attr<bool>("keep")
-        .Attr<float>("epsilon")
-        .Attr<int64_t>("units_of_block"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(BnlstmForward, forward_call,
+                              BIND.Arg<ffi::AnyBuffer>()  // kernel
+                                  .Arg<Floats>()          // pre-activation
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()  // scales, cell's bias
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()  // first state
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()  // statistics, if given
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()  // hidden, cell, recurrent term
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()  // statistics, if not
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::U32>>()
+                                  .Attr<bool>("normalize_recurrent")
+                                  .Attr<bool>("normalize_cell")
+                                  .Attr<bool>("given")
+                                  .Attr<bool>("keep")
+                                  .Attr<float>("epsilon")
+                                  .Attr<int64_t>("units_of_block"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    BnlstmBackward, backward_call,
-    BIND.Arg<ffi::AnyBuffer>()  // kernel
-        .Arg<Floats>()          // pre-activation
-        .Arg<ffi::Buffer<ffi::U8>>()
-        .Arg<Floats>().Arg<Floats>().Arg<Floats>()  // scales, cell's bias
-        .Arg<Floats>().Arg<Floats>()                // first state
-        .Arg<Floats>().Arg<Floats>()                // statistics
-        .Arg<Floats>().Arg<Floats>()                // cell, recurrent term
-        .Arg<Floats>().Arg<Floats>()                // gradients by hidden state, last cell
-        .Ret<Floats>().Ret<Floats>()                // by pre-activation, recurrent term
-        .Ret<Floats>().Ret<Floats>().Ret<Floats>()  // by scales, cell's bias
-        .Ret<Floats>().Ret<Floats>()                // by first state
-        .Ret<ffi::AnyBuffer>()
-        .Ret<ffi::Buffer<ffi::U32>>()
-        .Attr<bool>("normalize_recurrent")
-        .Attr<bool>("normalize_cell")
-        .Attr<bool>("given")
-        .Attr<float>("epsilon")
-        .Attr<int64_t>("units_of_block"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(BnlstmBackward, backward_call,
+                              BIND.Arg<ffi::AnyBuffer>()  // kernel
+                                  .Arg<Floats>()          // pre-activation
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()  // scales, cell's bias
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()  // first state
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()  // statistics
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()  // cell, recurrent term
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()  // gradients by hidden state, last cell
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()  // by pre-activation, recurrent term
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()  // by scales, cell's bias
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()  // by first state
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::U32>>()
+                                  .Attr<bool>("normalize_recurrent")
+                                  .Attr<bool>("normalize_cell")
+                                  .Attr<bool>("given")
+                                  .Attr<float>("epsilon")
+                                  .Attr<int64_t>("units_of_block"));
 
 // Whether both calls fit on the device, for a padded batch.
 extern "C" int BnlstmFits(int units, int batch, int in_bfloat16) {

@@ -7,18 +7,18 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <functional>
 #include <memory>
 #include <vector>
 
 #define DEVICE static inline
 #define DEVICE_METHOD inline
-#define HOST_DEVICE_METHOD
+#define BOTH_METHOD
 #define __global__ static
 #define __launch_bounds__(...)
 #define DYNAMIC_SHARED(name) unsigned char* name = emulation::now->block->memory
@@ -29,6 +29,8 @@ struct uint4 {
 struct float4 {
   float x, y, z, w;
 };
+
+using std::min;
 
 struct __nv_bfloat16 {
   uint16_t bits;
@@ -49,6 +51,8 @@ static inline float to_float(__nv_bfloat16 x) {
 }
 
 static inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+static inline float exponential(float x) { return std::exp(x); }
+static inline float divide(float x, float y) { return x / y; }
 
 namespace emulation {
 
@@ -57,23 +61,20 @@ struct Barrier {
   unsigned turn = 0;
 };
 
-struct Block {
-  unsigned char* memory;
-  Barrier barrier;
-  Barrier warps[32];
-  float slots[32][2][32];  // by warp, turn and lane
+struct Words {
+  uint32_t of[6];
 };
 
-struct Copy {
-  void* to;
-  const void* from;
-  size_t size;
+struct Block {
+  unsigned char* memory;
+  int threads;
+  Barrier barriers[16];
+  Barrier warps[32];
+  Words slots[32][2][32];  // by warp, turn and lane
 };
 
 struct Fiber {
   ucontext_t context;
-  // Copies under way, by group, the last one open: done as late as may be, when they are waited for.
-  std::deque<std::vector<Copy>> copies{1};
   Block* block;
   unsigned thread, index;
   bool done = false;
@@ -105,13 +106,15 @@ static inline void enter() {
   now->done = true;
 }
 
-static inline void run(int blocks, int threads, size_t memory, const std::function<void()>& kernel) {
+static inline void run(int blocks, int threads, size_t memory,
+                       const std::function<void()>& kernel) {
   constexpr size_t kStack = 256 * 1024;  // touched where it is used, no more
   std::vector<Block> all(blocks);
   std::vector<Fiber> fibers(static_cast<size_t>(blocks) * threads);
   std::unique_ptr<unsigned char[]> stacks(new unsigned char[kStack * fibers.size()]);
   for (Block& block : all) {
     block.memory = static_cast<unsigned char*>(std::aligned_alloc(128, (memory + 127) / 128 * 128));
+    block.threads = threads;
     std::memset(block.memory, 0xff, memory);  // NaN, as a read before a write deserves
   }
   body = &kernel;
@@ -141,14 +144,28 @@ static inline void run(int blocks, int threads, size_t memory, const std::functi
   for (Block& block : all) std::free(block.memory);
 }
 
-static inline float exchange(float x, int from) {
+// What the lanes of a warp have, by lane. All of them call it together.
+static inline const Words* gather(const Words& own) {
   const unsigned warp = now->thread / 32, lane = now->thread % 32;
   Block& block = *now->block;
   // Whoever is a turn ahead writes the other slots.
-  float* slots = block.slots[warp][block.warps[warp].turn % 2];
-  slots[lane] = x;
+  Words* slots = block.slots[warp][block.warps[warp].turn % 2];
+  slots[lane] = own;
   wait_at(block.warps[warp], 32);
-  return slots[from];
+  return slots;
+}
+
+template <typename T>
+T exchange(T x, int from) {
+  static_assert(sizeof(T) == 4, "a word");
+  Words own = {};
+  std::memcpy(own.of, &x, 4);
+  std::memcpy(&x, gather(own)[from].of, 4);
+  return x;
+}
+
+static inline float half(uint32_t word, int which) {
+  return to_float({static_cast<uint16_t>(word >> 16 * which)});
 }
 
 }  // namespace emulation
@@ -157,80 +174,49 @@ static inline float exchange(float x, int from) {
 #define blockIdx emulation::block_index
 #define gridDim emulation::grid_dim
 
-static inline void __syncthreads() { emulation::wait_at(emulation::now->block->barrier, 256); }
-static inline float __shfl_xor_sync(unsigned, float x, int mask) {
+static inline void barrier_of(int id, int threads) {
+  emulation::wait_at(emulation::now->block->barriers[id], threads);
+}
+static inline void __syncthreads() { barrier_of(0, emulation::now->block->threads); }
+template <typename T>
+T __shfl_xor_sync(unsigned, T x, int mask) {
   return emulation::exchange(x, emulation::now->thread % 32 ^ mask);
 }
-static inline int __shfl_xor_sync(unsigned mask, int x, int lanes) {  // small, exact in float
-  return static_cast<int>(__shfl_xor_sync(mask, static_cast<float>(x), lanes));
+template <typename T>
+T __shfl_sync(unsigned, T x, int lane) {
+  return emulation::exchange(x, lane);
 }
-static inline float __shfl_sync(unsigned, float x, int lane) { return emulation::exchange(x, lane); }
+static inline unsigned __ballot_sync(unsigned, bool x) {
+  const emulation::Words* lanes = emulation::gather({{x}});
+  unsigned those = 0;
+  for (int lane = 0; lane < 32; ++lane) those |= lanes[lane].of[0] << lane;
+  return those;
+}
+static inline int __popc(unsigned x) { return __builtin_popcount(x); }
+static inline int __ffs(unsigned x) { return __builtin_ffs(x); }
+
 static inline void increment_release(unsigned* to) { ++*to; }
 static inline unsigned load_acquire(const unsigned* from) {
   emulation::yield();
   return *from;
 }
-
-static inline void __pipeline_memcpy_async(void* to, const void* from, size_t size) {
-  emulation::now->copies.back().push_back({to, from, size});
-}
-static inline void __pipeline_commit() { emulation::now->copies.emplace_back(); }
-static inline void __pipeline_wait_prior(size_t groups) {
-  auto& copies = emulation::now->copies;
-  for (; copies.size() > groups + 1; copies.pop_front())
-    for (const emulation::Copy& copy : copies.front()) std::memcpy(copy.to, copy.from, copy.size);
+template <typename V>
+V load_past_l1(const void* from) {
+  V value;
+  std::memcpy(&value, from, sizeof(V));
+  return value;
 }
 
-// A warp's matrices: every lane has them whole.
-namespace nvcuda::wmma {
-
-struct matrix_a {};
-struct matrix_b {};
-struct accumulator {};
-struct row_major {};
-struct col_major {};
-enum layout_t { mem_row_major };
-
-template <typename Use, int M, int N, int K, typename T, typename Layout = void>
-struct fragment {
-  float x[64 * 32];
-};
-
-template <int M, int N, int K, typename T>
-void fill_fragment(fragment<accumulator, M, N, K, T>& to, float value) {
-  for (float& x : to.x) x = value;
-}
-
-template <int M, int N, int K, typename T>
-void load_matrix_sync(fragment<matrix_a, M, N, K, T, col_major>& to, const T* from, unsigned ld) {
-  for (int m = 0; m < M; ++m)
-    for (int k = 0; k < K; ++k) to.x[m * K + k] = to_float(from[k * ld + m]);
-}
-
-template <int M, int N, int K, typename T>
-void load_matrix_sync(fragment<matrix_b, M, N, K, T, row_major>& to, const T* from, unsigned ld) {
-  for (int k = 0; k < K; ++k)
-    for (int n = 0; n < N; ++n) to.x[k * N + n] = to_float(from[k * ld + n]);
-}
-
-template <int M, int N, int K, typename T>
-void mma_sync(fragment<accumulator, M, N, K, float>& to,
-              const fragment<matrix_a, M, N, K, T, col_major>& a,
-              const fragment<matrix_b, M, N, K, T, row_major>& b,
-              const fragment<accumulator, M, N, K, float>& c) {
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) {
-      float sum = c.x[m * N + n];
-      for (int k = 0; k < K; ++k) sum += a.x[m * K + k] * b.x[k * N + n];
-      to.x[m * N + n] = sum;
+// mma.m16n8k16, with its elements on the lanes that CUDA's instruction set puts them on.
+static inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const emulation::Words* lanes = emulation::gather({{a[0], a[1], a[2], a[3], b0, b1}});
+  const int lane = emulation::now->thread % 32;
+  for (int i = 0; i < 4; ++i) {
+    const int column = lane % 4 * 2 + i % 2, row = lane / 4, lower = i / 2;
+    for (int k = 0; k < 16; ++k) {
+      const int pair = k % 8 / 2, upper = k / 8;
+      d[i] += emulation::half(lanes[row * 4 + pair].of[2 * upper + lower], k % 2) *
+              emulation::half(lanes[column * 4 + pair].of[4 + upper], k % 2);
     }
+  }
 }
-
-template <int M, int N, int K>
-void store_matrix_sync(float* to, const fragment<accumulator, M, N, K, float>& from, unsigned ld,
-                       layout_t) {
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) to[m * ld + n] = from.x[m * N + n];
-}
-
-}  // namespace nvcuda::wmma
