@@ -80,12 +80,15 @@ class RecurrentLayer(nn.Module):
             does not support the layer; a training sequence of BNLSTM is not given from its first
             step on, or, without `max_steps`, is longer than the one that initialised the layer.
         """
-        form = {"time_major": time_major, "reverse": reverse, "keep_order": keep_order}
-        form["return_carry"] = return_carry
-        form = {name: getattr(self, name) if v is None else v for name, v in form.items()}
-        form = _Form(seq_lengths, **form)
-        start = initial_carry, init_key, first_step
-        return _run(self, inputs, form, start, use_running_average)
+        call = _Call(
+            initial_carry,
+            init_key,
+            first_step,
+            seq_lengths,
+            *(return_carry, time_major, reverse, keep_order),
+            use_running_average,
+        )
+        return _run(self, inputs, call.resolved(self))
 
 
 class LSTM(RecurrentLayer):
@@ -319,14 +322,23 @@ def normalization(layer: Layer) -> Normalization:
     )
 
 
-class _Form(NamedTuple):
-    """The form of a call's sequences; see `RecurrentLayer.__call__`."""
+class _Call(NamedTuple):
+    """The arguments of `RecurrentLayer.__call__` beside its inputs."""
 
+    initial_carry: Carry | None
+    init_key: Array | None
+    first_step: Array | int | None
     seq_lengths: Array | None
-    time_major: bool
-    reverse: bool
-    keep_order: bool
-    return_carry: bool
+    return_carry: bool | None
+    time_major: bool | None
+    reverse: bool | None
+    keep_order: bool | None
+    use_running_average: bool | None
+
+    def resolved(self, layer: Layer) -> "_Call":
+        """The arguments, with a layer's attributes in place of None."""
+        names = "return_carry", "time_major", "reverse", "keep_order"
+        return self._replace(**{n: getattr(layer, n) for n in names if getattr(self, n) is None})
 
     def enter(self, inputs: Array) -> tuple[Array, Array | None]:
         """Inputs in the order of the recurrence, `[T, B, ...]`; which are valid, `[T, B, 1]`."""
@@ -344,23 +356,14 @@ class _Form(NamedTuple):
         return (carry, outputs) if self.return_carry else outputs
 
 
-def _run(
-    layer: Layer,
-    inputs: Array,
-    form: _Form,
-    start: tuple[Carry | None, Array | None, Array | int | None],
-    use_running_average: bool | None,
-) -> Array | tuple[Carry, Array]:
-    """The call of all layers. `start` is `initial_carry`, `init_key` and `first_step`."""
-    carry, key, first_step = start
+def _run(layer: Layer, inputs: Array, call: _Call) -> Array | tuple[Carry, Array]:
+    """The call of all layers."""
     norm = normalization(layer)
-    if norm.batch_terms:
-        use_running_average = nn.merge_param(
-            "use_running_average", layer.use_running_average, use_running_average
-        )
-    training = bool(norm.batch_terms) and not use_running_average
-    _check(layer, inputs, first_step if training else None)
-    inputs, valid = form.enter(inputs)
+    training = bool(norm.batch_terms) and not nn.merge_param(
+        "use_running_average", layer.use_running_average, call.use_running_average
+    )
+    _check(layer, inputs, call.first_step if training else None)
+    inputs, valid = call.enter(inputs)
     steps, batch = inputs.shape[:2]
 
     params = lstm_params(layer, layer.vocab_size or inputs.shape[-1], norm.terms)
@@ -369,6 +372,7 @@ def _run(
         term: statistics_variables(layer, _statistics_shape(layer, term, steps), f"{term}_")
         for term in norm.batch_terms
     }
+    carry, key = call.initial_carry, call.init_key
     if carry is None:
         if key is None and layer.initial_hidden_noise > 0:
             key = layer.make_rng("noise")
@@ -379,7 +383,7 @@ def _run(
         *jax.tree.map(lambda x: x.astype(state), (params, carry)),
         **_inputs_or_symbols(layer, inputs),
         valid=valid,
-        statistics=None if training else _running(layer, variables, first_step, steps),
+        statistics=None if training else _running(layer, variables, call.first_step, steps),
         norm=norm,
         dtype=layer.dtype,
         unroll=layer.unroll,
@@ -393,7 +397,7 @@ def _run(
             counted = valid if term in norm.masked else None
             count = jnp.full(steps, batch) if counted is None else counted.sum((1, 2))
             _record(layer, term, pair, result.moments[term], count)
-    return form.leave(result.carry, result.hidden.astype(layer.dtype or result.hidden.dtype))
+    return call.leave(result.carry, result.hidden.astype(layer.dtype or result.hidden.dtype))
 
 
 def _inputs_or_symbols(layer: Layer, inputs: Array) -> dict[str, Array | None]:
