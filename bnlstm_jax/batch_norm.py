@@ -23,12 +23,13 @@ from bnlstm_jax.normalization import (
 CURRENT_BATCH_STATS = "current_batch_stats"
 
 
-def pooled_axis(module: nn.Module) -> str | None:
+def pooled_axis(module: nn.Module, use_running_average: bool = False) -> str | None:
     """The `axis_name` of a module, or None where there is nothing to pool.
 
-    As in `flax.linen.BatchNorm`, variables are initialised outside of mapped axes.
+    As in `flax.linen.BatchNorm`, variables are initialised, and running averages used, outside of
+    mapped axes.
     """
-    if module.is_initializing() or module.axis_name is None:
+    if use_running_average or module.is_initializing() or module.axis_name is None:
         return None
     return None if jax.lax.psum(1, module.axis_name) == 1 else module.axis_name
 

@@ -333,7 +333,7 @@ class BNLSTMCell(RecurrentCell):
             tuple(self.normalize),
             epsilon=self.epsilon,
             input_epsilon=self.variant.input_epsilon,
-            axis_name=pooled_axis(self),
+            axis_name=pooled_axis(self, use_running_average),
         )
         variables = {
             term: statistics_variables(self, (term_size(self, term),), f"{term}_")
@@ -461,7 +461,9 @@ class BNSimpleCell(nn.RNNCellBase):
         scale = {"joint_scale": self._param("joint_scale", self.scale_init)}
         variables = statistics_variables(self, (self.features,), "joint_")
         running = {"joint": values(variables)} if use_running_average else None
-        norm = Normalization(("joint",), epsilon=self.epsilon, axis_name=pooled_axis(self))
+        norm = Normalization(
+            ("joint",), epsilon=self.epsilon, axis_name=pooled_axis(self, use_running_average)
+        )
 
         total = product(carry, recurrent_kernel, self.dtype)
         total += product(inputs, input_kernel, self.dtype)

@@ -390,7 +390,8 @@ def _run(layer: Layer, inputs: Array, call: _Call) -> Array | tuple[Carry, Array
     )
     name = recurrence.choose(layer.implementation, problem)
     if norm.axis_name is not None:
-        problem = problem.replace(norm=dataclasses.replace(norm, axis_name=pooled_axis(layer)))
+        axis_name = pooled_axis(layer, not training)
+        problem = problem.replace(norm=dataclasses.replace(norm, axis_name=axis_name))
     result = recurrence.IMPLEMENTATIONS[name].run(problem)
     if training:
         for term, pair in variables.items():

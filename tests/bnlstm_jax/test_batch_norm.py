@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import bnlstm_jax
 from bnlstm_jax.batch_norm import CURRENT_BATCH_STATS, BatchNorm
 
 FEATURES = 3
@@ -177,3 +178,25 @@ def test_half_precision_has_float32_statistics():
     np.testing.assert_allclose(y, wanted, **SINGLE)
     np.testing.assert_allclose(updated["batch_stats"]["mean"], mean, **SINGLE)
     np.testing.assert_allclose(updated["batch_stats"]["var"], var, **SINGLE)
+
+
+MODULES = {
+    "BatchNorm": (BatchNorm(axis_name="batch"), (jnp.ones((3, 2)),)),
+    "BNLSTM": (bnlstm_jax.BNLSTM(2, axis_name="batch"), (jnp.ones((3, 4, 1)),)),
+    "BNLSTMCell": (
+        bnlstm_jax.BNLSTMCell(2, axis_name="batch"),
+        ((jnp.ones((3, 2)), jnp.ones((3, 2))), jnp.ones((3, 1))),
+    ),
+    "BNSimpleCell": (
+        bnlstm_jax.BNSimpleCell(2, axis_name="batch"),
+        (jnp.ones((3, 2)), jnp.ones((3, 1))),
+    ),
+}
+
+
+@pytest.mark.parametrize("module, inputs", MODULES.values(), ids=MODULES.keys())
+def test_initialising_and_inference_need_no_mapped_axis(module, inputs):
+    variables = module.init(jax.random.key(0), *inputs, use_running_average=False)
+    module.apply(variables, *inputs, use_running_average=True)
+    with pytest.raises(NameError, match="batch"):
+        module.apply(variables, *inputs, use_running_average=False, mutable=["batch_stats"])

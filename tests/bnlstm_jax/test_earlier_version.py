@@ -1,4 +1,4 @@
-"""A checkpoint and outputs of an earlier version, in tests/data: this one restores and reproduces them.
+"""Variables and outputs of an earlier version, in tests/data: this one reproduces them.
 
 The files were written by this file's functions, on a CPU, before the library was rearranged.
 """
