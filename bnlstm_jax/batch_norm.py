@@ -10,6 +10,7 @@ from jax import Array
 from bnlstm_jax.initializers import Initializer
 from bnlstm_jax.normalization import (
     Statistics,
+    along,
     batch_moments,
     batch_normalize,
     pool_steps,
@@ -21,6 +22,33 @@ from bnlstm_jax.normalization import (
 # Statistics of the current batch, not averaged, and the number of rows behind each. An `apply` that
 # names this collection as mutable gets them; see `bnlstm_jax.population`.
 CURRENT_BATCH_STATS = "current_batch_stats"
+
+
+def check_fields(module: nn.Module) -> None:
+    """Raises a ValueError that names a field of a module whose value is out of range."""
+
+    def check(field: str, is_valid: bool, expected: str) -> None:
+        if not is_valid:
+            raise ValueError(f"{field}: expected {expected}, got {getattr(module, field)!r}")
+
+    check("features", getattr(module, "features", 1) >= 1, "at least 1")
+    check("initial_hidden_noise", getattr(module, "initial_hidden_noise", 0) >= 0, "at least 0")
+    most = getattr(module, "max_steps", None)
+    check("max_steps", most is None or most >= 1, "at least 1, or None")
+    check("epsilon", getattr(module, "epsilon", 1) > 0, "a number above 0")
+    check("momentum", 0 <= getattr(module, "momentum", 0) <= 1, "a number from 0 to 1")
+
+
+def check_rows(module: nn.Module, rows: int) -> None:
+    """Raises a ValueError if batch statistics are to be those of one row, which has no variance.
+
+    `rows` are those of this device. A module that initialises takes one.
+    """
+    if rows == 1 and not module.is_initializing() and pooled_axis(module) is None:
+        raise ValueError(
+            f"{type(module).__name__}: expected a batch of at least 2 under batch statistics, got "
+            "1; write use_running_average=True to normalise by running statistics"
+        )
 
 
 def pooled_axis(module: nn.Module, use_running_average: bool = False) -> str | None:
@@ -70,13 +98,14 @@ def update_statistics(
         return
     if module.axis_name is not None:
         count = jax.lax.psum(count, module.axis_name)
+    batch = jax.lax.stop_gradient(batch)
     running = values(variables)
     if batch.mean.ndim > running.mean.ndim:
         batch, count = pool_steps(batch, count), jnp.sum(count)
     reached = (count > 0)[..., None]
     averages = running_average(running, batch, module.momentum, reached)
     for variable, average in zip(variables, averages, strict=True):
-        variable.value = average
+        variable.value = average.astype(variable.value.dtype)
     if module.is_mutable_collection(CURRENT_BATCH_STATS):
         for name, value in (("mean", batch.mean), ("var", batch.var), ("count", count)):
             module.put_variable(CURRENT_BATCH_STATS, prefix + name, value)
@@ -117,15 +146,20 @@ class BatchNorm(nn.Module):
           x: the values.
           use_running_average: overrides the attribute.
           mask: rows that count in statistics, boolean `[..., 1]`; None for all.
+
+        Raises:
+          ValueError: a field is out of range, or the batch has one row under batch statistics.
         """
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
+        check_fields(self)
         features, axis = x.shape[-1:], tuple(range(-x.ndim, -1))
         scale = self.param("scale", self.scale_init, features, self.param_dtype)
         variables = statistics_variables(self, features)
         if use_running_average:
-            return scale * standardize(x, values(variables), self.epsilon, axis)
+            return along(x, scale) * standardize(x, values(variables), self.epsilon, axis)
+        check_rows(self, x.size // features[0])
         axis_name = pooled_axis(self)
         moments = batch_moments(x, mask, axis, axis_name)
         rows = jnp.array(x.size // features[0]) if mask is None else jnp.sum(mask)

@@ -29,9 +29,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bnlstm_jax.batch_norm import pooled_axis, statistics_variables, update_statistics, values
+from bnlstm_jax.batch_norm import (
+    check_fields,
+    check_rows,
+    pooled_axis,
+    statistics_variables,
+    update_statistics,
+    values,
+)
 from bnlstm_jax.initializers import Initializer, forget_bias, initial_noise, semi_orthogonal
-from bnlstm_jax.normalization import Moments, Normalization, statistics_dtype
+from bnlstm_jax.normalization import Moments, Normalization, along, statistics_dtype
 
 Carry = tuple[Array, Array]
 # Maps the name and the value of a term to its normalised value and the batch's moments, or None.
@@ -70,12 +77,13 @@ def product(x: Array, kernel: Array, dtype: Any = None) -> Array:
 def look_up(symbols: Array, kernel: Array, dtype: Any = None) -> Array:
     """`product(one_hot(symbols), kernel, dtype)` as rows of the kernel.
 
-    Integers `[...]` in `[0, V)` and a kernel `[V, F]` give `[..., F]`; other integers give NaN, as
-    in `flax.linen.Embed`.
+    Integers `[...]` in `[0, V)` and a kernel `[V, F]` give `[..., F]`; other integers give NaN.
     """
     dtype = dtype or kernel.dtype
     table = kernel.astype(dtype).astype(statistics_dtype(dtype))
-    return jnp.take(table, symbols.astype(jnp.int32), axis=0)
+    symbols = symbols.astype(jnp.int32)
+    rows = jnp.where(symbols < 0, len(table), symbols)  # indices below zero count from the end
+    return jnp.take(table, rows, axis=0, mode="fill", fill_value=jnp.nan)
 
 
 @jax.custom_jvp
@@ -85,7 +93,7 @@ def gate_activations(x: Array) -> tuple[Array, Array, Array, Array]:
     One tanh computes all of them: sigmoid(x) = (1 + tanh(x / 2)) / 2.
     """
     is_gate = jnp.arange(x.shape[-1]) < 3 * x.shape[-1] // 4
-    slope = jnp.where(is_gate, 0.5, 1.0).astype(x.dtype)
+    slope = along(x, jnp.where(is_gate, 0.5, 1.0).astype(x.dtype))
     return tuple(jnp.split(slope * jnp.tanh(slope * x) + (1 - slope), 4, axis=-1))
 
 
@@ -126,11 +134,12 @@ def lstm_step(
 
     recurrent_term, moments["recurrent"] = normalize("recurrent", recurrent_term)
     input_term, moments["input"] = normalize("input", input_term)
-    f, i, o, g = gate_activations(recurrent_term + input_term + params["bias"])  # (1), (6)
+    bias = along(input_term, params["bias"])
+    f, i, o, g = gate_activations(recurrent_term + input_term + bias)  # (1), (6)
     c = keep_finished(f * c + i * g, c)  # (2), (7)
     cell_term, moments["cell"] = normalize("cell", c)
     if "cell_bias" in params:
-        cell_term = cell_term + params["cell_bias"]
+        cell_term = cell_term + along(cell_term, params["cell_bias"])
     h = keep_finished(o * jnp.tanh(cell_term), h)  # (3), (8)
     return (c, h), moments
 
@@ -141,6 +150,22 @@ def check_terms(field: str, terms: Sequence[str]) -> None:
         raise ValueError(
             f"{field}: expected a tuple of 'input', 'recurrent', 'cell', got {terms!r}"
         )
+
+
+def check_rank(cell: nn.Module, inputs: Array) -> None:
+    """Raises a ValueError if inputs are not a batch of vectors."""
+    if inputs.ndim != 2:
+        name, shape = type(cell).__name__, list(inputs.shape)
+        raise ValueError(f"{name}: expected inputs [batch, features], got {shape}")
+
+
+def make_param(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...]) -> Array:
+    """A parameter in the module's `param_dtype`; 16-bit ones are initialised in float32."""
+
+    def init_wide(key: Array) -> Array:
+        return init(key, shape, statistics_dtype(module.param_dtype)).astype(module.param_dtype)
+
+    return module.param(name, init_wide)
 
 
 def term_size(module: nn.Module, term: str) -> int:
@@ -168,21 +193,25 @@ def lstm_params(module: nn.Module, input_size: int, terms: Sequence[str] = ()) -
         made["cell_bias"] = (nn.initializers.zeros_init(), (units,))
     for term in terms:
         made[f"{term}_scale"] = (module.scale_init, (term_size(module, term),))
-    params = {
-        name: module.param(name, init, shape, module.param_dtype)
-        for name, (init, shape) in made.items()
-    }
+    params = {name: make_param(module, name, *how) for name, how in made.items()}
     params["bias"] = module.variant.bias_factor * params["bias"]
     return params
 
 
 def initial_params(module: nn.Module) -> tuple[Array | None, Array]:
-    """The learned `initial_cell` (None if it is not learned) and `initial_hidden`, each `[H]`."""
-    shape, dtype = (module.features,), module.param_dtype
-    hidden = module.param("initial_hidden", module.initial_hidden_init, shape, dtype)
+    """The learned `initial_cell` (None if it is not learned) and `initial_hidden`, each `[H]`.
+
+    The modules' `setup` calls it.
+
+    Raises:
+      ValueError: a field is out of range.
+    """
+    check_fields(module)
+    shape, zeros = (module.features,), nn.initializers.zeros_init()
+    hidden = make_param(module, "initial_hidden", module.initial_hidden_init, shape)
     if not module.variant.learned_cell:
         return None, hidden
-    return module.param("initial_cell", nn.initializers.zeros_init(), shape, dtype), hidden
+    return make_param(module, "initial_cell", zeros, shape), hidden
 
 
 def initial_state(
@@ -328,13 +357,17 @@ class BNLSTMCell(RecurrentCell):
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
+        check_rank(self, inputs)
         params = lstm_params(self, inputs.shape[-1], self.normalize)
         norm = Normalization(
             tuple(self.normalize),
             epsilon=self.epsilon,
             input_epsilon=self.variant.input_epsilon,
             axis_name=pooled_axis(self, use_running_average),
+            analytic=False,
         )
+        if norm.terms and not use_running_average:
+            check_rows(self, inputs.shape[0])
         variables = {
             term: statistics_variables(self, (term_size(self, term),), f"{term}_")
             for term in norm.terms
@@ -443,6 +476,7 @@ class BNSimpleCell(nn.RNNCellBase):
 
     def setup(self) -> None:
         """Makes the learned initial state."""
+        check_fields(self)
         self.initial_hidden = self._param("initial_hidden", nn.initializers.zeros_init())
 
     @nn.compact
@@ -453,6 +487,9 @@ class BNSimpleCell(nn.RNNCellBase):
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
+        check_rank(self, inputs)
+        if not use_running_average:
+            check_rows(self, inputs.shape[0])
         input_kernel = self._param("input_kernel", self.input_kernel_init, inputs.shape[-1])
         recurrent_kernel = self._param(
             "recurrent_kernel", self.recurrent_kernel_init, self.features
@@ -462,7 +499,10 @@ class BNSimpleCell(nn.RNNCellBase):
         variables = statistics_variables(self, (self.features,), "joint_")
         running = {"joint": values(variables)} if use_running_average else None
         norm = Normalization(
-            ("joint",), epsilon=self.epsilon, axis_name=pooled_axis(self, use_running_average)
+            ("joint",),
+            epsilon=self.epsilon,
+            axis_name=pooled_axis(self, use_running_average),
+            analytic=False,
         )
 
         total = product(carry, recurrent_kernel, self.dtype)
@@ -471,12 +511,12 @@ class BNSimpleCell(nn.RNNCellBase):
         if not use_running_average:
             rows = jnp.array(inputs.shape[0])
             update_statistics(self, variables, moments.statistics(), rows, "joint_")
-        h = jnp.tanh(joint + bias)
+        h = jnp.tanh(joint + along(joint, bias))
         return h, h.astype(self.dtype or h.dtype)
 
     def _param(self, name: str, init: Initializer, *rows: int) -> Array:
         """A parameter `[*rows, H]`."""
-        return self.param(name, init, (*rows, self.features), self.param_dtype)
+        return make_param(self, name, init, (*rows, self.features))
 
     def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Array:
         """The learned initial state `[B, H]` for inputs `[B, D]`; zeros if unbound.

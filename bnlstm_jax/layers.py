@@ -9,6 +9,7 @@ this file arrays are time-major: `[T, B, F]`.
 """
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from bnlstm_jax import recurrence
-from bnlstm_jax.batch_norm import pooled_axis, statistics_variables, update_statistics, values
+from bnlstm_jax.batch_norm import (
+    check_rows,
+    pooled_axis,
+    statistics_variables,
+    update_statistics,
+    values,
+)
 from bnlstm_jax.cells import (
     TERMS,
     Carry,
@@ -65,8 +72,10 @@ class RecurrentLayer(nn.Module):
           init_key: key of the initial hidden state's noise; the rng stream `noise` if None.
           first_step: number of time steps run before, for a long sequence run in pieces with the
             carry handed on. At inference statistics are those of the steps from there.
-          seq_lengths: valid steps of each sequence, integers `[batch]`; all if None. After them a
-            sequence keeps its state, and its outputs repeat the last one.
+          seq_lengths: valid steps of each sequence, integers `[batch]`; all if None. Lengths beyond
+            the sequence mean all of it, those below zero nothing. After them a sequence keeps its
+            state, and its outputs repeat the last one; what the padding holds has no effect, unless
+            `mask_statistics` counts it.
           return_carry, time_major, reverse, keep_order: override the attributes.
           use_running_average: overrides BNLSTM's attribute. LSTM and LNLSTM ignore it, so that a
             model can hold any of the three.
@@ -76,9 +85,10 @@ class RecurrentLayer(nn.Module):
           outputs.
 
         Raises:
-          ValueError: inputs have another rank or type than the layer takes; the implementation
-            does not support the layer; a training sequence of BNLSTM is not given from its first
-            step on, or, without `max_steps`, is longer than the one that initialised the layer.
+          ValueError: a field is out of range; inputs or lengths have another shape or type than
+            the layer takes; the implementation does not support the layer. Under batch statistics
+            also: the batch has one sequence; a sequence is not given from its first step on, or,
+            without `max_steps`, is longer than the one that initialised the layer.
         """
         call = _Call(
             initial_carry,
@@ -340,13 +350,19 @@ class _Call(NamedTuple):
         names = "return_carry", "time_major", "reverse", "keep_order"
         return self._replace(**{n: getattr(layer, n) for n in names if getattr(self, n) is None})
 
-    def enter(self, inputs: Array) -> tuple[Array, Array | None]:
-        """Inputs in the order of the recurrence, `[T, B, ...]`; which are valid, `[T, B, 1]`."""
+    def enter(self, inputs: Array, keep_padding: bool) -> tuple[Array, Array | None]:
+        """Inputs in the order of the recurrence, `[T, B, ...]`; which are valid, `[T, B, 1]`.
+
+        Unless `keep_padding`, padding becomes zero: NaN or infinity would return in gradients.
+        """
         inputs = inputs if self.time_major else jnp.swapaxes(inputs, 0, 1)
         inputs = flip_sequences(inputs, self.seq_lengths) if self.reverse else inputs
         if self.seq_lengths is None:
             return inputs, None
-        return inputs, (jnp.arange(len(inputs))[:, None] < self.seq_lengths)[..., None]
+        valid = (jnp.arange(inputs.shape[0])[:, None] < self.seq_lengths[None])[..., None]
+        if not keep_padding:
+            inputs = jnp.where(valid if inputs.ndim == 3 else valid[..., 0], inputs, 0)
+        return inputs, valid
 
     def leave(self, carry: Carry, outputs: Array) -> Array | tuple[Carry, Array]:
         """What the call returns."""
@@ -362,8 +378,8 @@ def _run(layer: Layer, inputs: Array, call: _Call) -> Array | tuple[Carry, Array
     training = bool(norm.batch_terms) and not nn.merge_param(
         "use_running_average", layer.use_running_average, call.use_running_average
     )
-    _check(layer, inputs, call.first_step if training else None)
-    inputs, valid = call.enter(inputs)
+    call = _checked(layer, inputs, call, training)
+    inputs, valid = call.enter(inputs, keep_padding=training and norm.counts_padding)
     steps, batch = inputs.shape[:2]
 
     params = lstm_params(layer, layer.vocab_size or inputs.shape[-1], norm.terms)
@@ -377,11 +393,13 @@ def _run(layer: Layer, inputs: Array, call: _Call) -> Array | tuple[Carry, Array
         if key is None and layer.initial_hidden_noise > 0:
             key = layer.make_rng("noise")
         carry = initial_state(layer, (batch,), key, training and "recurrent" in norm.terms)
-    state = statistics_dtype(layer.param_dtype)
+    state = _state_dtype(layer, inputs)
+    if layer.vocab_size is None and not jnp.issubdtype(inputs.dtype, jnp.floating):
+        inputs = inputs.astype(state)
     problem = Problem(
         kernel,
         *jax.tree.map(lambda x: x.astype(state), (params, carry)),
-        **_inputs_or_symbols(layer, inputs),
+        **({"inputs": inputs} if layer.vocab_size is None else {"inputs": None, "symbols": inputs}),
         valid=valid,
         statistics=None if training else _running(layer, variables, call.first_step, steps),
         norm=norm,
@@ -392,8 +410,8 @@ def _run(layer: Layer, inputs: Array, call: _Call) -> Array | tuple[Carry, Array
     if norm.axis_name is not None:
         axis_name = pooled_axis(layer, not training)
         problem = problem.replace(norm=dataclasses.replace(norm, axis_name=axis_name))
-    result = recurrence.IMPLEMENTATIONS[name].run(problem)
-    if training:
+    result = recurrence.run(name, problem)
+    if training and steps:
         for term, pair in variables.items():
             counted = valid if term in norm.masked else None
             count = jnp.full(steps, batch) if counted is None else counted.sum((1, 2))
@@ -401,15 +419,16 @@ def _run(layer: Layer, inputs: Array, call: _Call) -> Array | tuple[Carry, Array
     return call.leave(result.carry, result.hidden.astype(layer.dtype or result.hidden.dtype))
 
 
-def _inputs_or_symbols(layer: Layer, inputs: Array) -> dict[str, Array | None]:
-    """Dense inputs, which are not integers any more, or symbols, as fields of a problem."""
-    if layer.vocab_size is not None:
-        return {"inputs": None, "symbols": inputs}
-    return {"inputs": inputs.astype(jnp.promote_types(inputs.dtype, jnp.bfloat16))}
+def _state_dtype(layer: Layer, inputs: Array) -> jnp.dtype:
+    """The dtype of state, moments and statistics in a call: float32, or wider."""
+    dtypes = [layer.param_dtype, *([layer.dtype] if layer.dtype else [])]
+    if jnp.issubdtype(inputs.dtype, jnp.floating):
+        dtypes.append(inputs.dtype)
+    return statistics_dtype(jnp.result_type(*map(jnp.dtype, dtypes)))
 
 
-def _check(layer: Layer, inputs: Array, first_step: Array | int | None) -> None:
-    """Checks the inputs of a call; `first_step` is that of training."""
+def _checked(layer: Layer, inputs: Array, call: _Call, training: bool) -> _Call:
+    """The arguments of a call, checked, with lengths from zero to the number of steps."""
     got = f"got {inputs.dtype}{list(inputs.shape)}"
     if layer.vocab_size is None and inputs.ndim != 3:
         hint = "; set vocab_size for symbols [batch, time]" if inputs.ndim == 2 else ""
@@ -418,15 +437,35 @@ def _check(layer: Layer, inputs: Array, first_step: Array | int | None) -> None:
         inputs.ndim != 2 or not jnp.issubdtype(inputs.dtype, jnp.integer)
     ):
         raise ValueError(f"with vocab_size: expected inputs of integers [batch, time], {got}")
-    if first_step is not None and not (isinstance(first_step, int) and first_step == 0):
-        raise ValueError("first_step: expected None under batch statistics; run sequences whole")
+    steps, batch = inputs.shape[:2] if call.time_major else inputs.shape[1::-1]
+    if training:
+        check_rows(layer, batch)
+        if call.first_step is not None and not _is_zero(call.first_step):
+            raise ValueError(
+                "first_step: expected None under batch statistics; run sequences whole"
+            )
+    if call.seq_lengths is None:
+        return call
+    lengths = jnp.asarray(call.seq_lengths)
+    if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        got = f"{lengths.dtype}{list(lengths.shape)}"
+        raise ValueError(f"seq_lengths: expected integers [{batch}], one a sequence, got {got}")
+    return call._replace(seq_lengths=jnp.clip(lengths, 0, steps))
+
+
+def _is_zero(step: Array | int) -> bool:
+    """Whether a number is known to be zero while the layer is traced."""
+    try:
+        return operator.index(step) == 0
+    except (TypeError, jax.errors.TracerIntegerConversionError):
+        return False
 
 
 def flip_sequences(x: Array, seq_lengths: Array | None) -> Array:
     """Reverses `x` `[T, B, ...]` in time; with lengths `[B]`, padding stays at the end."""
     if seq_lengths is None:
         return jnp.flip(x, axis=0)
-    t = jnp.arange(x.shape[0])[:, None]
+    t, seq_lengths = jnp.arange(x.shape[0])[:, None], seq_lengths[None]
     source = jnp.where(t < seq_lengths, seq_lengths - 1 - t, t)
     return jnp.take_along_axis(x, source.reshape(source.shape + (1,) * (x.ndim - 2)), axis=0)
 
@@ -447,7 +486,7 @@ def _running(
     layer: BNLSTM, variables: dict[str, list], first_step: Array | int | None, steps: int
 ) -> dict[str, Statistics] | None:
     """Running statistics of steps from `first_step` on; beyond the rows, the last row."""
-    t = (0 if first_step is None else first_step) + jnp.arange(steps)
+    t = jnp.asarray(0 if first_step is None else first_step, jnp.int32) + jnp.arange(steps)
 
     def at_steps(statistics: Array) -> Array:
         rows = jnp.atleast_2d(statistics)
@@ -473,7 +512,7 @@ def _record(
         count = count.sum()
     elif not layer.shared_statistics:
         rows, steps = variables[0].value.shape[0], count.shape[0]
-        if steps > rows and layer.max_steps is None:
+        if layer.max_steps is None and steps > rows:
             raise ValueError(
                 f"max_steps: statistics have {rows} time steps, of the sequence that initialised "
                 f"the layer, got {steps}; set max_steps (of a reader, passage_steps or "
@@ -481,8 +520,7 @@ def _record(
             )
 
         def to_rows(x: Array) -> Array:
-            x = x[:rows]
-            return jnp.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
+            return jnp.take(x, jnp.arange(rows), axis=0, mode="fill", fill_value=0)
 
         batch, count = Statistics(*map(to_rows, batch)), to_rows(count)
     update_statistics(layer, variables, batch, count, f"{term}_")

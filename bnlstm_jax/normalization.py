@@ -53,6 +53,8 @@ class Normalization:
       masked: terms in whose moments only valid rows count.
       whole_input: moments of the input are those of all time steps together.
       axis_name: mapped axis over which batches are pooled.
+      analytic: differentiate by `batch_normalize`, which takes less time and memory; otherwise JAX
+        does it, in forward mode and more than once too.
     """
 
     terms: tuple[str, ...] = ()
@@ -62,11 +64,17 @@ class Normalization:
     masked: tuple[str, ...] = ()
     whole_input: bool = False
     axis_name: str | None = None
+    analytic: bool = True
 
     @property
     def batch_terms(self) -> tuple[str, ...]:
         """The terms that have statistics."""
         return self.terms if self.kind == "batch" else ()
+
+    @property
+    def counts_padding(self) -> bool:
+        """Whether padded inputs count in the moments of the input term."""
+        return "input" in self.batch_terms and "input" not in self.masked
 
     def axis(self, term: str) -> tuple[int, ...]:
         """The axes over which moments of a term `[..., B, F]` are taken."""
@@ -104,11 +112,19 @@ class Normalization:
             return layer_normalize(x, scale, epsilon), None
         axis = self.axis(term)
         if statistics is not None:
-            return scale * standardize(x, statistics[term], epsilon, axis), None
+            return along(x, scale) * standardize(x, statistics[term], epsilon, axis), None
         where = valid if term in self.masked else None
+        if not self.analytic:
+            moments = batch_moments(x, where, axis, self.axis_name, differentiable=True)
+            return _by_moments(x, scale, where, moments, epsilon), moments
         if moments is None:
             moments = batch_moments(x, where, axis, self.axis_name)
         return batch_normalize(x, scale, where, moments, epsilon, axis, self.axis_name), moments
+
+
+def along(x: Array, features: Array) -> Array:
+    """`features` `[F]` with the rank of `x` `[..., F]`, for JAX's strict rank promotion."""
+    return jnp.expand_dims(features, tuple(range(x.ndim - 1)))
 
 
 def statistics_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -134,8 +150,9 @@ def batch_moments(
     where: Array | None = None,
     axis: tuple[int, ...] = (-2,),
     axis_name: str | None = None,
+    differentiable: bool = False,
 ) -> Moments:
-    """The moments of a batch, for `batch_normalize`. They carry no gradient.
+    """The moments of a batch.
 
     Args:
       x: values, `[..., B, F]`.
@@ -144,11 +161,14 @@ def batch_moments(
       axis: the axes over which moments are taken, negative numbers.
       axis_name: mapped axis of `vmap`, `pmap` or `shard_map(check_vma=False)` over which batches
         are pooled.
+      differentiable: whether they have a gradient; `batch_normalize` takes them without.
     """
-    values = jax.lax.stop_gradient(_counted(x, where))
+    values = _counted(x, where)
+    if not differentiable:
+        values = jax.lax.stop_gradient(values)
     # Relative to a row that counts, the variance loses no digits to the batch's distance from
     # zero, and the mean of equal rows is exact: the first recurrent term is equal in all examples.
-    origin = _first_row(values, axis, where)
+    origin = jax.lax.stop_gradient(_first_row(values, axis, where))
     count = None
     if where is not None:
         count = jnp.maximum(_total(where.astype(values.dtype), axis), 1)
@@ -198,7 +218,14 @@ def batch_normalize(
     Returns:
       The normalised values, in the shape of `x`, in float32 or wider.
     """
-    return scale * jax.lax.rsqrt(moments.var + epsilon) * (_counted(x, where) - moments.mean)
+    return _by_moments(x, scale, where, moments, epsilon)
+
+
+def _by_moments(
+    x: Array, scale: Array, where: Array | None, moments: Moments, epsilon: float
+) -> Array:
+    inverse = jax.lax.rsqrt(moments.var + epsilon)
+    return along(x, scale) * inverse * (_counted(x, where) - moments.mean)
 
 
 def _counted(x: Array, where: Array | None) -> Array:
@@ -297,7 +324,7 @@ def _backward(epsilon, axis, axis_name, residuals, d_y):
     count = _rows(x, axis) if moments.count is None else moments.count
     # A row that counts moves the mean by 1 / count and the variance by 2 (x - mean) / count.
     d_x = d_y - d_shift / count - deviation * (inverse * d_scale / count)
-    d_x = scale * inverse * d_x
+    d_x = along(x, scale) * inverse * d_x
     if where is not None:
         d_x = jnp.where(where, d_x, 0)
     d_x, d_gamma = _last_derivative((d_x.astype(x.dtype), d_gamma))
@@ -316,7 +343,7 @@ def layer_normalize(x: Array, scale: Array, epsilon: float) -> Array:
     x = x.astype(statistics_dtype(x.dtype))
     deviation = x - jnp.mean(x, -1, keepdims=True)
     var = jnp.mean(jnp.square(deviation), -1, keepdims=True)
-    return scale * jax.lax.rsqrt(var + epsilon) * deviation
+    return along(x, scale) * jax.lax.rsqrt(var + epsilon) * deviation
 
 
 def pool_steps(statistics: Statistics, count: Array) -> Statistics:
@@ -326,7 +353,8 @@ def pool_steps(statistics: Statistics, count: Array) -> Statistics:
     """
     weight = (count / jnp.maximum(jnp.sum(count), 1))[:, None]
     mean = jnp.sum(weight * statistics.mean, 0)
-    var = jnp.sum(weight * (statistics.var + jnp.square(statistics.mean - mean)), 0)
+    deviation = statistics.mean - along(statistics.mean, mean)
+    var = jnp.sum(weight * (statistics.var + jnp.square(deviation)), 0)
     return Statistics(mean, var)
 
 

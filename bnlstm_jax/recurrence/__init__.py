@@ -17,6 +17,9 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
+from bnlstm_jax.normalization import Statistics
 from bnlstm_jax.recurrence import pallas_tpu, scan
 from bnlstm_jax.recurrence.devices import default_device, runs_here
 from bnlstm_jax.recurrence.native import call
@@ -31,13 +34,14 @@ class Implementation(NamedTuple):
       why_unsupported: why it cannot run a problem, whose arrays may be `jax.ShapeDtypeStruct`s;
         None if it can. Raises RuntimeError if a kernel cannot be compiled.
       platform: the platform of JAX that it is for; None for all.
-      max_batch: the most sequences; larger batches, which leave no device idle, are run by `xla`.
+      max_batch: the most sequences, or None; larger batches, which leave no device idle, are run by
+        `xla`.
     """
 
     run: Callable[[Problem], Result]
     why_unsupported: Callable[[Problem], str | None] = scan.why_unsupported
     platform: str | None = None
-    max_batch: float = float("inf")
+    max_batch: int | None = None
 
 
 IMPLEMENTATIONS = {
@@ -85,11 +89,27 @@ def choose(name: str, problem: Problem) -> str:
     elif reason := why_unsupported(name, problem):
         raise ValueError(f"implementation={name!r} {reason}; write implementation='xla'")
     batch, most = problem.carry[1].shape[0], IMPLEMENTATIONS[chosen].max_batch
-    if batch > most:
+    if most is not None and batch > most:
         chosen, reason = "xla", f"{chosen!r} takes up to {most} sequences, got {batch}"
     if chosen != name:
         log_choice(name, chosen, reason, level)
     return chosen
+
+
+def run(name: str, problem: Problem) -> Result:
+    """Runs a problem by a chosen implementation. None runs one without steps or sequences."""
+    source = problem.inputs if problem.symbols is None else problem.symbols
+    (steps, batch), units = source.shape[:2], problem.recurrent_kernel.shape[0]
+    if steps and batch:
+        return IMPLEMENTATIONS[name].run(problem)
+    moments, norm = {}, problem.norm
+    for term in norm.batch_terms if problem.statistics is None else ():
+        (features,) = problem.params[f"{term}_scale"].shape
+        whole = norm.whole_input and term == "input"
+        zeros = jnp.zeros((features,) if whole else (steps, features), problem.carry[0].dtype)
+        moments[term] = Statistics(zeros, zeros)
+    hidden = jnp.zeros((steps, batch, units), problem.carry[1].dtype)
+    return Result(problem.carry, hidden, moments)
 
 
 def _validated(problem: Problem) -> tuple[str, str, int]:

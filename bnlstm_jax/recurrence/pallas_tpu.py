@@ -162,7 +162,8 @@ def _step(problem: Problem, recurrent_term: Array, residuals: Any = None) -> tup
     if problem.symbols is not None:
         kernel = problem.params["input_kernel"]
         vocabulary = jax.lax.broadcasted_iota(jnp.int32, (1, len(kernel)), 1)
-        one_hot = (problem.symbols == vocabulary).astype(kernel.dtype)
+        known = (problem.symbols >= 0) & (problem.symbols < len(kernel))
+        one_hot = jnp.where(known, problem.symbols == vocabulary, jnp.nan).astype(kernel.dtype)
         problem = problem.replace(inputs=one_hot, symbols=None)
     return recurrence.step(problem, recurrent_term, residuals)
 

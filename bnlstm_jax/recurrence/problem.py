@@ -86,7 +86,7 @@ class Result:
         """From what a scan of steps returns, and moments that were known before it."""
         carry, hidden, stacked = scanned
         stacked = {term: m.statistics() for term, m in stacked.items() if m is not None}
-        return cls(carry, hidden, moments | stacked)
+        return cls(carry, hidden, jax.lax.stop_gradient(moments | stacked))
 
 
 def input_term(problem: Problem) -> Array:

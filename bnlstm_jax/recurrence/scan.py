@@ -6,6 +6,7 @@ the step. The gradient of the recurrent kernel, which JAX would add up step by s
 after the backward scan. Only first derivatives in reverse mode are defined.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -29,7 +30,8 @@ def why_unsupported(problem: Problem) -> None:
 
 
 def reference(problem: Problem) -> Result:
-    """A plain scan, which takes more time and memory to differentiate."""
+    """A plain scan, which takes more time and memory to differentiate; it has all derivatives."""
+    problem = problem.replace(norm=dataclasses.replace(problem.norm, analytic=False))
     problem, moments = with_input_terms(problem)
     return Result.of(_scan(problem), moments)
 
@@ -93,7 +95,7 @@ def _backward(residuals: tuple, gradients: tuple) -> tuple[Problem]:
         return (d_carry, d_params, rows, ahead), d_inputs
 
     zeros = jax.tree.map(jnp.zeros_like, problem.params)
-    steps = jnp.arange(len(d_hidden))
+    steps = jnp.arange(d_hidden.shape[0])
     (d_carry, d_params, d_terms, _), d_inputs = jax.lax.scan(
         body,
         (d_last, zeros, recurrent_terms, recurrent_terms[-1]),

@@ -8,6 +8,7 @@ from jax import Array
 
 from bnlstm_jax import initializers
 from bnlstm_jax.cells import product
+from bnlstm_jax.normalization import along
 
 
 class Readout(nn.Module):
@@ -31,4 +32,5 @@ class Readout(nn.Module):
         shape = hidden.shape[-1], self.features
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros_init(), shape[1:], self.param_dtype)
-        return product(hidden, kernel, self.dtype) + bias
+        logits = product(hidden, kernel, self.dtype)
+        return logits + along(logits, bias)

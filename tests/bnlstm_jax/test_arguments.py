@@ -1,0 +1,365 @@
+"""What layers and cells do with unusual arguments: padding, lengths, dtypes, sizes, fields."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bnlstm_jax
+from bnlstm_jax import BNLSTM, LNLSTM, LSTM, BatchNorm, BNLSTMCell, BNSimpleCell, LSTMCell
+from bnlstm_jax.recurrence.devices import emulation
+
+LAYERS = {"LSTM": LSTM, "BNLSTM": BNLSTM, "LNLSTM": LNLSTM}
+LENGTHS = (5, 2, 3)
+VALID = np.arange(5) < np.array(LENGTHS)[:, None]
+TRAINING = {"use_running_average": False, "mutable": ["batch_stats"]}
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def initialize(layer, x):
+    return layer.init(jax.random.key(0), jnp.asarray(x), use_running_average=True)
+
+
+def training_results(layer, variables, x, **options):
+    """Outputs, updated statistics and gradients of a sum of squares."""
+
+    def loss(params):
+        y, updated = layer.apply({**variables, "params": params}, x, **options, **TRAINING)
+        return jnp.sum(jnp.square(y)), (y, updated)
+
+    gradients, (y, updated) = jax.grad(loss, has_aux=True)(variables["params"])
+    return y, updated, gradients
+
+
+def assert_equal(ours, theirs, rtol=0.0, atol=0.0):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), ours, theirs)
+
+
+# ---- Padding and lengths.
+
+
+@pytest.mark.parametrize("padding", [np.nan, np.inf, 7.0])
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("kind", LAYERS.values(), ids=LAYERS.keys())
+def test_padding_has_no_effect(kind, implementation, padding):
+    layer = kind(4, implementation=implementation)
+    x = np.where(VALID[..., None], draw(3, 5, 2), 0)
+    variables = initialize(layer, x)
+    lengths = jnp.array(LENGTHS)
+    expected = training_results(layer, variables, jnp.asarray(x), seq_lengths=lengths)
+    padded = jnp.asarray(np.where(VALID[..., None], x, padding))
+    assert_equal(training_results(layer, variables, padded, seq_lengths=lengths), expected)
+
+
+@pytest.mark.parametrize("padding", [-1, 6, 1000])
+def test_padding_of_unknown_symbols_has_no_effect(padding):
+    layer = BNLSTM(4, vocab_size=6)
+    symbols = np.random.default_rng(0).integers(0, 6, (3, 5))
+    variables = initialize(layer, symbols)
+    results = [
+        training_results(
+            layer, variables, jnp.asarray(np.where(VALID, symbols, other)), seq_lengths=LENGTHS
+        )
+        for other in (0, padding)
+    ]
+    assert_equal(*results)
+
+
+def test_padding_counts_where_mask_statistics_says_so():
+    layer = BNLSTM(4, mask_statistics=False)
+    x = draw(3, 5, 2)
+    variables = initialize(layer, x)
+    _, zeros, _ = training_results(
+        layer, variables, jnp.asarray(np.where(VALID[..., None], x, 0)), seq_lengths=LENGTHS
+    )
+    _, others, _ = training_results(layer, variables, jnp.asarray(x), seq_lengths=LENGTHS)
+    means = [updated["batch_stats"]["input_mean"] for updated in (zeros, others)]
+    assert np.abs(means[0] - means[1]).max() > 1e-4
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("kind", LAYERS.values(), ids=LAYERS.keys())
+def test_lengths_beyond_the_sequence_mean_all_of_it(kind, reverse):
+    layer = kind(4, reverse=reverse, keep_order=reverse)
+    x = jnp.asarray(draw(3, 5, 2))
+    variables = initialize(layer, x)
+    results = [
+        training_results(layer, variables, x, seq_lengths=lengths)
+        for lengths in ((5, 0, 3), jnp.array([9, -2, 3]))
+    ]
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize(
+    "lengths", [3, jnp.array([[5], [2], [3]]), (5, 2), jnp.array([5.0, 2.0, 3.0])]
+)
+def test_lengths_of_another_shape_or_type_raise(lengths):
+    layer = LSTM(4)
+    x = jnp.asarray(draw(3, 5, 2))
+    with pytest.raises(ValueError, match=r"seq_lengths: expected integers \[3\]"):
+        layer.init(jax.random.key(0), x, seq_lengths=lengths)
+    with pytest.raises(ValueError, match=r"seq_lengths: expected integers \[5\]"):
+        layer.init(jax.random.key(0), x, seq_lengths=LENGTHS, time_major=True)
+
+
+# ---- Dtypes and symbols.
+
+
+@pytest.mark.parametrize("kind", LAYERS.values(), ids=LAYERS.keys())
+def test_integer_inputs_are_not_rounded(kind):
+    x = np.array([[[1001]], [[1002]], [[1003]], [[1005]]])
+    layer = kind(4, normalize=("recurrent", "cell")) if kind is not LSTM else kind(4)
+    variables = initialize(layer, x.astype(np.float32))
+    variables["params"]["input_kernel"] /= 1000
+    outputs = [layer.apply(variables, x.astype(d), **TRAINING) for d in (np.int32, np.float32)]
+    assert_equal(*outputs)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference", "tpu", "gpu"])
+@pytest.mark.parametrize("symbol", [-1, 6])
+def test_unknown_symbols_give_nan_in_their_sequence(implementation, symbol):
+    layer = LSTM(3, vocab_size=6, implementation=implementation)
+    symbols = jnp.array([[0, 5, 2], [1, symbol, 3]])
+    with emulation():
+        variables = layer.init(jax.random.key(0), jnp.zeros((2, 3), jnp.int32))
+        outputs = layer.apply(variables, symbols)
+    is_nan = np.isnan(outputs).all(-1)
+    np.testing.assert_array_equal(is_nan, [[False] * 3, [False, True, True]])
+
+
+@pytest.mark.parametrize("param_dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("kind", LAYERS.values(), ids=LAYERS.keys())
+def test_parameters_of_16_bits_are_rounded_ones_of_32(kind, param_dtype):
+    x = jnp.asarray(draw(3, 5, 2))
+    ours, wide = (
+        initialize(kind(4, param_dtype=d), x)["params"] for d in (param_dtype, jnp.float32)
+    )
+    assert_equal(ours, jax.tree.map(lambda p: p.astype(param_dtype), wide))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("kind", LAYERS.values(), ids=LAYERS.keys())
+def test_float64_inputs_run_in_float64(kind, implementation):
+    layer = kind(4, implementation=implementation)
+    variables = initialize(layer, draw(3, 5, 2))
+    with jax.enable_x64(True):
+        x = jnp.asarray(draw(3, 5, 2), jnp.float64)
+        y, updated, gradients = training_results(layer, variables, x)
+        assert y.dtype == jnp.float64
+        dtypes = {leaf.dtype for leaf in jax.tree.leaves((updated, gradients))}
+        assert dtypes == {jnp.dtype(jnp.float32)}  # of what is kept
+        wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), variables)
+        expected = training_results(kind(4, param_dtype=jnp.float64), wide, x)
+        assert_equal(y, expected[0], rtol=1e-12)
+
+
+# ---- Empty, single and mismatched batches.
+
+
+@pytest.mark.parametrize("shape", [(3, 0, 2), (0, 4, 2)])
+@pytest.mark.parametrize("kind", LAYERS.values(), ids=LAYERS.keys())
+def test_sequences_without_steps_and_batches_without_sequences(kind, shape):
+    layer = kind(4)
+    variables = initialize(layer, draw(3, 5, 2))
+    y, updated, gradients = training_results(layer, variables, jnp.ones(shape))
+    assert y.shape == (*shape[:2], 4)
+    assert_equal(updated.get("batch_stats", {}), variables.get("batch_stats", {}))
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("module", [BNLSTM(4), BNLSTMCell(4), BNSimpleCell(4), BatchNorm()])
+def test_one_example_under_batch_statistics_raises(module):
+    """Its variance is zero: outputs would be constant and gradients zero."""
+    x = jnp.ones((1, 5, 2) if isinstance(module, BNLSTM) else (1, 2))
+    arguments = (x,)
+    if isinstance(module, nn.RNNCellBase):
+        carry = module.initialize_carry(jax.random.key(0), x.shape)
+        arguments = carry, x
+    variables = module.init(jax.random.key(0), *arguments, use_running_average=False)
+    with pytest.raises(ValueError, match=f"{type(module).__name__}: .* batch of at least 2"):
+        module.apply(variables, *arguments, **TRAINING)
+    module.apply(variables, *arguments, use_running_average=True)
+
+
+def test_one_example_a_device_has_statistics_if_they_are_pooled():
+    layer = BNLSTM(4, axis_name="batch")
+    x = jnp.asarray(draw(3, 1, 5, 2))
+    variables = initialize(BNLSTM(4), x[0])
+
+    def outputs(x):
+        return layer.apply(variables, x, **TRAINING)[0]
+
+    pooled = jax.vmap(outputs, axis_name="batch")(x)
+    together = BNLSTM(4).apply(variables, x[:, 0], **TRAINING)[0]
+    np.testing.assert_allclose(pooled[:, 0], together, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cell", [BNLSTMCell(4), BNSimpleCell(4)])
+def test_cells_with_batch_statistics_take_a_batch_of_vectors(cell):
+    carry = cell.initialize_carry(jax.random.key(0), (2,))
+    with pytest.raises(ValueError, match=r"expected inputs \[batch, features\], got \[2\]"):
+        cell.init(jax.random.key(0), carry, jnp.ones(2), use_running_average=True)
+
+
+# ---- Fields.
+
+
+FIELDS = [
+    (LSTM, "features", 0),
+    (BNLSTM, "features", -1),
+    (LSTMCell, "features", 0),
+    (BNLSTM, "max_steps", 0),
+    (BNLSTM, "momentum", 1.5),
+    (BNLSTMCell, "momentum", -0.1),
+    (BNLSTM, "epsilon", 0.0),
+    (LNLSTM, "epsilon", -1e-5),
+    (BatchNorm, "epsilon", float("nan")),
+    (BatchNorm, "momentum", 2.0),
+    (LSTM, "initial_hidden_noise", -1.0),
+]
+
+
+@pytest.mark.parametrize("kind, field, value", FIELDS)
+def test_fields_out_of_range_raise(kind, field, value):
+    module = kind(**({"features": 4} if kind is not BatchNorm else {}) | {field: value})
+    arguments = (jnp.ones((2, 3, 1)),)
+    if isinstance(module, nn.RNNCellBase):
+        arguments = (jnp.zeros((2, 4)),) * 2, jnp.ones((2, 1))
+    options = {} if kind in (LSTM, LNLSTM, LSTMCell) else {"use_running_average": True}
+    with pytest.raises(ValueError, match=f"{field}: expected .*, got {value!r}"):
+        module.init(jax.random.key(0), *arguments, **options)
+
+
+@pytest.mark.parametrize("zero", [0, np.int64(0), np.zeros((), np.int32), jnp.array(0)])
+def test_training_may_name_its_first_step(zero):
+    layer = BNLSTM(4)
+    x = jnp.asarray(draw(3, 5, 2))
+    variables = initialize(layer, x)
+    assert_equal(
+        layer.apply(variables, x, first_step=zero, **TRAINING),
+        layer.apply(variables, x, **TRAINING),
+    )
+    with pytest.raises(ValueError, match="first_step"):
+        layer.apply(variables, x, first_step=zero + 1, **TRAINING)
+
+
+# ---- JAX's strict modes, export, tabulate.
+
+STRICT = {
+    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "dtype promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    "leaks": jax.checking_leaks,
+}
+
+
+@pytest.mark.parametrize("mode", STRICT.values(), ids=STRICT.keys())
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("kind", LAYERS.values(), ids=LAYERS.keys())
+def test_layers_pass_strict_modes(kind, implementation, mode):
+    x = jnp.asarray(draw(3, 5, 2))
+    with mode():
+        layer = kind(4, implementation=implementation)
+        variables = initialize(layer, x)
+        training_results(layer, variables, x, seq_lengths=jnp.array(LENGTHS))
+        layer.apply(variables, x, use_running_average=True)
+
+
+@pytest.mark.parametrize("mode", STRICT.values(), ids=STRICT.keys())
+def test_cells_and_batch_norm_pass_strict_modes(mode):
+    x = jnp.asarray(draw(3, 5, 2))
+    cell = BNLSTMCell(4, use_running_average=False)
+    with mode():
+        rnn = nn.RNN(cell, variable_axes={"batch_stats": 0}, split_rngs={"params": False})
+        for module in (rnn, BatchNorm(use_running_average=False), nn.RNN(LSTMCell(4))):
+            module.init_with_output(jax.random.key(0), x)
+
+
+@pytest.mark.parametrize("axes", ["b, t, 2", "3, t, 2"])
+@pytest.mark.parametrize("kind", LAYERS.values(), ids=LAYERS.keys())
+def test_training_is_exported_with_symbolic_axes(kind, axes):
+    layer = kind(4, max_steps=8) if kind is BNLSTM else kind(4)
+    x = jnp.asarray(draw(3, 5, 2))
+    variables = initialize(layer, x)
+
+    def train(variables, x):
+        return training_results(layer, variables, x)
+
+    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape(axes), jnp.float32)
+    exported = jax.export.export(jax.jit(train))(variables, shape)
+    assert_equal(exported.call(variables, x), train(variables, x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "module", [LSTM(4), BNLSTM(4, use_running_average=True), nn.RNN(LSTMCell(4))]
+)
+def test_tabulate_counts_operations(module):
+    assert "flops" in module.tabulate(jax.random.key(0), jnp.ones((2, 5, 3)), compute_flops=True)
+
+
+# ---- Derivatives.
+
+
+def second_order(layer, variables, x, lengths):
+    """A random direction, and the loss's gradient by the parameters as a function of them."""
+
+    def gradient(params):
+        def loss(params):
+            y = layer.apply({**variables, "params": params}, x, seq_lengths=lengths, **TRAINING)[0]
+            return jnp.sum(y**3)
+
+        return jax.grad(loss)(params)
+
+    random = np.random.default_rng(1)
+    direction = jax.tree.map(
+        lambda p: jnp.asarray(random.normal(size=p.shape)), variables["params"]
+    )
+    return gradient, direction
+
+
+@pytest.mark.parametrize("lengths", [None, (4, 2, 3, 4, 1)])
+@pytest.mark.parametrize("statistics", ["per_step", "sequence"])
+def test_reference_has_forward_mode_and_second_derivatives(lengths, statistics):
+    with jax.enable_x64(True):
+        layer = BNLSTM(
+            3, implementation="reference", input_statistics=statistics, param_dtype=jnp.float64
+        )
+        x = jnp.asarray(draw(5, 4, 3), jnp.float64)
+        variables = initialize(layer, x)
+        gradient, direction = second_order(layer, variables, x, lengths)
+        params = variables["params"]
+        _, found = jax.jvp(gradient, (params,), (direction,))  # forward over reverse
+        step = 1e-6
+        plus, minus = (
+            gradient(jax.tree.map(lambda p, d, s=sign: p + s * step * d, params, direction))
+            for sign in (1, -1)
+        )
+        expected = jax.tree.map(lambda a, b: (a - b) / (2 * step), plus, minus)
+        # Off by step^2 of third derivatives, which are large, and by rounding / step.
+        scale = max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+        assert_equal(found, expected, rtol=1e-4, atol=1e-6 * scale)
+
+
+def test_xla_refuses_what_it_has_not():
+    layer = BNLSTM(3, implementation="xla")
+    x = jnp.asarray(draw(5, 4, 3))
+    variables = initialize(layer, x)
+    gradient, direction = second_order(layer, variables, x, None)
+    direction = jax.tree.map(lambda d: d.astype(jnp.float32), direction)
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(
+            lambda p: layer.apply({**variables, "params": p}, x, **TRAINING)[0],
+            (variables["params"],),
+            (direction,),
+        )
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        jax.grad(lambda p: sum(jnp.sum(g) for g in jax.tree.leaves(gradient(p))))(
+            variables["params"]
+        )
+
+
+def test_version_is_that_of_the_package():
+    assert bnlstm_jax.__version__.count(".") == 2
