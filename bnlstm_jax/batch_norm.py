@@ -19,8 +19,9 @@ from bnlstm_jax.normalization import (
     statistics_dtype,
 )
 
-# Statistics of the current batch, not averaged, and the number of rows behind each. An `apply` that
-# names this collection as mutable gets them; see `bnlstm_jax.population`.
+# Collection of the statistics of the current batch, `{term}_mean` and `{term}_var`, and of the
+# numbers of rows behind them, `{term}_count`. An `apply` returns it if it is mutable; see
+# `bnlstm_jax.population`. Lifted transforms list it beside `batch_stats`.
 CURRENT_BATCH_STATS = "current_batch_stats"
 
 
@@ -85,7 +86,7 @@ def update_statistics(
     count: Array,
     prefix: str = "",
 ) -> None:
-    """Moves running statistics towards those of the batch; writes those in `current_batch_stats`.
+    """Moves running statistics towards those of the batch; adds those to `current_batch_stats`.
 
     Args:
       module: has `momentum` and `axis_name`. Nothing happens while it is initialised.
@@ -107,8 +108,24 @@ def update_statistics(
     for variable, average in zip(variables, averages, strict=True):
         variable.value = average.astype(variable.value.dtype)
     if module.is_mutable_collection(CURRENT_BATCH_STATS):
-        for name, value in (("mean", batch.mean), ("var", batch.var), ("count", count)):
-            module.put_variable(CURRENT_BATCH_STATS, prefix + name, value)
+        _add_to_current(module, batch, count, prefix)
+
+
+def _add_to_current(module: nn.Module, batch: Statistics, count: Array, prefix: str) -> None:
+    """Averages `batch` with earlier calls in `current_batch_stats`, weighted by their rows.
+
+    Variances are averaged like means, as in running averages: each call is normalised by its own.
+    """
+
+    def earlier(name: str, like: Array) -> Array:
+        return module.get_variable(CURRENT_BATCH_STATS, prefix + name, jnp.zeros_like(like))
+
+    total = earlier("count", count) + count
+    share = (count / jnp.maximum(total, 1)).astype(batch.mean.dtype)[..., None]
+    for name, new in zip(Statistics._fields, batch, strict=True):
+        old = earlier(name, new)
+        module.put_variable(CURRENT_BATCH_STATS, prefix + name, old + share * (new - old))
+    module.put_variable(CURRENT_BATCH_STATS, f"{prefix}count", total)
 
 
 class BatchNorm(nn.Module):

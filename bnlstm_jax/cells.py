@@ -310,9 +310,9 @@ class BNLSTMCell(RecurrentCell):
 
     The collection `batch_stats` holds running means and variances of one step,
     `{input,recurrent,cell}_{mean,var}`, each `[F]`. For statistics per time step unroll the cell
-    with `variable_axes={'batch_stats': 0}`, in `flax.linen.RNN` or `flax.linen.scan`. The layer
-    `bnlstm_jax.BNLSTM` has them by itself; it alone can have its population statistics
-    re-estimated.
+    with `variable_axes={'batch_stats': 0, 'current_batch_stats': 0}`, in `flax.linen.RNN` or
+    `flax.linen.scan`; `bnlstm_jax.estimate_population_statistics` needs the second collection. The
+    layer `bnlstm_jax.BNLSTM` has both by itself.
 
     Attributes:
       features: number of hidden units H.
@@ -446,6 +446,7 @@ class BNSimpleCell(nn.RNNCellBase):
     The network of the paper's figure on gradient flow, in which W_h starts as the identity.
     Parameters `input_kernel [D, H]`, `recurrent_kernel [H, H]`, `joint_scale [H]`, `bias [H]`,
     `initial_hidden [H]`; statistics `joint_mean` and `joint_var`, each `[H]`. The carry is h.
+    For statistics per time step see `BNLSTMCell`.
 
     Attributes:
       features: number of hidden units H.

@@ -1,20 +1,29 @@
 """Population statistics, re-estimated: the mean of batch statistics over training data.
 
-The running averages that training keeps in `batch_stats` lag behind the parameters. The paper's
-final numbers use this estimate instead: statistics of whole batches under the final parameters,
-averaged with equal weight, for each time step.
+The running averages that training keeps in `batch_stats` lag behind the parameters, and early in
+training they still hold part of their initial values. The paper's final numbers use this estimate
+instead: statistics of whole batches under the final parameters, averaged with equal weight, for
+each time step.
 """
 
+import functools
 import re
+import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
 
-from bnlstm_jax.batch_norm import CURRENT_BATCH_STATS
+from bnlstm_jax.batch_norm import CURRENT_BATCH_STATS, BatchNorm
+from bnlstm_jax.cells import BNLSTMCell, BNSimpleCell
+from bnlstm_jax.layers import BNLSTM
+
+MODULES = (BatchNorm, BNLSTM, BNLSTMCell, BNSimpleCell)
+Path = tuple[str, ...]  # of a module, or of a variable within a collection
 
 
 def estimate_population_statistics(
@@ -22,7 +31,7 @@ def estimate_population_statistics(
     variables: dict[str, Any],
     batches: Iterable[Any],
     *,
-    rngs: dict[str, jax.Array] | None = None,
+    rngs: dict[str, Array] | None = None,
     late_steps: str = "skip",
     inputs: Callable[[Any], tuple] | None = None,
     transform: Callable[[Callable], Callable] = jax.jit,
@@ -33,8 +42,24 @@ def estimate_population_statistics(
         stats = estimate_population_statistics(model, variables, batches, use_running_average=False)
         y = model.apply({**variables, "batch_stats": stats}, x, use_running_average=True)
 
+    If the model's `train` flag also enables dropout, pass a key for it. The statistics are then
+    those under dropout, as running averages are::
+
+        stats = estimate_population_statistics(
+            model, variables, batches, train=True, rngs={"dropout": key})
+
+    This covers `BNLSTM`, `BatchNorm`, `BNLSTMCell` and `BNSimpleCell` anywhere in the model. Lifted
+    transforms around them (`nn.scan`, `nn.vmap`, `nn.RNN`) must list the collection
+    `current_batch_stats` (`bnlstm_jax.CURRENT_BATCH_STATS`) beside `batch_stats`, both along axis 0
+    or both carried::
+
+        nn.RNN(cell, variable_axes={"batch_stats": 0, "current_batch_stats": 0})
+
+    If the model calls a module several times, the statistics of a batch are the average over these
+    calls, weighted by the number of rows in each.
+
     Args:
-      model: a module with BNLSTM or BatchNorm layers anywhere, each called once.
+      model: a `flax.linen.Module`.
       variables: its variables, with the parameters to estimate statistics for.
       batches: training data; each batch is the argument of a call of the model, or a tuple of them.
       rngs: keys of the model's random streams, folded with the number of the batch.
@@ -48,57 +73,191 @@ def estimate_population_statistics(
         `use_running_average=False`.
 
     Returns:
-      `batch_stats`, with every statistic of those layers replaced by its average over the batches
-      that reach its time step. Steps that no batch reaches take the statistics of the last step
-      that one does.
+      `batch_stats`, with every statistic of those modules, `[..., T, F]` or `[..., F]`, replaced by
+      its average over the batches that reach its time step. Steps that no batch reaches take the
+      statistics of the last step that one does. Statistics that no batch reaches at any step stay
+      as they are.
 
     Raises:
-      ValueError: there are no batches, no layer used batch statistics, or `late_steps` is unknown.
+      TypeError: `model` is not a `flax.linen.Module`.
+      ValueError: there are no batches, no module used batch statistics, a lifted transform does not
+        list `current_batch_stats`, or `late_steps` is unknown.
+
+    Warns:
+      UserWarning: another module, such as `flax.linen.BatchNorm`, updates statistics in
+        `batch_stats`. These stay as they are.
     """
     if late_steps not in ("skip", "repeat"):
         raise ValueError(f"late_steps: expected 'skip' or 'repeat', got {late_steps!r}")
+    _check_model(model)
+    statistics = flatten_dict(variables.get("batch_stats", {}))
+    unlifted: set[Path] = set()
+    interceptor = functools.partial(_note_unlifted, unlifted)
 
-    def weighted_statistics(variables: Any, index: int, batch: Any) -> Any:
-        """Statistics of a batch, and one where rows are behind them; both zero elsewhere."""
+    def contributions(variables: Any, index: int, batch: Any) -> dict[Path, _Sum]:
         if inputs is not None:
             arguments = inputs(batch)
         else:
             arguments = batch if isinstance(batch, tuple) else (batch,)
         keys = {name: jax.random.fold_in(key, index) for name, key in (rngs or {}).items()}
+        before = flatten_dict(variables.get("batch_stats", {}))
+        variables = {**variables, CURRENT_BATCH_STATS: _no_calls(before)}
         mutable = ["batch_stats", CURRENT_BATCH_STATS]
-        _, updated = model.apply(variables, *arguments, rngs=keys, mutable=mutable, **kwargs)
-        current = flatten_dict(updated.get(CURRENT_BATCH_STATS, {}))
-        weighted = {}
-        for path, value in current.items():
-            prefix, kind = re.fullmatch("(.*)(mean|var|count)", path[-1]).groups()
-            if kind != "count":
-                reached = current[(*path[:-1], f"{prefix}count")][..., None] > 0
-                if late_steps == "repeat":
-                    value = _repeat_last(value, reached)
-                    reached = jnp.full_like(reached, jnp.any(reached))
-                weighted[path] = jnp.where(reached, value, 0), reached.astype(value.dtype)
-        return weighted
+        with nn.intercept_methods(interceptor):
+            _, after = model.apply(variables, *arguments, rngs=keys, mutable=mutable, **kwargs)
+        after = [flatten_dict(after.get(name, {})) for name in mutable]
+        return _contributions(before, *after, late_steps)
 
-    compiled = transform(weighted_statistics)
-    totals: dict[tuple[str, ...], Any] = {}
+    compiled = transform(contributions)
+    sums: dict[Path, _Sum] = {}
     for index, batch in enumerate(batches):
-        weighted = compiled(variables, index, batch)
-        totals = jax.tree.map(jnp.add, totals, weighted) if totals else weighted
-    if not totals:
-        raise ValueError(
-            "no batch statistics to average: there are no batches, or no layer of the model has "
-            "statistics, or an argument such as use_running_average=False is missing"
-        )
-    statistics = flatten_dict(variables["batch_stats"])
-    for path, (total, weight) in totals.items():
-        average = _repeat_last(total / jnp.maximum(weight, 1), weight > 0)
-        statistics[path] = average.astype(statistics[path].dtype)
+        of_batch = compiled(variables, index, batch)
+        sums = jax.tree.map(jnp.add, sums, of_batch) if sums else of_batch
+    _check(sums, unlifted)
+    for path, (total, weight, _) in sums.items():
+        average, reached = _repeat_last(total / jnp.maximum(weight, 1), weight > 0)
+        old = statistics[path]
+        statistics[path] = jnp.where(reached, average.astype(old.dtype), old)
     return unflatten_dict(statistics)
 
 
-def _repeat_last(statistic: jax.Array, reached: jax.Array) -> jax.Array:
-    """Time steps after the last one `reached`, `[T, 1]`, take its statistics `[T, F]`."""
-    if statistic.ndim == 1:  # of all time steps together
-        return statistic
-    last = jnp.maximum(jnp.sum(reached) - 1, 0)
-    return statistic[jnp.minimum(jnp.arange(len(statistic)), last)]
+class _Sum(NamedTuple):
+    """A statistic, summed over batches.
+
+    Attributes:
+      total: sum over the batches that reach it, `[..., F]`.
+      weight: number of those batches, `[..., 1]`, in the dtype of the statistic.
+      moved: boolean `[]`; whether any batch changed its running average.
+    """
+
+    total: Array
+    weight: Array
+    moved: Array
+
+
+def _count_path(path: Path) -> Path | None:
+    """Path of the number of rows behind a mean or variance; None for other variables."""
+    name, is_statistic = re.subn("(mean|var)$", "count", path[-1])
+    return (*path[:-1], name) if is_statistic else None
+
+
+def _no_calls(statistics: dict[Path, Array]) -> dict[str, Any]:
+    """The collection `current_batch_stats` before any call: zeros.
+
+    A transform that carries the collection needs it from the start.
+    """
+    current = {}
+    for path, value in statistics.items():
+        count_path = _count_path(path)
+        if count_path is not None:
+            current[path] = jnp.zeros_like(value)
+            current[count_path] = jnp.zeros(value.shape[:-1], int)
+    return unflatten_dict(current)
+
+
+def _contributions(
+    before: dict[Path, Array],
+    after: dict[Path, Array],
+    current: dict[Path, Array],
+    late_steps: str,
+) -> dict[Path, _Sum]:
+    """What a batch adds to the sum of every statistic.
+
+    Args:
+      before, after: `batch_stats` before and after the call of the model.
+      current: the collection `current_batch_stats` after it.
+      late_steps: as in `estimate_population_statistics`.
+    """
+    sums = {}
+    for path, old in before.items():
+        moved = jnp.any(old != after[path])
+        count_path = _count_path(path)
+        if count_path is None:
+            sums[path] = _Sum(jnp.zeros_like(old), jnp.zeros((1,) * old.ndim, old.dtype), moved)
+            continue
+        value, reached = current[path], (current[count_path] > 0)[..., None]
+        if late_steps == "repeat":
+            value, reached = _repeat_last(value, reached)
+        total = jnp.where(reached, value, jnp.zeros_like(value))
+        sums[path] = _Sum(total, reached.astype(value.dtype), moved)
+    return sums
+
+
+def _repeat_last(statistic: Array, reached: Array) -> tuple[Array, Array]:
+    """Fills time steps that are not `reached` with the last one before them that is.
+
+    Args:
+      statistic: `[..., T, F]`; `[F]`, of all time steps together, is returned as it is.
+      reached: boolean `[..., T, 1]` or `[1]`.
+
+    Returns:
+      The filled statistic; boolean `[..., T, 1]`, whether any step is reached.
+    """
+    if statistic.ndim < 2:
+        return statistic, reached
+    step = jax.lax.broadcasted_iota(jnp.int32, reached.shape, reached.ndim - 2)
+    source = jax.lax.cummax(jnp.where(reached, step, jnp.zeros_like(step)), axis=reached.ndim - 2)
+    anywhere = jnp.broadcast_to(jnp.any(reached, axis=-2, keepdims=True), reached.shape)
+    return jnp.take_along_axis(statistic, source, axis=-2), anywhere
+
+
+def _note_unlifted(
+    unlifted: set[Path], call: Callable, args: Any, kwargs: Any, context: Any
+) -> Any:
+    """Interceptor: collects the paths of modules that cannot write `current_batch_stats`."""
+    module = context.module
+    if (
+        isinstance(module, MODULES)
+        and context.method_name == "__call__"
+        and not module.is_mutable_collection(CURRENT_BATCH_STATS)
+    ):
+        unlifted.add(module.path)
+    return call(*args, **kwargs)
+
+
+def _check_model(model: Any) -> None:
+    """Raises a TypeError if `model` is not a Linen module."""
+    if isinstance(model, nn.Module):
+        return
+    hint = ""
+    if hasattr(model, "to_nnx__module"):
+        hint = (
+            "; pass model.to_nnx__module, with the variables "
+            "{'params': nnx.to_pure_dict(nnx.state(model, nnx.Param)), "
+            "'batch_stats': nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))}, "
+            "and write the result back by nnx.update(model, stats)"
+        )
+    name = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+    raise TypeError(f"model: expected an instance of flax.linen.Module, got {name}{hint}")
+
+
+def _check(sums: dict[Path, _Sum], unlifted: set[Path]) -> None:
+    """Raises or warns if running averages moved and the batch's statistics are unknown."""
+    left = {
+        path[:-1] for path, (_, weight, moved) in sums.items() if moved and not jnp.any(weight > 0)
+    }
+    if left & unlifted:
+        raise ValueError(
+            f"{_texts(left & unlifted)}: a lifted transform (nn.scan, nn.vmap, nn.RNN) does not "
+            f"return the statistics of the batch; add {CURRENT_BATCH_STATS!r}: 0 to its "
+            f"variable_axes, or {CURRENT_BATCH_STATS!r} to its variable_carry if 'batch_stats' is "
+            "there"
+        )
+    if left:
+        warnings.warn(
+            f"{_texts(left)}: statistics not re-estimated, since these are not modules of "
+            "bnlstm_jax; they keep the values in variables",
+            UserWarning,
+            stacklevel=3,
+        )
+    if not any(jnp.any(weight > 0) for _, weight, _ in sums.values()):
+        raise ValueError(
+            "no batch statistics to average: there are no batches (or no valid rows in them), or "
+            "no layer of the model has statistics, or an argument such as "
+            "use_running_average=False is missing"
+        )
+
+
+def _texts(paths: set[Path]) -> str:
+    """Paths as in Flax's errors."""
+    return ", ".join("/" + "/".join(path) for path in sorted(paths))

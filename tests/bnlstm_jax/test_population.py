@@ -1,8 +1,12 @@
+import functools
+
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import bnlstm_jax
 from bnlstm_jax.batch_norm import BatchNorm
@@ -196,3 +200,379 @@ def test_refuses_what_it_does_not_know_about_late_steps():
         bnlstm_jax.estimate_population_statistics(
             layer, {}, [jnp.zeros((4, STEPS, 3))], late_steps="edge", use_running_average=False
         )
+
+
+# ---- Modules within lifted transforms.
+
+STACKED = {"batch_stats": 0, bnlstm_jax.CURRENT_BATCH_STATS: 0}
+SINGLE = {"rtol": 1e-5, "atol": 1e-6}  # float32 sums of a few
+
+
+def average(tables):
+    """Plain average by time step over tables `[t, F]` of batches of `t` steps; the last repeats."""
+    steps = max(map(len, tables))
+    rows = [np.mean([table[t] for table in tables if t < len(table)], axis=0) for t in range(steps)]
+    return np.stack(rows + [rows[-1]] * (STEPS - steps))
+
+
+class ScannedLayers(nn.Module):
+    """Three BNLSTMs, one upon another."""
+
+    variable_axes: dict
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        layer = bnlstm_jax.BNLSTM(3, max_steps=STEPS, use_running_average=not train, name="layer")
+        stack = nn.scan(
+            lambda layer, x: (layer(x), None),
+            variable_axes={"params": 0, **self.variable_axes},
+            split_rngs={"params": True},
+            length=3,
+        )
+        return stack(layer, x)[0]
+
+
+class MappedLayers(nn.Module):
+    """Three BNLSTMs beside each other, as members of an ensemble."""
+
+    variable_axes: dict
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        ensemble = nn.vmap(
+            bnlstm_jax.BNLSTM,
+            variable_axes={"params": 0, **self.variable_axes},
+            split_rngs={"params": True},
+            in_axes=None,
+            axis_size=3,
+        )
+        return ensemble(3, max_steps=STEPS, use_running_average=not train, name="layer")(x)
+
+
+@pytest.mark.parametrize("late_steps", ["skip", "repeat"])
+@pytest.mark.parametrize("stack", [ScannedLayers, MappedLayers])
+def test_stacked_layers_equal_separate_ones(stack, late_steps):
+    model = stack(STACKED)
+    lengths = (5, 2, 3)
+    batches = [jax.random.normal(jax.random.key(t), (4 + t, t, 3)) for t in lengths]
+    variables = model.init(jax.random.key(0), jnp.zeros((4, STEPS, 3)))
+    got = bnlstm_jax.estimate_population_statistics(
+        model, variables, batches, late_steps=late_steps, train=True
+    )["layer"]
+    layer = bnlstm_jax.BNLSTM(3, max_steps=STEPS)
+    for i in range(3):
+        own = jax.tree.map(lambda leaf, i=i: leaf[i], {k: v["layer"] for k, v in variables.items()})
+        each = [batch_statistics(layer, own, x) for x in batches]
+        for name in own["batch_stats"]:
+            tables = [np.asarray(of[name])[:t] for of, t in zip(each, lengths, strict=True)]
+            if late_steps == "repeat":
+                pad = [((0, 5 - t), (0, 0)) for t in lengths]
+                tables = [np.pad(t, p, mode="edge") for t, p in zip(tables, pad, strict=True)]
+            np.testing.assert_allclose(got[name][i], average(tables), **SINGLE, err_msg=name)
+        if stack is ScannedLayers:
+            train = functools.partial(layer.apply, own, use_running_average=False, mutable=True)
+            batches = [train(x)[0] for x in batches]
+
+
+class LoopOverTime(nn.Module):
+    """A cell under `nn.scan` over time, whose statistics are stacked or carried."""
+
+    cell: type
+    lifted: dict
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        cell = self.cell(4, use_running_average=not train, name="cell")
+        carry = cell.initialize_carry(jax.random.key(0), x[:, 0].shape)
+        if self.is_initializing() and "variable_carry" in self.lifted:
+            return cell(carry, x[:, 0])[1]  # what is carried must exist
+        loop = nn.scan(
+            lambda cell, carry, x: cell(carry, x),
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            in_axes=1,
+            out_axes=1,
+            **self.lifted,
+        )
+        return loop(cell, carry, x)[1]
+
+
+class Recurrent(nn.Module):
+    """A cell under `nn.RNN`."""
+
+    cell: type
+    lifted: dict
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        cell = self.cell(4, use_running_average=not train, name="cell")
+        return nn.RNN(cell, **self.lifted)(x)
+
+
+def simple_moments(params, x):
+    """Means and variances of the pre-activation of BNSimpleCell `[T, F]`, in double precision."""
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    h, mean, var = np.zeros((len(x), 4)), [], []
+    for t in range(x.shape[1]):
+        total = h @ params["recurrent_kernel"] + x[:, t] @ params["input_kernel"]
+        mean.append(total.mean(0))
+        var.append(total.var(0))
+        normalized = (total - mean[-1]) / np.sqrt(var[-1] + 1e-5)
+        h = np.tanh(params["joint_scale"] * normalized + params["bias"])
+    return np.stack(mean), np.stack(var)
+
+
+@pytest.mark.parametrize("loop", [LoopOverTime, Recurrent])
+def test_cells_over_time(loop):
+    batches = [jax.random.normal(jax.random.key(k), (4 + k, STEPS, 3)) for k in range(3)]
+    model = loop(bnlstm_jax.BNSimpleCell, {"variable_axes": STACKED})
+    variables = model.init(jax.random.key(0), batches[0])
+    got = bnlstm_jax.estimate_population_statistics(model, variables, batches, train=True)["cell"]
+    each = [simple_moments(variables["params"]["cell"], np.asarray(x)) for x in batches]
+    for name, tables in zip(("joint_mean", "joint_var"), zip(*each, strict=True), strict=True):
+        np.testing.assert_allclose(got[name], np.mean(tables, axis=0), **SINGLE)
+
+
+@pytest.mark.parametrize("loop", [LoopOverTime, Recurrent])
+def test_cells_over_time_equal_the_layer(loop):
+    batches = [jax.random.normal(jax.random.key(k), (4 + k, STEPS, 3)) for k in range(3)]
+    model, layer = loop(bnlstm_jax.BNLSTMCell, {"variable_axes": STACKED}), bnlstm_jax.BNLSTM(4)
+    variables = model.init(jax.random.key(0), batches[0])
+    got = bnlstm_jax.estimate_population_statistics(model, variables, batches, train=True)["cell"]
+    own = {collection: leaves["cell"] for collection, leaves in variables.items()}
+    each = [batch_statistics(layer, own, x) for x in batches]
+    for name in own["batch_stats"]:
+        wanted = np.mean([of[name] for of in each], axis=0)
+        # Another order of sums, of which later steps are made.
+        np.testing.assert_allclose(got[name], wanted, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_carried_statistics_average_over_time():
+    collections = ["batch_stats", bnlstm_jax.CURRENT_BATCH_STATS]
+    model = LoopOverTime(bnlstm_jax.BNSimpleCell, {"variable_carry": collections})
+    batches = [jax.random.normal(jax.random.key(k), (4 + k, STEPS, 3)) for k in range(3)]
+    variables = model.init(jax.random.key(0), batches[0])
+    got = bnlstm_jax.estimate_population_statistics(model, variables, batches, train=True)["cell"]
+    each = [simple_moments(variables["params"]["cell"], np.asarray(x)) for x in batches]
+    for name, tables in zip(("joint_mean", "joint_var"), zip(*each, strict=True), strict=True):
+        np.testing.assert_allclose(got[name], np.mean(tables, axis=(0, 1)), **SINGLE)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ScannedLayers({"batch_stats": 0}),
+        MappedLayers({"batch_stats": 0}),
+        LoopOverTime(bnlstm_jax.BNLSTMCell, {"variable_axes": {"batch_stats": 0}}),
+        LoopOverTime(bnlstm_jax.BNSimpleCell, {"variable_carry": ["batch_stats"]}),
+        Recurrent(bnlstm_jax.BNLSTMCell, {"variable_axes": {"batch_stats": 0}}),
+    ],
+    ids=["layers", "ensemble", "scan", "carry", "RNN"],
+)
+def test_transforms_that_keep_back_statistics_raise(model):
+    x = jax.random.normal(jax.random.key(1), (4, STEPS, 3))
+    variables = model.init(jax.random.key(0), x)
+    name = "layer" if "layer" in variables["batch_stats"] else "cell"
+    with pytest.raises(ValueError, match=f"/{name}: .*'{bnlstm_jax.CURRENT_BATCH_STATS}': 0"):
+        bnlstm_jax.estimate_population_statistics(model, variables, [x], train=True)
+
+
+@pytest.mark.parametrize("lift", [nn.remat, nn.jit])
+def test_transforms_of_all_collections_need_nothing(lift):
+    layer = bnlstm_jax.BNLSTM(4, max_steps=STEPS)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            lifted = lift(bnlstm_jax.BNLSTM)
+            return lifted(4, max_steps=STEPS, use_running_average=not train, name="layer")(x)
+
+    x = jax.random.normal(jax.random.key(1), (4, STEPS, 3))
+    variables = Model().init(jax.random.key(0), x)
+    own = {collection: leaves["layer"] for collection, leaves in variables.items()}
+    got = bnlstm_jax.estimate_population_statistics(Model(), variables, [x], train=True)["layer"]
+    wanted = batch_statistics(layer, own, x)
+    for name in wanted:
+        np.testing.assert_allclose(got[name], wanted[name], **SINGLE, err_msg=name)
+
+
+# ---- Modules called several times.
+
+
+def test_calls_of_a_batch_count_by_their_rows():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, y, train=False):
+            norm = BatchNorm(use_running_average=not train, name="norm")
+            return norm(x), norm(y)
+
+    draws = [jax.random.normal(jax.random.key(k), (4 + 2 * k, 3)) + k for k in range(4)]
+    batches = [(draws[0], draws[1]), (draws[2], draws[3])]
+    variables = Model().init(jax.random.key(0), *batches[0])
+    got = bnlstm_jax.estimate_population_statistics(Model(), variables, batches, train=True)["norm"]
+    for name, moment in (("mean", np.mean), ("var", np.var)):
+        # Rows within a batch, equal weights over batches; variances about each call's own mean.
+        each = [
+            np.average([moment(x, axis=0) for x in pair], axis=0, weights=[len(x) for x in pair])
+            for pair in batches
+        ]
+        np.testing.assert_allclose(got[name], np.mean(each, axis=0), **SINGLE)
+
+
+def test_calls_of_a_layer_count_by_their_rows_at_each_step():
+    layer = bnlstm_jax.BNLSTM(4, max_steps=STEPS)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, passage, question, train=False):
+            shared = layer.clone(parent=self, name="layer")
+            for x, lengths in (passage, question):
+                shared(x, seq_lengths=lengths, use_running_average=not train)
+
+    draw = [jax.random.normal(jax.random.key(k), (4, 5, 3)) for k in range(2)]
+    lengths = [jnp.array([5, 2, 4, 4]), jnp.array([1, 3, 3, 2])]
+    batch = tuple(zip(draw, lengths, strict=True))
+    variables = Model().init(jax.random.key(0), *batch)
+    got = bnlstm_jax.estimate_population_statistics(Model(), variables, [batch], train=True)
+    own = {collection: leaves["layer"] for collection, leaves in variables.items()}
+    each = [batch_statistics(layer, own, x, seq_lengths=n) for x, n in batch]
+    rows = np.array([[np.sum(np.asarray(n) > t) for t in range(5)] for n in lengths])
+    weights = (rows / rows.sum(0))[..., None]
+    for name, statistic in got["layer"].items():
+        wanted = sum(w * of[name][:5] for w, of in zip(weights, each, strict=True))
+        np.testing.assert_allclose(statistic[:5], wanted, **SINGLE, err_msg=name)
+        np.testing.assert_array_equal(statistic[5], statistic[4], err_msg=name)
+
+
+def test_statistics_left_by_an_earlier_call_do_not_count():
+    model = BatchNorm()
+    x, other = (jax.random.normal(jax.random.key(k), (4 + k, 3)) + k for k in range(2))
+    variables = model.init(jax.random.key(0), x, use_running_average=True)
+    _, left = model.apply(variables, other, use_running_average=False, mutable=True)
+    assert bnlstm_jax.CURRENT_BATCH_STATS in left
+    got = bnlstm_jax.estimate_population_statistics(model, left, [x], use_running_average=False)
+    np.testing.assert_allclose(got["mean"], np.mean(x, axis=0), **SINGLE)
+    np.testing.assert_allclose(got["var"], np.var(x, axis=0), **SINGLE)
+
+
+# ---- Models with other modules, and models of other kinds.
+
+
+class Mixed(nn.Module):
+    """A BNLSTM and Flax's BatchNorm, SpectralNorm and Dropout, all driven by `train`."""
+
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dropout(self.dropout)(x, deterministic=not train)
+        x = bnlstm_jax.BNLSTM(4, max_steps=STEPS, use_running_average=not train, name="layer")(x)
+        x = nn.BatchNorm(use_running_average=not train, name="flax_norm")(x)
+        return nn.SpectralNorm(nn.Dense(3), name="spectral")(x, update_stats=train)
+
+
+def test_other_modules_keep_their_statistics_with_a_warning():
+    x = jax.random.normal(jax.random.key(1), (4, STEPS, 3))
+    variables = Mixed().init(jax.random.key(0), x)
+    with pytest.warns(UserWarning, match="/flax_norm, /spectral") as warned:
+        got = bnlstm_jax.estimate_population_statistics(Mixed(), variables, [x], train=True)
+    assert len(warned) == 1 and warned[0].filename == __file__
+    old = variables["batch_stats"]
+    for name in ("flax_norm", "spectral"):
+        jax.tree.map(np.testing.assert_array_equal, got[name], old[name])
+    own = {collection: leaves.get("layer") for collection, leaves in variables.items()}
+    wanted = batch_statistics(bnlstm_jax.BNLSTM(4, max_steps=STEPS), own, x)
+    for name in wanted:
+        np.testing.assert_allclose(got["layer"][name], wanted[name], **SINGLE, err_msg=name)
+
+
+@pytest.mark.filterwarnings("error")
+def test_frozen_modules_are_left_without_a_warning():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            x = nn.BatchNorm(use_running_average=True, name="frozen")(x)
+            x = bnlstm_jax.BNLSTM(3, use_running_average=True, name="frozen_layer")(x)
+            return bnlstm_jax.BNLSTM(4, use_running_average=not train)(x)
+
+    x = jax.random.normal(jax.random.key(1), (4, STEPS, 3))
+    variables = Model().init(jax.random.key(0), x)
+    got = bnlstm_jax.estimate_population_statistics(Model(), variables, [x], train=True)
+    for name in ("frozen", "frozen_layer"):
+        jax.tree.map(np.testing.assert_array_equal, got[name], variables["batch_stats"][name])
+
+
+def test_a_module_that_no_row_reaches_keeps_its_statistics():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, lengths, **kwargs):
+            for name, n in (("some", lengths), ("none", jnp.zeros_like(lengths))):
+                layer = bnlstm_jax.BNLSTM(3, max_steps=STEPS, name=name)
+                x = layer(x, seq_lengths=n, **kwargs)
+
+    x, lengths = jax.random.normal(jax.random.key(1), (3, STEPS, 2)), jnp.array([6, 2, 4])
+    variables = Model().init(jax.random.key(0), x, lengths, use_running_average=True)
+    got = bnlstm_jax.estimate_population_statistics(
+        Model(), variables, [(x, lengths)], use_running_average=False
+    )
+    old = variables["batch_stats"]
+    jax.tree.map(np.testing.assert_array_equal, got["none"], old["none"])
+    assert all(np.any(got["some"][name] != old["some"][name]) for name in old["some"])
+
+
+@pytest.mark.filterwarnings("ignore:/flax_norm")
+def test_a_train_flag_that_drives_dropout_takes_a_key():
+    model, x = Mixed(0.5), jax.random.normal(jax.random.key(1), (8, STEPS, 3))
+    variables = model.init(jax.random.key(0), x)
+    batches, key = [x, 2 * x], jax.random.key(2)
+    got = bnlstm_jax.estimate_population_statistics(
+        model, variables, batches, train=True, rngs={"dropout": key}
+    )["layer"]["input_mean"]
+    kernel = np.asarray(variables["params"]["layer"]["input_kernel"])
+    each = []
+    for index, batch in enumerate(batches):  # under masks drawn by the key and the batch's number
+        _, seen = model.apply(
+            variables,
+            batch,
+            train=True,
+            rngs={"dropout": jax.random.fold_in(key, index)},
+            capture_intermediates=lambda module, _: isinstance(module, nn.Dropout),
+            mutable=["batch_stats", "intermediates"],
+        )
+        (dropped,) = seen["intermediates"]["Dropout_0"]["__call__"]
+        assert np.any(dropped == 0)
+        each.append(np.mean(np.asarray(dropped) @ kernel, axis=0))
+    np.testing.assert_allclose(got[:STEPS], np.mean(each, axis=0), **SINGLE)
+    with pytest.raises(flax.errors.InvalidRngError, match="dropout"):
+        bnlstm_jax.estimate_population_statistics(model, variables, batches, train=True)
+
+
+def test_models_without_statistics_raise():
+    layer, x = bnlstm_jax.LSTM(5), jnp.zeros((4, STEPS, 3))
+    variables = layer.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="use_running_average=False"):
+        bnlstm_jax.estimate_population_statistics(layer, variables, [x])
+
+
+def test_a_class_in_place_of_a_module_raises():
+    with pytest.raises(TypeError, match=r"flax\.linen\.Module"):
+        bnlstm_jax.estimate_population_statistics(bnlstm_jax.BNLSTM, {}, [])
+
+
+@pytest.mark.filterwarnings("ignore:/flax_norm")
+def test_nnx_wrappers_raise_and_name_what_to_pass():
+    x = jax.random.normal(jax.random.key(1), (4, STEPS, 3))
+    model = nnx.bridge.ToNNX(Mixed(), rngs=nnx.Rngs(0)).lazy_init(x)
+    with pytest.raises(TypeError, match=r"model\.to_nnx__module.*nnx\.BatchStat.*nnx\.update"):
+        bnlstm_jax.estimate_population_statistics(model, {}, [x], train=True)
+    # What the error says to write.
+    variables = {
+        "params": nnx.to_pure_dict(nnx.state(model, nnx.Param)),
+        "batch_stats": nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)),
+    }
+    linen = model.to_nnx__module
+    stats = bnlstm_jax.estimate_population_statistics(linen, variables, [x], train=True)
+    nnx.update(model, stats)
+    wanted = linen.apply({**variables, "batch_stats": stats}, x)
+    np.testing.assert_array_equal(model(x), wanted)
+    assert np.any(stats["layer"]["input_mean"] != 0)
