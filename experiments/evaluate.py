@@ -27,7 +27,8 @@ def make_evaluator(task: Task, noise: jax.Array, parallel: Parallel = ONE_DEVICE
     """A function of variables, reading, split, batch size and `use_running_average`: averages.
 
     With a `title` it shows a progress bar; before each batch it calls `check`. Every example counts
-    the same, also those of a short last batch. The key `noise` feeds noise on initial hidden
+    the same, also those of a short last batch; but one example alone has no batch statistics, and
+    counts for nothing under them. The key `noise` feeds noise on initial hidden
     states, which is drawn anew for each batch and the same in each evaluation.
     """
 
@@ -75,7 +76,10 @@ def make_evaluator(task: Task, noise: jax.Array, parallel: Parallel = ONE_DEVICE
         carry = None
         for index, batch in enumerate(batches):
             check()
-            split_up = parallel.splits(min(batch_size, examples - index * batch_size))
+            rows = min(batch_size, examples - index * batch_size)
+            if index and rows == 1 and not use_running_average and "batch_stats" in variables:
+                continue
+            split_up = parallel.splits(rows)
             batch = parallel.place(batch, split_up, task.shared)
             carry, metrics = run(
                 variables, carry, index, batch, use_running_average, reading.continued, split_up

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from experiments.config import NO_BATCH_STATISTICS, model_kinds
 from experiments.errors import UserError
 
 AXES = ("group", "member")
@@ -62,7 +63,9 @@ class Parallel:
 
     def splits(self, rows: int) -> bool:
         """Whether devices share a batch of so many rows, rather than computing it whole each."""
-        return self.mesh is not None and rows % self.size == 0
+        if self.mesh is None or rows % self.size:
+            return False
+        return rows > self.mesh.shape["group"]  # one row has no batch statistics
 
     def share(self, rows: int) -> slice:
         """Which rows of a batch this process is to read."""
@@ -171,6 +174,12 @@ def check(config: ConfigDict, num_processes: int = 1, num_local_devices: int | N
         raise UserError(
             f"config.parallel.statistics_devices is {members}: it must divide the {size} devices "
             "(config.parallel.devices), or be 0 for all of them"
+        )
+    has_statistics = set(model_kinds(config)) - set(NO_BATCH_STATISTICS)
+    if has_statistics and members and config.batch_size * members == size > 1:
+        raise UserError(
+            f"config.parallel.statistics_devices is {members}, and of config.batch_size "
+            f"{config.batch_size} they have one example, without batch statistics: make one greater"
         )
 
 

@@ -124,8 +124,11 @@ def check_batch_size(config: ConfigDict, num_examples: int, data: str) -> None:
             f"config.batch_size is {size}, and {data} has {num_examples} training examples: make "
             "it smaller"
         )
-    if size == 1 and config.model.kind not in NO_BATCH_STATISTICS:
-        raise UserError("config.batch_size is 1, which has no batch statistics: make it greater")
+    if config.model.kind in NO_BATCH_STATISTICS:
+        return
+    for field in ("batch_size", "population_batch_size"):
+        if config[field] == 1:
+            raise UserError(f"config.{field} is 1, which has no batch statistics: make it greater")
 
 
 def updates_per_epoch(num_examples: int, batch_size: int) -> int:

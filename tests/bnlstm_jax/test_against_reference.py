@@ -241,7 +241,7 @@ CASES = {
     "masks, beyond max_steps": Case(max_steps=2, lengths=SPARSE),
     "sequence, beyond max_steps": Case(max_steps=1, lengths=RAGGED, input_statistics="sequence"),
     "training, one step": Case(time=1, carry=True),
-    "training, one row": Case(batch=1),
+    "training, two rows": Case(batch=2),
     "training, odd sizes": Case(batch=7, time=5, inputs=1, features=3, lengths=(*RAGGED, 5, 2)),
     "inference": Case(train=False),
     "inference, given carry": Case(train=False, carry=True),

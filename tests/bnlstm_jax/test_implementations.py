@@ -24,7 +24,6 @@ LENGTHS = (6, 1, 4, 0, 3)
 CASES = {
     "plain": {},
     "one step": {"time": 1},
-    "batch of one": {"batch": 1},
     "large input": {"inputs": SMALL_INPUT + 1},
     "symbols": {"vocab_size": 7},
     "many symbols": {"vocab_size": SMALL_INPUT + 1},
@@ -41,6 +40,7 @@ CASES = {
     "LSTM, learned initial state, integers": {"plain": True, "carry": False, "integers": True},
     "LSTM, large input, masks": {"plain": True, "inputs": SMALL_INPUT + 1, "lengths": LENGTHS},
     "LSTM, symbols": {"plain": True, "vocab_size": 7},
+    "LSTM, batch of one": {"plain": True, "batch": 1},
 }
 
 
@@ -105,7 +105,14 @@ def by_plain_scan(case):
 
 
 # What is interpreted takes long: in the short suite what differs within the kernel.
-IN_KERNEL = ("one step", "batch of one", "symbols", "masks", "reversed", "statistics of sequences")
+IN_KERNEL = (
+    "one step",
+    "symbols",
+    "masks",
+    "reversed",
+    "statistics of sequences",
+    "LSTM, batch of one",
+)
 IN_CUDA_KERNEL = (*IN_KERNEL, "masks, all rows counted", "recurrent term alone", "LSTM, symbols")
 EVERY = [("xla", case) for case in CASES] + [
     pytest.param("tpu", case, marks=() if case in IN_KERNEL else pytest.mark.long) for case in CASES

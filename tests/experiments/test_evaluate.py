@@ -45,6 +45,20 @@ def test_examples_of_a_short_batch_count_like_others(task_and_variables, running
     np.testing.assert_allclose(got["loss"], loss.mean(), rtol=1e-5)
 
 
+def test_a_last_example_alone_counts_for_nothing_under_batch_statistics(task_and_variables):
+    task, variables = task_and_variables
+    run = evaluate.make_evaluator(task, NOISE)
+    got = run(variables, task.readings[0], "valid", 83, False)  # of 250: the last batch has one
+    images, labels = task.images["valid"], task.labels["valid"]
+    parts = [
+        by_hand(task, variables, images[s], labels[s], False)
+        for s in (slice(83), slice(83, 166), slice(166, 249))
+    ]
+    correct, loss = (np.concatenate(values) for values in zip(*parts, strict=True))
+    assert got["accuracy"] == correct.mean()
+    np.testing.assert_allclose(got["loss"], loss.mean(), rtol=1e-5)
+
+
 def test_every_way_of_evaluation_uses_its_own_statistics(task_and_variables, small_config):
     task, variables = task_and_variables
     small_config.population_batch_size = 600  # two whole batches, and 97 examples left over
