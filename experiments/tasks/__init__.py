@@ -131,6 +131,34 @@ def check_batch_size(config: ConfigDict, num_examples: int, data: str) -> None:
             raise UserError(f"config.{field} is 1, which has no batch statistics: make it greater")
 
 
+def notes_on_batches(config: ConfigDict, counts: dict[str, int], unit: str) -> list[str]:
+    """What a run says of validation and test batches of one example, without batch statistics.
+
+    Args:
+      config: of the run.
+      counts: number of examples by split.
+      unit: what an example is, in the plural.
+
+    Raises:
+      UserError: a split has one example in all.
+    """
+    if config.model.kind in NO_BATCH_STATISTICS:
+        return []
+    notes = []
+    for split, count in counts.items():
+        if count == 1:
+            raise UserError(
+                f"there is one of the {split} {unit}, which has no batch statistics: give more, or "
+                "make config.model.kind lstm"
+            )
+        if count % config.batch_size == 1:
+            notes.append(
+                f"of the {count:,} {split} {unit} the last batch has one, which has no batch "
+                "statistics and counts for nothing under them (config.batch_size)"
+            )
+    return notes
+
+
 def updates_per_epoch(num_examples: int, batch_size: int) -> int:
     """Number of batches of an epoch. The last holds what is left, as in the paper's experiments.
 

@@ -30,6 +30,7 @@ from experiments.tasks import (
     all_rows,
     check_batch_size,
     epoch_order,
+    notes_on_batches,
 )
 
 ROUNDING = 8  # padded passages have a multiple of so many words
@@ -128,11 +129,8 @@ class Task:
         self.splits = {split: self._within_limit(split, data.splits[split]) for split in SPLITS}
         counts = {split: len(part.answers) for split, part in self.splits.items()}
         check_batch_size(config, counts["train"], self.data)
-        if counts["valid"] % config.batch_size == 1 and config.model.kind != "lstm":
-            self.notes.append(
-                f"of the {counts['valid']:,} validation questions the last batch has one, which "
-                "has no batch statistics: its answer is arbitrary (config.batch_size)"
-            )
+        evaluated = {split: counts[split] for split in ("valid", "test")}
+        self.notes += notes_on_batches(config, evaluated, "questions")
         self.updates_per_epoch = counts["train"] // config.batch_size
         self.train_order = functools.lru_cache(maxsize=1)(self._train_order)
         self.passage_lengths = self._padded_lengths()

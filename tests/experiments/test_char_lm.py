@@ -158,8 +158,9 @@ def test_segments_of_any_length(config, length, batch_statistics):
 
     count = SIZES["test"] // length
     segments = np.asarray(task.text["test"])[: count * length].reshape(count, length)
+    count -= batch_statistics and count % 7 == 1  # one alone has none, and counts for nothing
     parts = [
-        by_hand(variables, segments[first : first + 7], batch_statistics)
+        by_hand(variables, segments[first : min(first + 7, count)], batch_statistics)
         for first in range(0, count, 7)
     ]
     nats, right = (np.concatenate(values) for values in zip(*parts, strict=True))
