@@ -9,8 +9,8 @@ import threading
 from types import FrameType
 
 import jax
-from jax.experimental import multihost_utils
 
+from bnlstm_jax.jax_experimental import multihost_utils
 from experiments.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -20,8 +20,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
-from jax.experimental import multihost_utils
 
+from bnlstm_jax.jax_experimental import multihost_utils
 from experiments.errors import Stopped, UserError
 
 T = TypeVar("T")

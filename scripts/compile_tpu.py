@@ -40,7 +40,7 @@ def topology(chip: str) -> Any:
     Raises:
       UserError: libtpu is not installed, or does not know the kind.
     """
-    from jax.experimental import topologies
+    from bnlstm_jax.jax_experimental import topologies
 
     # Or libtpu looks for the cloud that this machine is part of, for minutes.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -24,12 +24,31 @@ def test_links_lead_somewhere():
             assert target.startswith("http") or (page.parent / target).exists(), (page, target)
 
 
-def test_every_file_named_in_the_map_is_there():
+def mapped():
+    """Files and folders of the map, and of these the folders whose content it does not list."""
     (tree,) = re.findall(r"```\n(bnlstm_jax/.*?)```", TEXT, re.DOTALL)
-    folder = None
+    paths, folders, leaves = set(), [], set()
     for line in tree.splitlines():
-        for name in re.findall(r"^(\w+/)|[ ;,](\w+(?:\.py|/))", line):
-            if name[0]:
-                folder = ROOT / name[0]
-            path = folder if name[0] else folder / name[1]
-            assert path.exists() or (ROOT / name[1]).exists(), path
+        depth, rest = divmod(len(line) - len(line.lstrip()), 2)
+        if depth > 6 or rest:  # a description alone
+            continue
+        for name in re.split(r"  ", line.strip())[0].split(", "):
+            name = name.split(" ")[0]
+            path = "".join(folders[:depth]) + name
+            paths.add(path)
+            if name.endswith("/"):
+                folders[depth:] = [name]
+                leaves.add(path)
+            leaves.discard("".join(folders[:depth]))
+    return paths, leaves
+
+
+def test_the_map_names_every_file_and_no_other():
+    paths, leaves = mapped()
+    for path in paths:
+        assert (ROOT / path).exists(), path
+    for folder in ("bnlstm_jax", "experiments", "configs", "scripts"):
+        for file in (ROOT / folder).rglob("*"):
+            path = str(file.relative_to(ROOT))
+            ignored = file.is_dir() or file.name == "__init__.py" or "__pycache__" in path
+            assert ignored or path in paths or any(path.startswith(leaf) for leaf in leaves), path

@@ -17,10 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from bnlstm_jax.cells import Carry, product
+from bnlstm_jax.jax_experimental import pl, pltpu
 from bnlstm_jax.recurrence import problem as recurrence
 from bnlstm_jax.recurrence.problem import Problem, Result
 

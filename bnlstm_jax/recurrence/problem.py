@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from bnlstm_jax.cells import Carry, look_up, lstm_step, product
+from bnlstm_jax.jax_experimental import Layout, with_layout_constraint
 from bnlstm_jax.normalization import Moments, Normalization, Statistics
 
 # Inputs of up to so many features are multiplied by their kernel in each step, forward and again

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import bnlstm_jax
-from bnlstm_jax.batch_norm import BatchNorm
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = sorted((ROOT / "bnlstm_jax").rglob("*.py"))
@@ -20,7 +19,7 @@ MODULES = [
     bnlstm_jax.BNLSTMCell,
     bnlstm_jax.LNLSTMCell,
     bnlstm_jax.BNSimpleCell,
-    BatchNorm,
+    bnlstm_jax.BatchNorm,
 ]
 
 
@@ -58,8 +57,15 @@ def test_the_library_imports_nothing_that_is_built_on_it(path):
     assert not {"experiments", "scripts", "configs", "tests"} & set(imported)
 
 
-def test_nothing_private_of_jax_is_used():
+def test_nothing_private_of_jax_is_used_and_one_file_imports_what_is_experimental():
     folders = ("bnlstm_jax", "experiments", "scripts", "configs", "tests")
-    private = "jax." + "_src"
+    private, experimental = (
+        "jax." + "_src",
+        re.compile(r"^\s*(from|import) jax\.experimental", re.M),
+    )
+    importing = set()
     for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
         assert private not in path.read_text(), path
+        if experimental.search(path.read_text()):
+            importing.add(str(path.relative_to(ROOT)))
+    assert importing == {"bnlstm_jax/jax_experimental.py"}
