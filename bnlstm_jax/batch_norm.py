@@ -162,10 +162,11 @@ class BatchNorm(nn.Module):
         Args:
           x: the values.
           use_running_average: overrides the attribute.
-          mask: rows that count in statistics, boolean `[..., 1]`; None for all.
+          mask: rows that count in statistics, boolean, broadcast to `[..., 1]`; None for all.
 
         Raises:
-          ValueError: a field is out of range, or the batch has one row under batch statistics.
+          ValueError: a field is out of range, `mask` has another rank than `x`, or the batch has
+            one row under batch statistics.
         """
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
@@ -176,6 +177,10 @@ class BatchNorm(nn.Module):
         variables = statistics_variables(self, features)
         if use_running_average:
             return along(x, scale) * standardize(x, values(variables), self.epsilon, axis)
+        if mask is not None:
+            if mask.ndim != x.ndim:
+                raise ValueError(f"mask: expected {x.ndim} axes, got shape {list(mask.shape)}")
+            mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1))
         check_rows(self, x.size // features[0])
         axis_name = pooled_axis(self)
         moments = batch_moments(x, mask, axis, axis_name)

@@ -215,16 +215,17 @@ def initial_params(module: nn.Module) -> tuple[Array | None, Array]:
 
 
 def initial_state(
-    module: nn.Module, batch: tuple[int, ...], key: Array | None, centered: bool = False
+    module: nn.Module, batch: tuple[int, ...], key: Array | None, centered: bool | Array = False
 ) -> Carry:
     """The initial `(c, h)` of an LSTM, each `[*batch, H]`; zeros of an unbound module.
 
     The learned state is that of `initial_params`, in the module's attributes; `key` is that of
     `initial_hidden_noise`.
 
-    `centered`: moments of the batch normalise the first recurrent term. They remove what all
-    examples share, so the learned hidden state has neither effect nor gradient. Stopping the
-    gradient keeps rounding errors out of it, of which Adam would make full steps.
+    `centered`, a boolean or `[*batch, 1]`: moments of the batch normalise the first recurrent term
+    of these rows. They remove what all examples share, so the learned hidden state has neither
+    effect nor gradient there. Stopping the gradient keeps rounding errors out of it, of which Adam
+    would make full steps.
     """
 
     def broadcast(name: str) -> Array:
@@ -234,8 +235,8 @@ def initial_state(
         return jnp.broadcast_to(state, (*batch, module.features))
 
     c, h = broadcast("initial_cell"), broadcast("initial_hidden")
-    if centered:
-        h = jax.lax.stop_gradient(h)
+    if centered is not False:
+        h = jnp.where(centered, jax.lax.stop_gradient(h), h)
     if module.initial_hidden_noise > 0:
         h = initial_noise(key, h, module.initial_hidden_noise)
     return c, h
@@ -252,7 +253,7 @@ def cell_step(
 
 
 class RecurrentCell(nn.RNNCellBase):
-    """The initial state of the LSTM's cells, which have the fields."""
+    """The initial state of LSTMCell, BNLSTMCell and LNLSTMCell. It has no fields of its own."""
 
     def setup(self) -> None:
         """Makes the learned initial state."""
@@ -283,7 +284,8 @@ class LSTMCell(RecurrentCell):
       initial_hidden_init: initialiser of the learned initial hidden state `[H]`.
       initial_hidden_noise: standard deviation of Gaussian noise on it, at inference too.
       variant: departures from the equations.
-      dtype: dtype of products' operands and the output, by default that of inputs and parameters.
+      dtype: dtype of products' operands and of the output. By default operands keep the dtypes of
+        inputs and parameters, and the output is in float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
     """
 
@@ -329,7 +331,8 @@ class BNLSTMCell(RecurrentCell):
       initial_hidden_init: initialiser of the learned initial hidden state `[H]`.
       initial_hidden_noise: standard deviation of Gaussian noise on it, at inference too.
       variant: departures from the equations.
-      dtype: dtype of products' operands and the output, by default that of inputs and parameters.
+      dtype: dtype of products' operands and of the output. By default operands keep the dtypes of
+        inputs and parameters, and the output is in float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
     """
 
@@ -388,7 +391,11 @@ class BNLSTMCell(RecurrentCell):
         return carry, output
 
     def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Carry:
-        """As of LSTMCell."""
+        """The learned initial `(c, h)`, each `[B, H]`, for inputs `[B, D]`; zeros if unbound.
+
+        `rng` is the key of `initial_hidden_noise`. In training h has no gradient: the batch's
+        moments remove it.
+        """
         centered = "recurrent" in self.normalize and self.use_running_average is False
         return initial_state(self, input_shape[:-1], rng, centered)
 
@@ -408,7 +415,8 @@ class LNLSTMCell(RecurrentCell):
         inputs would leave all terms without variance, and gradients without bound.
       initial_hidden_noise: standard deviation of Gaussian noise on it, at inference too.
       variant: departures from the equations.
-      dtype: dtype of products' operands and the output, by default that of inputs and parameters.
+      dtype: dtype of products' operands and of the output. By default operands keep the dtypes of
+        inputs and parameters, and the output is in float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
     """
 
@@ -459,7 +467,8 @@ class BNSimpleCell(nn.RNNCellBase):
         `input_kernel`, `recurrent_kernel`.
       initial_hidden_noise: standard deviation of Gaussian noise on the initial hidden state, at
         inference too.
-      dtype: dtype of products' operands and the output, by default that of inputs and parameters.
+      dtype: dtype of products' operands and of the output. By default operands keep the dtypes of
+        inputs and parameters, and the output is in float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
     """
 

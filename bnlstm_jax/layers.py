@@ -42,7 +42,7 @@ from bnlstm_jax.recurrence.problem import Problem
 
 
 class RecurrentLayer(nn.Module):
-    """The call of LSTM, BNLSTM and LNLSTM, which have the fields."""
+    """The call of LSTM, BNLSTM and LNLSTM. It has no fields of its own."""
 
     def setup(self) -> None:
         """Makes the learned initial state."""
@@ -91,12 +91,15 @@ class RecurrentLayer(nn.Module):
             without `max_steps`, is longer than the one that initialised the layer.
         """
         call = _Call(
-            initial_carry,
-            init_key,
-            first_step,
-            seq_lengths,
-            *(return_carry, time_major, reverse, keep_order),
-            use_running_average,
+            initial_carry=initial_carry,
+            init_key=init_key,
+            first_step=first_step,
+            seq_lengths=seq_lengths,
+            return_carry=return_carry,
+            time_major=time_major,
+            reverse=reverse,
+            keep_order=keep_order,
+            use_running_average=use_running_average,
         )
         return _run(self, inputs, call.resolved(self))
 
@@ -125,9 +128,10 @@ class LSTM(RecurrentLayer):
       reverse, keep_order: run from the last valid step of each sequence to its first; then return
         outputs in the order of the inputs.
       unroll: time steps per iteration of a compiled loop.
-      implementation: `auto`, or one of `bnlstm_jax.recurrence`. All but `reference` have only first
-        derivatives in reverse mode.
-      dtype: dtype of products' operands and of outputs, by default that of inputs and parameters.
+      implementation: `auto`, or one of `bnlstm_jax.recurrence`. Only `reference` has forward mode;
+        kernels have first derivatives alone, and `gpu` leaves batches of over 128 to `xla`.
+      dtype: dtype of products' operands and of outputs. By default operands keep the dtypes of
+        inputs and parameters, and outputs are in float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
     """
 
@@ -175,9 +179,10 @@ class LNLSTM(RecurrentLayer):
       reverse, keep_order: run from the last valid step of each sequence to its first; then return
         outputs in the order of the inputs.
       unroll: time steps per iteration of a compiled loop.
-      implementation: `auto`, or one of `bnlstm_jax.recurrence`. All but `reference` have only first
-        derivatives in reverse mode.
-      dtype: dtype of products' operands and of outputs, by default that of inputs and parameters.
+      implementation: `auto`, or one of `bnlstm_jax.recurrence`. Only `reference` has forward mode;
+        kernels have first derivatives alone, and `gpu` leaves batches of over 128 to `xla`.
+      dtype: dtype of products' operands and of outputs. By default operands keep the dtypes of
+        inputs and parameters, and outputs are in float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
     """
 
@@ -217,9 +222,8 @@ class BNLSTM(RecurrentLayer):
     The collection `batch_stats` has statistics of each time step,
     `{input,recurrent,cell}_{mean,var}`, each `[max_steps, F]`. Training moves them towards those of
     the batch; `bnlstm_jax.population` re-estimates them. Inference goes on past `max_steps` with
-    the last row. In a reversed layer the rows follow the recurrence, not the inputs. Under batch
-    statistics only first derivatives in reverse mode (`jax.grad`, `jax.vjp`) are defined; updated
-    statistics have none.
+    the last row. In a reversed layer the rows follow the recurrence, not the inputs. Updated
+    statistics have no gradient.
 
     Attributes:
       features: number of hidden units H.
@@ -256,9 +260,11 @@ class BNLSTM(RecurrentLayer):
       reverse, keep_order: run from the last valid step of each sequence to its first; then return
         outputs in the order of the inputs.
       unroll: time steps per iteration of a compiled loop.
-      implementation: `auto`, or one of `bnlstm_jax.recurrence`. Kernels have no gradients of
-        running statistics.
-      dtype: dtype of products' operands and of outputs, by default that of inputs and parameters.
+      implementation: `auto`, or one of `bnlstm_jax.recurrence`. Under batch statistics only
+        `reference` has forward mode and second derivatives. Kernels have no gradients of running
+        statistics, and `gpu` leaves batches of over 128 to `xla`.
+      dtype: dtype of products' operands and of outputs. By default operands keep the dtypes of
+        inputs and parameters, and outputs are in float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
     """
 
@@ -305,7 +311,7 @@ def normalization(layer: Layer) -> Normalization:
     """Which terms a layer normalises, and how.
 
     Raises:
-      ValueError: `normalize`, `mask_statistics` or `input_statistics` is none that there is.
+      ValueError: `normalize`, `mask_statistics` or `input_statistics` has an unknown value.
     """
     if isinstance(layer, LSTM):
         return Normalization()
@@ -392,7 +398,10 @@ def _run(layer: Layer, inputs: Array, call: _Call) -> Array | tuple[Carry, Array
     if carry is None:
         if key is None and layer.initial_hidden_noise > 0:
             key = layer.make_rng("noise")
-        carry = initial_state(layer, (batch,), key, training and "recurrent" in norm.terms)
+        centered = training and "recurrent" in norm.terms
+        if centered and valid is not None:
+            centered = valid[:1].any(0)  # a sequence without steps ends with its initial state
+        carry = initial_state(layer, (batch,), key, centered)
     state = _state_dtype(layer, inputs)
     if layer.vocab_size is None and not jnp.issubdtype(inputs.dtype, jnp.floating):
         inputs = inputs.astype(state)
@@ -430,35 +439,46 @@ def _state_dtype(layer: Layer, inputs: Array) -> jnp.dtype:
 def _checked(layer: Layer, inputs: Array, call: _Call, training: bool) -> _Call:
     """The arguments of a call, checked, with lengths from zero to the number of steps."""
     got = f"got {inputs.dtype}{list(inputs.shape)}"
+    axes = "time, batch" if call.time_major else "batch, time"
     if layer.vocab_size is None and inputs.ndim != 3:
-        hint = "; set vocab_size for symbols [batch, time]" if inputs.ndim == 2 else ""
-        raise ValueError(f"expected inputs [batch, time, features], {got}{hint}")
+        hint = f"; set vocab_size for symbols [{axes}]" if inputs.ndim == 2 else ""
+        raise ValueError(f"expected inputs [{axes}, features], {got}{hint}")
     if layer.vocab_size is not None and (
         inputs.ndim != 2 or not jnp.issubdtype(inputs.dtype, jnp.integer)
     ):
-        raise ValueError(f"with vocab_size: expected inputs of integers [batch, time], {got}")
+        raise ValueError(f"with vocab_size: expected inputs of integers [{axes}], {got}")
     steps, batch = inputs.shape[:2] if call.time_major else inputs.shape[1::-1]
+    first_step = _known(call.first_step)
+    if first_step is not None and first_step < 0:
+        raise ValueError(f"first_step: expected at least 0, got {first_step}")
     if training:
         check_rows(layer, batch)
-        if call.first_step is not None and not _is_zero(call.first_step):
+        if call.first_step is not None and first_step != 0:
             raise ValueError(
                 "first_step: expected None under batch statistics; run sequences whole"
             )
+    if call.initial_carry is not None:
+        shapes = [jnp.shape(state) for state in call.initial_carry]
+        if shapes != [(batch, layer.features)] * 2:
+            expected = f"(c, h), each [{batch}, {layer.features}]"
+            raise ValueError(f"initial_carry: expected {expected}, got shapes {shapes}")
+        call = call._replace(initial_carry=tuple(call.initial_carry))
     if call.seq_lengths is None:
         return call
     lengths = jnp.asarray(call.seq_lengths)
     if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         got = f"{lengths.dtype}{list(lengths.shape)}"
         raise ValueError(f"seq_lengths: expected integers [{batch}], one a sequence, got {got}")
-    return call._replace(seq_lengths=jnp.clip(lengths, 0, steps))
+    # In 32 bits: fewer need not hold the number of steps.
+    return call._replace(seq_lengths=jnp.clip(lengths.astype(jnp.int32), 0, steps))
 
 
-def _is_zero(step: Array | int) -> bool:
-    """Whether a number is known to be zero while the layer is traced."""
+def _known(number: Array | int | None) -> int | None:
+    """A number that is known while the layer is traced, or None."""
     try:
-        return operator.index(step) == 0
+        return operator.index(number)
     except (TypeError, jax.errors.TracerIntegerConversionError):
-        return False
+        return None
 
 
 def flip_sequences(x: Array, seq_lengths: Array | None) -> Array:
@@ -478,6 +498,8 @@ def _statistics_shape(layer: BNLSTM, term: str, steps: int) -> tuple[int, ...]:
     if layer.shared_statistics and layer.max_steps is not None:
         raise ValueError("max_steps: expected None with shared_statistics, which are of all steps")
     whole = term == "input" and layer.input_statistics == "sequence"
+    if layer.is_initializing() and not (layer.max_steps or steps):
+        raise ValueError("max_steps: expected a number, to initialise by sequences without steps")
     rows = () if whole or layer.shared_statistics else (layer.max_steps or steps,)
     return (*rows, term_size(layer, term))
 
@@ -490,7 +512,7 @@ def _running(
 
     def at_steps(statistics: Array) -> Array:
         rows = jnp.atleast_2d(statistics)
-        return rows[jnp.minimum(t, len(rows) - 1)]
+        return rows[jnp.clip(t, 0, len(rows) - 1)]
 
     given = {term: values(pair) for term, pair in variables.items()}
     return {
@@ -514,9 +536,8 @@ def _record(
         rows, steps = variables[0].value.shape[0], count.shape[0]
         if layer.max_steps is None and steps > rows:
             raise ValueError(
-                f"max_steps: statistics have {rows} time steps, of the sequence that initialised "
-                f"the layer, got {steps}; set max_steps (of a reader, passage_steps or "
-                "question_steps)"
+                f"max_steps: statistics have {rows} time steps, those of the sequence that "
+                f"initialised the layer, got {steps}; set max_steps"
             )
 
         def to_rows(x: Array) -> Array:

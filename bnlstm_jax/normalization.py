@@ -72,6 +72,11 @@ class Normalization:
         return self.terms if self.kind == "batch" else ()
 
     @property
+    def pools(self) -> bool:
+        """Whether moments are exchanged over a mapped axis."""
+        return bool(self.batch_terms) and self.axis_name is not None
+
+    @property
     def counts_padding(self) -> bool:
         """Whether padded inputs count in the moments of the input term."""
         return "input" in self.batch_terms and "input" not in self.masked

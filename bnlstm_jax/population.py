@@ -115,6 +115,8 @@ def estimate_population_statistics(
         sums = jax.tree.map(jnp.add, sums, of_batch) if sums else of_batch
     _check(sums, unlifted)
     for path, (total, weight, _) in sums.items():
+        if not jnp.any(weight > 0):
+            continue
         average, reached = _repeat_last(total / jnp.maximum(weight, 1), weight > 0)
         old = statistics[path]
         statistics[path] = jnp.where(reached, average.astype(old.dtype), old)

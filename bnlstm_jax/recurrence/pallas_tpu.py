@@ -20,8 +20,14 @@ from jax import Array
 
 from bnlstm_jax.cells import Carry, product
 from bnlstm_jax.jax_experimental import pl, pltpu
-from bnlstm_jax.recurrence import problem as recurrence
-from bnlstm_jax.recurrence.problem import Problem, Result
+from bnlstm_jax.recurrence.problem import (
+    Problem,
+    Result,
+    gradient,
+    step,
+    step_gradients,
+    with_input_terms,
+)
 
 MIB = 2**20
 
@@ -140,7 +146,7 @@ def _vmem_bytes(leaves: Any) -> int:
 
 def why_unsupported(problem: Problem) -> str | None:
     """See `bnlstm_jax.recurrence.Implementation`."""
-    if problem.norm.batch_terms and problem.norm.axis_name is not None:
+    if problem.norm.pools and problem.statistics is None:
         return "does not support axis_name: the batch is on one device"
     return None
 
@@ -150,7 +156,7 @@ def run(problem: Problem) -> Result:
     # A kernel has no bfloat16 product over a single feature.
     single = len(problem.params["input_kernel"]) == 1 and problem.symbols is None
     ahead = single and jnp.dtype(problem.dtype or jnp.float32) == jnp.bfloat16
-    problem, moments = recurrence.with_input_terms(problem, ahead)
+    problem, moments = with_input_terms(problem, ahead)
     if problem.symbols is not None:
         problem = problem.replace(symbols=problem.symbols[..., None].astype(jnp.int32))
     return Result.of(_run(problem), moments)
@@ -164,7 +170,7 @@ def _step(problem: Problem, recurrent_term: Array, residuals: Any = None) -> tup
         known = (problem.symbols >= 0) & (problem.symbols < len(kernel))
         one_hot = jnp.where(known, problem.symbols == vocabulary, jnp.nan).astype(kernel.dtype)
         problem = problem.replace(inputs=one_hot, symbols=None)
-    return recurrence.step(problem, recurrent_term, residuals)
+    return step(problem, recurrent_term, residuals)
 
 
 def _constants(problem: Problem) -> Problem:
@@ -208,7 +214,7 @@ def _backward(residuals: tuple, gradients: tuple) -> tuple[Problem]:
         carry, recurrent_term, of_step, moments, d_output = now
         d_carry = d_carry[0], d_carry[1] + d_output
         at_step = constants.replace(carry=carry, **of_step)
-        d_of_step, d_carry, d_term, d_inputs = recurrence.step_gradients(
+        d_of_step, d_carry, d_term, d_inputs = step_gradients(
             _step, at_step, recurrent_term, moments, d_carry
         )
         d_h = jax.lax.dot_general(
@@ -227,7 +233,7 @@ def _backward(residuals: tuple, gradients: tuple) -> tuple[Problem]:
         (carries, recurrent_terms, problem.over_time, moments, d_hidden),
         reverse=True,
     )
-    return (recurrence.gradient(problem, carries[1], d_terms, d_params, d_carry, d_inputs),)
+    return (gradient(problem, carries[1], d_terms, d_params, d_carry, d_inputs),)
 
 
 _run.defvjp(_forward, _backward)

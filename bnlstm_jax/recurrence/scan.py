@@ -3,7 +3,7 @@
 `reference` is differentiated by JAX. `xla` has a backward pass of fewer residuals: of each step the
 carry that entered it, the recurrent term, and moments. It recomputes the rest by differentiating
 the step. The gradient of the recurrent kernel, which JAX would add up step by step, is one product
-after the backward scan. Only first derivatives in reverse mode are defined.
+after the backward scan. It has no forward mode and, under batch statistics, no second derivatives.
 """
 
 import dataclasses

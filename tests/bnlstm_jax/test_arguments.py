@@ -94,6 +94,33 @@ def test_lengths_beyond_the_sequence_mean_all_of_it(kind, reverse):
     assert_equal(*results)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16])
+def test_lengths_of_few_bits(dtype):
+    layer = LSTM(2)
+    x = jnp.asarray(draw(3, 300, 1))
+    variables = initialize(layer, x)
+    lengths = np.array([120, 3, 0])
+    outputs = [layer.apply(variables, x, seq_lengths=lengths.astype(d)) for d in (dtype, np.int32)]
+    assert_equal(*outputs)
+
+
+def test_the_initial_state_of_a_sequence_without_steps_has_a_gradient():
+    """It is that sequence's output; where the first step is normalised it has no effect."""
+    layer = BNLSTM(3, initial_hidden_init=nn.initializers.normal(0.5))
+    x = jnp.asarray(draw(4, 5, 2))
+    variables = initialize(layer, x)
+    lengths = jnp.array([0, 5, 3, 5])
+
+    def loss(hidden):
+        params = {**variables["params"], "initial_hidden": hidden}
+        variables_here = {**variables, "params": params}
+        return layer.apply(variables_here, x, seq_lengths=lengths, **TRAINING)[0].sum()
+
+    hidden = variables["params"]["initial_hidden"]
+    # Five outputs of the first sequence are h0 itself.
+    np.testing.assert_allclose(jax.grad(loss)(hidden), np.full(3, 5.0), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "lengths", [3, jnp.array([[5], [2], [3]]), (5, 2), jnp.array([5.0, 2.0, 3.0])]
 )
@@ -155,6 +182,15 @@ def test_float64_inputs_run_in_float64(kind, implementation):
         wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), variables)
         expected = training_results(kind(4, param_dtype=jnp.float64), wide, x)
         assert_equal(y, expected[0], rtol=1e-12)
+
+
+def test_cuda_kernel_refuses_a_state_of_float64():
+    with jax.enable_x64(True), emulation():
+        layer = LSTM(4, implementation="gpu")
+        x = jnp.asarray(draw(3, 5, 2))
+        variables = layer.init(jax.random.key(0), x)
+        with pytest.raises(ValueError, match=r"computes in float32.*state float64"):
+            layer.apply(variables, x.astype(jnp.float64))
 
 
 # ---- Empty, single and mismatched batches.
@@ -245,6 +281,45 @@ def test_training_may_name_its_first_step(zero):
     )
     with pytest.raises(ValueError, match="first_step"):
         layer.apply(variables, x, first_step=zero + 1, **TRAINING)
+
+
+def test_other_arguments_out_of_range_raise():
+    layer = BNLSTM(4)
+    x = jnp.asarray(draw(3, 5, 2))
+    variables = initialize(layer, x)
+    with pytest.raises(ValueError, match="first_step: expected at least 0, got -1"):
+        layer.apply(variables, x, first_step=-1, use_running_average=True)
+    for carry in ((jnp.zeros((3, 4)),) * 3, (jnp.zeros((2, 4)),) * 2, [jnp.zeros(4)] * 2):
+        with pytest.raises(ValueError, match=r"initial_carry: expected .* each \[3, 4\]"):
+            layer.apply(variables, x, initial_carry=carry, use_running_average=True)
+    with pytest.raises(ValueError, match="max_steps: expected a number"):
+        initialize(layer, x[:, :0])
+
+
+def test_a_mask_of_batch_norm_is_broadcast():
+    layer = BatchNorm(use_running_average=False, momentum=0.0)
+    x = jnp.asarray(draw(4, 5, 2))
+    variables = layer.init(jax.random.key(0), x)
+    mask = jnp.array([True, False, True, True])[:, None, None]
+    _, updated = layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
+    counted = np.asarray(x)[[0, 2, 3]].reshape(-1, 2)
+    np.testing.assert_allclose(updated["batch_stats"]["mean"], counted.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(updated["batch_stats"]["var"], counted.var(0), rtol=1e-5)
+    with pytest.raises(ValueError, match="mask: expected 3 axes"):
+        layer.apply(variables, x, mask=mask[:, 0, 0], mutable=["batch_stats"])
+
+
+@pytest.mark.parametrize("implementation", ["tpu", "gpu"])
+def test_kernels_run_a_layer_with_an_axis_name_at_inference(implementation):
+    layer = BNLSTM(4, axis_name="batch", implementation=implementation)
+    x = jnp.asarray(draw(3, 2, 2))
+    variables = initialize(BNLSTM(4), x)
+    with emulation():
+        outputs = layer.apply(variables, x, use_running_average=True)
+        with pytest.raises(ValueError, match="axis_name"):
+            jax.vmap(lambda x: layer.apply(variables, x, **TRAINING), axis_name="batch")(x[None])
+    expected = BNLSTM(4).apply(variables, x, use_running_average=True)
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
 
 
 # ---- JAX's strict modes, export, tabulate.

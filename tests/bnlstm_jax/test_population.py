@@ -576,3 +576,21 @@ def test_nnx_wrappers_raise_and_name_what_to_pass():
     wanted = linen.apply({**variables, "batch_stats": stats}, x)
     np.testing.assert_array_equal(model(x), wanted)
     assert np.any(stats["layer"]["input_mean"] != 0)
+
+
+def test_statistics_of_other_modules_keep_their_shape():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, use_running_average):
+            ema = self.variable("batch_stats", "ema_mean", jnp.zeros, ())
+            if not self.is_initializing() and not use_running_average:
+                ema.value = ema.value + 1
+            return bnlstm_jax.BNLSTM(2)(x, use_running_average=use_running_average)
+
+    model, x = Model(), jnp.asarray(np.random.default_rng(0).normal(size=(4, 3, 2)), jnp.float32)
+    variables = model.init(jax.random.key(0), x, True)
+    with pytest.warns(UserWarning, match="not re-estimated"):
+        stats = bnlstm_jax.estimate_population_statistics(
+            model, variables, [x], use_running_average=False
+        )
+    assert stats["ema_mean"].shape == () and stats["ema_mean"] == 0

@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from bnlstm_jax.normalization import Statistics
+from bnlstm_jax.normalization import Statistics, along
 from bnlstm_jax.recurrence.devices import default_device
 from bnlstm_jax.recurrence.native.build import build
 from bnlstm_jax.recurrence.problem import Problem, Result, with_input_terms
@@ -68,15 +68,16 @@ def padded(batch: int) -> int:
 def why_unsupported(problem: Problem) -> str | None:
     """See `bnlstm_jax.recurrence.Implementation`."""
     norm, kernel = problem.norm, problem.recurrent_kernel
-    if norm.batch_terms and norm.axis_name is not None:
+    if norm.pools and problem.statistics is None:
         return "does not support axis_name: the batch is on one device"
     if norm.terms and norm.kind == "layer":
         return "does not support layer normalisation"
     operands = jnp.dtype(problem.dtype or jnp.float32)
-    if operands not in (jnp.float32, jnp.bfloat16) or kernel.dtype != jnp.float32:
+    dtypes = {kernel.dtype, problem.carry[0].dtype}
+    if operands not in (jnp.float32, jnp.bfloat16) or dtypes != {jnp.dtype(jnp.float32)}:
         return (
             "computes in float32, with products of float32 or bfloat16, and param_dtype is "
-            f"{kernel.dtype}, dtype {operands}"
+            f"{kernel.dtype}, dtype {operands}, the state {problem.carry[0].dtype}"
         )
     units, rows = kernel.shape[0], padded(min(problem.carry[1].shape[0], LARGEST_BATCH))
     if not load(platform()).BnlstmFits(units, rows, operands == jnp.bfloat16):
@@ -272,7 +273,7 @@ def to_inputs(problem: Problem) -> Inputs:
     flags |= flag(IN_CELL, "cell" in norm.masked)
     return Inputs(
         problem.recurrent_kernel,
-        to_kernel(problem.inputs + params["bias"]),
+        to_kernel(problem.inputs + along(problem.inputs, params["bias"])),
         jnp.pad(flags, [(0, 0), (0, padding)]),
         params.get("recurrent_scale", jnp.ones(gates, jnp.float32)),
         params.get("cell_scale", jnp.ones(units, jnp.float32)),
