@@ -541,7 +541,8 @@ def _record(
             )
 
         def to_rows(x: Array) -> Array:
-            return jnp.take(x, jnp.arange(rows), axis=0, mode="fill", fill_value=0)
+            x = x[:rows]
+            return jnp.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
 
         batch, count = Statistics(*map(to_rows, batch)), to_rows(count)
     update_statistics(layer, variables, batch, count, f"{term}_")
