@@ -6,8 +6,9 @@
     gpu         one kernel for all steps, for NVIDIA GPUs
 
 A `Problem` says what a recurrence is given, a `Result` what it gives back. An implementation is a
-function from one to the other, and one that says why it cannot run a problem; to add one, write
-both and name them in `IMPLEMENTATIONS`. All but `gpu` are made of `problem.step`.
+function from one to the other, and one that says why it cannot run a problem. To add one, write
+both, and name them in `IMPLEMENTATIONS` with the platform. `auto` takes it on the kinds of devices
+in `VALIDATED_UNITS`. All but `gpu` are made of `problem.step`.
 
 `auto` is the kernel for the device at hand, if it is validated there, else `xla`.
 """
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from bnlstm_jax.normalization import Statistics
 from bnlstm_jax.recurrence import pallas_tpu, scan
 from bnlstm_jax.recurrence.devices import default_device, runs_here
-from bnlstm_jax.recurrence.native import call
+from bnlstm_jax.recurrence.native import cuda
 from bnlstm_jax.recurrence.problem import Problem, Result
 
 
@@ -48,7 +49,7 @@ IMPLEMENTATIONS = {
     "xla": Implementation(scan.xla),
     "reference": Implementation(scan.reference),
     "tpu": Implementation(pallas_tpu.run, pallas_tpu.why_unsupported, "tpu"),
-    "gpu": Implementation(call.run, call.why_unsupported, "gpu", call.LARGEST_BATCH),
+    "gpu": Implementation(cuda.run, cuda.why_unsupported, "gpu", cuda.LARGEST_BATCH),
 }
 NAMES = ("auto", *IMPLEMENTATIONS)  # what users may name
 # Hidden units up to which a kernel is validated, by kind of device as JAX names it.

@@ -162,7 +162,7 @@ def run(problem: Problem) -> Result:
     return Result.of(_run(problem), moments)
 
 
-def _step(problem: Problem, recurrent_term: Array, residuals: Any = None) -> tuple[Carry, Any]:
+def _step(problem: Problem, recurrent_term: Array, known: Any = None) -> tuple[Carry, Any]:
     """As `problem.step`, with one-hot vectors of symbols: a kernel cannot index by arrays."""
     if problem.symbols is not None:
         kernel = problem.params["input_kernel"]
@@ -170,7 +170,7 @@ def _step(problem: Problem, recurrent_term: Array, residuals: Any = None) -> tup
         known = (problem.symbols >= 0) & (problem.symbols < len(kernel))
         one_hot = jnp.where(known, problem.symbols == vocabulary, jnp.nan).astype(kernel.dtype)
         problem = problem.replace(inputs=one_hot, symbols=None)
-    return step(problem, recurrent_term, residuals)
+    return step(problem, recurrent_term, known)
 
 
 def _constants(problem: Problem) -> Problem:

@@ -133,15 +133,15 @@ def with_input_terms(
 
 
 def step(
-    problem: Problem, recurrent_term: Array, residuals: dict[str, Moments | None] | None = None
+    problem: Problem, recurrent_term: Array, known: dict[str, Moments | None] | None = None
 ) -> tuple[Carry, dict[str, Moments | None]]:
     """One step of a problem that has the arrays of this step; see `lstm_step`.
 
-    `residuals` are the moments that the step returned, when it is re-run for its gradient.
+    `known` are the moments that the step returned, when it is re-run for its gradient.
     """
 
     def normalize(term: str, x: Array) -> tuple[Array, Moments | None]:
-        moments = None if residuals is None else residuals[term]
+        moments = None if known is None else known[term]
         return problem.norm.apply(
             term, x, problem.params, problem.statistics, problem.valid, moments
         )

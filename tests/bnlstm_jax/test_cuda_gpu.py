@@ -19,7 +19,7 @@ from bnlstm_jax.cells import Variant
 from bnlstm_jax.layers import abstract_problem
 from bnlstm_jax.normalization import Normalization, Statistics
 from bnlstm_jax.recurrence.devices import emulation
-from bnlstm_jax.recurrence.native import build, call
+from bnlstm_jax.recurrence.native import build, cuda
 from bnlstm_jax.recurrence.problem import Problem
 from bnlstm_jax.recurrence.scan import reference
 
@@ -89,7 +89,7 @@ def compare(
 
     def by_kernel(*arguments):
         problem = Problem(*arguments, None, valid, statistics, norm, dtype)
-        return call.run(problem, units_of_block=block)
+        return cuda.run(problem, units_of_block=block)
 
     found = results(by_kernel, arguments, weights)
     expected = results(by_scan, arguments, weights)
@@ -153,7 +153,7 @@ def test_what_all_examples_share_is_normalised_to_exactly_zero(batch):
 
     def hidden(h):
         carry = c, jnp.broadcast_to(h, c.shape)
-        return call.run(Problem(kernel, params, carry, inputs, norm=Normalization(BOTH))).hidden
+        return cuda.run(Problem(kernel, params, carry, inputs, norm=Normalization(BOTH))).hidden
 
     np.testing.assert_array_equal(hidden(h[0]), hidden(jnp.zeros(5)))
 
@@ -161,11 +161,11 @@ def test_what_all_examples_share_is_normalised_to_exactly_zero(batch):
 def test_larger_batches_are_run_by_xla():
     layer = bnlstm_jax.LSTM(2, implementation="gpu")
     chosen = [
-        recurrence.choose("gpu", abstract_problem(layer, call.LARGEST_BATCH + more))
+        recurrence.choose("gpu", abstract_problem(layer, cuda.LARGEST_BATCH + more))
         for more in (0, 1)
     ]
     assert chosen == ["gpu", "xla"]
-    x = jnp.ones((call.LARGEST_BATCH + 1, 2, 1))
+    x = jnp.ones((cuda.LARGEST_BATCH + 1, 2, 1))
     assert layer.apply(layer.init(jax.random.key(0), x), x).shape == (len(x), 2, 2)
 
 
@@ -238,7 +238,7 @@ REFUSED = {
 def test_what_it_has_not_is_refused(kind, options, message):
     layer = kind(**{"features": 2} | options, implementation="gpu")
     with pytest.raises(ValueError, match=message):
-        layer.init(jax.random.key(0), jnp.ones((2, 3, 1)), use_running_average=True)
+        layer.init(jax.random.key(0), jnp.ones((2, 3, 1)), use_running_average=False)
 
 
 FITTING = {  # the paper's sizes, on an H200
@@ -254,7 +254,7 @@ FITTING = {  # the paper's sizes, on an H200
 def test_tells_what_fits(units, batch, dtype, fits):
     """What blocks keep is to fit their shared memory, and all of them the device at once."""
     problem = abstract_problem(bnlstm_jax.BNLSTM(units, dtype=dtype), batch)
-    assert (call.why_unsupported(problem) is None) == fits
+    assert (cuda.why_unsupported(problem) is None) == fits
 
 
 # ---- Building.
@@ -268,8 +268,8 @@ def test_is_compiled_once(monkeypatch, tmp_path):
     )
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    made = build.build(call.SOURCE, "cpu")
-    assert made == build.build(call.SOURCE, "cpu") and made.exists()
+    made = build.build(cuda.SOURCE, "cpu")
+    assert made == build.build(cuda.SOURCE, "cpu") and made.exists()
     assert (tmp_path / "compiler.log").read_text() == "called\n"
     assert os.listdir(tmp_path / "bnlstm_jax") == [made.name]
 
@@ -278,13 +278,13 @@ def test_tells_why_it_cannot_be_compiled(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(RuntimeError, match=r"cuda\.cu cannot be compiled"):
-        build.build(call.SOURCE, "cpu")
+        build.build(cuda.SOURCE, "cpu")
     assert os.listdir(tmp_path / "bnlstm_jax") == []
     for name in ("CXX", "CUDA_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="install g"):
-        build.build(call.SOURCE, "cpu")
+        build.build(cuda.SOURCE, "cpu")
     monkeypatch.setattr(build.site, "getsitepackages", lambda: [str(tmp_path)])
     with pytest.raises(RuntimeError, match=r"nvcc is neither .*implementation='xla'"):
         build.find_nvcc()
@@ -297,7 +297,7 @@ def test_tells_why_it_cannot_be_compiled(monkeypatch, tmp_path):
 @pytest.mark.long
 def test_compiles_for_hopper_with_nearly_all_values_in_registers(tmp_path):
     try:
-        command = build.nvcc_command(call.SOURCE, "90", tmp_path / "cuda.so")
+        command = build.nvcc_command(cuda.SOURCE, "90", tmp_path / "cuda.so")
     except RuntimeError as error:
         pytest.skip(str(error))
     result = subprocess.run([*command, "-Xptxas=-v"], capture_output=True, text=True)

@@ -17,7 +17,7 @@ from bnlstm_jax.cells import Variant
 from bnlstm_jax.layers import abstract_problem
 from bnlstm_jax.recurrence import devices
 from bnlstm_jax.recurrence.devices import emulation
-from bnlstm_jax.recurrence.native import call
+from bnlstm_jax.recurrence.native import cuda
 from bnlstm_jax.recurrence.problem import SMALL_INPUT
 
 LENGTHS = (6, 1, 4, 0, 3)
@@ -297,7 +297,7 @@ def test_auto_is_xla_where_the_kernel_cannot_be_compiled(
     def fail(*_):
         raise error("no compiler")
 
-    monkeypatch.setattr(call, "load", fail)
+    monkeypatch.setattr(cuda, "load", fail)
     assert chosen(bnlstm_jax.LSTM(8)) == "xla"
     assert [(r.levelname, "no compiler" in r.getMessage()) for r in caplog.records] == [
         ("WARNING", True)

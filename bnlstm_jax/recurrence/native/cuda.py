@@ -181,6 +181,7 @@ def call_kernel(options: Options, inputs: Inputs) -> tuple[Array, ...]:
 
 
 def _forward(options, inputs):
+    # `jax.checkpoint` around the call computes `inputs` again rather than store them.
     results = forward_call(options, inputs, keep=True)
     hidden, cell, recurrent_term, *moments = (checkpoint_name(x, _RESIDUAL) for x in results)
     return (hidden, cell[-1], *moments), (inputs, hidden, cell, recurrent_term, *moments)
