@@ -262,7 +262,9 @@ class RecurrentCell(nn.RNNCellBase):
     def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Carry:
         """The learned initial `(c, h)`, each `[B, H]`, for inputs `[B, D]`; zeros if unbound.
 
-        `rng` is the key of `initial_hidden_noise`.
+        `rng` is the key of `initial_hidden_noise`. With variables::
+
+            cell.apply(variables, rng, input_shape, method="initialize_carry")
         """
         return initial_state(self, input_shape[:-1], rng)
 

@@ -223,7 +223,8 @@ class BNLSTM(RecurrentLayer):
     `{input,recurrent,cell}_{mean,var}`, each `[max_steps, F]`. Training moves them towards those of
     the batch; `bnlstm_jax.population` re-estimates them. Inference goes on past `max_steps` with
     the last row. In a reversed layer the rows follow the recurrence, not the inputs. Updated
-    statistics have no gradient.
+    statistics have no gradient. `flax.linen.Bidirectional` does not pass `use_running_average` on:
+    set it in its layers.
 
     Attributes:
       features: number of hidden units H.
