@@ -339,8 +339,10 @@ def test_layers_pass_strict_modes(kind, implementation, mode):
     with mode():
         layer = kind(4, implementation=implementation)
         variables = initialize(layer, x)
-        training_results(layer, variables, x, seq_lengths=jnp.array(LENGTHS))
-        layer.apply(variables, x, use_running_average=True)
+        y, _, gradients = training_results(layer, variables, x, seq_lengths=jnp.array(LENGTHS))
+        inferred = layer.apply(variables, x, use_running_average=True)
+    assert y.shape == inferred.shape == (3, 5, 4)
+    assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, variables["params"])
 
 
 @pytest.mark.parametrize("mode", STRICT.values(), ids=STRICT.keys())
@@ -350,7 +352,8 @@ def test_cells_and_batch_norm_pass_strict_modes(mode):
     with mode():
         rnn = nn.RNN(cell, variable_axes={"batch_stats": 0}, split_rngs={"params": False})
         for module in (rnn, BatchNorm(use_running_average=False), nn.RNN(LSTMCell(4))):
-            module.init_with_output(jax.random.key(0), x)
+            y, _ = module.init_with_output(jax.random.key(0), x)
+            assert y.shape[:2] == (3, 5)
 
 
 @pytest.mark.parametrize("axes", ["b, t, 2", "3, t, 2"])
