@@ -167,8 +167,8 @@ def _step(problem: Problem, recurrent_term: Array, known: Any = None) -> tuple[C
     if problem.symbols is not None:
         kernel = problem.params["input_kernel"]
         vocabulary = jax.lax.broadcasted_iota(jnp.int32, (1, len(kernel)), 1)
-        known = (problem.symbols >= 0) & (problem.symbols < len(kernel))
-        one_hot = jnp.where(known, problem.symbols == vocabulary, jnp.nan).astype(kernel.dtype)
+        is_symbol = (problem.symbols >= 0) & (problem.symbols < len(kernel))
+        one_hot = jnp.where(is_symbol, problem.symbols == vocabulary, jnp.nan).astype(kernel.dtype)
         problem = problem.replace(inputs=one_hot, symbols=None)
     return step(problem, recurrent_term, known)
 
