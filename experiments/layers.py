@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 import bnlstm_jax
 from bnlstm_jax import initializers, recurrence
 from bnlstm_jax.layers import Layer, abstract_problem
+from bnlstm_jax.recurrence.native import cpu
 from experiments.config import at_least, one_of, words
 from experiments.errors import UserError
 
@@ -60,6 +61,17 @@ def check_implementation(layer: Layer) -> None:
         raise UserError(
             f"config.model.implementation is {name}, which {reason}: make it xla{other}"
         )
+
+
+def implementation(model: ConfigDict, axis_name: str | None = None) -> str:
+    """What runs the recurrence of `config.model` here, with a CPU kernel's instruction set."""
+    fields = {"dtype": matmul_dtype(model), "implementation": model.implementation}
+    if model.kind == "ln_lstm":
+        layer = bnlstm_jax.LNLSTM(model.features, **fields)
+    else:
+        layer = bnlstm_jax.BNLSTM(model.features, axis_name=axis_name, **fields)
+    name = recurrence.choose(model.implementation, abstract_problem(layer))
+    return f"{name}, {cpu.instruction_set()}" if name == "cpu" else name
 
 
 def check_max_steps(model: ConfigDict, steps: int, sequences: str) -> None:

@@ -13,7 +13,17 @@ import numpy as np
 from flax.training import train_state
 from ml_collections import ConfigDict
 
-from experiments import evaluate, finite, metrics, milestones, parallel, processes, tasks, workdir
+from experiments import (
+    evaluate,
+    finite,
+    layers,
+    metrics,
+    milestones,
+    parallel,
+    processes,
+    tasks,
+    workdir,
+)
 from experiments.checkpoints import Checkpoints
 from experiments.errors import Stopped, UserError
 from experiments.interruption import Interruption
@@ -209,7 +219,8 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
             )
         choice = {"selection": task.selection, "lower_is_better": task.lower_is_better}
         if first:
-            workdir.open_workdir(config, folder, {**task.record, **choice})
+            implementation = layers.implementation(config.model, devices.statistics_axis)
+            workdir.open_workdir(config, folder, {**task.record, **choice}, implementation)
         title = f"{task.data} {config.model.kind}"
         reporting = metrics.Reporter if first else metrics.Silence
         with reporting(folder, title, task.data, start, config.num_updates) as reporter:

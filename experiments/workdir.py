@@ -268,11 +268,13 @@ def errors_told(workdir: Path) -> Iterator[None]:
         ) from error
 
 
-def open_workdir(config: ConfigDict, workdir: Path, record: dict[str, Any]) -> None:
+def open_workdir(
+    config: ConfigDict, workdir: Path, record: dict[str, Any], implementation: str
+) -> None:
     """Saves the config and how, with what and when the run was started.
 
     Call `check` first, and do it while `in_use`. `run.json` has an entry for each start, the first
-    and those that went on, and the `record`.
+    and those that went on, and the `record`. `implementation` is what runs the recurrence.
     """
     start = {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
@@ -282,6 +284,7 @@ def open_workdir(config: ConfigDict, workdir: Path, record: dict[str, Any]) -> N
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "devices": [device.device_kind for device in jax.devices()],
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "implementation": implementation,
     }
     path = workdir / "run.json"
     earlier = read_json(path).get("starts", []) if path.exists() else []

@@ -34,7 +34,9 @@ from jax import Array
 
 from bnlstm_jax import BNLSTM, LSTM
 from bnlstm_jax.cells import product
+from bnlstm_jax.jax_experimental import rnn
 from bnlstm_jax.recurrence import IMPLEMENTATIONS, available
+from bnlstm_jax.recurrence.native import cpu
 from bnlstm_jax.recurrence.problem import transpose
 from experiments import errors, metrics, workdir
 from experiments.errors import UserError
@@ -117,6 +119,16 @@ def peers_device(device: jax.Device) -> str | None:
     return "cpu" if device.platform == "cpu" else None
 
 
+def peak_of(device: jax.Device) -> float | None:
+    """Float32 operations a second of a CPU; None for others, or where nothing can be compiled."""
+    if device.platform != "cpu":
+        return None
+    try:
+        return cpu.peak()
+    except (RuntimeError, OSError):
+        return None
+
+
 def make_small(size: Size) -> Size:
     """A size that takes no time."""
     names = ("features", "batch", "steps", "inputs")
@@ -156,33 +168,15 @@ def compile_program(function: Callable, state: Any, given: Any, is_update: bool)
     return Program(run, needed, seconds)
 
 
-def layer(
-    make: Callable[[], nn.Module], size: Size, is_update: bool, one_hot: bool = False
-) -> Program:
-    """A training pass of a Flax layer, or of one for each direction."""
-    inputs, lengths = make_batch(size)
-    if one_hot and size.symbols:
-        inputs = np.eye(size.inputs, dtype=np.float32)[inputs]
-    given = jax.tree.map(jnp.asarray, {"inputs": inputs, "seq_lengths": lengths})
-    model = nn.Bidirectional(make(), make()) if size.bidirectional else make()
-    shapes = jax.eval_shape(model.init, jax.random.key(0), given["inputs"])
-    random, scale = np.random.default_rng(1), size.features**-0.5
-    batch_stats = jax.tree.map(
-        lambda leaf: jnp.asarray(random.normal(0, scale, leaf.shape), leaf.dtype), shapes
-    )
-    learned = {"params": batch_stats.pop("params")}
-    if size.embedded:
-        learned["inputs"] = given.pop("inputs")
+def training_pass(apply: Callable, learned: Any, batch_stats: Any, given: Any, is_update: bool):
+    """The program of `apply(values, batch_stats)`, which gives outputs and new statistics.
+
+    `values` are those of `learned` and `given`; an update changes the former.
+    """
 
     def forward(state: tuple, given: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
         learned, batch_stats = state
-        values = learned | given
-        return model.apply(
-            {"params": values["params"], **batch_stats},
-            values["inputs"],
-            seq_lengths=values["seq_lengths"],
-            mutable=["batch_stats"],
-        )
+        return apply(learned | given, batch_stats)
 
     def update(state: tuple, given: dict[str, Any]) -> tuple:
         learned, batch_stats = state
@@ -196,6 +190,63 @@ def layer(
 
     function = update if is_update else forward
     return compile_program(function, (learned, batch_stats), given, is_update)
+
+
+def layer(
+    make: Callable[[], nn.Module], size: Size, is_update: bool, one_hot: bool = False
+) -> Program:
+    """A training pass of a Flax layer, or of one for each direction."""
+    given = batch_arrays(size, one_hot)
+    model = nn.Bidirectional(make(), make()) if size.bidirectional else make()
+    shapes = jax.eval_shape(model.init, jax.random.key(0), given["inputs"])
+    random, scale = np.random.default_rng(1), size.features**-0.5
+    batch_stats = jax.tree.map(
+        lambda leaf: jnp.asarray(random.normal(0, scale, leaf.shape), leaf.dtype), shapes
+    )
+    learned = {"params": batch_stats.pop("params")}
+    if size.embedded:
+        learned["inputs"] = given.pop("inputs")
+
+    def apply(values: dict[str, Any], batch_stats: dict[str, Any]) -> tuple[Array, dict]:
+        return model.apply(
+            {"params": values["params"], **batch_stats},
+            values["inputs"],
+            seq_lengths=values["seq_lengths"],
+            mutable=["batch_stats"],
+        )
+
+    return training_pass(apply, learned, batch_stats, given, is_update)
+
+
+def batch_arrays(size: Size, one_hot: bool) -> dict[str, Array | None]:
+    """A batch on the device, its symbols as one-hot vectors if asked for."""
+    inputs, lengths = make_batch(size)
+    if one_hot and size.symbols:
+        inputs = np.eye(size.inputs, dtype=np.float32)[inputs]
+    return jax.tree.map(jnp.asarray, {"inputs": inputs, "seq_lengths": lengths})
+
+
+def cudnn_lstm(size: Size, is_update: bool) -> Program:
+    """A training pass of cuDNN's LSTM, which JAX has for NVIDIA GPUs, in float32."""
+    given = batch_arrays(size, one_hot=True)
+    features = given["inputs"].shape[-1]
+    shape = (features, size.features, 1, size.bidirectional)
+    learned = {"weights": rnn.init_lstm_weight(jax.random.key(0), *shape)}
+    if size.embedded:
+        learned["inputs"] = given.pop("inputs")
+    if given["seq_lengths"] is None:
+        given["seq_lengths"] = jnp.full(size.batch, size.steps)
+    given["seq_lengths"] = given["seq_lengths"].astype(jnp.int32)
+    state = jnp.zeros((1 + size.bidirectional, size.batch, size.features))
+
+    def apply(values: dict[str, Any], batch_stats: dict[str, Any]) -> tuple[Array, dict]:
+        inputs, weights = values["inputs"], values["weights"]
+        y, *_ = rnn.lstm(
+            inputs, state, state, weights, values["seq_lengths"], *shape[:3], 0.0, shape[3]
+        )
+        return y, batch_stats
+
+    return training_pass(apply, learned, {}, given, is_update)
 
 
 def products(size: Size, dtype: Any, is_update: bool) -> Program:
@@ -276,6 +327,8 @@ def candidates(size: Size, dtype: str, is_update: bool, peers: str | None) -> di
     makers["Flax OptimizedLSTMCell"] = functools.partial(
         layer, flax_rnn, size, is_update, one_hot=True
     )
+    if jax.config.jax_default_device.platform == "gpu" and kind is None:
+        makers["cuDNN LSTM"] = functools.partial(cudnn_lstm, size, is_update)
     tracked = metrics.track(makers.items(), "compiling", len(makers))
     made = {}
     for name, make in tracked:
@@ -308,8 +361,18 @@ def measure(programs: dict[str, Program], title: str, rounds: int) -> dict[str, 
     }
 
 
-def table(measured: dict[str, dict[str, Any]], steps: int) -> str:
-    """The results of one size, dtype and pass."""
+def operations(size: Size, is_update: bool) -> int:
+    """Floating-point operations of the products that a pass of an LSTM needs.
+
+    An update has two more of the size of each forward one: for what it multiplies, and its kernel.
+    """
+    rows = size.features + (size.inputs if size.embedded else 0)
+    forward = 2 * size.steps * size.batch * rows * 4 * size.features
+    return forward * (3 if is_update else 1) * (1 + size.bidirectional)
+
+
+def table(measured: dict[str, dict[str, Any]], steps: int, least: float | None) -> str:
+    """The results of one size, dtype and pass. At the processor's peak it takes `least` seconds."""
     own, floor = measured[DEFAULT]["median"], measured[FLOOR]["median"]
     rows = []
     for name, found in measured.items():
@@ -323,12 +386,13 @@ def table(measured: dict[str, dict[str, Any]], steps: int) -> str:
                 f"{1e6 * median / steps:.1f}",
                 f"{median / own:.2f}",
                 f"{floor / median:.0%}",
+                "-" if least is None else f"{least / median:.0%}",
                 "-" if memory is None else f"{memory / 1e6:.1f}",
                 "-" if compiling is None else f"{compiling:.1f}",
             )
         )
     header = ["candidate", "ms per pass", "spread", "us per time step", f"to {DEFAULT}"]
-    header += ["products' share", "memory MB", "compile s"]
+    header += ["products' share", "of the peak", "memory MB", "compile s"]
     return metrics.markdown_table(header, rows)
 
 
@@ -348,7 +412,10 @@ def main(_: list[str]) -> None:
     record = timing.circumstances(device) | {
         "flags": {name: getattr(given, name) for name in FLAGS}
     }
-    record |= {"sizes": {}, "results": []}
+    record |= {"peak_flops": peak_of(device), "sizes": {}, "results": []}
+    if record["peak_flops"]:
+        peak = record["peak_flops"] / 1e9
+        print(f"Peak in float32, {cpu.instruction_set()}, of all threads: {peak:.0f} GFLOP/s.\n")
     for name in given.sizes:
         size = make_small(SIZES[name]) if given.small else SIZES[name]
         record["sizes"][name] = size._asdict()
@@ -358,9 +425,13 @@ def main(_: list[str]) -> None:
                 programs = candidates(size, dtype, kind == "update", peers)
                 measured = measure(programs, f"measuring {title}", given.rounds)
             del programs  # and with them their arrays
+            least = None
+            if record["peak_flops"] and dtype == "float32":
+                least = operations(size, kind == "update") / record["peak_flops"]
+            shown = table(measured, size.steps, least)
             print(
                 f"{title}: {size.features} units, batch {size.batch}, {size.steps} steps, on "
-                f"{device.device_kind}; {given.rounds} rounds\n\n{table(measured, size.steps)}\n",
+                f"{device.device_kind}; {given.rounds} rounds\n\n{shown}\n",
                 flush=True,
             )
             result = {"size": name, "dtype": dtype, "pass": kind, "candidates": measured}

@@ -4,26 +4,30 @@
     reference   a plain scan, differentiated by JAX
     tpu         one kernel for all steps, for TPUs
     gpu         one kernel for all steps, for NVIDIA GPUs
+    cpu         one kernel for all steps, for CPUs
 
 A `Problem` says what a recurrence is given, a `Result` what it gives back. An implementation is a
 function from one to the other, and one that says why it cannot run a problem. To add one, write
 both, and name them in `IMPLEMENTATIONS` with the platform. `auto` takes it on the kinds of devices
-in `VALIDATED_UNITS`. All but `gpu` are made of `problem.step`.
+in `VALIDATED_UNITS`. All but `gpu` and `cpu` are made of `problem.step`.
 
-`auto` is the kernel for the device at hand, if it is validated there, else `xla`.
+`auto` is the kernel for the device at hand, if it is validated there, else `xla`. It is `xla` too
+where there are several devices: a kernel runs all of a batch on one, and XLA spreads it over them.
 """
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from bnlstm_jax.normalization import Statistics
 from bnlstm_jax.recurrence import pallas_tpu, scan
 from bnlstm_jax.recurrence.devices import default_device, runs_here
-from bnlstm_jax.recurrence.native import cuda
+from bnlstm_jax.recurrence.native import cpu, cuda
 from bnlstm_jax.recurrence.problem import Problem, Result
 
 
@@ -50,10 +54,11 @@ IMPLEMENTATIONS = {
     "reference": Implementation(scan.reference),
     "tpu": Implementation(pallas_tpu.run, pallas_tpu.why_unsupported, "tpu"),
     "gpu": Implementation(cuda.run, cuda.why_unsupported, "gpu", cuda.LARGEST_BATCH),
+    "cpu": Implementation(cpu.run, cpu.why_unsupported, "cpu"),
 }
 NAMES = ("auto", *IMPLEMENTATIONS)  # what users may name
 # Hidden units up to which a kernel is validated, by kind of device as JAX names it.
-VALIDATED_UNITS: dict[str, int] = {"NVIDIA H100 80GB HBM3": 1000}
+VALIDATED_UNITS: dict[str, float] = {"NVIDIA H100 80GB HBM3": 1000, "cpu": math.inf}
 
 
 def available() -> list[str]:
@@ -120,6 +125,8 @@ def _validated(problem: Problem) -> tuple[str, str, int]:
     validated = VALIDATED_UNITS.get(device.device_kind, 0)
     if not kernels:
         return "xla", f"there is no kernel for {device.device_kind}", logging.INFO
+    if (devices := jax.device_count()) > 1:
+        return "xla", f"a kernel runs on one device, and there are {devices}", logging.INFO
     if units > validated:
         where = f"up to {validated} units on {device.device_kind}"
         return "xla", f"the kernel is validated {where}, got {units}", logging.INFO

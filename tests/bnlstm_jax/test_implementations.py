@@ -190,7 +190,7 @@ INFERENCE = {
 }
 
 
-@pytest.mark.parametrize("name", ["tpu", "gpu"])
+@pytest.mark.parametrize("name", ["tpu", "gpu", "cpu"])
 @pytest.mark.parametrize("case", INFERENCE.values(), ids=INFERENCE.keys())
 def test_inference_equals_the_plain_scan(case, name):
     options = dict(case)

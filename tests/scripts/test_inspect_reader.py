@@ -68,7 +68,7 @@ def runs(tmp_path_factory):
     task, other = Task(config), folder / "runs" / "lstm"
     record = {"selection": "error", "lower_is_better": True}
     other.mkdir(parents=True)
-    workdir.open_workdir(config, other, task.record | record)
+    workdir.open_workdir(config, other, task.record | record, "xla")
     with Checkpoints(other, *record.values()) as checkpoints:
         state = train.create_state(task, config)
         params = jax.tree.map(lambda leaf: 8 * leaf, state.params)  # so that weights differ

@@ -1,11 +1,17 @@
 """Compiles native sources at first use: for NVIDIA GPUs by CUDA's nvcc, for CPUs by a C++ compiler.
 
-Libraries are kept in `bnlstm_jax` in the user's cache folder (`XDG_CACHE_HOME`, or `~/.cache`).
+Libraries are kept in `bnlstm_jax` in the user's cache folder (`XDG_CACHE_HOME`, or `~/.cache`). A
+library's name has a hash of all that it depends on, the compiler and the processor among it: unlike
+machines may share a cache.
 """
 
+import functools
 import hashlib
 import logging
 import os
+import platform as system
+import re
+import shlex
 import shutil
 import site
 import subprocess
@@ -16,6 +22,9 @@ import jax
 
 from bnlstm_jax.recurrence.devices import default_device
 
+# The option of C++ compilers for all instructions of this processor.
+NATIVE = "-mcpu=native" if system.machine() in ("aarch64", "arm64") else "-march=native"
+
 
 def build(source: Path, platform: str) -> Path:
     """The shared library of a source file, for a platform of JAX: `gpu` or `cpu`.
@@ -23,46 +32,108 @@ def build(source: Path, platform: str) -> Path:
     Raises:
       RuntimeError: there is no compiler, or it failed.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "bnlstm_jax"
-    cache.mkdir(parents=True, exist_ok=True)
-    command = compile_command(source, platform, Path("OUTPUT"))
-    contents = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
-    version = hashlib.sha256(repr((command, jax.__version__, contents)).encode()).hexdigest()[:16]
+    command = compile_command(source, platform)
+    contents = [path.read_bytes() for path in (source, *headers(source))]
+    key = command, processor() if platform == "cpu" else "", jax.__version__, contents
+    version = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    cache = cache_folder()
     target = cache / f"{source.stem}_{platform}_{version}.so"
-    if not target.exists():
-        logging.getLogger(__name__).info("compiling %s for %s, once", source.name, platform)
-        # In a folder of its own until it is complete: other processes may compile it too.
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            made = Path(folder) / target.name
-            command = compile_command(source, platform, made)
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode:
-                missing = "nv/target" in result.stderr  # in a package that JAX does not need
-                hint = "; install the package nvidia-cuda-cccl" if missing else ""
-                raise RuntimeError(f"{source} cannot be compiled{hint}:\n{result.stderr[-2000:]}")
-            made.replace(target)
+    if target.exists():
+        return target
+    logging.getLogger(__name__).info("compiling %s for %s, once", source.name, platform)
+    # In a folder of its own until it is complete: other processes may compile it too.
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        made = Path(folder) / target.name
+        result = run([*command, "-o", str(made)])
+        if result.returncode:
+            log = target.with_suffix(".log")
+            log.write_text(f"{shlex.join(result.args)}\n{result.stderr}")
+            missing = "nv/target" in result.stderr  # in a package that JAX does not need
+            hint = "; install the package nvidia-cuda-cccl" if missing else ""
+            raise RuntimeError(f"{source.name} cannot be compiled, see {log}{hint}")
+        made.replace(target)
     return target
 
 
-def compile_command(source: Path, platform: str, target: Path) -> list[str]:
-    """The command that compiles a source file for the default device of a platform.
+@functools.cache
+def cache_folder() -> Path:
+    """Where libraries are kept; for this process alone if the user's cache cannot be written."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(home) / "bnlstm_jax"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        logging.getLogger(__name__).warning("libraries are not kept: %s", error)
+        return Path(_temporary_folder().name)
+    return folder
+
+
+@functools.cache
+def _temporary_folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="bnlstm_jax_")  # removed when the process ends
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess:
+    """Runs a compiler.
+
+    Raises:
+      RuntimeError: it cannot be run.
+    """
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise RuntimeError(f"the compiler {command[0]} cannot be run: {error.strerror}") from error
+
+
+def headers(source: Path) -> list[Path]:
+    """The files beside a source file that it includes, and those that they do."""
+    found, left = [], [source]
+    while left:
+        for name in re.findall(r'^#include "(\w+\.h)"', left.pop().read_text(), re.MULTILINE):
+            path = source.parent / name
+            if path not in found:
+                found.append(path)
+                left.append(path)
+    return sorted(found)
+
+
+def compile_command(source: Path, platform: str) -> list[str]:
+    """What compiles a source file for the default device of a platform, but for the output.
 
     Raises:
       RuntimeError: there is no compiler.
     """
     if platform == "gpu":
         capability = default_device().compute_capability
-        return nvcc_command(source, capability.replace(".", ""), target)
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+        return nvcc_command(source, capability.replace(".", ""))
+    speed = ["-O3", NATIVE, "-fno-math-errno", "-fno-trapping-math"]
+    return [*cpp_compiler(), *speed, "-fPIC", "-pthread", *_common(), "-x", "c++", str(source)]
+
+
+def cpp_compiler() -> list[str]:
+    """The C++ compiler: `CXX` with its options, g++ or clang++.
+
+    Raises:
+      RuntimeError: there is none.
+    """
+    if command := shlex.split(os.environ.get("CXX", "")):
+        return command
+    found = shutil.which("g++") or shutil.which("clang++")
+    if found is None:
         raise RuntimeError(
-            f"{source.name} is compiled at first use, and there is no C++ compiler; install g++, "
-            "or write implementation='xla'"
+            "implementations 'cpu' and 'gpu' are compiled at first use, and there is no C++ "
+            "compiler; install g++, or write implementation='xla'"
         )
-    return [compiler, "-O2", "-fPIC", *_common(target), "-x", "c++", str(source)]
+    return [found]
 
 
-def nvcc_command(source: Path, architecture: str, target: Path) -> list[str]:
+def processor() -> str:
+    """What the C++ compiler says of itself and of this processor, in the macros that it defines."""
+    return run([*cpp_compiler(), NATIVE, "-dM", "-E", "-x", "c++", os.devnull]).stdout
+
+
+def nvcc_command(source: Path, architecture: str) -> list[str]:
     """The command for GPUs of an architecture, such as `90` for Hopper.
 
     Raises:
@@ -73,7 +144,7 @@ def nvcc_command(source: Path, architecture: str, target: Path) -> list[str]:
     # Python's packages have the runtime where their nvcc does not look for it.
     libraries = Path(nvcc).resolve().parents[1] / "lib"
     options = ["-O3", code, "-Xcompiler=-fPIC", f"-L{libraries}"]
-    return [nvcc, *options, *_common(target), str(source)]
+    return [nvcc, *options, *_common(), str(source)]
 
 
 def find_nvcc() -> str:
@@ -98,6 +169,6 @@ def find_nvcc() -> str:
     )
 
 
-def _common(target: Path) -> list[str]:
+def _common() -> list[str]:
     """Options of all compilers. Warnings would be those of XLA's headers."""
-    return ["-std=c++17", "-w", "-shared", "-isystem", jax.ffi.include_dir(), "-o", str(target)]
+    return ["-std=c++17", "-w", "-shared", "-isystem", jax.ffi.include_dir()]

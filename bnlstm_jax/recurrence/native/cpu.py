@@ -1,0 +1,314 @@
+"""The recurrence of an LSTM in C++, for CPUs: cpu.cc, called through `jax.ffi`.
+
+XLA packs the recurrent kernel anew for the product of every step, and runs each step as a row of
+small programs. Here threads share the hidden units and run all steps together; the source says how.
+Like `cuda` this is not made of the step of `bnlstm_jax.cells`, but written out for (BN-)LSTMs, in
+float32.
+
+`BNLSTM_NUM_THREADS` is the number of threads of a call; by default the processors that the process
+may use. Results do not depend on it.
+"""
+
+import ctypes
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from bnlstm_jax.cells import TERMS
+from bnlstm_jax.normalization import Statistics
+from bnlstm_jax.recurrence.native.build import build
+from bnlstm_jax.recurrence.problem import Problem, Result, with_input_terms
+
+SOURCE = Path(__file__).parent / "cpu.cc"
+# Flags of a row at a step: it is valid; it counts in the statistics of a term.
+VALID, COUNTS = 1, {"recurrent": 2, "cell": 4, "input": 8}
+INPUTS, SYMBOLS, INPUT_TERMS = range(3)  # what input terms are computed from
+GATES = {"input": 4, "recurrent": 4, "cell": 1}  # features of a term, for each unit
+STATISTICS = tuple(f"{term}_statistics" for term in GATES)
+# Axes of arrays `[T, B, F]` in the order of memory, as those of layers are by default.
+Layout = tuple[int, ...] | None
+SEQUENCES = (1, 0, 2)
+
+
+# ---- The library.
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The library, its two calls registered with XLA.
+
+    Raises:
+      RuntimeError: it cannot be compiled.
+    """
+    library = ctypes.CDLL(str(build(SOURCE, "cpu")))
+    for call in ("Forward", "Backward"):
+        handler = jax.ffi.pycapsule(getattr(library, f"BnlstmCpu{call}"))
+        jax.ffi.register_ffi_target(f"bnlstm_cpu_{call.lower()}", handler, platform="cpu")
+    return library
+
+
+def instruction_set() -> str:
+    """The processor's vector instructions that the library uses."""
+    name = load().BnlstmInstructionSet
+    name.restype = ctypes.c_char_p
+    return name().decode()
+
+
+def peak() -> float:
+    """Float32 operations a second of the threads of a call, measured for half a second."""
+    measure = load().BnlstmPeak
+    measure.restype = ctypes.c_double
+    return measure()
+
+
+def why_unsupported(problem: Problem) -> str | None:
+    """See `bnlstm_jax.recurrence.Implementation`."""
+    norm, kernel = problem.norm, problem.recurrent_kernel
+    if norm.pools and problem.statistics is None:
+        return "does not support axis_name: the batch is on one device"
+    if norm.terms and norm.kind == "layer":
+        return "does not support layer normalisation"
+    operands = jnp.dtype(problem.dtype or jnp.float32)
+    dtypes = {operands, kernel.dtype, problem.carry[0].dtype}
+    if dtypes != {jnp.dtype(jnp.float32)}:
+        return (
+            f"computes in float32, and param_dtype is {kernel.dtype}, dtype {operands}, the state "
+            f"{problem.carry[0].dtype}"
+        )
+    load()
+    return None
+
+
+# ---- The two calls, and the gradient.
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The attributes of a call.
+
+    Attributes:
+      source: what input terms are computed from.
+      terms: the normalised terms.
+      given: by given statistics; else by the batch's own moments.
+      masked: whether there are flags.
+      epsilon: added to variances.
+      input_epsilon: added to those of the input term.
+    """
+
+    source: int
+    terms: tuple[str, ...]
+    given: bool
+    masked: bool
+    epsilon: float
+    input_epsilon: float
+
+    def sizes(self, inputs: "Inputs") -> dict[str, int]:
+        """Sizes of a call: steps, batch, units and features."""
+        steps, batch = (inputs.symbols if self.source == SYMBOLS else inputs.inputs).shape[:2]
+        features = inputs.inputs if self.source == INPUT_TERMS else inputs.input_kernel
+        axis = -1 if self.source == INPUT_TERMS else 0
+        return {
+            "steps": steps,
+            "batch": batch,
+            "units": len(inputs.recurrent_kernel),
+            "features": features.shape[axis],
+        }
+
+    def call(
+        self,
+        name: str,
+        results: Sequence[tuple[tuple[int, ...], Layout]],
+        inputs: "Inputs",
+        others: Sequence[tuple[Array, Layout]] = (),
+        keep: bool = True,
+    ) -> list[Array]:
+        """Calls the kernel: with other arrays in their layouts, for results of shapes in theirs."""
+        layouts = [SEQUENCES if field == "inputs" else None for field in Inputs._fields]
+        call = jax.ffi.ffi_call(
+            name,
+            [jax.ShapeDtypeStruct(shape, jnp.float32) for shape, _ in results],
+            vmap_method="sequential",
+            input_layouts=[*layouts, *(layout for _, layout in others)],
+            output_layouts=[layout for _, layout in results],
+        )
+        attributes = {name: np.int64(size) for name, size in self.sizes(inputs).items()}
+        attributes |= {f"normalize_{term}": term in self.terms for term in TERMS}
+        return call(
+            *inputs,
+            *(array for array, _ in others),
+            source=np.int64(self.source),
+            given=self.given,
+            masked=self.masked,
+            keep=keep,
+            epsilon=np.float32(self.epsilon),
+            input_epsilon=np.float32(self.input_epsilon),
+            **attributes,
+        )
+
+
+class Inputs(NamedTuple):
+    """The arrays of a call, in float32 but for symbols and flags; empty where there is none.
+
+    Attributes:
+      recurrent_kernel: `[H, 4H]`.
+      input_kernel: `[D, 4H]`.
+      bias: `[4H]`.
+      inputs: `[T, B, D]`, or input terms `[T, B, 4H]`.
+      symbols: integers `[T, B]`.
+      flags: of rows, bytes `[T, B]`.
+      input_scale, recurrent_scale, cell_scale, cell_bias: `[4H]`, `[4H]`, `[H]`, `[H]`.
+      cell, hidden: the initial state, `[B, H]`.
+      input_statistics, recurrent_statistics, cell_statistics: given mean and variance, `[T, 2, F]`.
+    """
+
+    recurrent_kernel: Array
+    input_kernel: Array
+    bias: Array
+    inputs: Array
+    symbols: Array
+    flags: Array
+    input_scale: Array
+    recurrent_scale: Array
+    cell_scale: Array
+    cell_bias: Array
+    cell: Array
+    hidden: Array
+    input_statistics: Array
+    recurrent_statistics: Array
+    cell_statistics: Array
+
+
+def forward_call(options: Options, inputs: Inputs, keep: bool) -> list[Array]:
+    """Hidden states `[T, B, H]`, the last cell, cells, recurrent terms, and moments of each term.
+
+    Unless `keep`, there are no cells and recurrent terms. There are no moments of terms that are
+    not normalised, or by given statistics.
+    """
+    sizes = options.sizes(inputs)
+    steps, batch, units = sizes["steps"], sizes["batch"], sizes["units"]
+    kept = steps if keep else 0
+    results = [
+        ((steps, batch, units), SEQUENCES),
+        ((batch, units), None),
+        ((kept, units, batch), None),
+        ((kept, units, 4, batch), None),
+    ]
+    for term, gates in GATES.items():
+        found = term in options.terms and not options.given
+        results.append(((steps if found else 0, 2, gates * units), None))
+    return options.call("bnlstm_cpu_forward", results, inputs, keep=keep)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def call_kernel(options: Options, inputs: Inputs) -> tuple[Array, ...]:
+    """Hidden states, the last cell, moments of each term."""
+    hidden, cell, _, _, *moments = forward_call(options, inputs, keep=False)
+    return hidden, cell, *moments
+
+
+def _forward(options, inputs):
+    hidden, last_cell, cell, recurrent_term, *moments = forward_call(options, inputs, keep=True)
+    return (hidden, last_cell, *moments), (inputs, hidden, cell, recurrent_term, *moments)
+
+
+def _backward(options, residuals, gradients):
+    inputs, hidden, cell, recurrent_term, *moments = residuals
+    d_hidden, d_cell, *_ = gradients
+    if not options.given:
+        inputs = inputs._replace(**dict(zip(STATISTICS, moments, strict=True)))
+    fields = [field for field in Inputs._fields if field not in ("symbols", "flags")]
+    results = []
+    for field in fields:
+        shape = getattr(inputs, field).shape
+        if field in STATISTICS and not options.given:
+            shape = (0, *shape[1:])
+        results.append((shape, SEQUENCES if field == "inputs" else None))
+    others = [
+        (hidden, SEQUENCES),
+        (cell, None),
+        (recurrent_term, None),
+        (d_hidden, SEQUENCES),
+        (d_cell, None),
+    ]
+    found = options.call("bnlstm_cpu_backward", results, inputs, others)
+    return (Inputs(**dict(zip(fields, found, strict=True)), symbols=None, flags=None),)
+
+
+call_kernel.defvjp(_forward, _backward)
+
+
+# ---- From a problem and back.
+
+
+def run(problem: Problem) -> Result:
+    """Runs a problem.
+
+    Raises:
+      RuntimeError: the kernel cannot be compiled.
+    """
+    load()
+    moments = {}
+    if problem.norm.whole_input:
+        problem, moments = with_input_terms(problem, normalized=True)
+    terms, given = problem.norm.terms, problem.statistics is not None
+    hidden, cell, *found = call_kernel(*to_inputs(problem))
+    for term, stacked in zip(GATES, found, strict=True):
+        if term in terms and not given:
+            moments[term] = jax.lax.stop_gradient(Statistics(stacked[:, 0], stacked[:, 1]))
+    return Result((cell, hidden[-1]), hidden, moments)
+
+
+def to_inputs(problem: Problem) -> tuple[Options, Inputs]:
+    """The call for a problem."""
+    norm, params, valid = problem.norm, problem.params, problem.valid
+    units = len(problem.recurrent_kernel)
+    sizes = {term: gates * units for term, gates in GATES.items()}
+    source = INPUTS if problem.symbols is None else SYMBOLS
+    source = source if "input_kernel" in params else INPUT_TERMS
+    given = problem.statistics is not None
+
+    def zeros(*shape: int, dtype=jnp.float32) -> Array:
+        return jnp.zeros(shape, dtype)
+
+    def scale(term: str) -> Array:
+        return params.get(f"{term}_scale", jnp.ones(sizes[term], jnp.float32))
+
+    def statistics(term: str) -> Array:
+        if not given or term not in norm.terms:
+            return zeros(0, 2, sizes[term])
+        return jnp.stack(problem.statistics[term], 1)
+
+    flags = zeros(0, 0, dtype=jnp.uint8)
+    if valid is not None:
+        flags = jnp.where(valid[..., 0], VALID, 0)
+        for term, flag in COUNTS.items():
+            counts = valid[..., 0] if term in norm.masked else True
+            flags |= jnp.where(counts, flag, 0)
+        flags = flags.astype(jnp.uint8)
+    epsilon = norm.epsilon if norm.input_epsilon is None else norm.input_epsilon
+    options = Options(source, norm.terms, given, valid is not None, norm.epsilon, epsilon)
+    symbols = problem.symbols if source == SYMBOLS else zeros(0, 0, dtype=jnp.int32)
+    return options, Inputs(
+        recurrent_kernel=problem.recurrent_kernel,
+        input_kernel=params.get("input_kernel", zeros(0, 4 * units)),
+        bias=params["bias"],
+        inputs=zeros(0, 0, 0) if source == SYMBOLS else problem.inputs.astype(jnp.float32),
+        symbols=symbols.astype(jnp.int32),
+        flags=flags,
+        input_scale=scale("input"),
+        recurrent_scale=scale("recurrent"),
+        cell_scale=scale("cell"),
+        cell_bias=params.get("cell_bias", zeros(units)),
+        cell=problem.carry[0],
+        hidden=problem.carry[1],
+        input_statistics=statistics("input"),
+        recurrent_statistics=statistics("recurrent"),
+        cell_statistics=statistics("cell"),
+    )
