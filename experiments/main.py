@@ -18,7 +18,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import compare, config, errors, parallel, processes, train, workdir
+from experiments import compare, config, errors, memory, parallel, processes, train, workdir
 from experiments.errors import UserError, unknown_name
 
 _WORKDIR = flags.DEFINE_string(
@@ -139,6 +139,7 @@ def job() -> contextlib.AbstractContextManager:
 
 def main(_: list[str]) -> None:
     """Runs every kind of model that the config names, in one process or many."""
+    memory.keep_freed()
     base = flags.FLAGS.config
     config.check(base)
     parallel.check(base, _NUM_PROCESSES.value or 1)

@@ -38,7 +38,7 @@ from bnlstm_jax.jax_experimental import rnn
 from bnlstm_jax.recurrence import IMPLEMENTATIONS, available
 from bnlstm_jax.recurrence.native import cpu
 from bnlstm_jax.recurrence.problem import transpose
-from experiments import errors, metrics, workdir
+from experiments import errors, memory, metrics, workdir
 from experiments.errors import UserError
 from scripts import timing
 from scripts.timing import Program
@@ -398,6 +398,7 @@ def table(measured: dict[str, dict[str, Any]], steps: int, least: float | None) 
 
 def main(_: list[str]) -> None:
     """Prints a table for each size, dtype and pass; writes the file after each size."""
+    memory.keep_freed()
     given = flags.FLAGS
     for flag, known in (("sizes", SIZES), ("dtypes", DTYPES), ("passes", PASSES)):
         check_names(flag, getattr(given, flag), known)

@@ -1,7 +1,7 @@
 """The implementations of a layer against each other: all of them, and the plain scan.
 
 The TPU's kernel is interpreted here, and CUDA's emulated where there is no GPU; see also
-test_pallas_tpu.py and test_cuda_gpu.py.
+test_pallas_tpu.py, test_cuda_gpu.py and test_cpu.py.
 """
 
 import functools
@@ -54,6 +54,7 @@ def run(
     implementation,
     *,
     plain=False,
+    features=4,
     batch=5,
     time=6,
     inputs=3,
@@ -64,7 +65,7 @@ def run(
 ):
     """Outputs, carry, statistics and all gradients of a layer with random weights on all of it."""
     kind = bnlstm_jax.LSTM if plain else bnlstm_jax.BNLSTM
-    layer = kind(4, implementation=implementation, return_carry=True, **options)
+    layer = kind(features, implementation=implementation, return_carry=True, **options)
     random = np.random.default_rng(0)
     if layer.vocab_size:
         x = jnp.asarray(random.integers(0, layer.vocab_size, (batch, time)))
@@ -78,10 +79,11 @@ def run(
         lambda p: jnp.asarray(p + 0.3 * random.normal(size=p.shape), p.dtype), variables["params"]
     )
     if carry:
-        carry = tuple(jnp.asarray(random.normal(size=(batch, 4)), jnp.float32) for _ in range(2))
+        shape = batch, features
+        carry = tuple(jnp.asarray(random.normal(size=shape), jnp.float32) for _ in range(2))
     else:
         carry = None
-    weights = jnp.asarray(random.normal(size=(batch, time, 4)), jnp.float32)
+    weights = jnp.asarray(random.normal(size=(batch, time, features)), jnp.float32)
 
     def value(params, x, carry):
         (last, outputs), updated = layer.apply(
@@ -131,17 +133,20 @@ def test_equal_in_everything(name, case):
     )
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, marks=() if c in IN_CUDA_KERNEL else pytest.mark.long) for c in CASES],
-)
-def test_cuda_kernel_is_equal_in_everything(case):
-    """In float32, which is all it has."""
+NATIVE = [("cpu", case) for case in CASES] + [
+    pytest.param("gpu", case, marks=() if case in IN_CUDA_KERNEL else pytest.mark.long)
+    for case in CASES
+]
+
+
+@pytest.mark.parametrize("name, case", NATIVE)
+def test_native_kernels_are_equal_in_everything(name, case):
+    """In float32, which is all they have."""
     options = CASES[case]
     if not options.get("plain"):
         options = options | {"epsilon": 0.01}
     with jax.default_matmul_precision("highest"):
-        found, expected = (run(name, **options) for name in ("gpu", "reference"))
+        found, expected = (run(each, **options) for each in (name, "reference"))
 
     # A unit of float32 is 6e-8, which each of six normalisations of rows that are nearly alike
     # multiplies by up to 10, and by 316 with the layer's own epsilon, 1e-5.

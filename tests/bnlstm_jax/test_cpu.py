@@ -1,0 +1,422 @@
+"""The recurrence in C++ for CPUs, against the plain scan; how it is compiled, and its threads.
+
+test_implementations.py compares all that a layer returns, and all gradients, in all modes. Here are
+sizes that no vector divides, and what is particular to it.
+"""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, PartitionSpec
+
+from bnlstm_jax import BNLSTM, LNLSTM, LSTM, recurrence
+from bnlstm_jax.cells import TERMS
+from bnlstm_jax.layers import abstract_problem
+from bnlstm_jax.recurrence.native import build, cpu
+from tests.bnlstm_jax.test_implementations import run
+
+SUBSETS = [tuple(t for k, t in enumerate(TERMS) if bits >> k & 1) for bits in range(8)]
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu():
+    if jax.default_backend() != "cpu":
+        pytest.skip("the kernel is for CPUs")
+
+
+def compare(rtol=1e-4, **options):
+    """All that a layer returns, and all gradients, to those of the plain scan in float64.
+
+    A unit of float32 is 6e-8. A normalisation with little variance multiplies it by up to 10, and
+    steps follow each other.
+    """
+    zeros = nn.initializers.zeros  # `run` adds the same to parameters of any dtype
+    options |= {"input_kernel_init": zeros, "recurrent_kernel_init": zeros}
+    if not options.get("plain"):
+        options.setdefault("epsilon", 0.01)
+    found = run("cpu", **options)
+    with jax.enable_x64(True):
+        expected = run("reference", param_dtype=jnp.float64, **options)
+
+    def close(ours, theirs):
+        scale = max(1e-3, np.abs(theirs).max(initial=0))
+        np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=rtol * scale)
+
+    jax.tree.map(close, found, expected)
+
+
+SIZES = [  # units, batch, steps
+    (1, 2, 2),
+    (1, 100, 2),
+    (7, 7, 2),
+    (7, 2, 784),
+    (100, 100, 3),
+    (100, 129, 1),
+    (241, 7, 2),
+    (241, 129, 2),
+]
+
+
+@pytest.mark.parametrize("units, batch, steps", SIZES)
+def test_equal_at_sizes_that_no_vector_divides(units, batch, steps):
+    compare(features=units, batch=batch, time=steps)
+
+
+@pytest.mark.parametrize("units, steps", [(1, 1), (7, 2), (100, 3)])
+def test_lstm_trains_on_one_sequence(units, steps):
+    compare(plain=True, features=units, batch=1, time=steps)
+
+
+@pytest.mark.parametrize("normalize", SUBSETS, ids=lambda terms: "-".join(terms) or "none")
+def test_equal_for_each_choice_of_terms(normalize):
+    compare(normalize=normalize, features=19, batch=9, lengths=(6, 0, 4, 1, 6, 2, 3, 5, 6))
+
+
+@pytest.mark.parametrize("inputs", [1, 7, 8, 33])
+@pytest.mark.parametrize("plain", [False, True])
+def test_equal_for_inputs_of_few_and_of_many_features(inputs, plain):
+    compare(plain=plain, inputs=inputs, features=19, batch=9)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(st.data())
+def test_equal_for_any_shapes_and_options(data):
+    def draw(name, *values):
+        return data.draw(st.sampled_from(values), label=name)
+
+    batch, steps = data.draw(st.integers(2, 20)), data.draw(st.integers(1, 4))
+    lengths = data.draw(st.none() | st.lists(st.integers(0, steps), min_size=batch, max_size=batch))
+    options = {"vocab_size": 5} if draw("symbols", False, True) else {"inputs": draw("D", 1, 3, 11)}
+    if draw("plain", False, True):
+        options["plain"] = True
+    else:
+        options |= {
+            "normalize": draw("terms", *SUBSETS),
+            "mask_statistics": draw("masked", True, False, ("recurrent",)),
+            "input_statistics": draw("statistics", "per_step", "sequence"),
+        }
+    compare(
+        features=data.draw(st.integers(1, 40)),
+        batch=batch,
+        time=steps,
+        lengths=lengths,
+        reverse=draw("reverse", False, True),
+        carry=draw("carry", False, True),
+        **options,
+    )
+
+
+def inference(layer, x, first_step=None, lengths=None):
+    """A layer with random parameters and statistics, its outputs and their gradients."""
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), x, use_running_average=True))
+    variables = jax.tree.map(
+        lambda leaf: jnp.asarray(random.uniform(0.1, 0.9, leaf.shape), leaf.dtype), shapes
+    )
+
+    def value(variables):
+        y = layer.apply(
+            variables, x, first_step=first_step, seq_lengths=lengths, use_running_average=True
+        )
+        return jnp.sum(jnp.sin(3 * y)), y
+
+    return value, variables
+
+
+@pytest.mark.parametrize("make", [LSTM, BNLSTM])
+@pytest.mark.parametrize("batch", [1, 2, 4, 5])
+@pytest.mark.parametrize("inputs", [1, 20, "symbols"])
+def test_inference_of_few_sequences_is_equal(make, batch, inputs):
+    random, steps, units = np.random.default_rng(0), 9, 39
+    if inputs == "symbols":
+        x = jnp.asarray(random.integers(0, 6, (batch, steps)))
+        fields = {"vocab_size": 6}
+    else:
+        x = jnp.asarray(random.normal(size=(batch, steps, inputs)), jnp.float32)
+        fields = {}
+    lengths = jnp.asarray([5, 0, 9, 3, 9][:batch])
+    fields |= {"max_steps": 7} if make is BNLSTM else {}
+    results = []
+    for name in ("cpu", "reference"):
+        value, variables = inference(make(units, implementation=name, **fields), x, None, lengths)
+        results.append(value(variables)[1])
+    np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_given_statistics_have_the_gradients_of_the_plain_scan():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4, 3)), jnp.float32)
+    found = []
+    for name in ("cpu", "reference"):
+        value, variables = inference(BNLSTM(6, implementation=name, max_steps=3), x)
+        found.append(jax.jit(jax.grad(lambda v, value=value: value(v)[0]))(variables))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
+
+
+def test_unknown_symbols_give_nan_in_their_sequences_alone():
+    x = jnp.asarray([[0, 1, 2], [0, 3, 1], [0, -1, 2], [1, 1, 1], [2, 2, 2]])
+    for rows in (5, 3):  # of a batch in rows, and of few sequences
+        layer = LSTM(7, vocab_size=3, implementation="cpu")
+        value, variables = inference(layer, x[:rows])
+        unknown = np.isnan(value(variables)[1]).any((1, 2))
+        assert unknown.tolist() == [False, True, True, False, False][:rows]
+
+
+# ---- Numbers.
+
+
+def test_tanh_has_the_error_that_is_stated():
+    """A cell is kept, and squashed: h = tanh(c), for gates that are open or shut."""
+    c = np.concatenate([np.linspace(-12, 12, 20001), 10.0 ** np.arange(-30, 3), [np.inf, np.nan]])
+    c = jnp.asarray(c[:, None], jnp.float32)
+    layer = LSTM(1, implementation="cpu", initial_hidden_init=nn.initializers.zeros)
+    variables = layer.init(jax.random.key(0), jnp.zeros((1, 1, 1)))
+    variables["params"]["bias"] = jnp.asarray([100.0, -100.0, 100.0, 0.0])  # f, i, o, g
+    x = jnp.zeros((len(c), 1, 1))
+    found = layer.apply(variables, x, initial_carry=(c, jnp.zeros_like(c)))[:, 0, 0]
+    expected = np.tanh(np.float64(c[:, 0]))
+    assert np.isnan(found[-1]) and found[-2] == 1
+    np.testing.assert_allclose(found[:-1], expected[:-1], rtol=3.3e-7)
+
+
+def test_statistics_are_as_exact_as_those_of_xla():
+    """Two passes from a first row: a spread of 1 around 1,000, in float32."""
+    random = np.random.default_rng(0)
+    x = jnp.asarray(1000 + random.normal(size=(129, 2, 1)), jnp.float32)
+    errors = {}
+    for name in ("cpu", "xla", "exact"):
+        with jax.enable_x64(name == "exact"):
+            exact = {"param_dtype": jnp.float64} if name == "exact" else {"implementation": name}
+            layer = BNLSTM(7, momentum=0.0, use_running_average=False, **exact)
+            variables = layer.init(jax.random.key(0), x)
+            updated = layer.apply(variables, x, mutable=["batch_stats"])[1]["batch_stats"]
+            errors[name] = {k: np.float64(v) for k, v in updated.items() if k.startswith("input")}
+    exact = errors.pop("exact")
+    for name in exact:
+        cpus, xlas = (np.abs(errors[k][name] / exact[name] - 1).max() for k in ("cpu", "xla"))
+        assert cpus <= max(2 * xlas, 1e-6)
+
+
+def test_results_have_the_same_bits_for_any_number_of_threads(monkeypatch):
+    found = []
+    for threads in (1, 2, 3, 8):
+        monkeypatch.setenv("BNLSTM_NUM_THREADS", str(threads))
+        options = {"features": 101, "batch": 37, "lengths": [6, 3] * 18 + [0]}
+        results = [run("cpu", inputs=inputs, **options) for inputs in (3, 9)]
+        found.append(jax.tree.leaves(results))
+    for other in found[1:]:
+        for ours, theirs in zip(found[0], other, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("value", ["two", "0", "-1", ""])
+def test_a_wrong_number_of_threads_is_refused(value, monkeypatch):
+    monkeypatch.setenv("BNLSTM_NUM_THREADS", value)
+    message = f"BNLSTM_NUM_THREADS: expected a number of threads, got '{value}'"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(run("cpu"))
+
+
+# ---- Transformations.
+
+
+def layer_and_loss(name="cpu", units=7):
+    layer = LSTM(units, implementation=name)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5, 3)), jnp.float32)
+    variables = layer.init(jax.random.key(0), x)
+    return layer, variables, x
+
+
+def test_is_mapped_by_vmap():
+    layer, variables, x = layer_and_loss()
+
+    def loss(x):
+        return layer.apply(variables, x).sum()
+
+    batches = jnp.stack([x, 2 * x])
+    found = jax.vmap(jax.grad(loss))(batches)
+    np.testing.assert_array_equal(found, jnp.stack([jax.grad(loss)(each) for each in batches]))
+
+
+def test_is_mapped_over_devices():
+    layer, variables, x = layer_and_loss()
+    mesh = Mesh(np.asarray(jax.devices()[:2]), ("batch",))
+    spec = PartitionSpec("batch")
+    mapped = jax.shard_map(
+        lambda x: layer.apply(variables, x),
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=spec,
+        check_vma=False,
+    )
+    np.testing.assert_allclose(jax.jit(mapped)(x), layer.apply(variables, x), rtol=1e-6)
+
+
+def test_is_computed_again_under_checkpoint():
+    layer, variables, x = layer_and_loss()
+
+    def loss(params, x):
+        return jnp.square(layer.apply({"params": params}, x)).sum()
+
+    plain = jax.jit(jax.grad(loss))(variables["params"], x)
+    again = jax.jit(jax.grad(jax.checkpoint(loss)))(variables["params"], x)
+    jax.tree.map(np.testing.assert_array_equal, plain, again)
+
+
+def test_both_directions_run_in_one_program():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 50, 3)), jnp.float32)
+    outputs = []
+    for name in ("cpu", "reference"):
+        model = nn.Bidirectional(*(LSTM(40, implementation=name) for _ in range(2)))
+        variables = model.init(jax.random.key(0), x)
+        outputs.append(jax.jit(model.apply)(variables, x))
+    np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-6)
+
+
+def test_export_is_refused_by_jax():
+    layer, variables, x = layer_and_loss()
+    with pytest.raises(ValueError, match="bnlstm_cpu_forward"):
+        jax.export.export(jax.jit(layer.apply))(variables, x)
+    jax.export.export(jax.jit(layer.clone(implementation="xla").apply))(variables, x)
+
+
+# ---- What runs a layer.
+
+REFUSED = {
+    "layer normalisation": (LNLSTM, {}, "layer normalisation"),
+    "axis_name": (BNLSTM, {"axis_name": "batch"}, "axis_name"),
+    "bfloat16": (LSTM, {"dtype": jnp.bfloat16}, "float32"),
+    "float64": (LSTM, {"param_dtype": jnp.float64}, "float32"),
+}
+
+
+@pytest.mark.parametrize("make, fields, reason", REFUSED.values(), ids=REFUSED)
+def test_what_it_does_not_support_is_refused_and_left_to_xla(make, fields, reason, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    problem = abstract_problem(make(8, **fields), batch=2)
+    with pytest.raises(ValueError, match=rf"'cpu' .*{reason}.*implementation='xla'"):
+        recurrence.choose("cpu", problem)
+    assert recurrence.choose("auto", problem) == "xla"
+
+
+def test_auto_takes_it_on_one_device_alone(monkeypatch):
+    problem = abstract_problem(BNLSTM(8), batch=2)
+    assert jax.device_count() > 1 and recurrence.choose("auto", problem) == "xla"
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert recurrence.choose("auto", problem) == "cpu"
+
+
+# ---- Compiling.
+
+CHOICE = """
+    import logging
+    logging.basicConfig(level="INFO", format="%(levelname)s %(message)s")
+    from bnlstm_jax import LSTM, recurrence
+    from bnlstm_jax.layers import abstract_problem
+    print(recurrence.choose("auto", abstract_problem(LSTM(3), 2)))
+"""
+
+
+def start(program, **environment):
+    """A process of Python that runs a program in an environment of few variables."""
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env={"JAX_PLATFORMS": "cpu", **{k: str(v) for k, v in environment.items()}},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    output, log = process.communicate(timeout=120)
+    assert process.returncode == 0, log
+    return output.strip(), log
+
+
+def test_auto_is_xla_without_a_compiler(tmp_path):
+    chosen, log = finish(start(CHOICE, PATH=tmp_path, XDG_CACHE_HOME=tmp_path))
+    assert chosen == "xla"
+    assert "WARNING implementation 'auto' is 'xla': " in log and "install g++" in log
+
+
+def test_auto_is_xla_where_the_compiler_fails(tmp_path):
+    chosen, log = finish(start(CHOICE, CXX="false", PATH="/bin:/usr/bin", XDG_CACHE_HOME=tmp_path))
+    (kept,) = (tmp_path / "bnlstm_jax").glob("*.log")
+    assert chosen == "xla"
+    assert f"'auto' is 'xla': cpu.cc cannot be compiled, see {kept}" in log
+
+
+def test_is_compiled_for_one_process_where_the_cache_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    cache = tmp_path / "file" / "cache"
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    chosen, log = finish(
+        start(CHOICE, PATH="/bin:/usr/bin", XDG_CACHE_HOME=cache, TMPDIR=temporary)
+    )
+    assert chosen == "cpu" and "WARNING libraries are not kept: " in log
+    assert not list(temporary.iterdir())
+
+
+BUILD = """
+    from bnlstm_jax.recurrence.native import build, cpu
+    print(build.build(cpu.SOURCE, "cpu"))
+"""
+
+
+def fake_compiler(folder, compile):
+    """A compiler that, asked for an output, runs a shell command with its path as `$output`."""
+    path = folder / "compiler"
+    path.write_text(
+        '#!/bin/sh\nfor word; do [ "$before" = -o ] && output="$word"; before="$word"; done\n'
+        f'[ -z "$output" ] && exit\n{compile}\n'
+    )
+    path.chmod(0o755)
+    return path
+
+
+def test_two_processes_may_compile_at_once(tmp_path):
+    compiler = fake_compiler(tmp_path, 'echo begun >> "$0.log"; sleep 3; echo library > "$output"')
+    environment = {"CXX": compiler, "PATH": "/bin:/usr/bin", "XDG_CACHE_HOME": tmp_path}
+    processes = [start(BUILD, **environment) for _ in range(2)]
+    (first, _), (second, _) = (finish(process) for process in processes)
+    assert first == second
+    assert [str(path) for path in (tmp_path / "bnlstm_jax").iterdir()] == [first]
+
+
+def test_a_process_killed_while_it_compiles_leaves_no_library(tmp_path):
+    compiler = fake_compiler(tmp_path, 'echo half > "$output"; kill -KILL $PPID')
+    environment = {"CXX": compiler, "PATH": "/bin:/usr/bin", "XDG_CACHE_HOME": tmp_path}
+    process = start(BUILD, **environment)
+    process.communicate(timeout=120)
+    assert process.returncode == -9
+    assert not list((tmp_path / "bnlstm_jax").glob("*.so"))
+    fake_compiler(tmp_path, 'echo whole > "$output"')
+    path, _ = finish(start(BUILD, **environment))
+    assert Path(path).read_text() == "whole\n"
+
+
+def test_a_library_is_of_one_processor_and_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build.cache_folder.cache_clear()
+    monkeypatch.setattr(build, "processor", lambda: "one")
+    monkeypatch.setenv("CXX", str(fake_compiler(tmp_path, 'echo library > "$output"')))
+    first = build.build(cpu.SOURCE, "cpu")
+    assert build.build(cpu.SOURCE, "cpu") == first
+    monkeypatch.setattr(build, "processor", lambda: "another")
+    assert build.build(cpu.SOURCE, "cpu") != first
+    build.cache_folder.cache_clear()
+
+
+def test_the_processor_is_told_by_the_compiler():
+    assert "__VERSION__" in build.processor()
+    assert cpu.instruction_set() in ("AVX-512", "AVX2", "NEON", "128-bit vectors")
