@@ -129,7 +129,8 @@ class LSTM(RecurrentLayer):
         outputs in the order of the inputs.
       unroll: time steps per iteration of a compiled loop.
       implementation: `auto`, or one of `bnlstm_jax.recurrence`. Only `reference` has forward mode;
-        kernels have first derivatives alone, and `gpu` leaves batches of over 128 to `xla`.
+        kernels have first derivatives alone, and `jax.export` refuses `cpu` and `gpu`, which leaves
+        batches of over 128 to `xla`.
       dtype: dtype of products' operands and of outputs. By default operands keep the dtypes of
         inputs and parameters, and outputs are in float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
@@ -180,7 +181,8 @@ class LNLSTM(RecurrentLayer):
         outputs in the order of the inputs.
       unroll: time steps per iteration of a compiled loop.
       implementation: `auto`, or one of `bnlstm_jax.recurrence`. Only `reference` has forward mode;
-        kernels have first derivatives alone, and `gpu` leaves batches of over 128 to `xla`.
+        kernels have first derivatives alone, and `jax.export` refuses `cpu` and `gpu`, which leaves
+        batches of over 128 to `xla`.
       dtype: dtype of products' operands and of outputs. By default operands keep the dtypes of
         inputs and parameters, and outputs are in float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
@@ -262,8 +264,9 @@ class BNLSTM(RecurrentLayer):
         outputs in the order of the inputs.
       unroll: time steps per iteration of a compiled loop.
       implementation: `auto`, or one of `bnlstm_jax.recurrence`. Under batch statistics only
-        `reference` has forward mode and second derivatives. Kernels have no gradients of running
-        statistics, and `gpu` leaves batches of over 128 to `xla`.
+        `reference` has forward mode and second derivatives. `tpu` and `gpu` have no gradients of
+        running statistics; `jax.export` refuses `cpu` and `gpu`, which leaves batches of over 128
+        to `xla`.
       dtype: dtype of products' operands and of outputs. By default operands keep the dtypes of
         inputs and parameters, and outputs are in float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.

@@ -1,13 +1,8 @@
-"""The recurrence in C++ for CPUs, against the plain scan; how it is compiled, and its threads.
+"""The recurrence in C++ for CPUs, against the plain scan; its threads; what is left to others.
 
 test_implementations.py compares all that a layer returns, and all gradients, in all modes. Here are
 sizes that no vector divides, and what is particular to it.
 """
-
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -21,8 +16,8 @@ from jax.sharding import Mesh, PartitionSpec
 from bnlstm_jax import BNLSTM, LNLSTM, LSTM, recurrence
 from bnlstm_jax.cells import TERMS
 from bnlstm_jax.layers import abstract_problem
-from bnlstm_jax.recurrence.native import build, cpu
 from tests.bnlstm_jax.test_implementations import run
+from tests.python_process import finish, start
 
 SUBSETS = [tuple(t for k, t in enumerate(TERMS) if bits >> k & 1) for bits in range(8)]
 
@@ -325,23 +320,6 @@ CHOICE = """
 """
 
 
-def start(program, **environment):
-    """A process of Python that runs a program in an environment of few variables."""
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        env={"JAX_PLATFORMS": "cpu", **{k: str(v) for k, v in environment.items()}},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process):
-    output, log = process.communicate(timeout=120)
-    assert process.returncode == 0, log
-    return output.strip(), log
-
-
 def test_auto_is_xla_without_a_compiler(tmp_path):
     chosen, log = finish(start(CHOICE, PATH=tmp_path, XDG_CACHE_HOME=tmp_path))
     assert chosen == "xla"
@@ -352,7 +330,7 @@ def test_auto_is_xla_where_the_compiler_fails(tmp_path):
     chosen, log = finish(start(CHOICE, CXX="false", PATH="/bin:/usr/bin", XDG_CACHE_HOME=tmp_path))
     (kept,) = (tmp_path / "bnlstm_jax").glob("*.log")
     assert chosen == "xla"
-    assert f"'auto' is 'xla': cpu.cc cannot be compiled, see {kept}" in log
+    assert f"'auto' is 'xla': recurrence.cc cannot be compiled, see {kept}" in log
 
 
 def test_is_compiled_for_one_process_where_the_cache_cannot_be_written(tmp_path):
@@ -365,58 +343,3 @@ def test_is_compiled_for_one_process_where_the_cache_cannot_be_written(tmp_path)
     )
     assert chosen == "cpu" and "WARNING libraries are not kept: " in log
     assert not list(temporary.iterdir())
-
-
-BUILD = """
-    from bnlstm_jax.recurrence.native import build, cpu
-    print(build.build(cpu.SOURCE, "cpu"))
-"""
-
-
-def fake_compiler(folder, compile):
-    """A compiler that, asked for an output, runs a shell command with its path as `$output`."""
-    path = folder / "compiler"
-    path.write_text(
-        '#!/bin/sh\nfor word; do [ "$before" = -o ] && output="$word"; before="$word"; done\n'
-        f'[ -z "$output" ] && exit\n{compile}\n'
-    )
-    path.chmod(0o755)
-    return path
-
-
-def test_two_processes_may_compile_at_once(tmp_path):
-    compiler = fake_compiler(tmp_path, 'echo begun >> "$0.log"; sleep 3; echo library > "$output"')
-    environment = {"CXX": compiler, "PATH": "/bin:/usr/bin", "XDG_CACHE_HOME": tmp_path}
-    processes = [start(BUILD, **environment) for _ in range(2)]
-    (first, _), (second, _) = (finish(process) for process in processes)
-    assert first == second
-    assert [str(path) for path in (tmp_path / "bnlstm_jax").iterdir()] == [first]
-
-
-def test_a_process_killed_while_it_compiles_leaves_no_library(tmp_path):
-    compiler = fake_compiler(tmp_path, 'echo half > "$output"; kill -KILL $PPID')
-    environment = {"CXX": compiler, "PATH": "/bin:/usr/bin", "XDG_CACHE_HOME": tmp_path}
-    process = start(BUILD, **environment)
-    process.communicate(timeout=120)
-    assert process.returncode == -9
-    assert not list((tmp_path / "bnlstm_jax").glob("*.so"))
-    fake_compiler(tmp_path, 'echo whole > "$output"')
-    path, _ = finish(start(BUILD, **environment))
-    assert Path(path).read_text() == "whole\n"
-
-
-def test_a_library_is_of_one_processor_and_compiler(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    build.cache_folder.cache_clear()
-    monkeypatch.setattr(build, "processor", lambda: "one")
-    monkeypatch.setenv("CXX", str(fake_compiler(tmp_path, 'echo library > "$output"')))
-    first = build.build(cpu.SOURCE, "cpu")
-    assert build.build(cpu.SOURCE, "cpu") == first
-    monkeypatch.setattr(build, "processor", lambda: "another")
-    assert build.build(cpu.SOURCE, "cpu") != first
-    build.cache_folder.cache_clear()
-
-
-def test_the_processor_is_told_by_the_compiler():
-    assert "__VERSION__" in build.processor()
-    assert cpu.instruction_set() in ("AVX-512", "AVX2", "NEON", "128-bit vectors")

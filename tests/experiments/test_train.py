@@ -42,6 +42,7 @@ def test_a_run_leaves_what_it_promises(small_config, tmp_path, kind):
     assert len(run["starts"]) == 1 and len(run["pixel_order"]) == 64
     assert run["starts"][0]["packages"]["jax"] == jax.__version__
     assert run["starts"][0]["until"] == 8 and run["starts"][0]["seconds"] >= 0
+    assert run["starts"][0]["implementation"] == "xla"  # tests have several devices
     assert workdir.read_config(tmp_path).to_dict() == small_config.to_dict()
     assert list((tmp_path / "tensorboard").glob("events*"))
 

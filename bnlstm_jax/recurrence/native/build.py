@@ -55,7 +55,6 @@ def build(source: Path, platform: str) -> Path:
     return target
 
 
-@functools.cache
 def cache_folder() -> Path:
     """Where libraries are kept; for this process alone if the user's cache cannot be written."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

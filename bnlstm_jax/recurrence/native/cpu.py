@@ -26,7 +26,7 @@ from bnlstm_jax.normalization import Statistics
 from bnlstm_jax.recurrence.native.build import build
 from bnlstm_jax.recurrence.problem import Problem, Result, with_input_terms
 
-SOURCE = Path(__file__).parent / "cpu.cc"
+SOURCE = Path(__file__).parent / "cpu_kernel" / "recurrence.cc"
 # Flags of a row at a step: it is valid; it counts in the statistics of a term.
 VALID, COUNTS = 1, {"recurrent": 2, "cell": 4, "input": 8}
 INPUTS, SYMBOLS, INPUT_TERMS = range(3)  # what input terms are computed from

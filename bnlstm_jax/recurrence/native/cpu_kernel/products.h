@@ -13,6 +13,8 @@
 
 #include "vectors.h"
 
+namespace {
+
 constexpr int kTile = 6;                          // rows of a tile
 constexpr int kPanel = kRegisters == 32 ? 4 : 2;  // vectors of a panel: a tile's sums are registers
 constexpr int kCached = 1 << 16;  // floats of X that stay in the second cache
@@ -115,7 +117,8 @@ void multiply_panel(int vectors, int rows, const float* a, size_t row, size_t k,
 }
 
 // C, whose rows of whole vectors are `stride` apart. All of a block of rows of X stays in the cache
-// while a tile of A passes, so that A is read once; if such blocks were short, one panel of it does.
+// while a tile of A passes, so that A is read once. If such blocks were short, one panel of it
+// stays while all of A passes.
 inline void multiply(LeftMatrix a, int M, PanelMatrix x, int K, float* c, size_t stride,
                      bool add = false) {
   const auto block_of = [](int vectors) { return kCached / std::max(vectors * kLanes, 1); };
@@ -139,3 +142,5 @@ inline void multiply(LeftMatrix a, int M, PanelMatrix x, int K, float* c, size_t
     }
   }
 }
+
+}  // namespace

@@ -4,9 +4,9 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <functional>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -18,9 +18,11 @@
 #define PAUSE()
 #endif
 
-// Waits actively for about as long as it takes to wake a thread, then offers the processor to others
-// that want it, then sleeps. Sleeping sooner, a thread that is woken late would keep the other
-// waiting until it sleeps too, at every step.
+namespace {
+
+// Waits actively for about as long as it takes to wake a thread, then offers the processor to
+// others that want it, then sleeps. If it slept sooner, a thread that is woken late would keep the
+// others waiting until they sleep too, at every step.
 class Barrier {
  public:
   explicit Barrier(int threads) : threads_(threads) {}
@@ -69,6 +71,7 @@ inline void run_in_threads(int most, const std::function<void(int)>& prepare,
   std::condition_variable started;
   bool ready = false, run = false;
   std::vector<std::thread> others;
+  others.reserve(most);
   auto release = [&](bool go) {
     {
       std::lock_guard<std::mutex> lock(mutex);
@@ -86,7 +89,7 @@ inline void run_in_threads(int most, const std::function<void(int)>& prepare,
         }
         if (run) work(i);
       });
-  } catch (const std::system_error&) {  // no more threads
+  } catch (const std::exception&) {  // no more threads
   }
   try {
     prepare(static_cast<int>(others.size()) + 1);
@@ -99,3 +102,5 @@ inline void run_in_threads(int most, const std::function<void(int)>& prepare,
   work(0);
   for (std::thread& thread : others) thread.join();
 }
+
+}  // namespace

@@ -11,6 +11,8 @@
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
+namespace {
+
 #if defined(__AVX512F__)
 constexpr const char* kInstructionSet = "AVX-512";
 constexpr int kLanes = 16, kRegisters = 32;
@@ -35,9 +37,15 @@ using Vector = VectorOf<kLanes>::type;
 using Mask = VectorOf<kLanes>::mask;  // of lanes: all bits or none
 using Four = VectorOf<4>::type;
 
+// A number of elements, rounded up to whole vectors.
+inline int64_t round_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
 INLINE Vector broadcast(float x) { return Vector{} + x; }
-INLINE Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
-INLINE void store(float* to, Vector x) { *reinterpret_cast<Vector*>(to) = x; }
+
+// Of aligned memory of floats.
+typedef Vector FloatsAsVector __attribute__((may_alias));
+INLINE Vector load(const float* from) { return *reinterpret_cast<const FloatsAsVector*>(from); }
+INLINE void store(float* to, Vector x) { *reinterpret_cast<FloatsAsVector*>(to) = x; }
 
 // Of memory that need not be aligned.
 template <typename V = Vector>
@@ -102,8 +110,8 @@ INLINE Four totals(const Vector (&x)[4]) {
          shuffle(ab, cd, std::integer_sequence<int, 2, 3, 6, 7>{});
 }
 
-// One step of a transposition: of blocks of `Size` elements, odd ones of x and even ones of y change
-// places.
+// One step of a transposition: of blocks of `Size` elements, odd ones of x and even ones of y
+// change places.
 template <int Size, bool Upper, int... I>
 INLINE Vector exchange(Vector x, Vector y, std::integer_sequence<int, I...>) {
   return shuffle(x, y,
@@ -123,7 +131,8 @@ UNROLL for (int i = 0; i < kLanes; ++i) {
   if constexpr (Size > 1) exchange_blocks<Size / 2>(rows);
 }
 
-// to [columns, rows] = from [rows, columns], whose rows are `stride` apart. Neither need be aligned.
+// to [columns, rows] = from [rows, columns], whose rows are `stride` apart; neither need be
+// aligned.
 inline void transpose(float* to, size_t to_stride, const float* from, size_t stride, int rows,
                       int columns) {
   for (int i = 0; i < rows; i += kLanes)
@@ -154,8 +163,8 @@ UNROLL for (int size = kLanes / 2; size > 0; size /= 2)
     }
 }
 
-// tanh is x P(x^2) / Q(x^2) up to 8, from where it is 1 but for 2.3e-7. The coefficients are those of
-// least relative error, 1e-8; with float32's roundings it is below 3.3e-7.
+// tanh is x P(x^2) / Q(x^2) up to 8, from where it is 1 but for 2.3e-7. The coefficients are those
+// of least relative error, 1e-8; with float32's roundings it is below 3.3e-7.
 constexpr float kP[] = {0.9999999935732949f, 0.13444499869249102f, 0.0035716002717578184f,
                         2.1894699265299463e-05f, 1.5230470613748452e-08f};
 constexpr float kQ[] = {1.f, 0.4677782718969857f, 0.026164451475806344f, 0.000341129570410269f,
@@ -186,3 +195,5 @@ INLINE void activate(Vector (&x)[4]) {
   tanh(x);
   UNROLL for (int n = 0; n < 3; ++n) x[n] = x[n] * 0.5f + 0.5f;
 }
+
+}  // namespace

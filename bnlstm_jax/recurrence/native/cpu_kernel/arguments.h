@@ -1,0 +1,70 @@
+// What a call is given and gives back.
+
+#pragma once
+
+#include <cstdint>
+
+namespace {
+
+constexpr int kGates = 4;  // forget, input, output, candidate
+// Inputs of fewer features have gradients of their kernel row by row; those of others are products.
+constexpr int kFewFeatures = 8;
+// A row of the batch at a step: it is not past its end; it counts in the statistics of the terms.
+enum Flag : uint8_t { kValid = 1, kInRecurrent = 2, kInCell = 4, kInInput = 8 };
+
+// What the input term of a step is computed from.
+enum class Source {
+  kInputs,   // [T, B, D], multiplied by a kernel
+  kSymbols,  // [T, B], rows of a kernel
+  kTerms,    // the terms themselves, [T, B, 4H]
+};
+
+// Statistics of a normalised term, [T, 2, F]: mean and variance.
+struct Term {
+  bool normalized = false;
+  float epsilon = 0;
+  const float* scale = nullptr;   // [F]
+  float* statistics = nullptr;    // given, or those of the batch
+  float* d_scale = nullptr;       // [F]
+  float* d_statistics = nullptr;  // [T, 2, F] if given
+};
+
+struct Arguments {
+  int64_t steps, batch, units;
+  int64_t features;  // D, or the number of symbols, or 4H
+  Source source;
+  bool given;  // statistics are given; otherwise they are the batch's, and are outputs
+  bool keep;   // write what the backward pass needs
+  const float* kernel;        // [H, 4H]
+  const float* input_kernel;  // [D, 4H]
+  const float* bias;          // [4H]
+  const float* cell_bias;     // [H]
+  const float* inputs;        // [T, B, D] or [T, B, 4H]
+  const int32_t* symbols;     // [T, B]
+  const uint8_t* flags;       // [T, B]; null if all rows are valid
+  const float* first_cell;    // [B, H]
+  const float* first_hidden;  // [B, H]
+  Term input, recurrent, cell_term;
+  // Outputs of the forward pass, inputs of the backward pass.
+  float* hidden;          // [T, B, H]
+  float* last_cell;       // [B, H]
+  float* cell;            // [T, H, B]
+  float* recurrent_term;  // [T, H, 4, B]
+  // Gradients of the outputs, then those that the backward pass computes.
+  const float* d_hidden;     // [T, B, H], the last carry's h included
+  const float* d_last_cell;  // [B, H]
+  float* d_kernel;           // [H, 4H]
+  float* d_input_kernel;     // [D, 4H]
+  float* d_bias;             // [4H]
+  float* d_cell_bias;        // [H]
+  float* d_inputs;           // [T, B, D] or [T, B, 4H]
+  float* d_first_cell;       // [B, H]
+  float* d_first_hidden;     // [B, H]
+
+  int64_t gates() const { return kGates * units; }
+  bool dense() const { return source == Source::kInputs; }
+  // Whether the sum of both terms is kept in place of the recurrent term.
+  bool merged() const { return !recurrent.normalized && !input.normalized; }
+};
+
+}  // namespace

@@ -1,0 +1,124 @@
+// Rows of a step: which columns count, and their mean and variance.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "arguments.h"
+#include "vectors.h"
+
+namespace {
+
+// Which rows of the batch count for something.
+struct Counted {
+  std::vector<Mask> lanes;
+  int first = 0;
+  float share = 0;  // of one row: 1 / the number of rows; 0 if there are none
+
+  void set(const uint8_t* flags, int flag, int batch) {
+    int count = 0;
+    first = 0;
+    for (int b = batch - 1; b >= 0; --b) {
+      const bool counts = flags == nullptr || flags[b] & flag;
+      lanes[b / kLanes][b % kLanes] = counts ? -1 : 0;
+      count += counts;
+      if (counts) first = b;
+    }
+    share = count ? 1.f / count : 0;
+  }
+};
+
+struct Masks {
+  Counted valid, input, recurrent, cell, all;
+
+  Masks(int vectors, int batch) {
+    for (Counted* each : {&valid, &input, &recurrent, &cell, &all}) {
+      each->lanes.resize(vectors, Mask{});
+      each->set(nullptr, 0, batch);
+    }
+  }
+  void set(const uint8_t* flags, int batch) {
+    valid.set(flags, kValid, batch);
+    input.set(flags, kInInput, batch);
+    recurrent.set(flags, kInRecurrent, batch);
+    cell.set(flags, kInCell, batch);
+  }
+};
+
+// A number for each of N rows: of a cell's, or of the gates' four.
+template <int N>
+using Each = std::conditional_t<N == 1, float, Four>;
+
+INLINE float total_of(const Vector (&x)[1]) { return total(x[0]); }
+INLINE Four total_of(const Vector (&x)[4]) { return totals(x); }
+INLINE float root(float x) { return std::sqrt(x); }
+INLINE Four root(Four x) {
+  for (int n = 0; n < 4; ++n) x[n] = std::sqrt(x[n]);
+  return x;
+}
+INLINE float element(float x, int) { return x; }
+INLINE float element(Four x, int n) { return x[n]; }
+
+// The numbers of a unit in an array [F]: at column gH + u for gates g.
+template <int N>
+INLINE Each<N> gather(const float* from, int64_t unit, int64_t units) {
+  if constexpr (N == 1)
+    return from[unit];
+  else
+    return Four{from[unit], from[units + unit], from[2 * units + unit], from[3 * units + unit]};
+}
+template <int N>
+INLINE void scatter(float* to, int64_t unit, int64_t units, Each<N> x) {
+  if constexpr (N == 1)
+    to[unit] = x;
+  else
+    for (int n = 0; n < 4; ++n) to[n * units + unit] = x[n];
+}
+
+// How N rows are normalised: to slope * (x - mean). By default they are not.
+template <int N>
+struct Moments {
+  Each<N> mean = Each<N>{}, inverse = Each<N>{} + 1, slope = Each<N>{} + 1;
+
+  Moments() = default;
+  INLINE Moments(Each<N> mean, Each<N> variance, Each<N> scale, float epsilon)
+      : mean(mean), inverse(1 / root(variance + epsilon)), slope(scale * inverse) {}
+};
+
+// Mean and variance of N rows, `width` apart. Both passes measure from the first row of the batch
+// that counts: the mean of equal values is each of them. They are zero if no row counts.
+template <int N>
+INLINE void batch_moments(const float* x, int width, const Counted& counted, Each<N>& mean,
+                          Each<N>& variance) {
+  Vector sums[N] = {}, squares[N] = {}, origins[N], offsets[N];
+  for (int n = 0; n < N; ++n) origins[n] = broadcast(x[n * width + counted.first]);
+  for (int i = 0; i < width; i += kLanes)
+    for (int n = 0; n < N; ++n)
+      sums[n] += where(counted.lanes[i / kLanes], load(x + n * width + i) - origins[n]);
+  const Each<N> offset = total_of(sums) * counted.share;
+  for (int n = 0; n < N; ++n) offsets[n] = broadcast(element(offset, n));
+  for (int i = 0; i < width; i += kLanes)
+    for (int n = 0; n < N; ++n) {
+      const Vector deviation = (load(x + n * width + i) - origins[n]) - offsets[n];
+      squares[n] += where(counted.lanes[i / kLanes], deviation * deviation);
+    }
+  variance = total_of(squares) * counted.share;
+  if constexpr (N == 1)
+    mean = origins[0][0] + offset;
+  else
+    mean = Four{origins[0][0], origins[1][0], origins[2][0], origins[3][0]} + offset;
+  if (counted.share == 0) mean = Each<N>{};
+}
+
+// What the gradient of slope * (x - mean) takes off that of its result, by moments of the batch:
+// d_x = slope * (d - mean - (x - moments.mean) * tilt). By default nothing.
+template <int N>
+struct Correction {
+  Each<N> mean = Each<N>{}, tilt = Each<N>{};
+};
+
+}  // namespace

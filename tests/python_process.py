@@ -1,0 +1,22 @@
+"""Programs of Python in processes of their own."""
+
+import subprocess
+import sys
+import textwrap
+
+
+def start(program, **environment):
+    """A process of Python that runs a program in an environment of few variables."""
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env={"JAX_PLATFORMS": "cpu", **{k: str(v) for k, v in environment.items()}},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    output, log = process.communicate(timeout=120)
+    assert process.returncode == 0, log
+    return output.strip(), log
