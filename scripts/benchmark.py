@@ -398,12 +398,12 @@ def table(measured: dict[str, dict[str, Any]], steps: int, least: float | None) 
 
 def main(_: list[str]) -> None:
     """Prints a table for each size, dtype and pass; writes the file after each size."""
-    memory.keep_freed()
     given = flags.FLAGS
     for flag, known in (("sizes", SIZES), ("dtypes", DTYPES), ("passes", PASSES)):
         check_names(flag, getattr(given, flag), known)
     output = Path(given.output)
     timing.check_output(output)
+    memory.keep_freed()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves PyTorch of the GPU
     jax.config.update("jax_enable_compilation_cache", False)  # for times of compiling
     device = find_device(given.device)

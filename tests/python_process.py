@@ -3,12 +3,14 @@
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 
 def start(program, **environment):
     """A process of Python that runs a program in an environment of few variables."""
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=Path(__file__).parents[1],
         env={"JAX_PLATFORMS": "cpu", **{k: str(v) for k, v in environment.items()}},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -223,15 +223,15 @@ def test_a_wrong_number_of_threads_is_refused(value, monkeypatch):
 # ---- Transformations.
 
 
-def layer_and_loss(name="cpu", units=7):
-    layer = LSTM(units, implementation=name)
+def small_layer():
+    layer = LSTM(7, implementation="cpu")
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5, 3)), jnp.float32)
     variables = layer.init(jax.random.key(0), x)
     return layer, variables, x
 
 
 def test_is_mapped_by_vmap():
-    layer, variables, x = layer_and_loss()
+    layer, variables, x = small_layer()
 
     def loss(x):
         return layer.apply(variables, x).sum()
@@ -242,8 +242,8 @@ def test_is_mapped_by_vmap():
 
 
 def test_is_mapped_over_devices():
-    layer, variables, x = layer_and_loss()
-    mesh = Mesh(np.asarray(jax.devices()[:2]), ("batch",))
+    layer, variables, x = small_layer()
+    mesh = Mesh(np.asarray(jax.devices()[:4]), ("batch",))
     spec = PartitionSpec("batch")
     mapped = jax.shard_map(
         lambda x: layer.apply(variables, x),
@@ -256,7 +256,7 @@ def test_is_mapped_over_devices():
 
 
 def test_is_computed_again_under_checkpoint():
-    layer, variables, x = layer_and_loss()
+    layer, variables, x = small_layer()
 
     def loss(params, x):
         return jnp.square(layer.apply({"params": params}, x)).sum()
@@ -277,7 +277,7 @@ def test_both_directions_run_in_one_program():
 
 
 def test_export_is_refused_by_jax():
-    layer, variables, x = layer_and_loss()
+    layer, variables, x = small_layer()
     with pytest.raises(ValueError, match="bnlstm_cpu_forward"):
         jax.export.export(jax.jit(layer.apply))(variables, x)
     jax.export.export(jax.jit(layer.clone(implementation="xla").apply))(variables, x)

@@ -20,6 +20,7 @@ COMMAND = [sys.executable, "-m", "scripts.benchmark", "--small", "--device=cpu"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 OURS = {"BN-LSTM, xla", "BN-LSTM, reference", "LSTM, xla", "LSTM, reference"}
 PROGRAMS = OURS | {"Flax OptimizedLSTMCell", "matrix products alone"}
+NATIVE = {"BN-LSTM, cpu", "LSTM, cpu"}  # in float32
 PEERS = {"PyTorch BN-LSTM, eager, float32", "torch.nn.LSTM, float32"}
 BATCH, TIME, FEATURES, SYMBOLS = 6, 5, 4, 7
 
@@ -62,16 +63,18 @@ def test_every_candidate_is_measured(tmp_path, sizes, dtype, passes):
     assert len(tables) == len(measured)
     for result, table in zip(found["results"], tables, strict=True):
         candidates = result["candidates"]
-        assert set(candidates) == PROGRAMS | (PEERS if has_torch() else set())
+        native = NATIVE if dtype == "float32" else set()
+        assert set(candidates) == PROGRAMS | native | (PEERS if has_torch() else set())
         for name, values in candidates.items():
             assert f"| {name} " in table
             assert len(values["seconds"]) == 2 and min(values["seconds"]) > 0
             assert values["median"] == pytest.approx(sum(values["seconds"]) / 2)
-            if name in PROGRAMS:
+            if name in PROGRAMS | native:
                 assert values["memory_bytes"] > 0 and values["compile_seconds"] > 0
             else:
                 assert values["memory_bytes"] is values["compile_seconds"] is None
     assert ("PyTorch is not installed" in done.stdout) == (not has_torch())
+    assert found["peak_flops"] > 1e9 and "Peak in float32, " in done.stdout
     assert found["machine"]["platform"] == "cpu" and found["versions"]["jax"] == jax.__version__
     assert (found["versions"]["torch"] is None) == (not has_torch())
     assert found["sizes"].keys() == set(sizes) and found["flags"]["rounds"] == 2
@@ -108,6 +111,15 @@ def test_a_mistake_is_one_line(tmp_path):
     done = run("--sizes=reeder", f"--output={tmp_path / 'out.json'}")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: --sizes is 'reeder'") and done.stderr.count("\n") == 1
+
+
+def test_operations_are_those_of_products():
+    """Two for each number of the recurrent kernel, in each row; of embedded inputs' too."""
+    recurrent = 2 * 784 * 100 * 100 * 400
+    assert benchmark.operations(benchmark.SIZES["pmnist"], is_update=False) == recurrent
+    assert benchmark.operations(benchmark.SIZES["pmnist"], is_update=True) == 3 * recurrent
+    both_directions = 2 * 2 * 300 * 64 * (240 + 240) * 960
+    assert benchmark.operations(benchmark.SIZES["reader"], is_update=False) == both_directions
 
 
 def test_programs_take_turns():
