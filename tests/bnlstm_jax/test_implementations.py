@@ -269,6 +269,7 @@ def gpu_kernel_is_for_this_device(monkeypatch):
     kernels["gpu"] = kernels["gpu"]._replace(platform=device.platform)
     monkeypatch.setattr(recurrence, "IMPLEMENTATIONS", kernels)
     monkeypatch.setattr(recurrence, "VALIDATED_UNITS", {device.device_kind: 8})
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     recurrence.log_choice.cache_clear()
 
 
