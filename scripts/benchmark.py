@@ -334,7 +334,7 @@ def candidates(size: Size, dtype: str, is_update: bool, peers: str | None) -> di
     for name, make in tracked:
         try:
             made[name] = make()
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # not supported, or not compiled
             if name not in one_kernel:
                 raise
             print(f"{name}: {error}")
