@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 
 #include "shared.h"
 
@@ -132,8 +133,18 @@ struct FewSequences {
     }
   }
 
+  // Long texts are read on by the statistics of one step, which are prepared once.
+  bool known_from_before(const Normalizer& of, int64_t t) const {
+    const int64_t size = of.gates * a.units;
+    const float* now = of.term.statistics + t * 2 * size + first;
+    bool same = t > 0;
+    for (int64_t row = 0; same && row < 2 * of.gates; ++row)
+      same = !std::memcmp(now + row * a.units, now + row * a.units - 2 * size, 4 * units);
+    return same;
+  }
+
   void enter(const Normalizer& of, int64_t t) const {
-    if (!of.term.normalized) return;
+    if (!of.term.normalized || known_from_before(of, t)) return;
     const int64_t size = of.gates * a.units;
     take(of.mean.get(), of.term.statistics + t * 2 * size, of.gates);
     take(of.slope.get(), of.term.statistics + (t * 2 + 1) * size, of.gates);
