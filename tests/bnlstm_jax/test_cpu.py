@@ -4,6 +4,9 @@ test_implementations.py compares all that a layer returns, and all gradients, in
 sizes that no vector divides, and what is particular to it.
 """
 
+import subprocess
+from pathlib import Path
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from bnlstm_jax import BNLSTM, LNLSTM, LSTM, recurrence
 from bnlstm_jax.cells import TERMS
 from bnlstm_jax.layers import abstract_problem
+from bnlstm_jax.recurrence.native import build, cpu
 from tests.bnlstm_jax.test_implementations import run
 from tests.python_process import finish, start
 
@@ -343,3 +347,21 @@ def test_is_compiled_for_one_process_where_the_cache_cannot_be_written(tmp_path)
     )
     assert chosen == "cpu" and "WARNING libraries are not kept: " in log
     assert not list(temporary.iterdir())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_sanitizers_find_nothing(sanitizer, tmp_path, monkeypatch):
+    """Reads and writes beyond an array, and of threads that do not wait for each other."""
+    program = tmp_path / "run_cpu_kernel"
+    source = Path(__file__).with_name("run_cpu_kernel.cc")
+    options = ["-std=c++17", "-O1", "-g", "-w", "-pthread", f"-fsanitize={sanitizer}"]
+    folders = ["-isystem", jax.ffi.include_dir(), "-I", cpu.SOURCE.parents[1]]
+    command = [*build.cpp_compiler(), build.NATIVE, *options, *folders, "-o", program, source]
+    compiled = subprocess.run(command, capture_output=True, text=True)
+    if compiled.returncode:
+        pytest.skip(f"the compiler has no such sanitizer: {compiled.stderr[-200:]}")
+    for threads in (1, 2, 5):
+        monkeypatch.setenv("BNLSTM_NUM_THREADS", str(threads))
+        ran = subprocess.run([program], capture_output=True, text=True)
+        assert (ran.returncode, ran.stdout, ran.stderr) == (0, "done\n", "")
