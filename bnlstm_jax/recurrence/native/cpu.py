@@ -1,4 +1,4 @@
-"""The recurrence of an LSTM in C++, for CPUs: cpu.cc, called through `jax.ffi`.
+"""The recurrence of an LSTM in C++, for CPUs: cpu_kernel/, called through `jax.ffi`.
 
 XLA packs the recurrent kernel anew for the product of every step, and runs each step as a row of
 small programs. Here threads share the hidden units and run all steps together; the source says how.
@@ -23,12 +23,11 @@ from jax import Array
 
 from bnlstm_jax.cells import TERMS
 from bnlstm_jax.normalization import Statistics
+from bnlstm_jax.recurrence.native import common
 from bnlstm_jax.recurrence.native.build import build
 from bnlstm_jax.recurrence.problem import Problem, Result, with_input_terms
 
 SOURCE = Path(__file__).parent / "cpu_kernel" / "recurrence.cc"
-# Flags of a row at a step: it is valid; it counts in the statistics of a term.
-VALID, COUNTS = 1, {"recurrent": 2, "cell": 4, "input": 8}
 INPUTS, SYMBOLS, INPUT_TERMS = range(3)  # what input terms are computed from
 GATES = {"input": 4, "recurrent": 4, "cell": 1}  # features of a term, for each unit
 STATISTICS = tuple(f"{term}_statistics" for term in GATES)
@@ -70,11 +69,9 @@ def peak() -> float:
 
 def why_unsupported(problem: Problem) -> str | None:
     """See `bnlstm_jax.recurrence.Implementation`."""
-    norm, kernel = problem.norm, problem.recurrent_kernel
-    if norm.pools and problem.statistics is None:
-        return "does not support axis_name: the batch is on one device"
-    if norm.terms and norm.kind == "layer":
-        return "does not support layer normalisation"
+    if reason := common.why_unsupported(problem):
+        return reason
+    kernel = problem.recurrent_kernel
     operands = jnp.dtype(problem.dtype or jnp.float32)
     dtypes = {operands, kernel.dtype, problem.carry[0].dtype}
     if dtypes != {jnp.dtype(jnp.float32)}:
@@ -267,7 +264,7 @@ def run(problem: Problem) -> Result:
 
 def to_inputs(problem: Problem) -> tuple[Options, Inputs]:
     """The call for a problem."""
-    norm, params, valid = problem.norm, problem.params, problem.valid
+    norm, params, masked = problem.norm, problem.params, problem.valid is not None
     units = len(problem.recurrent_kernel)
     sizes = {term: gates * units for term, gates in GATES.items()}
     source = INPUTS if problem.symbols is None else SYMBOLS
@@ -285,15 +282,8 @@ def to_inputs(problem: Problem) -> tuple[Options, Inputs]:
             return zeros(0, 2, sizes[term])
         return jnp.stack(problem.statistics[term], 1)
 
-    flags = zeros(0, 0, dtype=jnp.uint8)
-    if valid is not None:
-        flags = jnp.where(valid[..., 0], VALID, 0)
-        for term, flag in COUNTS.items():
-            counts = valid[..., 0] if term in norm.masked else True
-            flags |= jnp.where(counts, flag, 0)
-        flags = flags.astype(jnp.uint8)
     epsilon = norm.epsilon if norm.input_epsilon is None else norm.input_epsilon
-    options = Options(source, norm.terms, given, valid is not None, norm.epsilon, epsilon)
+    options = Options(source, norm.terms, given, masked, norm.epsilon, epsilon)
     symbols = problem.symbols if source == SYMBOLS else zeros(0, 0, dtype=jnp.int32)
     return options, Inputs(
         recurrent_kernel=problem.recurrent_kernel,
@@ -301,7 +291,7 @@ def to_inputs(problem: Problem) -> tuple[Options, Inputs]:
         bias=params["bias"],
         inputs=zeros(0, 0, 0) if source == SYMBOLS else problem.inputs.astype(jnp.float32),
         symbols=symbols.astype(jnp.int32),
-        flags=flags,
+        flags=common.flags(problem) if masked else zeros(0, 0, dtype=jnp.uint8),
         input_scale=scale("input"),
         recurrent_scale=scale("recurrent"),
         cell_scale=scale("cell"),

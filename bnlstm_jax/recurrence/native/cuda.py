@@ -24,13 +24,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bnlstm_jax.normalization import Statistics, along
 from bnlstm_jax.recurrence.devices import default_device
+from bnlstm_jax.recurrence.native import common
 from bnlstm_jax.recurrence.native.build import build
 from bnlstm_jax.recurrence.problem import Problem, Result, with_input_terms
 
 SOURCE = Path(__file__).parent / "cuda.cu"
 BATCHES = (32, 64, 128)  # to which a batch is padded
 LARGEST_BATCH = BATCHES[-1]
-VALID, IN_RECURRENT, IN_CELL = 1, 2, 4  # flags of a row at a step
 TILE = 32  # to a multiple of which the rows that blocks exchange are padded
 # Residuals are h, c, the recurrent term and moments; `jax.checkpoint` recomputes the rest.
 _RESIDUAL = "bnlstm_jax.recurrence.native"
@@ -67,11 +67,9 @@ def padded(batch: int) -> int:
 
 def why_unsupported(problem: Problem) -> str | None:
     """See `bnlstm_jax.recurrence.Implementation`."""
-    norm, kernel = problem.norm, problem.recurrent_kernel
-    if norm.pools and problem.statistics is None:
-        return "does not support axis_name: the batch is on one device"
-    if norm.terms and norm.kind == "layer":
-        return "does not support layer normalisation"
+    if reason := common.why_unsupported(problem):
+        return reason
+    kernel = problem.recurrent_kernel
     operands = jnp.dtype(problem.dtype or jnp.float32)
     dtypes = {kernel.dtype, problem.carry[0].dtype}
     if operands not in (jnp.float32, jnp.bfloat16) or dtypes != {jnp.dtype(jnp.float32)}:
@@ -257,25 +255,16 @@ def to_inputs(problem: Problem) -> Inputs:
         x = jnp.swapaxes(x, -1, -2)
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
 
-    def flag(value: int, masked: bool) -> Array:
-        valid = jnp.ones((steps, batch, 1), bool)
-        if masked and problem.valid is not None:
-            valid = problem.valid
-        return jnp.where(valid[..., 0], value, 0).astype(jnp.uint8)
-
     def statistics(term: str, size: int) -> Array:
         if problem.statistics is None or term not in norm.terms:
             given = steps if problem.statistics is not None else 0
             return jnp.zeros((given, 2, size), jnp.float32)
         return jnp.stack(problem.statistics[term], 1)
 
-    flags = flag(VALID, True)
-    flags |= flag(IN_RECURRENT, "recurrent" in norm.masked)
-    flags |= flag(IN_CELL, "cell" in norm.masked)
     return Inputs(
         problem.recurrent_kernel,
         to_kernel(problem.inputs + along(problem.inputs, params["bias"])),
-        jnp.pad(flags, [(0, 0), (0, padding)]),
+        jnp.pad(common.flags(problem), [(0, 0), (0, padding)]),
         params.get("recurrent_scale", jnp.ones(gates, jnp.float32)),
         params.get("cell_scale", jnp.ones(units, jnp.float32)),
         params.get("cell_bias", jnp.zeros(units, jnp.float32)),

@@ -1,0 +1,30 @@
+"""What the native kernels have in common."""
+
+import jax.numpy as jnp
+from jax import Array
+
+from bnlstm_jax.recurrence.problem import Problem
+
+# Flags of a row at a step: it is valid; it counts in the statistics of a term.
+VALID, COUNTS = 1, {"recurrent": 2, "cell": 4, "input": 8}
+
+
+def why_unsupported(problem: Problem) -> str | None:
+    """Why no native kernel runs a problem; None if one may."""
+    norm = problem.norm
+    if norm.pools and problem.statistics is None:
+        return "does not support axis_name: the batch is on one device"
+    if norm.terms and norm.kind == "layer":
+        return "does not support layer normalisation"
+    return None
+
+
+def flags(problem: Problem) -> Array:
+    """The flags of rows, bytes `[T, B]`."""
+    steps, batch = (problem.inputs if problem.symbols is None else problem.symbols).shape[:2]
+    every = jnp.ones((steps, batch), bool)
+    valid = every if problem.valid is None else problem.valid[..., 0]
+    found = jnp.where(valid, VALID, 0)
+    for term, flag in COUNTS.items():
+        found |= jnp.where(valid if term in problem.norm.masked else every, flag, 0)
+    return found.astype(jnp.uint8)
