@@ -169,7 +169,9 @@ def compile_program(function: Callable, state: Any, given: Any, is_update: bool)
     return Program(run, needed, seconds)
 
 
-def training_pass(apply: Callable, learned: Any, batch_stats: Any, given: Any, is_update: bool):
+def training_pass(
+    apply: Callable, learned: Any, batch_stats: Any, given: Any, is_update: bool
+) -> Program:
     """The program of `apply(values, batch_stats)`, which gives outputs and new statistics.
 
     `values` are those of `learned` and `given`; an update changes the former.

@@ -1,12 +1,33 @@
 """What the native kernels have in common."""
 
+import ctypes
+from pathlib import Path
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 
+from bnlstm_jax.recurrence.native.build import build
 from bnlstm_jax.recurrence.problem import Problem
 
 # Flags of a row at a step: it is valid; it counts in the statistics of a term.
 VALID, COUNTS = 1, {"recurrent": 2, "cell": 4, "input": 8}
+
+
+def load(source: Path, platform: str, symbol: str, target: str) -> ctypes.CDLL:
+    """The library of a source file, its two calls registered with XLA for a platform of JAX.
+
+    Its `{symbol}Forward` and `{symbol}Backward` become `{target}_forward` and `{target}_backward`.
+
+    Raises:
+      RuntimeError: it cannot be compiled.
+    """
+    library = ctypes.CDLL(str(build(source, platform)))
+    name = "CUDA" if platform == "gpu" else platform
+    for call in ("Forward", "Backward"):
+        handler = jax.ffi.pycapsule(getattr(library, f"{symbol}{call}"))
+        jax.ffi.register_ffi_target(f"{target}_{call.lower()}", handler, platform=name)
+    return library
 
 
 def why_unsupported(problem: Problem) -> str | None:

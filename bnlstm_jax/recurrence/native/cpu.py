@@ -24,7 +24,6 @@ from jax import Array
 from bnlstm_jax.cells import TERMS
 from bnlstm_jax.normalization import Statistics
 from bnlstm_jax.recurrence.native import common
-from bnlstm_jax.recurrence.native.build import build
 from bnlstm_jax.recurrence.problem import Problem, Result, with_input_terms
 
 SOURCE = Path(__file__).parent / "cpu_kernel" / "recurrence.cc"
@@ -46,11 +45,7 @@ def load() -> ctypes.CDLL:
     Raises:
       RuntimeError: it cannot be compiled.
     """
-    library = ctypes.CDLL(str(build(SOURCE, "cpu")))
-    for call in ("Forward", "Backward"):
-        handler = jax.ffi.pycapsule(getattr(library, f"BnlstmCpu{call}"))
-        jax.ffi.register_ffi_target(f"bnlstm_cpu_{call.lower()}", handler, platform="cpu")
-    return library
+    return common.load(SOURCE, "cpu", "BnlstmCpu", "bnlstm_cpu")
 
 
 def instruction_set() -> str:

@@ -25,7 +25,6 @@ from jax.ad_checkpoint import checkpoint_name
 from bnlstm_jax.normalization import Statistics, along
 from bnlstm_jax.recurrence.devices import default_device
 from bnlstm_jax.recurrence.native import common
-from bnlstm_jax.recurrence.native.build import build
 from bnlstm_jax.recurrence.problem import Problem, Result, with_input_terms
 
 SOURCE = Path(__file__).parent / "cuda.cu"
@@ -52,12 +51,7 @@ def load(platform: str) -> ctypes.CDLL:
     Raises:
       RuntimeError: it cannot be compiled.
     """
-    library = ctypes.CDLL(str(build(SOURCE, platform)))
-    name = "CUDA" if platform == "gpu" else platform
-    for call in ("Forward", "Backward"):
-        handler = jax.ffi.pycapsule(getattr(library, f"Bnlstm{call}"))
-        jax.ffi.register_ffi_target(f"bnlstm_{call.lower()}", handler, platform=name)
-    return library
+    return common.load(SOURCE, platform, "Bnlstm", "bnlstm")
 
 
 def padded(batch: int) -> int:

@@ -29,16 +29,6 @@ struct UnitMoments {
   Moments<1> cell;
   Correction<4> of_recurrent, of_input;
   Correction<1> of_cell;
-
-  // Gradients by a gate's terms x, from that by its pre-activation.
-  INLINE Vector recurrent_backward(int gate, Vector d, Vector x) const {
-    return (d - of_recurrent.mean[gate] - (x - recurrent.mean[gate]) * of_recurrent.tilt[gate]) *
-           recurrent.slope[gate];
-  }
-  INLINE Vector input_backward(int gate, Vector d, Vector x) const {
-    return (d - of_input.mean[gate] - (x - input.mean[gate]) * of_input.tilt[gate]) *
-           input.slope[gate];
-  }
 };
 
 struct Backward : Own {
@@ -55,7 +45,7 @@ struct Backward : Own {
   Floats scratch;      // UnitRows of kUnits units
   Floats d_inputs;     // rows [4U], of input terms that the caller computed
   Floats packed_transposed, feature_gradients;  // of the features whose gradients it computes
-  Floats feature_rows;                              // inputs, if they have few features
+  Floats feature_rows;                          // inputs, if they have few features
 
   Backward(Shared& shared, int thread)
       : Own(shared, thread),
@@ -159,15 +149,6 @@ struct Backward : Own {
         __builtin_prefetch(array + (b * a.steps + t) * a.units + first + u);
   }
 
-  template <int N>
-  INLINE Moments<N> moments(const Term& term, int64_t t, int64_t unit) {
-    if (!term.normalized) return {};
-    const float* statistics = term.statistics + t * 2 * N * a.units;
-    return {gather<N>(statistics, unit, a.units),
-            gather<N>(statistics + N * a.units, unit, a.units),
-            gather<N>(term.scale, unit, a.units), term.epsilon};
-  }
-
   // From the sums over the batch of d and of d * (x - mean). Adds to the gradient by the scale, and
   // writes that by given statistics.
   template <int N>
@@ -203,9 +184,9 @@ struct Backward : Own {
       if (t > 0)
         copy(cells_at(t - 1) + u * width, a.cell + ((t - 1) * a.units + unit) * a.batch, a.batch);
       UnitMoments& m = of[u - start];
-      m.recurrent = moments<4>(a.recurrent, t, unit);
-      m.input = moments<4>(a.input, t, unit);
-      m.cell = moments<1>(a.cell_term, t, unit);
+      m.recurrent = known_moments<4>(a.recurrent, t, unit, a.units);
+      m.input = known_moments<4>(a.input, t, unit, a.units);
+      m.cell = known_moments<1>(a.cell_term, t, unit, a.units);
     }
     for (int64_t u = start; u < end; ++u)
       output_backward(t, u, rows_of(t, u, start), of[u - start]);
@@ -231,10 +212,8 @@ struct Backward : Own {
       Vector active[kGates];
       for (int gate = 0; gate < kGates; ++gate)
         active[gate] =
-            (load(rows.recurrent + gate * width + i) - of.recurrent.mean[gate]) *
-                of.recurrent.slope[gate] +
-            (load(input + gate * width + i) - of.input.mean[gate]) * of.input.slope[gate] +
-            bias[gate];
+            pre_activation(gate, of.recurrent, load(rows.recurrent + gate * width + i), of.input,
+                           load(input + gate * width + i), bias);
       activate(active);
       store(rows.gates + i, active[0]);
       store(rows.gates + width + i, active[1]);
@@ -306,14 +285,16 @@ struct Backward : Own {
       const float* input = input_rows_of(u) + gate * width;
       float *d_input = rows.gates + gate * width, *for_product = product_row(d_terms, row);
       d_terms_of_step.compute_row(kGates * first + row, [&](int i) {
-        const Vector d_term = of.recurrent_backward(gate, load(d + i), load(recurrent + i));
+        const Vector d_term =
+            term_backward(gate, load(d + i), load(recurrent + i), of.recurrent, of.of_recurrent);
         const Vector counts = where(counted.lanes[i / kLanes], d_term);
         store_any(for_product + i, counts);
         if (a.merged()) store(d_input + i, counts);
         return counts;
       });
       for (int i = 0; !a.merged() && i < width; i += kLanes) {
-        const Vector d_term = of.input_backward(gate, load(d + i), load(input + i));
+        const Vector d_term =
+            term_backward(gate, load(d + i), load(input + i), of.input, of.of_input);
         store(d_input + i, where(input_counted.lanes[i / kLanes], d_term));
       }
       input_backward(t, row, d_input);

@@ -54,17 +54,12 @@ struct Forward : Own {
   template <int N>
   INLINE Moments<N> moments(const Term& term, const float* x, const Counted& counted, int64_t t,
                             int64_t unit) {
-    if (!term.normalized) return {};
+    if (!term.normalized || a.given) return known_moments<N>(term, t, unit, a.units);
     float* statistics = term.statistics + t * 2 * N * a.units;
     Each<N> mean, variance;
-    if (a.given) {
-      mean = gather<N>(statistics, unit, a.units);
-      variance = gather<N>(statistics + N * a.units, unit, a.units);
-    } else {
-      batch_moments<N>(x, width, counted, mean, variance);
-      scatter<N>(statistics, unit, a.units, mean);
-      scatter<N>(statistics + N * a.units, unit, a.units, variance);
-    }
+    batch_moments<N>(x, width, counted, mean, variance);
+    scatter<N>(statistics, unit, a.units, mean);
+    scatter<N>(statistics + N * a.units, unit, a.units, variance);
     return {mean, variance, gather<N>(term.scale, unit, a.units), term.epsilon};
   }
 
@@ -129,8 +124,8 @@ struct Forward : Own {
     for (int i = 0; i < width; i += kLanes) {
       Vector pre[kGates];
       for (int gate = 0; gate < kGates; ++gate)
-        pre[gate] = (load(recurrent + gate * width + i) - r.mean[gate]) * r.slope[gate] +
-                    (load(input + gate * width + i) - x.mean[gate]) * x.slope[gate] + bias[gate];
+        pre[gate] = pre_activation(gate, r, load(recurrent + gate * width + i), x,
+                                   load(input + gate * width + i), bias);
       activate(pre);
       const Vector old = load(c + i), now = pre[0] * old + pre[1] * pre[3];
       store(c + i, where(masks.valid.lanes[i / kLanes], now, old));

@@ -31,7 +31,7 @@ struct Panels {
   int size(int panel) const { return start(panel + 1) - start(panel); }
 };
 
-// A matrix X, or row k of it.
+// A matrix X.
 struct PanelMatrix {
   float* data;
   Panels panels;
@@ -80,21 +80,22 @@ template <int Rows, int Vectors>
 void multiply_tile(const float* a, size_t row, size_t k, const float* x, int K, float* c,
                    size_t stride, bool add) {
   Vector sums[Rows][Vectors] = {};
-  if (add)
-UNROLL for (int r = 0; r < Rows; ++r)
-UNROLL for (int v = 0; v < Vectors; ++v) __builtin_prefetch(c + r * stride + v * kLanes, 1);
+  if (add) {
+    UNROLL for (int r = 0; r < Rows; ++r)
+      UNROLL for (int v = 0; v < Vectors; ++v) __builtin_prefetch(c + r * stride + v * kLanes, 1);
+  }
 #pragma GCC unroll 2
   for (int i = 0; i < K; ++i) {
     __builtin_prefetch(a + (i + kAhead) * k);
     Vector b[Vectors];
-UNROLL for (int v = 0; v < Vectors; ++v) b[v] = load(x + (i * Vectors + v) * kLanes);
-UNROLL for (int r = 0; r < Rows; ++r) {
+    UNROLL for (int v = 0; v < Vectors; ++v) b[v] = load(x + (i * Vectors + v) * kLanes);
+    UNROLL for (int r = 0; r < Rows; ++r) {
       const Vector w = broadcast(a[r * row + i * k]);
-UNROLL for (int v = 0; v < Vectors; ++v) sums[r][v] += w * b[v];
+      UNROLL for (int v = 0; v < Vectors; ++v) sums[r][v] += w * b[v];
     }
   }
-UNROLL for (int r = 0; r < Rows; ++r)
-UNROLL for (int v = 0; v < Vectors; ++v) {
+  UNROLL for (int r = 0; r < Rows; ++r)
+    UNROLL for (int v = 0; v < Vectors; ++v) {
       float* to = c + r * stride + v * kLanes;
       store(to, add ? load(to) + sums[r][v] : sums[r][v]);
     }

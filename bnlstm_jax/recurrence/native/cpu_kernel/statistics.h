@@ -114,11 +114,33 @@ INLINE void batch_moments(const float* x, int width, const Counted& counted, Eac
   if (counted.share == 0) mean = Each<N>{};
 }
 
+// Moments by the statistics of a step, or none of a term that is not normalised.
+template <int N>
+INLINE Moments<N> known_moments(const Term& term, int64_t t, int64_t unit, int64_t units) {
+  if (!term.normalized) return {};
+  const float* statistics = term.statistics + t * 2 * N * units;
+  return {gather<N>(statistics, unit, units), gather<N>(statistics + N * units, unit, units),
+          gather<N>(term.scale, unit, units), term.epsilon};
+}
+
 // What the gradient of slope * (x - mean) takes off that of its result, by moments of the batch:
 // d_x = slope * (d - mean - (x - moments.mean) * tilt). By default nothing.
 template <int N>
 struct Correction {
   Each<N> mean = Each<N>{}, tilt = Each<N>{};
 };
+
+// The pre-activations of a gate, from its terms.
+INLINE Vector pre_activation(int gate, const Moments<4>& r, Vector recurrent, const Moments<4>& x,
+                             Vector input, Four bias) {
+  return (recurrent - r.mean[gate]) * r.slope[gate] + (input - x.mean[gate]) * x.slope[gate] +
+         bias[gate];
+}
+
+// The gradient by a gate's terms x, from that by its pre-activations.
+INLINE Vector term_backward(int gate, Vector d, Vector x, const Moments<4>& of,
+                            const Correction<4>& off) {
+  return (d - off.mean[gate] - (x - of.mean[gate]) * off.tilt[gate]) * of.slope[gate];
+}
 
 }  // namespace

@@ -16,7 +16,7 @@ namespace {
 #if defined(__AVX512F__)
 constexpr const char* kInstructionSet = "AVX-512";
 constexpr int kLanes = 16, kRegisters = 32;
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
 constexpr const char* kInstructionSet = "AVX2";
 constexpr int kLanes = 8, kRegisters = 16;
 #elif defined(__aarch64__)
@@ -122,7 +122,7 @@ INLINE Vector exchange(Vector x, Vector y, std::integer_sequence<int, I...>) {
 template <int Size>
 INLINE void exchange_blocks(Vector (&rows)[kLanes]) {
   using All = std::make_integer_sequence<int, kLanes>;
-UNROLL for (int i = 0; i < kLanes; ++i) {
+  UNROLL for (int i = 0; i < kLanes; ++i) {
     if (i & Size) continue;
     const Vector x = rows[i], y = rows[i + Size];
     rows[i] = exchange<Size, false>(x, y, All{});
@@ -141,9 +141,9 @@ inline void transpose(float* to, size_t to_stride, const float* from, size_t str
       float* target = to + j * to_stride + i;
       if (i + kLanes <= rows && j + kLanes <= columns) {
         Vector block[kLanes];
-UNROLL for (int k = 0; k < kLanes; ++k) block[k] = load_any(corner + k * stride);
+        UNROLL for (int k = 0; k < kLanes; ++k) block[k] = load_any(corner + k * stride);
         exchange_blocks<kLanes / 2>(block);
-UNROLL for (int k = 0; k < kLanes; ++k) store_any(target + k * to_stride, block[k]);
+        UNROLL for (int k = 0; k < kLanes; ++k) store_any(target + k * to_stride, block[k]);
       } else {
         for (int l = 0; l < kLanes && j + l < columns; ++l)
           for (int k = 0; k < kLanes && i + k < rows; ++k)
@@ -156,7 +156,7 @@ UNROLL for (int k = 0; k < kLanes; ++k) store_any(target + k * to_stride, block[
 INLINE void copy(float* to, const float* from, int n) {
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) store_any(to + i, load_any(from + i));
-UNROLL for (int size = kLanes / 2; size > 0; size /= 2)
+  UNROLL for (int size = kLanes / 2; size > 0; size /= 2)
     if (n & size) {
       std::memcpy(to + i, from + i, 4 * size);
       i += size;
