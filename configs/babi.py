@@ -25,6 +25,7 @@ def get_config(subset: str = "qa2") -> ConfigDict:
     config.model.features = 64
     config.model.dropout_rate = 0.1
     config.optimizer.name = "adam"
+    config.optimizer.adam_epsilon = "released"
     config.optimizer.learning_rate = 2e-3
     config.optimizer.clip_norm = 10.0
     config.optimizer.clip_rule = "released_reader"

@@ -37,6 +37,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.model.kind = "bn_e_star_star"
     config.model.features = 120
     config.optimizer.name = "adam"
+    config.optimizer.adam_epsilon = "released"
     config.optimizer.learning_rate = 8e-4
     config.optimizer.clip_norm = 10.0
     config.optimizer.clip_rule = "released_reader"

@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
     config.model.features = 2000
     config.model.momentum = 0.95
     config.optimizer.name = "adam"
+    config.optimizer.adam_epsilon = "released"
     config.optimizer.learning_rate = 1e-3
     config.optimizer.clip_norm = 1.0
     config.log_every = 20

@@ -40,6 +40,7 @@ def base_config() -> ConfigDict:
     config.optimizer.decay = 0.9  # of RMSProp's mean square
     config.optimizer.clip_norm = 1.0  # global norm of the whole gradient
     config.optimizer.clip_rule = "norm"  # or released_reader: see experiments/optimizers.py
+    config.optimizer.adam_epsilon = "published"  # or released: added before the bias is corrected
 
     # Data parallelism; see docs/parallel.md.
     config.parallel = ConfigDict()
@@ -126,6 +127,9 @@ def check(config: ConfigDict) -> None:
     one_of("config.model.implementation", config.model.implementation, NAMES)
     one_of("config.optimizer.name", config.optimizer.name, ("rmsprop", "adam"))
     one_of("config.optimizer.clip_rule", config.optimizer.clip_rule, ("norm", "released_reader"))
+    one_of(
+        "config.optimizer.adam_epsilon", config.optimizer.adam_epsilon, ("published", "released")
+    )
     one_of("config.population_late_steps", config.population_late_steps, ("skip", "repeat"))
 
 

@@ -39,6 +39,7 @@ EVALUATION_FIELDS = (
 # Fields that configs did not have from the start: what runs before them did.
 ADDED_FIELDS = {
     "optimizer.clip_rule": "norm",
+    "optimizer.adam_epsilon": "published",
     "population_batches": 0,
     "population_late_steps": "skip",
     "model.implementation": "reference",

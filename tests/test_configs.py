@@ -83,6 +83,7 @@ def test_settings_are_those_of_the_released_code():
             "decay": 0.9,  # which is not: see docs/differences.md
             "clip_norm": 1.0,
             "clip_rule": "norm",
+            "adam_epsilon": "published",  # of Adam, which they do not use
         }
         assert (config.batch_size, config.num_updates, config.eval_every) == (100, 100_000, 500)
         assert (config.eval_batch_size, config.population_batch_size) == (1000, 5000)

@@ -10,7 +10,7 @@ from experiments.optimizers import make_optimizer
 
 def settings(**changes):
     values = {"name": "rmsprop", "learning_rate": 0.01, "decay": 0.5, "clip_norm": 1.0}
-    return ConfigDict(values | {"clip_rule": "norm"} | changes)
+    return ConfigDict(values | {"clip_rule": "norm", "adam_epsilon": "published"} | changes)
 
 
 def run(config, gradients):
@@ -68,3 +68,27 @@ def test_adam_is_the_published_one():
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
         w -= 0.01 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
     np.testing.assert_allclose(run(settings(name="adam"), gradients)["a"], [w], rtol=1e-4)
+
+
+def test_released_adam_adds_epsilon_before_it_corrects_the_bias():
+    random = np.random.default_rng(0)
+    gradients = [{"a": 10.0 ** random.uniform(-9, -1, size=8)} for _ in range(5)]
+    m, v, w = (np.zeros(8) for _ in range(3))
+    for t, gradient in enumerate(gradients, start=1):
+        m, v = 0.9 * m + 0.1 * gradient["a"], 0.999 * v + 0.001 * gradient["a"] ** 2
+        w -= 0.01 * np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 1e-8)
+    rules = settings(name="adam", adam_epsilon="released")
+    got = run(rules, [jax.tree.map(jnp.float32, g) for g in gradients])
+    np.testing.assert_allclose(got["a"], w, rtol=1e-3)  # float32: 1 - .999 has four digits
+
+
+def test_the_first_step_of_released_adam_with_a_tiny_gradient():
+    """Figures of the released formula, worked out by hand: 1 / (1 + 1e-8 / (0.0316 g))."""
+    for g, released, published in (
+        (1e-7, 0.240, 0.909),
+        (1e-6, 0.760, 0.990),
+        (1e-5, 0.969, 0.999),
+    ):
+        for name, share in (("released", released), ("published", published)):
+            got = run(settings(name="adam", adam_epsilon=name), [{"a": jnp.array([g])}])
+            np.testing.assert_allclose(got["a"], [-0.01 * share], rtol=2e-3)
