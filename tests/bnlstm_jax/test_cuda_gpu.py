@@ -4,9 +4,6 @@ Gradients of all kinds of layers are compared in test_implementations.py. On a m
 NVIDIA GPU the same tests run on it.
 """
 
-import re
-import subprocess
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +15,7 @@ from bnlstm_jax.cells import Variant
 from bnlstm_jax.layers import abstract_problem
 from bnlstm_jax.normalization import Normalization, Statistics
 from bnlstm_jax.recurrence.devices import emulation
-from bnlstm_jax.recurrence.native import build, cuda
+from bnlstm_jax.recurrence.native import cuda
 from bnlstm_jax.recurrence.problem import Problem
 from bnlstm_jax.recurrence.scan import reference
 
@@ -254,18 +251,3 @@ def test_tells_what_fits(units, batch, dtype, fits):
     """What blocks keep is to fit their shared memory, and all of them the device at once."""
     problem = abstract_problem(bnlstm_jax.BNLSTM(units, dtype=dtype), batch)
     assert (cuda.why_unsupported(problem) is None) == fits
-
-
-@pytest.mark.long
-def test_compiles_for_hopper_with_nearly_all_values_in_registers(tmp_path):
-    try:
-        command = build.nvcc_command(cuda.SOURCE, "90")
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    command += ["-Xptxas=-v", "-o", str(tmp_path / "cuda.so")]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", result.stderr)
-    assert len(frames) == 36  # both passes and dtypes; 2, 4 and 8 units of a block; 3 batches
-    # Blocks of 512 threads have 128 registers a thread: up to 100 bytes of a thread are spilled.
-    assert max(int(size) for frame in frames for size in frame) <= 128

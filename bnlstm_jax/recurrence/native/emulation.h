@@ -1,4 +1,4 @@
-// What recurrence.cu uses of CUDA, on a CPU: each CUDA thread is a fiber, and fibers take turns.
+// What cuda.cu uses of CUDA, on a CPU: each CUDA thread is a fiber, and fibers take turns.
 //
 // A fiber runs until it has to wait for others: at a barrier, a shuffle, or in wait_for_all. So all
 // of the kernel but the device's own timing is tested without a GPU. Slow, and for small sizes.
@@ -55,6 +55,13 @@ static inline float exponential(float x) { return std::exp(x); }
 static inline float divide(float x, float y) { return x / y; }
 
 namespace emulation {
+
+// The device that is emulated: its multiprocessors, and the shared memory that a block can have.
+struct Device {
+  int processors;
+  size_t shared_memory;
+};
+static Device device = {132, 227 * 1024};  // an H200
 
 struct Barrier {
   int arrived = 0;
