@@ -21,7 +21,7 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,11 +68,11 @@ class Size(NamedTuple):
 SIZES = {
     "pmnist": Size(100, 100, 784, inputs=1),
     "ptb": Size(1000, 64, 99, inputs=50, symbols=True),
-    "text8": Size(2000, 128, 179, inputs=27, symbols=True),
     "reader": Size(240, 64, 300, inputs=240, bidirectional=True),
+    "text8": Size(2000, 128, 179, inputs=27, symbols=True),
 }
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
-PASSES = ("forward", "update")
+PASSES = ("update", "forward")
 RATE = 1e-3  # of gradient descent
 DEFAULT = f"BN-LSTM, {next(iter(IMPLEMENTATIONS))}"
 FLOOR = "matrix products alone"
@@ -89,15 +89,6 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     flags.DEFINE_string("output", "benchmark.json", "File for all that is measured.")
     flags.DEFINE_bool("small", False, "Tiny layers, for a quick look.")
     return flags.FLAGS(argv)
-
-
-def check_names(flag: str, given: list[str], known: Iterable[str]) -> None:
-    """Refuses names that are not among those known, and none at all."""
-    if not given:
-        raise UserError(f"--{flag} is empty: there are {', '.join(known)}")
-    for name in given:
-        if name not in known:
-            raise UserError(errors.unknown_name(f"--{flag}", name, known))
 
 
 def find_device(kind: str | None) -> jax.Device:
@@ -401,10 +392,10 @@ def table(measured: dict[str, dict[str, Any]], steps: int, least: float | None) 
 
 
 def main(_: list[str]) -> None:
-    """Prints a table for each size, dtype and pass; writes the file after each size."""
+    """Prints a table for each pass, size and dtype; writes the file after each."""
     given = flags.FLAGS
     for flag, known in (("sizes", SIZES), ("dtypes", DTYPES), ("passes", PASSES)):
-        check_names(flag, getattr(given, flag), known)
+        timing.check_names(flag, getattr(given, flag), known)
     output = Path(given.output)
     timing.check_output(output)
     memory.keep_freed()
@@ -417,30 +408,29 @@ def main(_: list[str]) -> None:
     record = timing.circumstances(device) | {
         "flags": {name: getattr(given, name) for name in FLAGS}
     }
-    record |= {"peak_flops": peak_of(device), "sizes": {}, "results": []}
+    record |= {"peak_flops": peak_of(device), "results": []}
     if record["peak_flops"]:
         peak = record["peak_flops"] / 1e9
         print(f"Peak in float32, {cpu.instruction_set()}, of all threads: {peak:.0f} GFLOP/s.\n")
-    for name in given.sizes:
-        size = make_small(SIZES[name]) if given.small else SIZES[name]
-        record["sizes"][name] = size._asdict()
-        for dtype, kind in itertools.product(given.dtypes, given.passes):
-            title = f"{name}, {dtype}, {kind}"
-            with jax.default_device(device):
-                programs = candidates(size, dtype, kind == "update", peers)
-                measured = measure(programs, f"measuring {title}", given.rounds)
-            del programs  # and with them their arrays
-            least = None
-            if record["peak_flops"] and dtype == "float32":
-                least = operations(size, kind == "update") / record["peak_flops"]
-            shown = table(measured, size.steps, least)
-            print(
-                f"{title}: {size.features} units, batch {size.batch}, {size.steps} steps, on "
-                f"{device.device_kind}; {given.rounds} rounds\n\n{shown}\n",
-                flush=True,
-            )
-            result = {"size": name, "dtype": dtype, "pass": kind, "candidates": measured}
-            record["results"].append(result)
+    sizes = {name: make_small(SIZES[name]) if given.small else SIZES[name] for name in given.sizes}
+    record["sizes"] = {name: size._asdict() for name, size in sizes.items()}
+    for kind, name, dtype in itertools.product(given.passes, sizes, given.dtypes):
+        size, title = sizes[name], f"{name}, {dtype}, {kind}"
+        with jax.default_device(device):
+            programs = candidates(size, dtype, kind == "update", peers)
+            measured = measure(programs, f"measuring {title}", given.rounds)
+        del programs  # and with them their arrays
+        least = None
+        if record["peak_flops"] and dtype == "float32":
+            least = operations(size, kind == "update") / record["peak_flops"]
+        shown = table(measured, size.steps, least)
+        print(
+            f"{title}: {size.features} units, batch {size.batch}, {size.steps} steps, on "
+            f"{device.device_kind}; {given.rounds} rounds\n\n{shown}\n",
+            flush=True,
+        )
+        result = {"size": name, "dtype": dtype, "pass": kind, "candidates": measured}
+        record["results"].append(result)
         workdir.write_json(output, record)
     print(f"All that was measured: {output}")
 

@@ -1,14 +1,18 @@
 """Trains one model by several implementations side by side, and says how far apart they get.
 
     python -m scripts.compare_implementations --config=configs/pmnist.py --updates=500
+    python -m scripts.compare_implementations --implementations=xla,gpu --bfloat16= --minutes=3
 
-Same seed, same batches: the default implementation, the plain scan that is its reference, the
-default with operands in bfloat16, and the one kernel for the device at hand, if there is one. What
-rounding alone does is shown by another: the reference from initial parameters of which each is
-moved by one rounding, 2^-23 of it. Two implementations that differ by rounding only stay as close
-as the reference and that one. Prints a table, and writes the losses and a picture of them.
+Same seed, same batches, in turn: each implementation named, and each of `--bfloat16` with operands
+in bfloat16. Losses are compared with those of the first, by default the plain scan. What rounding
+alone does is shown by another run of the first, from initial parameters of which each is moved by
+one rounding, 2^-23 of it. Two implementations that differ by rounding only stay as close as these
+two. Prints a table, and writes the losses and a picture of them.
 """
 
+import importlib.util
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,20 +35,30 @@ SPANS = (10, 50, 100, 200, 500, 1000)  # updates up to which the table tells dif
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses the command line; only here are flags defined, so that importing this defines none."""
     config_flags.DEFINE_config_file("config", "configs/pmnist.py", "Config file.")
-    flags.DEFINE_integer("updates", 500, "Updates of each.", lower_bound=1)
+    flags.DEFINE_integer("updates", 500, "Updates of each, at most.", lower_bound=1)
+    flags.DEFINE_float("minutes", None, "Ends earlier, after so long.", lower_bound=0)
+    flags.DEFINE_list("implementations", None, "By default all for this device.")
+    flags.DEFINE_list("bfloat16", ["xla"], "Implementations to run with such operands too.")
     flags.DEFINE_string("output", "implementations.json", "File for losses; the picture is beside.")
     return flags.FLAGS(argv)
 
 
-def runs() -> dict[str, tuple[dict[str, str], bool]]:
+def named_runs(
+    implementations: Sequence[str], in_bfloat16: Sequence[str]
+) -> dict[str, tuple[dict[str, str], bool]]:
     """By name: what of the config is changed, and whether initial parameters are."""
-    there = [name for name in available() if name != "reference"]
-    plain = {"implementation": "reference", "dtype": "float32"}
+    found = {
+        name: ({"implementation": name, "dtype": "float32"}, False) for name in implementations
+    }
+    (first, (fields, _)), *others = found.items()
     return {
-        "reference": (plain, False),
-        "reference, parameters moved by a rounding": (plain, True),
-        **{name: ({"implementation": name, "dtype": "float32"}, False) for name in there},
-        "xla, bfloat16": ({"implementation": "xla", "dtype": "bfloat16"}, False),
+        first: (fields, False),
+        f"{first}, parameters moved by a rounding": (fields, True),
+        **dict(others),
+        **{
+            f"{name}, bfloat16": ({"implementation": name, "dtype": "bfloat16"}, False)
+            for name in in_bfloat16
+        },
     }
 
 
@@ -59,32 +73,52 @@ def moved(params: Any) -> Any:
     return jax.tree.map(move, params)
 
 
-def losses(base: ConfigDict, updates: int) -> dict[str, list[float]]:
-    """The training loss of every batch, in nats, by run; all take turns."""
-    todo = runs()
-    states, steps, found = {}, {}, {name: [] for name in todo}
-    for name, (fields, is_moved) in todo.items():
-        config = base.copy_and_resolve_references()
-        config.model.update(fields)
-        task = tasks.load(config)
-        state = train.create_state(task, config)
-        states[name] = state.replace(params=moved(state.params)) if is_moved else state
-        steps[name] = train.make_train_step(task, train.random_keys(config.seed)[1])
-    for update in metrics.track(range(updates), "training", updates):
-        batch = task.train_batch(update)  # the same for every task
-        for name, step in steps.items():
-            state = step(states[name], batch)
+class Comparison:
+    """Runs that train side by side.
+
+    Attributes:
+      losses: the training loss of every batch so far, in nats, by run.
+    """
+
+    def __init__(self, base: ConfigDict, runs: dict[str, tuple[dict[str, str], bool]]) -> None:
+        self.losses: dict[str, list[float]] = {name: [] for name in runs}
+        self._states, self._steps = {}, {}
+        for name, (fields, is_moved) in runs.items():
+            config = base.copy_and_resolve_references()
+            config.model.update(fields)
+            self._task = tasks.load(config)  # every run's has the same batches
+            state = train.create_state(self._task, config)
+            self._states[name] = state.replace(params=moved(state.params)) if is_moved else state
+            self._steps[name] = train.make_train_step(self._task, train.random_keys(config.seed)[1])
+
+    def train(self, update: int) -> None:
+        """One update of every run."""
+        batch = self._task.train_batch(update)
+        for name, step in self._steps.items():
+            state = step(self._states[name], batch)
             total, count = state.window["loss"]
-            found[name].append(float(total / count))
+            self.losses[name].append(float(total / count))
             window = jax.tree.map(jnp.zeros_like, state.window)
-            states[name] = state.replace(window=window)
-    return found
+            self._states[name] = state.replace(window=window)
+
+    def train_for(self, updates: int, minutes: float | None) -> None:
+        """Two updates, and as many more as `minutes` allow, to `updates` in all."""
+        deadline = time.monotonic() + 60 * (math.inf if minutes is None else minutes)
+        for update in range(min(updates, 2)):
+            start = time.monotonic()  # of the second: the first compiles
+            self.train(update)
+        now = time.monotonic()
+        last = min(updates, 2 + (deadline - now) / (now - start))
+        for update in metrics.track(range(2, int(last)), "training", int(last) - 2):
+            if time.monotonic() > deadline:
+                break
+            self.train(update)
 
 
 def differences(found: dict[str, list[float]]) -> dict[str, np.ndarray]:
-    """Of every run but the reference: how far its losses are from it, `[updates]`."""
-    (_, reference), *others = found.items()
-    return {name: np.abs(np.subtract(values, reference)) for name, values in others}
+    """Of every run but the first: how far its losses are from that one's, `[updates]`."""
+    (_, first), *others = found.items()
+    return {name: np.abs(np.subtract(values, first)) for name, values in others}
 
 
 def table(found: dict[str, list[float]]) -> str:
@@ -99,20 +133,19 @@ def table(found: dict[str, list[float]]) -> str:
 
 
 def draw(found: dict[str, list[float]], title: str) -> Any:
-    """A figure of losses, and of their differences from the reference's."""
+    """A figure of losses, and of their differences from the first run's."""
     figure = pictures.new_figure(title, 9, 4.2)
     left, right = figure.subplots(1, 2, sharex=True)
-    colors = ("tab:gray", "tab:green", "tab:blue", "tab:orange", "tab:red")
-    widths = (2.5, 1, 1, 1, 1)
-    apart = differences(found)
-    for (name, values), color, width in zip(found.items(), colors, widths, strict=False):
+    apart, first = differences(found), next(iter(found))
+    for number, (name, values) in enumerate(found.items()):
         updates = np.arange(1, len(values) + 1)
-        left.plot(updates, values, color=color, linewidth=width, label=name)
+        width = 2.5 if name == first else 1
+        left.plot(updates, values, color=f"C{number}", linewidth=width, label=name)
         if name in apart:
             positive = np.maximum(apart[name], 1e-9)  # a logarithm needs some
-            right.plot(updates, positive, color=color, linewidth=0.8, label=name)
+            right.plot(updates, positive, color=f"C{number}", linewidth=0.8, label=name)
     left.set(xlabel="update", ylabel="training loss of the batch (nats)")
-    right.set(xlabel="update", ylabel="difference from the reference", yscale="log")
+    right.set(xlabel="update", ylabel=f"difference from {first}", yscale="log")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     for axes in (left, right):
         pictures.tidy(axes)
@@ -126,16 +159,27 @@ def main(_: list[str]) -> None:
     configs.check(given.config)
     if len(configs.model_kinds(given.config)) > 1:
         raise UserError("--config.model.kind is to be one kind of model here")
+    names = given.implementations or sorted(available(), key="reference".__ne__)
+    timing.check_names("implementations", names, available())
+    if given.bfloat16:
+        timing.check_names("bfloat16", given.bfloat16, available())
     timing.check_output(output)
-    found = losses(given.config, given.updates)
+    runs = named_runs(names, given.bfloat16)
+    comparison = Comparison(given.config, runs)
+    comparison.train_for(given.updates, given.minutes)
+    found = comparison.losses
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     title = f"{file}, {given.config.model.kind}, seed {given.config.seed}"
     print(f"{title}\n\n{table(found)}\n")
     record = timing.circumstances(jax.devices()[0]) | {"config": title, "losses": found}
     workdir.write_json(output, record)
+    print(f"Losses: {output}")
     picture = output.with_suffix(".png")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("No picture: matplotlib is not installed")
+        return
     pictures.save(draw(found, title), picture)
-    print(f"Losses: {output}\nPicture: {picture}")
+    print(f"Picture: {picture}")
 
 
 if __name__ == "__main__":

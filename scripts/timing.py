@@ -7,13 +7,13 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from experiments import metrics, workdir
+from experiments import errors, metrics, workdir
 from experiments.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "numpy")
@@ -49,6 +49,15 @@ def spread(seconds: list[float], unit: float = 1e-3) -> tuple[str, str]:
     """Median, and lowest and highest, in units of so many seconds: milliseconds by default."""
     low, middle, high = (f(seconds) / unit for f in (min, statistics.median, max))
     return f"{middle:.1f}", f"{low:.1f} to {high:.1f}"
+
+
+def check_names(flag: str, given: list[str], known: Iterable[str]) -> None:
+    """Refuses names that are not among those known, and none at all."""
+    if not given:
+        raise UserError(f"--{flag} is empty: there are {', '.join(known)}")
+    for name in given:
+        if name not in known:
+            raise UserError(errors.unknown_name(f"--{flag}", name, known))
 
 
 def check_output(path: Path) -> None:

@@ -87,7 +87,7 @@ def test_every_candidate_is_measured(tmp_path, sizes, dtype, passes):
         ({"sizes": ["ptb", "text9"]}, "--sizes is 'text9', which is unknown: did you mean text8?"),
         ({"dtypes": ["float64"]}, "--dtypes is 'float64', .* there are bfloat16, float32"),
         ({"passes": ["backward"]}, "--passes is 'backward', which is unknown"),
-        ({"passes": []}, "--passes is empty: there are forward, update"),
+        ({"passes": []}, "--passes is empty: there are update, forward"),
         ({"output": "none/out.json"}, "--output=none/out.json cannot be written: No such file"),
         ({"output": "."}, "--output=. cannot be written: it is a folder"),
     ],
