@@ -1,0 +1,254 @@
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from bnlstm_jax import recurrence
+from experiments import workdir
+from experiments.errors import UserError
+from scripts import validate_device, validation_report
+
+ROOT = Path(__file__).parents[2]
+
+
+def validate(folder, *arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    return subprocess.run(
+        [sys.executable, "-m", "scripts.validate_device", f"--output={folder}", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+# ---- The steps.
+
+
+def test_a_rehearsal_runs_every_step(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    done = validate(folder, "--small", f"--data_dir={tmp_path}")
+    assert (done.returncode, done.stderr) == (0, "")
+    files = {"rates.json", "check.json", "benchmark.json", "training.json", "training.png"}
+    assert {path.name for path in folder.iterdir()} == files | {"report.md"}
+    report = (folder / "report.md").read_text()
+    assert report in done.stdout
+    assert report.startswith("# cpu\n") and "it validates nothing" in report
+    assert "`cpu` " in report and "`xla` " not in report.partition("## Steps")[0]
+    for step in validation_report.STEPS:
+        assert f"| {step} " in report and step in validate_device.SHARES
+    findings = validation_report.read(folder)
+    assert validation_report.trainable(findings) == ["xla", "cpu"]
+    assert set(findings["training"]["losses"]) == {
+        "xla",
+        "xla, parameters moved by a rounding",
+        "cpu",
+    }
+    assert validation_report.judge(findings, "cpu").missing == []
+
+
+@pytest.mark.long
+def test_a_whole_validation_of_a_cpu(tmp_path, data_dir):
+    """Its benchmark may not come to its end: text8 is large."""
+    done = validate(tmp_path, "--minutes=12", f"--data_dir={data_dir}")
+    findings = validation_report.read(tmp_path)
+    assert set(findings) == set(validation_report.STEPS), done.stdout
+    results = findings["check"]["results"]
+    assert {r["case"] for r in results} == set(findings["check"]["cases"])
+    assert not [r for r in results if r["outcome"] == "failed"]
+    apart = validation_report.distances(findings)
+    rounding = apart["xla, parameters moved by a rounding"]
+    assert apart["cpu"] <= validation_report.TIMES_ROUNDING * rounding
+    assert {"pmnist", "ptb"} <= {r["size"] for r in findings["benchmark"]["results"]}
+
+
+def run_steps(monkeypatch, folder, programs, minutes=1.0, only=None):
+    """Runs the command with a program of one line of Python for each step; the exit status."""
+
+    def command(step, given, seconds):
+        return [sys.executable, "-c", programs[step]]
+
+    given = SimpleNamespace(
+        minutes=minutes, only=only or list(programs), data_dir="", small=False, output=str(folder)
+    )
+    monkeypatch.setattr(validate_device, "command", command)
+    monkeypatch.setattr(validate_device.signal, "signal", lambda *_: None)  # not this process'
+    monkeypatch.setattr(validate_device.flags, "FLAGS", given)
+    with pytest.raises(SystemExit) as ended:
+        validate_device.main([])
+    return ended.value.code
+
+
+def outcomes(folder):
+    report = (folder / "report.md").read_text()
+    steps = report.partition("## Steps")[2].partition("\n## ")[0]
+    rows = [line.split("|") for line in steps.splitlines() if line.startswith("| ")]
+    return {step.strip(): outcome.strip() for _, step, outcome, *_ in rows[1:]}
+
+
+def test_a_step_that_fails_or_crashes_does_not_end_the_others(monkeypatch, tmp_path):
+    programs = {
+        "rates": "raise SystemExit(2)",
+        "check": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+        "benchmark": "pass",
+    }
+    assert run_steps(monkeypatch, tmp_path, programs) == 1
+    assert outcomes(tmp_path) == {
+        "rates": "failed, exit status 2",
+        "check": "ended by SIGSEGV",
+        "benchmark": "done",
+    }
+
+
+def test_a_step_that_hangs_is_ended_and_its_results_count(monkeypatch, tmp_path):
+    monkeypatch.setattr(validate_device, "SECONDS_TO_END", 0.5)
+    rates = json.dumps({**RECORD, "rates": {}})
+    hang = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    written = tmp_path / "rates.json"
+    programs = {
+        "rates": f"open({str(written)!r}, 'w').write({rates!r}); {hang}",
+        "check": "pass",
+    }
+    start = time.monotonic()
+    assert run_steps(monkeypatch, tmp_path, programs, minutes=0.3) == 0
+    assert time.monotonic() - start < 60
+    assert outcomes(tmp_path) == {"rates": "its time was up", "check": "done"}
+    assert "## Rates" in (tmp_path / "report.md").read_text()
+
+
+def test_results_of_an_earlier_call_are_kept_for_steps_that_are_not_run(monkeypatch, tmp_path):
+    for step in ("rates", "check"):
+        workdir.write_json(tmp_path / f"{step}.json", {**RECORD, "rates": {}, "results": []})
+    assert run_steps(monkeypatch, tmp_path, {"check": "pass"}) == 0
+    assert [path.name for path in tmp_path.glob("*.json")] == ["rates.json"]
+
+
+def test_mistakes_are_found_before_anything_runs(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="--only is 'chek', which is unknown: did you mean check"):
+        run_steps(monkeypatch, tmp_path, {}, only=["chek"])
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be made: File exists"):
+        run_steps(monkeypatch, tmp_path / "file", {"check": "pass"})
+
+
+# ---- Verdicts.
+
+RECORD = {
+    "machine": {"device": "Some GPU", "platform": "gpu", "processor": "Some CPU", "cores": 16},
+    "versions": {"jax": "0.11.2", "torch": None},
+    "commit": "abc",
+    "date": "2026-11-27T00:00:00+00:00",
+}
+UNITS = {"odd sizes": 7, "permuted MNIST": 100, "Penn Treebank": 1000, "text8": 2000}
+SIZES = {"pmnist": 100, "ptb": 1000}
+
+
+def make_findings(outcomes=(), times=(), apart=1e-3):
+    """Findings of a kernel that passes all but text8, which does not fit, and is twice as fast."""
+    outcomes = {"text8": "not supported", **dict(outcomes)}
+    results = [
+        {
+            "case": case,
+            "units": units,
+            "batch": 64,
+            "steps": 9,
+            "dtype": "float32",
+            "implementation": name,
+            "outcome": outcomes.get(case, "passed") if name == "gpu" else "passed",
+            "problem": "a reason",
+            "share": 0.1,
+            "nearest": "outputs",
+        }
+        for case, units in UNITS.items()
+        for name in ("xla", "gpu")
+    ]
+    times = {"pmnist": 0.5, "ptb": 0.5, **dict(times)}
+    benchmark = [
+        {
+            "size": size,
+            "dtype": "float32",
+            "pass": "update",
+            "candidates": {"BN-LSTM, xla": {"median": 1.0}, "BN-LSTM, gpu": {"median": seconds}},
+        }
+        for size, seconds in times.items()
+    ]
+    sizes = {size: {"features": units} for size, units in SIZES.items()}
+    losses = {"xla": [2.0, 1.0], "xla, moved": [2.0, 1.002], "gpu": [2.0, 1.0 + 2 * apart]}
+    return {
+        "check": {**RECORD, "cases": list(UNITS), "results": results},
+        "benchmark": {**RECORD, "sizes": sizes, "results": benchmark},
+        "training": {**RECORD, "config": "pMNIST", "losses": losses},
+    }
+
+
+def test_validated_up_to_the_most_units_that_passed(monkeypatch):
+    verdict = validation_report.judge(make_findings(), "gpu")
+    assert verdict == (1000, [], [])
+    words = validation_report.sentence("gpu", verdict, "Some GPU")
+    assert '`"Some GPU": 1000,` (the table has None)' in words
+    monkeypatch.setitem(recurrence.VALIDATED_UNITS, "Some GPU", 1000)
+    words = validation_report.sentence("gpu", verdict, "Some GPU")
+    assert "(as the table has it)" in words
+
+
+LIMITED = {
+    "fails at 1000": ({"outcomes": {"Penn Treebank": "failed"}}, 100, "Penn Treebank, float32: a "),
+    "fails at 7": ({"outcomes": {"odd sizes": "failed"}}, 0, "odd sizes, float32: a reason"),
+    "slower at 1000": ({"times": {"ptb": 1.25}}, 100, "ptb, float32: .* takes 0.80 of its time"),
+    "trains otherwise": ({"apart": 0.02}, 0, "losses are 2.0e-02 apart in training, 1.0e-03 by r"),
+    "trains to NaN": ({"apart": float("nan")}, 0, "losses are nan apart in training"),
+}
+
+
+@pytest.mark.parametrize("changes, units, problem", LIMITED.values(), ids=LIMITED.keys())
+def test_validated_below_what_failed(changes, units, problem):
+    verdict = validation_report.judge(make_findings(**changes), "gpu")
+    assert verdict.units == units
+    assert len(verdict.problems) == 1
+    words = validation_report.sentence("gpu", verdict, "Some GPU")
+    assert re.search(problem, words)
+    assert ('"Some GPU": 100,' in words) == (units == 100)
+    assert ("`gpu` is not validated." in words) == (units == 0)
+
+
+UNFINISHED = {
+    "no checks": (lambda f: f.pop("check"), ["check of all"]),
+    "checks cut off": (lambda f: f["check"]["cases"].append("masks"), ["check of masks"]),
+    "no benchmark": (lambda f: f.pop("benchmark"), ["benchmark of all"]),
+    "benchmark cut off": (lambda f: f["benchmark"]["results"].pop(), ["benchmark of ptb"]),
+    "no training": (lambda f: f.pop("training"), ["training"]),
+    "not trained": (lambda f: f["training"]["losses"].pop("gpu"), ["training"]),
+}
+
+
+@pytest.mark.parametrize("cut, missing", UNFINISHED.values(), ids=UNFINISHED.keys())
+def test_not_validated_before_all_was_run(cut, missing):
+    findings = make_findings()
+    cut(findings)
+    verdict = validation_report.judge(findings, "gpu")
+    assert verdict.missing == missing
+    words = validation_report.sentence("gpu", verdict, "Some GPU")
+    assert words.startswith("`gpu` is not validated") and "VALIDATED_UNITS" not in words
+
+
+def test_only_what_passed_is_trained():
+    trainable = validation_report.trainable
+    assert trainable(make_findings()) == ["xla", "gpu"]
+    assert trainable(make_findings(outcomes={"odd sizes": "failed"})) == ["xla"]
+    assert trainable({}) == []
+
+
+def test_a_page_of_whatever_was_found():
+    findings = make_findings(outcomes={"odd sizes": "failed"})
+    page = validation_report.page(findings, [("check", "done", "9")], "the command")
+    assert page.startswith("# Some GPU\n\n`the command`, commit abc")
+    assert "- gpu, odd sizes, float32: failed: a reason" in page
+    assert "- gpu, float32, not supported in 1 cases: a reason" in page
+    assert "| BN-LSTM, gpu | 500.0" in page and "## Training: pMNIST" in page
+    assert "## Steps" in validation_report.page({}, [("check", "its time was up", "9")], "")
