@@ -65,6 +65,13 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     return flags.FLAGS(argv)
 
 
+def version() -> str:
+    """Of nvcc, such as `release 13.0`."""
+    said = build.run([build.find_nvcc(), "--version"]).stdout
+    match = re.search(r"release [\d.]+", said)
+    return match[0] if match else "of unknown release"
+
+
 def known_architectures() -> list[str]:
     """Those that nvcc compiles for.
 
@@ -86,7 +93,8 @@ def kernels(architecture: str) -> list[Kernel]:
         output = ["-Xptxas=-v", "-o", str(Path(folder) / "kernel.so")]
         result = build.run([*command, *output])
     if result.returncode:
-        raise RuntimeError(f"nvcc failed for sm_{architecture}: {result.stderr.strip()}")
+        first_line = result.stderr.strip().partition("\n")[0]
+        raise RuntimeError(f"nvcc failed for sm_{architecture}: {first_line}")
     return parse(result.stderr)
 
 
@@ -150,8 +158,10 @@ def main(_: list[str]) -> None:
                 fits.append([gpu.name, str(gpu.processors), str(gpu.shared_memory // 1024), *most])
     except RuntimeError as error:
         raise UserError(str(error)) from error
+    if not resources:
+        raise UserError(f"--architectures names none that nvcc knows: {', '.join(known)}")
     header = ["for", "kernels", "registers", "that spill", "most bytes spilled", "static memory"]
-    print(f"{metrics.markdown_table(header, resources)}\n")
+    print(f"nvcc, {version()}\n\n{metrics.markdown_table(header, resources)}\n")
     header = ["GPU", "multiprocessors", "kB a block"]
     header += [f"{dtype}, {batch}" for dtype in ("float32", "bfloat16") for batch in cuda.BATCHES]
     print(

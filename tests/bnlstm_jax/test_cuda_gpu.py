@@ -4,6 +4,8 @@ Gradients of all kinds of layers are compared in test_implementations.py. On a m
 NVIDIA GPU the same tests run on it.
 """
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -235,6 +237,13 @@ def test_what_it_has_not_is_refused(kind, options, message):
     layer = kind(**{"features": 2} | options, implementation="gpu")
     with pytest.raises(ValueError, match=message):
         layer.init(jax.random.key(0), jnp.ones((2, 3, 1)), use_running_average=False)
+
+
+def test_older_gpus_are_refused(monkeypatch):
+    turing = SimpleNamespace(platform="gpu", compute_capability="7.5")
+    monkeypatch.setattr(cuda, "default_device", lambda: turing)
+    problem = abstract_problem(bnlstm_jax.BNLSTM(2))
+    assert "needs a GPU of compute capability 8.0 or newer" in cuda.why_unsupported(problem)
 
 
 FITTING = {  # the paper's sizes, on an H200

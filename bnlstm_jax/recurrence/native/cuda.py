@@ -30,6 +30,7 @@ from bnlstm_jax.recurrence.problem import Problem, Result, with_input_terms
 SOURCE = Path(__file__).parent / "cuda.cu"
 BATCHES = (32, 64, 128)  # to which a batch is padded
 LARGEST_BATCH = BATCHES[-1]
+OLDEST = 8.0  # compute capability: products of bfloat16 on tensor cores
 TILE = 32  # to a multiple of which the rows that blocks exchange are padded
 # Residuals are h, c, the recurrent term and moments; `jax.checkpoint` recomputes the rest.
 _RESIDUAL = "bnlstm_jax.recurrence.native"
@@ -71,6 +72,8 @@ def why_unsupported(problem: Problem) -> str | None:
             "computes in float32, with products of float32 or bfloat16, and param_dtype is "
             f"{kernel.dtype}, dtype {operands}, the state {problem.carry[0].dtype}"
         )
+    if platform() == "gpu" and float(has := default_device().compute_capability) < OLDEST:
+        return f"needs a GPU of compute capability {OLDEST} or newer, and this one's is {has}"
     units, rows = kernel.shape[0], padded(min(problem.carry[1].shape[0], LARGEST_BATCH))
     if not load(platform()).BnlstmFits(units, rows, operands == jnp.bfloat16):
         return f"does not fit this device with {units} units, {rows} rows and {operands} products"
