@@ -122,10 +122,12 @@ def judge(findings: Findings, name: str) -> Verdict:
     return Verdict(units, [problem for _, problem in bad], missing(findings, name))
 
 
-def sentence(name: str, verdict: Verdict, device: str) -> str:
+def sentence(name: str, verdict: Verdict, device: str, is_rehearsal: bool = False) -> str:
     """A verdict in words, with the line that it stands for."""
     lines = []
-    if verdict.units and not verdict.missing:
+    if is_rehearsal:
+        lines.append(f"`{name}` was tried with small layers: a rehearsal, which validates nothing.")
+    elif verdict.units and not verdict.missing:
         now = VALIDATED_UNITS.get(device)
         same = "as the table has it" if now == verdict.units else f"the table has {now}"
         lines.append(
@@ -166,9 +168,8 @@ def page(findings: Findings, steps: list[tuple[str, str, str]], command: str) ->
             f"PyTorch {versions['torch'] or 'not installed'}; {machine['processor']}, "
             f"{machine['cores']} cores.",
             "## Verdict",
-            *(["A rehearsal with small layers: it validates nothing."] if is_small else []),
             *(
-                sentence(name, judge(findings, name), machine["device"])
+                sentence(name, judge(findings, name), machine["device"], is_small)
                 for name in kernels(machine["platform"])
             ),
         ]

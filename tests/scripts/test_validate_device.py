@@ -39,8 +39,8 @@ def test_a_rehearsal_runs_every_step(tmp_path):
     assert {path.name for path in folder.iterdir()} == files | {"report.md"}
     report = (folder / "report.md").read_text()
     assert report in done.stdout
-    assert report.startswith("# cpu\n") and "it validates nothing" in report
-    assert "`cpu` " in report and "`xla` " not in report.partition("## Steps")[0]
+    assert report.startswith("# cpu\n") and "`cpu` was tried with small layers" in report
+    assert "VALIDATED_UNITS" not in report and "`xla` " not in report.partition("## Steps")[0]
     for step in validation_report.STEPS:
         assert f"| {step} " in report and step in validate_device.SHARES
     findings = validation_report.read(folder)
