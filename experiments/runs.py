@@ -102,6 +102,16 @@ class Run:
         points = [(row["update"], row[metric]) for row in rows]
         return np.array(points, float).reshape(-1, 2).T
 
+    def curve_by_hours(self, split: str, metric: str) -> np.ndarray:
+        """As `curve`, by hours of the run; no points while it goes on.
+
+        Every update counts as long as one took on average, validations among them.
+        """
+        points = self.curve(split, metric)
+        if not self.seconds or not self.updates:
+            return points[:, :0]
+        return points * [[self.seconds / self.updates / 3600], [1]]
+
 
 def find(root: Path) -> list[Run]:
     """All runs in a folder and in what is in it, by name."""

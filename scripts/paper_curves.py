@@ -19,7 +19,7 @@ Found = dict[Experiment, list[Run]]
 PAPER_STYLE = {"color": "black", "linewidth": 0.8}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Line:
     """A line of the paper, and of which experiment and metric it is.
 
@@ -66,6 +66,45 @@ def learning_curves(
                 pictures.tidy(axes)
         legend(panels[0, -1], every, found)
         return curve_table(every, found), figure
+
+    return show
+
+
+def curves_by_hours(
+    title: str, label: str, lines: list[Line], points: int = 6
+) -> Callable[[Found], tuple[str, Any]]:
+    """Makes a figure of our learning curves by hours of training, and a table of some hours.
+
+    The table has the latest value at each of `points` times, up to the end of the run that took
+    least. Machines are those of the runs.
+    """
+
+    def show(found: Found) -> tuple[str, Any]:
+        curves = {
+            line: [run.curve_by_hours(line.split, line.metric) for run in found[line.experiment]]
+            for line in lines
+        }
+        curves = {line: [c for c in of_line if c.size] for line, of_line in curves.items()}
+        every = [curve for of_line in curves.values() for curve in of_line]
+        if not every:
+            return "", None
+        figure = pictures.new_figure(title, 6, 4)
+        axes = figure.subplots()
+        for line, of_line in curves.items():
+            style = {"color": line.color, "linestyle": line.dashes, "linewidth": 1.5}
+            for seed, curve in enumerate(of_line):
+                axes.plot(*curve, label=None if seed else line.label, **style)
+        axes.set(xlabel="hours", ylabel=label, xlim=(0, None))
+        axes.legend(fontsize="small")
+        pictures.tidy(axes)
+        rows = []
+        for hours in np.linspace(0, min(curve[0, -1] for curve in every), points + 1)[1:]:
+            values = [
+                [value for curve in of_line for value in curve[1, curve[0] <= hours][-1:]]
+                for of_line in curves.values()
+            ]
+            rows.append([f"{hours:.2f}", *map(spread, values)])
+        return markdown_table(["hours", *(line.label for line in lines)], rows), figure
 
     return show
 

@@ -17,12 +17,20 @@ from experiments.metrics import STATISTICS, markdown_table
 from experiments.runs import Experiment, Run
 from experiments.tasks.sequential_images import pixel_order
 from scripts import pictures
-from scripts.paper_curves import PAPER_STYLE, Found, Line, learning_curves, spread
+from scripts.paper_curves import (
+    PAPER_STYLE,
+    Found,
+    Line,
+    curves_by_hours,
+    learning_curves,
+    spread,
+)
 from scripts.plot_statistics import draw_statistics, find_statistics
 
 KINDS = ("lstm", "bn_lstm")
 FIGURE_GAMMAS = (0.1, 0.3, 0.5, 0.7, 1.0)
 LENGTHS = tuple(range(100, 1001, 100))
+HOURS = "Not in the paper: whether normalisation is worth its time. Machines are those of the runs."
 LONG_DASHES = (0, (12, 3))
 DASHES = {
     "lstm": "--",
@@ -343,6 +351,12 @@ def items(data_dir: str) -> dict[str, Item]:
             ),
             of_lines(pmnist),
         ),
+        "figure_pmnist_hours": Item(
+            "Permuted MNIST, validation accuracy by hours of training",
+            curves_by_hours("Permuted MNIST (released draw)", "validation accuracy", pmnist),
+            of_lines(pmnist),
+            remark=HOURS,
+        ),
         "table_ptb": Item(
             "Penn Treebank by characters, test bits per character of one sequence",
             results_table("bits_per_character", "one sequence", {"ptb": "Penn Treebank"}),
@@ -354,6 +368,12 @@ def items(data_dir: str) -> dict[str, Item]:
                 "Penn Treebank", {"validation bits per character": ptb}, 16_000, (1.4, 2.4)
             ),
             of_lines(ptb),
+        ),
+        "figure_ptb_hours": Item(
+            "Penn Treebank, validation bits per character by hours of training",
+            curves_by_hours("Penn Treebank", "validation bits per character", ptb),
+            of_lines(ptb),
+            remark=HOURS,
         ),
         "figure_ptb_lengths": Item(
             "Penn Treebank, test bits per character by length of segments",

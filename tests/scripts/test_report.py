@@ -54,7 +54,7 @@ def test_the_page_needs_nothing_but_itself(page):
     parser.feed(page[0])
     assert parser.found == ()
     assert "&lt;script&gt;" in page[0]
-    assert page[0].count("<img ") == 9  # not those whose data, or run, are not there
+    assert page[0].count("<img ") == 10  # not those whose data, or run, are not there
 
 
 def test_every_item_has_its_place(page):

@@ -70,6 +70,20 @@ def test_curves_lie_over_the_papers(mnist_runs):
     assert low < 0.2 and high > 0.75
 
 
+def test_curves_by_hours(mnist_runs):
+    """3,900 seconds are for 1,000 updates of the BN-LSTM, and for 500 of the LSTM."""
+    item = ITEMS["figure_pmnist_hours"]
+    table, figure = item.show(found(item, mnist_runs))
+    hours = 3900 / 3600
+    drawn = [line.get_xydata().T for line in figure.axes[0].lines]
+    np.testing.assert_allclose(drawn[0], [[hours], [0.2]])
+    np.testing.assert_allclose(drawn[1], [[hours / 2, hours], [0.55, 0.65]])
+    header, _, *rows = [re.sub(r"\s+", " ", line).strip("| ") for line in table.splitlines()]
+    assert header == "hours | LSTM | BN-LSTM" and len(rows) == 6
+    assert rows[-1] == "1.08 | 0.2000 | 0.7000 (0.6500 to 0.7500)"
+    assert rows[2] == "0.54 | - | 0.6000 (0.5500 to 0.6500)"
+
+
 def test_seeds_that_came_as_far_as_one_another(mnist_runs):
     experiment = Experiment("pmnist", "bn_lstm")
     write_run(mnist_runs, experiment, 3, {1000: {"accuracy": 0.5}})
@@ -89,6 +103,8 @@ def test_the_paper_counts_thousands_of_updates_from_zero():
 def test_every_item_shows_something_or_nothing(name, tmp_path):
     table, figure = ITEMS[name].show(found(ITEMS[name], tmp_path))
     assert isinstance(table, str)
+    if name.endswith("_hours"):
+        assert (table, figure) == ("", None)
     if figure is not None and name != "figure_tanh":
         assert all(axes.lines for axes in figure.axes)  # the paper's
     for experiment in ITEMS[name].experiments:
