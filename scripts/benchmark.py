@@ -84,6 +84,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     flags.DEFINE_list("sizes", list(SIZES), f"Of {', '.join(SIZES)}.")
     flags.DEFINE_list("dtypes", list(DTYPES), f"Of products' operands: {', '.join(DTYPES)}.")
     flags.DEFINE_list("passes", list(PASSES), f"Of {', '.join(PASSES)}.")
+    flags.DEFINE_list("implementations", None, "Of this project's; by default all for the device.")
     flags.DEFINE_enum("device", None, ["cpu", "gpu", "tpu"], "By default the one JAX chooses.")
     flags.DEFINE_integer("rounds", 7, "Measurements of each.", lower_bound=1)
     flags.DEFINE_string("output", "benchmark.json", "File for all that is measured.")
@@ -300,8 +301,13 @@ def products(size: Size, dtype: Any, is_update: bool) -> Program:
     return compile_program(run, None, [given] * (1 + size.bidirectional), False)
 
 
-def candidates(size: Size, dtype: str, is_update: bool, peers: str | None) -> dict[str, Program]:
-    """All that is compared, by name; with `peers`, PyTorch's layers on that device."""
+def candidates(
+    size: Size, dtype: str, is_update: bool, implementations: Sequence[str], peers: str | None
+) -> dict[str, Program]:
+    """All that is compared, by name; with `peers`, PyTorch's layers on that device.
+
+    Those that cannot be made or run, but for the default ones, are left out with a line.
+    """
     units, kind = size.features, DTYPES[dtype]
     vocab_size = size.inputs if size.symbols else None
     fields = {"vocab_size": vocab_size, "dtype": kind}
@@ -309,10 +315,10 @@ def candidates(size: Size, dtype: str, is_update: bool, peers: str | None) -> di
     makers = {FLOOR: functools.partial(products, size, kind, is_update)}
     may_fail = []  # candidates that do not run everything
     for label, kind_of_layer, more in (("BN-LSTM", BNLSTM, normalized), ("LSTM", LSTM, {})):
-        for name in available():
+        for name in implementations:
             own = functools.partial(kind_of_layer, units, implementation=name, **fields, **more)
             makers[f"{label}, {name}"] = functools.partial(layer, own, size, is_update)
-            if IMPLEMENTATIONS[name].platform is not None:
+            if name != "xla":
                 may_fail.append(f"{label}, {name}")
 
     def flax_rnn() -> nn.Module:
@@ -328,8 +334,11 @@ def candidates(size: Size, dtype: str, is_update: bool, peers: str | None) -> di
     made = {}
     for name, make in tracked:
         try:
-            made[name] = make()
-        except (ValueError, RuntimeError) as error:  # not supported, or not compiled
+            program = make()
+            if name in may_fail:
+                program.run()
+            made[name] = program
+        except (ValueError, RuntimeError) as error:  # not supported, not compiled, or not run
             if name not in may_fail:
                 raise
             print(f"{name}: {error}")
@@ -338,7 +347,13 @@ def candidates(size: Size, dtype: str, is_update: bool, peers: str | None) -> di
 
         autocast = peers == "cuda" and kind is not None  # on a CPU it is slow
         rate = RATE if is_update else None
-        made |= torch_peers.programs(units, *make_batch(size), vocab_size, rate, peers, autocast)
+        given = units, *make_batch(size), vocab_size, rate, peers, autocast
+        try:
+            for name, program in torch_peers.programs(*given).items():
+                program.run()
+                made[name] = program
+        except RuntimeError as error:  # out of memory, say
+            print(f"PyTorch: {error}")
     return made
 
 
@@ -402,6 +417,12 @@ def main(_: list[str]) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves PyTorch of the GPU
     jax.config.update("jax_enable_compilation_cache", False)  # for times of compiling
     device = find_device(given.device)
+    with jax.default_device(device):
+        there = available()
+    implementations = given.implementations or there
+    timing.check_names("implementations", implementations, there)
+    if "xla" not in implementations:
+        raise UserError("--implementations has to have xla, which all is compared with")
     peers = peers_device(device)
     if peers is None:
         print("PyTorch is not installed, or not for this device: its layers are left out.\n")
@@ -417,7 +438,7 @@ def main(_: list[str]) -> None:
     for kind, name, dtype in itertools.product(given.passes, sizes, given.dtypes):
         size, title = sizes[name], f"{name}, {dtype}, {kind}"
         with jax.default_device(device):
-            programs = candidates(size, dtype, kind == "update", peers)
+            programs = candidates(size, dtype, kind == "update", implementations, peers)
             measured = measure(programs, f"measuring {title}", given.rounds)
         del programs  # and with them their arrays
         least = None

@@ -108,8 +108,8 @@ class Comparison:
             start = time.monotonic()  # of the second: the first compiles
             self.train(update)
         now = time.monotonic()
-        last = min(updates, 2 + (deadline - now) / (now - start))
-        for update in metrics.track(range(2, int(last)), "training", int(last) - 2):
+        expected = min(updates, 2 + (deadline - now) / (now - start))
+        for update in metrics.track(range(2, updates), "training", max(int(expected) - 2, 1)):
             if time.monotonic() > deadline:
                 break
             self.train(update)

@@ -96,11 +96,12 @@ def main(_: list[str]) -> None:
     output = Path(given.output)
     timing.check_output(output)
     device = default_device()
-    measured = {}
+    measured: dict[str, dict[str, Any]] = {}
+    record = timing.circumstances(device) | {"rates": measured}
     for name, rate in rates(device, given.small).items():
         rounds = measure(rate, given.rounds)
         measured[name] = {"unit": rate.unit, "median": statistics.median(rounds), "rounds": rounds}
-    workdir.write_json(output, timing.circumstances(device) | {"rates": measured})
+        workdir.write_json(output, record)
     print(f"On {device.device_kind}, JAX {jax.__version__}\n\n{table(measured)}")
 
 

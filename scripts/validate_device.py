@@ -1,43 +1,49 @@
 """Validates the implementations of the recurrence on the device at hand, in one call.
 
-    python -m scripts.validate_device --data_dir=data
-    python -m scripts.validate_device --minutes=15 --output=validation --only=check,benchmark
-    python -m scripts.validate_device --small      # a rehearsal, two minutes on a CPU
+    python -m scripts.validate_device --device=gpu --data_dir=data
+    python -m scripts.validate_device --device=gpu --minutes=15 --only=check,benchmark
+    python -m scripts.validate_device --small      # a rehearsal, a minute on a CPU
 
 Four commands run one after the other, each in a process of its own:
 
     rates      scripts.measure_rates: what the device can do
     check      scripts.check_implementations: every implementation against float64
     benchmark  scripts.benchmark: the paper's four sizes, and other libraries' layers
-    training   scripts.compare_implementations: permuted MNIST by each that passed
+    training   scripts.compare_implementations: permuted MNIST
+
+Kernels that failed a check are left out of the last two.
 
 `--minutes` is shared out among them; time that one leaves goes to the next. One that fails, hangs
 or runs out of time does not end the others, and what it has written counts. `report.md` in the
 output folder is renewed after each: a verdict for each kernel, and the line for `VALIDATED_UNITS`,
 from which `implementation="auto"` knows the devices that a kernel may run on.
 
-The exit status is 1 if a step or a check failed.
+The exit status is 1 if a step failed, a check among them, or if time was up before all was checked.
 """
 
+import contextlib
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from experiments import errors, workdir
+from experiments import datasets, errors, workdir
 from experiments.errors import UserError
 from scripts import timing, validation_report
 
-SHARES = {"rates": 1, "check": 5, "benchmark": 6, "training": 4}  # of the time
+SHARES = {"rates": 2, "check": 5, "benchmark": 6, "training": 4}  # of the time
 # Kernels multiply in float32, XLA on a GPU in tf32 unless it is told to.
 ENVIRONMENT = {"training": {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}}
+# Without the device named, no step runs on another. The CPU computes what is expected.
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
 SECONDS_TO_END = 10  # after a step was asked to end
 
 
@@ -47,13 +53,15 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     flags.DEFINE_list("only", list(SHARES), f"Steps to run, of {', '.join(SHARES)}.")
     flags.DEFINE_string("data_dir", "data", "Folder of the data to train on.")
     flags.DEFINE_bool("small", False, "Tiny layers, and digits to train on: a rehearsal.")
-    flags.DEFINE_string("output", "validation", "Folder for the report and all results.")
+    flags.DEFINE_enum("device", None, list(PLATFORMS), "Which has to be there; else JAX chooses.")
+    flags.DEFINE_string(
+        "output", None, "Folder for the report and all results; validation, or rehearsal if small."
+    )
     return flags.FLAGS(argv)
 
 
-def command(step: str, given: Any, seconds: float) -> list[str]:
+def command(step: str, given: Any, folder: Path, seconds: float) -> list[str]:
     """The command of a step that is to take at most so many seconds."""
-    folder = Path(given.output)
     modules = {
         "rates": "measure_rates",
         "check": "check_implementations",
@@ -61,68 +69,91 @@ def command(step: str, given: Any, seconds: float) -> list[str]:
         "training": "compare_implementations",
     }
     words = [sys.executable, "-m", f"scripts.{modules[step]}", f"--output={folder / step}.json"]
+    sound = validation_report.sound(validation_report.read(folder))
+    if sound is not None and step in ("benchmark", "training"):
+        words.append(f"--implementations={','.join(sound)}")
     if step == "training":
         # The rest of the time is for compiling and the picture.
         words += [f"--minutes={0.8 * seconds / 60:.2f}", "--bfloat16="]
         words += [f"--config=configs/{'digits' if given.small else 'pmnist'}.py"]
         words += [f"--config.data_dir={given.data_dir}", "--config.model.kind=bn_lstm"]
         words += [f"--updates={20 if given.small else 100_000}"]
-        if names := validation_report.trainable(validation_report.read(folder)):
-            words += [f"--implementations={','.join(names)}"]
     elif given.small:
         words.append("--small")
-        if step == "benchmark":
-            words += ["--dtypes=float32", "--passes=update", "--rounds=2"]
+    if step == "benchmark":
+        words.append("--passes=update")
+        words += ["--dtypes=float32", "--rounds=2"] if given.small else []
     return words
 
 
 def run(words: Sequence[str], environment: dict[str, str], seconds: float) -> str:
     """Runs a step; what became of it."""
     print(f"\n$ {shlex.join(words)}\n", flush=True)
-    with subprocess.Popen(words, env=os.environ | environment) as process:
-        try:
-            status = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            try:
-                process.wait(SECONDS_TO_END)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            return "its time was up"
-        except BaseException:
-            process.kill()
-            raise
+    process = subprocess.Popen(words, env=os.environ | environment, start_new_session=True)
+    try:
+        status = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        end(process)
+        return "its time was up"
+    except BaseException:
+        end(process)
+        raise
     if status < 0:
         return f"ended by {signal.Signals(-status).name}"
     return "done" if status == 0 else f"failed, exit status {status}"
+
+
+def end(process: subprocess.Popen) -> None:
+    """Ends a process and those that it started; waits no longer than it may take."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(SECONDS_TO_END)
 
 
 def main(_: list[str]) -> None:
     """Runs the steps, and writes the report after each."""
     given = flags.FLAGS
     timing.check_names("only", given.only, SHARES)
-    folder = Path(given.output)
+    folder = Path(given.output or ("rehearsal" if given.small else "validation"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output={folder} cannot be made: {error.strerror}") from error
+    if "training" in given.only and not given.small:
+        datasets.load("mnist", given.data_dir)  # downloads it, or says why not, before all else
     for step in given.only:
         (folder / f"{step}.json").unlink(missing_ok=True)  # of an earlier call
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # and the step, too
+    platforms = {"JAX_PLATFORMS": PLATFORMS[given.device]} if given.device else {}
     deadline = time.monotonic() + 60 * given.minutes
     steps: list[tuple[str, str, str]] = []
     todo = [step for step in SHARES if step in given.only]
     for index, step in enumerate(todo):
         start = time.monotonic()
         share = SHARES[step] / sum(SHARES[each] for each in todo[index:])
-        limit = share * (deadline - start)
-        outcome = run(command(step, given, limit), ENVIRONMENT.get(step, {}), limit)
+        limit = max(share * (deadline - start), 1)
+        environment = platforms | ENVIRONMENT.get(step, {})
+        outcome = run(command(step, given, folder, limit), environment, limit)
         steps.append((step, outcome, f"{time.monotonic() - start:.0f}"))
-        findings = validation_report.read(folder)
-        called = shlex.join(["python", "-m", "scripts.validate_device", *sys.argv[1:]])
-        workdir.write_text(folder / "report.md", validation_report.page(findings, steps, called))
+        write_report(folder, steps)
     print(f"\n{(folder / 'report.md').read_text()}\nReport: {folder / 'report.md'}")
-    sys.exit(any("failed" in outcome or "ended by" in outcome for _, outcome, _ in steps))
+    is_whole = all(
+        outcome == "done" or (step != "check" and outcome == "its time was up")
+        for step, outcome, _ in steps
+    )
+    sys.exit(not is_whole)
+
+
+def write_report(folder: Path, steps: list[tuple[str, str, str]]) -> None:
+    """Writes `report.md`. What is wrong with a report does not end the steps."""
+    called = shlex.join(["python", "-m", "scripts.validate_device", *sys.argv[1:]])
+    try:
+        page = validation_report.page(validation_report.read(folder), steps, called)
+    except Exception:
+        page = f"The report cannot be made:\n\n```\n{traceback.format_exc()}```\n"
+    workdir.write_text(folder / "report.md", page)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What `scripts.validate_device` has found, as a page: verdicts, and what they rest on."""
 
 import collections
+import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,9 @@ from experiments import metrics, workdir
 from scripts import compare_implementations, measure_rates
 
 STEPS = ("rates", "check", "benchmark", "training")
-TIMES_ROUNDING = 3  # as far apart, in the median, as two runs that differ by a rounding
+SLOWER = 0.95  # of the time that `xla` takes to that of a kernel: what is below counts as slower
+SHORTEST_TRAINING = 200  # updates: before that, rounding alone moves losses as far as they fall
+LEAST_GAIN = 0.8  # of what the loss of `xla` falls by
 
 Findings = dict[str, dict[str, Any]]  # what each step's file holds, of those that wrote one
 
@@ -31,9 +34,20 @@ class Verdict(NamedTuple):
 
 
 def read(folder: Path) -> Findings:
-    """What the steps have written into a folder so far."""
+    """What the steps have written into a folder so far, of one device and one commit.
+
+    That is the device and commit of the check, or of the first step that there is.
+    """
     files = {step: folder / f"{step}.json" for step in STEPS}
-    return {step: workdir.read_json(file) for step, file in files.items() if file.exists()}
+    found = {step: workdir.read_json(file) for step, file in files.items() if file.exists()}
+
+    def origin(record: dict[str, Any]) -> tuple[str, str | None]:
+        return record["machine"]["device"], record["commit"]
+
+    if not found:
+        return {}
+    first = origin(found.get("check") or next(iter(found.values())))
+    return {step: record for step, record in found.items() if origin(record) == first}
 
 
 def kernels(platform: str) -> list[str]:
@@ -45,19 +59,28 @@ def kernels(platform: str) -> list[str]:
 
 
 def checks(findings: Findings, name: str, outcome: str) -> list[dict[str, Any]]:
-    """The results of checks of an implementation that had an outcome."""
-    results = findings.get("check", {}).get("results", [])
+    """The results of checks of an implementation that had an outcome.
+
+    One that was running when its process ended has failed.
+    """
+    check = findings.get("check", {})
+    results = list(check.get("results", []))
+    if check.get("running"):
+        problem = "it was running when its process ended"
+        results.append({**check["running"], "outcome": "failed", "problem": problem})
     return [r for r in results if (r["implementation"], r["outcome"]) == (name, outcome)]
 
 
-def trainable(findings: Findings) -> list[str]:
-    """The implementations that passed checks and failed none, `xla` first."""
-    names = ["xla", *IMPLEMENTATIONS]
-    return [
+def sound(findings: Findings) -> list[str] | None:
+    """`xla`, and the kernels that passed checks and failed none; None before there are checks."""
+    if "check" not in findings:
+        return None
+    passed = [
         name
-        for name in dict.fromkeys(names)
+        for name in kernels(findings["check"]["machine"]["platform"])
         if checks(findings, name, "passed") and not checks(findings, name, "failed")
     ]
+    return ["xla", *passed]
 
 
 def speedups(findings: Findings, name: str) -> dict[tuple[str, str], float]:
@@ -76,11 +99,18 @@ def medians(result: dict[str, Any]) -> dict[str, float]:
     return {label: each["median"] for label, each in result["candidates"].items()}
 
 
-def distances(findings: Findings) -> dict[str, float]:
-    """How far training losses are from the first run's: the median over updates, by run."""
+def gains(findings: Findings) -> dict[str, float]:
+    """How far the training loss fell, from its first tenth to its last, by run.
+
+    Nothing is said of runs that are too short.
+    """
     losses = findings.get("training", {}).get("losses", {})
-    apart = compare_implementations.differences(losses) if losses else {}
-    return {name: float(np.median(values)) for name, values in apart.items()}
+    found = {}
+    for name, values in losses.items():
+        tenth = len(values) // 10
+        if len(values) >= SHORTEST_TRAINING:
+            found[name] = float(np.mean(values[:tenth]) - np.mean(values[-tenth:]))
+    return found
 
 
 def limits(findings: Findings, name: str) -> list[tuple[int, str]]:
@@ -91,27 +121,29 @@ def limits(findings: Findings, name: str) -> list[tuple[int, str]]:
     ]
     sizes = findings.get("benchmark", {}).get("sizes", {})
     for (size, dtype), ratio in speedups(findings, name).items():
-        if ratio < 1:
+        if ratio < SLOWER:
             problem = f"{size}, {dtype}: an update by xla takes {ratio:.2f} of its time"
             found.append((sizes[size]["features"], problem))
-    apart = distances(findings)
-    if name in apart:
-        (rounding, *_) = apart.values()
-        if not apart[name] <= TIMES_ROUNDING * rounding:
-            problem = f"losses are {apart[name]:.1e} apart in training, {rounding:.1e} by rounding"
-            found.append((0, problem))
+    gain = gains(findings)
+    if name in gain and not gain[name] >= LEAST_GAIN * gain["xla"]:
+        problem = f"in training its loss fell by {gain[name]:.3f}, that of xla by {gain['xla']:.3f}"
+        found.append((0, problem))
     return found
 
 
-def missing(findings: Findings, name: str) -> list[str]:
-    """What of a kernel's validation was not run, or not to its end."""
+def missing(findings: Findings, name: str, units: int) -> list[str]:
+    """What of the validation of a kernel for so many units was not run, or not to its end."""
     check, benchmark = findings.get("check", {}), findings.get("benchmark", {})
-    results = [r["case"] for r in check.get("results", []) if r["implementation"] == name]
-    found = [f"check of {case}" for case in check.get("cases", ["all"]) if case not in results]
-    measured = [r["size"] for r in benchmark.get("results", []) if r["pass"] == "update"]
-    sizes = benchmark.get("sizes", ["all"])
-    found += [f"benchmark of {size}" for size in sizes if size not in measured]
-    return found + ([] if name in distances(findings) else ["training"])
+    results = check.get("results", [])
+    cases = [(r["case"], r["dtype"]) for r in results if r["implementation"] == name]
+    wanted = itertools.product(check.get("cases", ["all cases"]), check.get("dtypes", ["-"]))
+    found = [f"check of {case}, {dtype}" for case, dtype in wanted if (case, dtype) not in cases]
+    sizes = [size for size, each in benchmark.get("sizes", {}).items() if each["features"] <= units]
+    measured = [(r["size"], r["dtype"]) for r in benchmark.get("results", [])]
+    dtypes = benchmark.get("flags", {}).get("dtypes", ["-"])
+    wanted = itertools.product(sizes if benchmark else ["all sizes"], dtypes)
+    found += [f"benchmark of {s}, {dtype}" for s, dtype in wanted if (s, dtype) not in measured]
+    return found + ([] if name in gains(findings) else [f"training, {SHORTEST_TRAINING} updates"])
 
 
 def judge(findings: Findings, name: str) -> Verdict:
@@ -119,7 +151,7 @@ def judge(findings: Findings, name: str) -> Verdict:
     bad = limits(findings, name)
     passed = [each["units"] for each in checks(findings, name, "passed")]
     units = max((n for n in passed if all(n < limit for limit, _ in bad)), default=0)
-    return Verdict(units, [problem for _, problem in bad], missing(findings, name))
+    return Verdict(units, [problem for _, problem in bad], missing(findings, name, units))
 
 
 def sentence(name: str, verdict: Verdict, device: str, is_rehearsal: bool = False) -> str:
@@ -127,23 +159,33 @@ def sentence(name: str, verdict: Verdict, device: str, is_rehearsal: bool = Fals
     lines = []
     if is_rehearsal:
         lines.append(f"`{name}` was tried with small layers: a rehearsal, which validates nothing.")
-    elif verdict.units and not verdict.missing:
-        now = VALIDATED_UNITS.get(device)
-        same = "as the table has it" if now == verdict.units else f"the table has {now}"
+    elif not verdict.units:
+        lines.append(f"`{name}` is not validated.")
+    elif verdict.missing:
         lines.append(
-            f"`{name}` is validated up to {verdict.units:,} units, the most that passed. In "
-            f'`VALIDATED_UNITS` of `bnlstm_jax/recurrence/__init__.py` that is `"{device}": '
-            f"{verdict.units},` ({same})."
-        )
-    elif verdict.units:
-        lines.append(
-            f"`{name}` is not validated yet. It passed with up to {verdict.units:,} units. Not run "
-            f"to the end: {', '.join(verdict.missing)}."
+            f"`{name}` is not validated yet. It passed with up to {verdict.units:,} units."
         )
     else:
-        lines.append(f"`{name}` is not validated.")
+        lines.append(
+            f"`{name}` is validated up to {verdict.units:,} units, the most that passed. "
+            f"{table_line(verdict.units, device)}"
+        )
     lines += [f"- {problem}" for problem in verdict.problems]
+    if verdict.missing and not is_rehearsal:
+        lines.append(f"- Not run to the end: {'; '.join(verdict.missing)}.")
     return "\n".join(lines)
+
+
+def table_line(units: int, device: str) -> str:
+    """The line of a verdict in the table that `auto` reads, if it is to change."""
+    now = VALIDATED_UNITS.get(device, 0)
+    if now == units:
+        return "So `VALIDATED_UNITS` has it."
+    if now > units:
+        return f"`VALIDATED_UNITS` has more: {now}."
+    before = f"now {now}" if now else "not there yet"
+    line = f'`"{device}": {units},` ({before})'
+    return f"In `VALIDATED_UNITS` of `bnlstm_jax/recurrence/__init__.py` that is {line}."
 
 
 # ---- The page.
@@ -196,8 +238,14 @@ def check_parts(findings: Findings) -> list[str]:
     counts = collections.Counter((r["implementation"], r["dtype"], r["outcome"]) for r in results)
     kinds = dict.fromkeys((r["implementation"], r["dtype"]) for r in results)
     outcomes = ("passed", "failed", "not supported")
-    rows = [(*kind, *(str(counts[*kind, outcome]) for outcome in outcomes)) for kind in kinds]
-    parts = [metrics.markdown_table(["implementation", "dtype", *outcomes], rows)]
+    rows = []
+    for name, dtype in kinds:
+        passed = [r for r in checks(findings, name, "passed") if r["dtype"] == dtype]
+        nearest = max(passed, key=lambda r: r["share"], default=None)
+        share = f"{nearest['share']:.0%}, {nearest['case']}" if nearest else "-"
+        rows.append((name, dtype, *(str(counts[name, dtype, each]) for each in outcomes), share))
+    header = ["implementation", "dtype", *outcomes, "largest error, of what is allowed"]
+    parts = [metrics.markdown_table(header, rows)]
     others = dict.fromkeys(
         f"- {r['implementation']}, {r['case']}, {r['dtype']}: {r['outcome']}: {r['problem']}"
         for r in results

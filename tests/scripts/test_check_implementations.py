@@ -94,6 +94,73 @@ def test_an_implementation_that_raises_fails_alone(monkeypatch):
     }
 
 
+def test_nothing_is_checked_after_one_that_fails_when_it_runs(monkeypatch, tmp_path):
+    """An illegal address leaves a GPU unusable; what was found before is kept."""
+
+    def fault():
+        raise RuntimeError("illegal address")
+
+    def faulty(problem):
+        result = scan.reference(problem)
+        zero = jax.pure_callback(fault, jax.ShapeDtypeStruct((), jnp.float32))
+        return result.replace(hidden=result.hidden + jax.lax.stop_gradient(zero))
+
+    monkeypatch.setitem(recurrence.IMPLEMENTATIONS, "cpu", Implementation(faulty))
+    with pytest.raises(SystemExit):
+        call_main(monkeypatch, tmp_path, cases=["LSTM", "masks"])
+    found = json.loads((tmp_path / "check.json").read_text())
+    assert [(r["case"], r["implementation"], r["outcome"]) for r in found["results"]] == [
+        ("LSTM", "xla", "passed"),
+        ("LSTM", "cpu", "failed"),
+    ]
+    assert found["running"] is None
+
+
+def test_the_file_says_what_is_running(monkeypatch, tmp_path):
+    """As when a kernel hangs, and the process is killed."""
+    seen = []
+
+    def look():
+        seen.append(json.loads((tmp_path / "check.json").read_text())["running"])
+        return np.float32(0)
+
+    def looking(problem):
+        result = scan.reference(problem)
+        zero = jax.pure_callback(look, jax.ShapeDtypeStruct((), jnp.float32))
+        return result.replace(hidden=result.hidden + jax.lax.stop_gradient(zero))
+
+    monkeypatch.setitem(recurrence.IMPLEMENTATIONS, "cpu", Implementation(looking))
+    with pytest.raises(SystemExit):
+        call_main(monkeypatch, tmp_path, cases=["LSTM"])
+    sizes = {"case": "LSTM", "units": 7, "batch": 3, "steps": 5}
+    assert seen[0] == {**sizes, "dtype": "float32", "implementation": "cpu"}
+
+
+def test_a_kernel_that_cannot_be_compiled_is_tried_once(monkeypatch, tmp_path):
+    tried = []
+
+    def no_compiler(problem):
+        tried.append(problem)
+        raise RuntimeError("there is no compiler")
+
+    broken = Implementation(scan.reference, no_compiler)
+    monkeypatch.setitem(recurrence.IMPLEMENTATIONS, "cpu", broken)
+    with pytest.raises(SystemExit):
+        call_main(monkeypatch, tmp_path, cases=["LSTM", "masks"])
+    results = json.loads((tmp_path / "check.json").read_text())["results"]
+    assert len(tried) == 1 and len(results) == 3
+    assert results[0]["case"] == "compilation" and "no compiler" in results[0]["problem"]
+
+
+@pytest.mark.parametrize("error, passes", [(1e-4, True), (0.1, False), (np.nan, False)])
+def test_the_scan_has_to_be_right_itself(error, passes):
+    """Or nothing could fail beside it."""
+    expected = {"outputs": np.array([1.0, -2.0])}
+    of_scan = check_implementations.largest_errors({"outputs": np.array([1 + error, -2])}, expected)
+    problem = check_implementations.scan_problem(of_scan, expected, "float32")
+    assert (problem is None) == passes
+
+
 def test_what_an_implementation_refuses_is_told():
     dtypes, names = ["float32", "bfloat16"], ["xla", "cpu"]
     found = list(check_implementations.check_case(ODD, dtypes, names, repeats=2))
