@@ -86,7 +86,7 @@ CASES = {
     # CUDA's kernel differs by the units of a block, which follow from the layer's, and by rows.
     **{
         f"{units} units of {batch} rows": Case(units, batch, 5)
-        for units, batch in ((1000, 128), (500, 128), (500, 32), (400, 64), (320, 64))
+        for units, batch in ((1000, 128), (1000, 32), (500, 128), (500, 32), (400, 64))
     },
     **{name: MEDIUM._replace(**fields) for name, fields in OPTIONS.items()},
     "one unit": Case(1, 2, 1),
