@@ -102,7 +102,7 @@ DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
 COMPILER_OPTIONS = {"gpu": {"xla_gpu_deterministic_ops": True}}
 FACTOR = 10  # a maximum of rounding errors varies by less, and a fault makes more of it
 # The scan's own error, of an array's largest value: beyond it something else is wrong.
-LARGEST_SCAN_ERROR = {"float32": 2e-4, "bfloat16": 0.1}
+LARGEST_SCAN_ERROR = {"float32": 2e-4, "bfloat16": 0.3}
 FLOOR = 2e-6  # of an array's largest value: 32 roundings of float32
 
 
@@ -285,7 +285,9 @@ def check_case(
     names = ["reference", *implementations]
     layers = {(d, name): make_layer(case, name, DTYPES[d]) for d in dtypes for name in names}
     refused = {key: why_refused(layer, case.batch) for key, layer in layers.items()}
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # programs are compiled side by side
+    # For a GPU, programs are compiled side by side; for a CPU, one alone takes all cores.
+    workers = 1 if default_device().platform == "cpu" else None
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         expected = pool.submit(expect, case, arrays)
         programs = {
             key: pool.submit(compile_call, layer, arrays)
