@@ -294,6 +294,7 @@ def check_case(
             for key, layer in layers.items()
             if refused[key] is None
         }
+    refused |= {key: failure(error) for key, p in programs.items() if (error := p.exception())}
     expected = expected.result()
     arrays = jax.device_put(arrays)
     for dtype in dtypes:
@@ -301,24 +302,19 @@ def check_case(
         of_scan = largest_errors(programs[dtype, "reference"].result()(arrays), expected)
         allowed = allowed_errors(of_scan, expected)
         problem = scan_problem(of_scan, expected, dtype)
+        scan_failed = problem and {"outcome": "failed", "problem": problem}
         for name in implementations:
-            result, error = refused[dtype, name], None
+            result, raised = refused[dtype, name] or scan_failed, None
             if result is None:
-                result = failure(error) if (error := programs[dtype, name].exception()) else None
-            if result is None and problem is not None:
-                result = {"outcome": "failed", "problem": problem}
-            ran = result is None
-            if ran:
                 starting(dtype, name)
+                program = programs[dtype, name].result()
                 try:
-                    program = programs[dtype, name].result()
-                    calls = [program(arrays) for _ in range(repeats)]
-                    result = compare(calls, expected, allowed)
-                except Exception as raised:  # of the kernel, or of the driver
-                    result, error = failure(raised), raised
+                    result = compare([program(arrays) for _ in range(repeats)], expected, allowed)
+                except Exception as error:  # of the kernel, or of the driver
+                    result, raised = failure(error), error
             yield {"dtype": dtype, "implementation": name, **result}
-            if ran and error is not None:
-                raise RunFailed(name) from error
+            if raised is not None:
+                raise RunFailed(name) from raised
 
 
 class RunFailed(Exception):
@@ -369,7 +365,7 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def main(_: list[str]) -> None:
-    """Prints a line for each result; writes the file after each case."""
+    """Prints a line for each result, and writes the file after each."""
     given = flags.FLAGS
     known = SMALL_CASES if given.small else CASES
     there = [name for name in recurrence.available() if name != "reference"]

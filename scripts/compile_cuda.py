@@ -37,7 +37,7 @@ GPUS = {  # of each architecture, one that people have
     "100": GPU("B200", 148, 227 * 1024),
     "120": GPU("GeForce RTX 5090", 170, 99 * 1024),
 }
-H200 = GPU("H200", 132, 227 * 1024)  # which is emulated unless told otherwise
+EMULATED = GPUS["90"]  # unless told otherwise
 MOST_UNITS = 4096
 
 
@@ -125,7 +125,7 @@ def largest_units(gpu: GPU, batch: int, in_bfloat16: bool) -> int:
         fitting = (h for h in range(MOST_UNITS, 0, -1) if library.BnlstmFits(h, batch, in_bfloat16))
         return next(fitting, 0)
     finally:
-        library.BnlstmEmulate(H200.processors, H200.shared_memory)
+        library.BnlstmEmulate(EMULATED.processors, EMULATED.shared_memory)
 
 
 def between(values: Iterable[int]) -> str:
