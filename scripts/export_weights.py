@@ -1,0 +1,52 @@
+"""Exports the best checkpoint of a run as one file, which NumPy reads.
+
+    python -m scripts.export_weights --workdir=runs/pmnist_bn_lstm --output=pmnist_bn_lstm.npz
+
+The file holds the model's variables in float32, compressed, under names such as
+`params/layer/recurrent_kernel`; `flax.traverse_util.unflatten_dict(..., sep="/")` nests them again.
+The statistics of a BN-LSTM are the population statistics once the run is finished, and its running
+averages before.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from flax.traverse_util import flatten_dict
+
+from experiments import errors, workdir
+from experiments.checkpoints import read_best
+from experiments.errors import UserError
+from experiments.metrics import STATISTICS
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the command line; only here are flags defined, so that importing this defines none."""
+    flags.DEFINE_string("workdir", None, "Folder of a run.", required=True)
+    flags.DEFINE_string("output", None, "File to write; its name ends with .npz.", required=True)
+    return flags.FLAGS(argv)
+
+
+def main(_: list[str]) -> None:
+    """Writes the file, and prints what it holds."""
+    output = Path(flags.FLAGS.output)
+    if output.suffix != ".npz":
+        raise UserError(f"--output={output} must end with .npz")
+    update, variables, statistics = read_best(Path(flags.FLAGS.workdir))
+    arrays = {
+        name: np.asarray(array, np.float32)
+        for name, array in flatten_dict(variables, sep="/").items()
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with workdir.replacing(output) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    size = sum(array.size for array in arrays.values())
+    print(
+        f"{output}: {size:,} values in {output.stat().st_size / 1e6:.1f} MB, update {update:,}, "
+        f"{STATISTICS[statistics]}"
+    )
+
+
+if __name__ == "__main__":
+    errors.run(main, parse_flags)

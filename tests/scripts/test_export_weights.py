@@ -1,0 +1,82 @@
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import unflatten_dict
+
+from bnlstm_jax import BNLSTM, LSTM
+from configs import digits
+from experiments import datasets, train
+from experiments.errors import UserError
+from experiments.models.sequence_classifier import SequenceClassifier
+from experiments.tasks.sequential_images import pixel_order
+from scripts import export_weights
+
+
+@pytest.fixture
+def export(monkeypatch, capsys):
+    """Runs the command in this process; returns what it prints."""
+
+    def export(folder, output):
+        flags = SimpleNamespace(workdir=str(folder), output=str(output))
+        monkeypatch.setattr(export_weights.flags, "FLAGS", flags)
+        export_weights.main([])
+        return capsys.readouterr().out
+
+    return export
+
+
+@pytest.mark.parametrize(
+    "kind, layer, statistics, shown",
+    [
+        ("lstm", LSTM(4), "none", "no batch statistics"),
+        ("bn_lstm", BNLSTM(4, max_steps=64), "population", "population statistics, re-estimated"),
+    ],
+)
+def test_a_model_with_exported_weights_repeats_the_results(
+    kind, layer, statistics, shown, export, tmp_path
+):
+    config = digits.get_config()
+    config.data_dir = str(tmp_path)
+    config.num_updates = config.eval_every = 2
+    config.model.kind = kind
+    config.model.features = 4
+    results = train.train(config, tmp_path / "run")
+    assert shown in export(tmp_path / "run", tmp_path / "new" / "weights.npz")
+
+    variables = unflatten_dict(dict(np.load(tmp_path / "new" / "weights.npz")), sep="/")
+    assert {array.dtype for array in jax.tree.leaves(variables)} == {np.dtype("float32")}
+    data = datasets.load("digits", str(tmp_path))
+    pixels = data.arrays["test_images"][:, pixel_order(config.pixel_order, 64, 1), None]
+    logits = SequenceClassifier(layer, num_classes=10).apply(
+        variables, pixels / jnp.float32(data.info["max_pixel"]), use_running_average=True
+    )
+    labels = data.arrays["test_labels"]
+    (row,) = (
+        row for row in results["rows"] if (row["split"], row["statistics"]) == ("test", statistics)
+    )
+    assert np.mean(logits.argmax(-1) == labels) == pytest.approx(row["accuracy"])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels.astype(int))
+    assert np.mean(losses) == pytest.approx(row["loss"], rel=1e-5)
+
+
+def test_an_unfinished_run_has_running_averages(finished, export, tmp_path):
+    (finished / "population_statistics.npz").unlink()
+    output = export(finished, tmp_path / "weights.npz")
+    assert "update 3, population statistics, running average" in output
+
+
+def test_a_file_of_another_kind_is_refused(finished, export, tmp_path):
+    with pytest.raises(UserError, match=r"--output=.*weights\.bin must end with \.npz"):
+        export(finished, tmp_path / "weights.bin")
+    assert [path.name for path in tmp_path.iterdir()] == [finished.name]
+
+
+def test_a_folder_without_a_run_leaves_no_file(export, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty"):
+        export(tmp_path / "empty", tmp_path / "weights.npz")
+    assert not (tmp_path / "weights.npz").exists()
