@@ -1,0 +1,79 @@
+"""Evaluates a BN-LSTM with batch statistics of several batch sizes, and population statistics.
+
+    python -m scripts.evaluate_batch_sizes --workdir=runs/pmnist_bn_lstm --batch_sizes=50,100,1000
+
+Statistics of a small batch are noisy, and the model then seems worse than it is. The table shows by
+how much, on the validation split. It is of the best checkpoint so far, of a run in progress too.
+Population statistics are re-estimated, as at the end of training.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from experiments import errors, evaluate, tasks, train, workdir
+from experiments.checkpoints import read_best
+from experiments.errors import UserError
+from experiments.evaluate import Variables
+from experiments.metrics import STATISTICS, markdown_table
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the command line; only here are flags defined, so that importing this defines none."""
+    flags.DEFINE_string("workdir", None, "Folder of a BN-LSTM's run.", required=True)
+    flags.DEFINE_string("data_dir", None, "Folder of the data; by default that of the run.")
+    flags.DEFINE_list("batch_sizes", ["50", "100", "200", "500", "1000"], "Numbers of examples.")
+    return flags.FLAGS(argv)
+
+
+def parse_sizes(words: Sequence[str], examples: int) -> list[int]:
+    """The batch sizes.
+
+    Raises:
+      UserError: one of them is not a number from 2 to the number of examples.
+    """
+    for word in words:
+        if not (word.isdecimal() and 2 <= int(word) <= examples):
+            raise UserError(f"--batch_sizes has {word!r}: give numbers from 2 to {examples:,}")
+    return [int(word) for word in words]
+
+
+def rows_of(
+    task: tasks.Task, config: ConfigDict, variables: Variables, sizes: list[int]
+) -> Iterator[list[str]]:
+    """The rows of the table: one for each batch size, and the last for population statistics."""
+    reading = task.readings[0]
+    _, noise = train.random_keys(config.seed)
+    evaluator = evaluate.make_evaluator(task, noise)
+    for size in sizes:
+        title = f"evaluating in batches of {size:,}"
+        metrics = evaluator(variables, reading, "valid", size, False, title)
+        yield [STATISTICS["batch"], f"{size:,}", *(f"{metrics[m]:.4f}" for m in task.shown)]
+    population = evaluate.population_statistics(task, config, variables, noise)
+    variables = {**variables, "batch_stats": population}
+    metrics = evaluator(variables, reading, "valid", config.eval_batch_size, True, "evaluating")
+    yield [STATISTICS["population"], "any", *(f"{metrics[m]:.4f}" for m in task.shown)]
+
+
+def main(_: list[str]) -> None:
+    """Prints the table."""
+    folder = Path(flags.FLAGS.workdir)
+    config = workdir.read_config(folder)
+    config.data_dir = flags.FLAGS.data_dir or config.data_dir
+    update, variables, statistics = read_best(folder)
+    if statistics == "none":
+        raise UserError(f"--workdir={folder} is the run of a model without batch statistics")
+    task = tasks.load(config)
+    train.check_record(task, folder)
+    examples = task.num_examples("valid", task.readings[0])
+    sizes = parse_sizes(flags.FLAGS.batch_sizes, examples)
+    rows = rows_of(task, config, variables, sizes)
+    header = ["normalised by", "batch", *(f"valid {m.replace('_', ' ')}" for m in task.shown)]
+    table = markdown_table(header, rows)
+    print(f"{task.data}, update {update:,}, {examples:,} examples\n\n{table}")
+
+
+if __name__ == "__main__":
+    errors.run(main, parse_flags)

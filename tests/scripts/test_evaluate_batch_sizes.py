@@ -1,0 +1,78 @@
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits
+from experiments import datasets, train
+from experiments.checkpoints import read_best
+from experiments.errors import UserError
+from experiments.tasks import load
+from scripts import evaluate_batch_sizes
+
+
+@pytest.fixture
+def show(monkeypatch, capsys):
+    """Runs the command in this process; returns the cells of its table, by row."""
+
+    def show(folder, sizes):
+        flags = SimpleNamespace(workdir=str(folder), data_dir=None, batch_sizes=sizes)
+        monkeypatch.setattr(evaluate_batch_sizes.flags, "FLAGS", flags)
+        evaluate_batch_sizes.main([])
+        lines = capsys.readouterr().out.splitlines()
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
+
+    return show
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on digits, its config and its results."""
+    folder = tmp_path_factory.mktemp("digits")
+    config = digits.get_config()
+    config.data_dir = str(folder)
+    config.num_updates = config.eval_every = 2
+    config.model.kind = "bn_lstm"
+    config.model.features = 4
+    return folder / "run", config, train.train(config, folder / "run")
+
+
+def test_rows_are_of_each_batch_size_and_of_population_statistics(run, show):
+    folder, config, results = run
+    header, _, fifty, all_of_them, population = show(folder, ["50", "250"])
+    assert header == ["normalised by", "batch", "valid accuracy", "valid loss"]
+    assert [fifty[1], all_of_them[1], population[1]] == ["50", "250", "any"]
+    task = load(config)
+    _, variables, _ = read_best(folder)
+    labels = datasets.load("digits", config.data_dir).arrays["valid_labels"]
+    for (_, _, accuracy, _), size in ((fifty, 50), (all_of_them, 250)):
+        correct = []
+        for start in range(0, 250, size):
+            rows = slice(start, start + size)
+            pixels = task.images["valid"][rows, :, None] / jnp.float32(task.max_pixel)
+            logits, _ = task.model.apply(
+                variables, pixels, use_running_average=False, mutable=["batch_stats"]
+            )
+            correct += list(logits.argmax(-1) == labels[rows])
+        assert float(accuracy) == pytest.approx(np.mean(correct), abs=1e-4)
+    (row,) = (
+        row
+        for row in results["rows"]
+        if (row["split"], row["statistics"]) == ("valid", "population")
+    )
+    assert [float(cell) for cell in population[2:]] == pytest.approx(
+        [row["accuracy"], row["loss"]], abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("size", ["1", "251", "many", "-5"])
+def test_batch_sizes_that_cannot_be_are_refused(size, run, show):
+    folder, _, _ = run
+    with pytest.raises(UserError, match=f"--batch_sizes has '{size}': give numbers from 2 to 250"):
+        show(folder, ["50", size])
+
+
+def test_a_model_without_batch_statistics_is_refused(runs, show):
+    with pytest.raises(UserError, match="model without batch statistics"):
+        show(runs / "lstm", ["50"])
