@@ -94,7 +94,8 @@ def gate_activations(x: Array) -> tuple[Array, Array, Array, Array]:
     """
     is_gate = jnp.arange(x.shape[-1]) < 3 * x.shape[-1] // 4
     slope = along(x, jnp.where(is_gate, 0.5, 1.0).astype(x.dtype))
-    return tuple(jnp.split(slope * jnp.tanh(slope * x) + (1 - slope), 4, axis=-1))
+    f, i, o, g = jnp.split(slope * jnp.tanh(slope * x) + (1 - slope), 4, axis=-1)
+    return f, i, o, g
 
 
 @gate_activations.defjvp
@@ -238,6 +239,7 @@ def initial_state(
     if centered is not False:
         h = jnp.where(centered, jax.lax.stop_gradient(h), h)
     if module.initial_hidden_noise > 0:
+        assert key is not None
         h = initial_noise(key, h, module.initial_hidden_noise)
     return c, h
 
@@ -387,9 +389,9 @@ class BNLSTMCell(RecurrentCell):
         carry, output, moments = cell_step(self, params, carry, inputs, normalize)
         if not use_running_average:
             rows = jnp.array(inputs.shape[0])
-            for term in norm.terms:
-                batch = moments[term].statistics()
-                update_statistics(self, variables[term], batch, rows, f"{term}_")
+            for term, batch in moments.items():
+                if batch is not None:
+                    update_statistics(self, variables[term], batch.statistics(), rows, f"{term}_")
         return carry, output
 
     def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Carry:
@@ -441,7 +443,7 @@ class LNLSTMCell(RecurrentCell):
         params = lstm_params(self, inputs.shape[-1], self.normalize)
         norm = Normalization(tuple(self.normalize), "layer", self.epsilon)
 
-        def normalize(term: str, x: Array) -> tuple[Array, None]:
+        def normalize(term: str, x: Array) -> tuple[Array, Moments | None]:
             return norm.apply(term, x, params)
 
         carry, output, _ = cell_step(self, params, carry, inputs, normalize)
@@ -520,7 +522,7 @@ class BNSimpleCell(nn.RNNCellBase):
         total = product(carry, recurrent_kernel, self.dtype)
         total += product(inputs, input_kernel, self.dtype)
         joint, moments = norm.apply("joint", total, scale, running)
-        if not use_running_average:
+        if moments is not None:
             rows = jnp.array(inputs.shape[0])
             update_statistics(self, variables, moments.statistics(), rows, "joint_")
         h = jnp.tanh(joint + along(joint, bias))

@@ -4,10 +4,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+from flax.typing import Initializer
 from jax import Array
 from jax.nn import initializers
-
-Initializer = initializers.Initializer
 
 
 def semi_orthogonal() -> Initializer:
@@ -52,7 +51,7 @@ def orthogonal_blocks(scale: float = 0.05, identical: bool = False) -> Initializ
         if identical:
             keys = [jax.random.key(123)] * number
         else:
-            keys = jax.random.split(key, number)
+            keys = list(jax.random.split(key, number))
         blocks = [semi_orthogonal()(k, (rows, rows), dtype) for k in keys]
         return scale * jnp.concatenate(blocks, axis=1)
 

@@ -303,15 +303,15 @@ class BNLSTM(RecurrentLayer):
 Layer = LSTM | LNLSTM | BNLSTM
 
 
-def abstract_problem(layer: Layer, batch: int = 1) -> Problem:
+def abstract_problem(layer: RecurrentLayer, batch: int = 1) -> Problem:
     """A layer's problem without values, to ask `recurrence` by what it would be run."""
-    state = jax.ShapeDtypeStruct((batch, layer.features), statistics_dtype(layer.param_dtype))
-    kernel = jax.ShapeDtypeStruct((layer.features, 4 * layer.features), layer.param_dtype)
+    state: Any = jax.ShapeDtypeStruct((batch, layer.features), statistics_dtype(layer.param_dtype))
+    kernel: Any = jax.ShapeDtypeStruct((layer.features, 4 * layer.features), layer.param_dtype)
     norm = normalization(layer)
     return Problem(kernel, {}, (state, state), None, norm=norm, dtype=layer.dtype)
 
 
-def normalization(layer: Layer) -> Normalization:
+def normalization(layer: RecurrentLayer) -> Normalization:
     """Which terms a layer normalises, and how.
 
     Raises:
@@ -355,7 +355,7 @@ class _Call(NamedTuple):
     keep_order: bool | None
     use_running_average: bool | None
 
-    def resolved(self, layer: Layer) -> "_Call":
+    def resolved(self, layer: RecurrentLayer) -> "_Call":
         """The arguments, with a layer's attributes in place of None."""
         names = "return_carry", "time_major", "reverse", "keep_order"
         return self._replace(**{n: getattr(layer, n) for n in names if getattr(self, n) is None})
@@ -382,7 +382,7 @@ class _Call(NamedTuple):
         return (carry, outputs) if self.return_carry else outputs
 
 
-def _run(layer: Layer, inputs: Array, call: _Call) -> Array | tuple[Carry, Array]:
+def _run(layer: RecurrentLayer, inputs: Array, call: _Call) -> Array | tuple[Carry, Array]:
     """The call of all layers."""
     norm = normalization(layer)
     training = bool(norm.batch_terms) and not nn.merge_param(
@@ -402,17 +402,20 @@ def _run(layer: Layer, inputs: Array, call: _Call) -> Array | tuple[Carry, Array
     if carry is None:
         if key is None and layer.initial_hidden_noise > 0:
             key = layer.make_rng("noise")
-        centered = training and "recurrent" in norm.terms
+        centered: Array | bool = training and "recurrent" in norm.terms
         if centered and valid is not None:
             centered = valid[:1].any(0)  # a sequence without steps ends with its initial state
         carry = initial_state(layer, (batch,), key, centered)
     state = _state_dtype(layer, inputs)
     if layer.vocab_size is None and not jnp.issubdtype(inputs.dtype, jnp.floating):
         inputs = inputs.astype(state)
+    params, carry = jax.tree.map(lambda x: x.astype(state), (params, carry))
     problem = Problem(
         kernel,
-        *jax.tree.map(lambda x: x.astype(state), (params, carry)),
-        **({"inputs": inputs} if layer.vocab_size is None else {"inputs": None, "symbols": inputs}),
+        params,
+        carry,
+        inputs=inputs if layer.vocab_size is None else None,
+        symbols=None if layer.vocab_size is None else inputs,
         valid=valid,
         statistics=None if training else _running(layer, variables, call.first_step, steps),
         norm=norm,
@@ -432,7 +435,7 @@ def _run(layer: Layer, inputs: Array, call: _Call) -> Array | tuple[Carry, Array
     return call.leave(result.carry, result.hidden.astype(layer.dtype or result.hidden.dtype))
 
 
-def _state_dtype(layer: Layer, inputs: Array) -> jnp.dtype:
+def _state_dtype(layer: RecurrentLayer, inputs: Array) -> jnp.dtype:
     """The dtype of state, moments and statistics in a call: float32, or wider."""
     dtypes = [layer.param_dtype, *([layer.dtype] if layer.dtype else [])]
     if jnp.issubdtype(inputs.dtype, jnp.floating):
@@ -440,7 +443,7 @@ def _state_dtype(layer: Layer, inputs: Array) -> jnp.dtype:
     return statistics_dtype(jnp.result_type(*map(jnp.dtype, dtypes)))
 
 
-def _checked(layer: Layer, inputs: Array, call: _Call, training: bool) -> _Call:
+def _checked(layer: RecurrentLayer, inputs: Array, call: _Call, training: bool) -> _Call:
     """The arguments of a call, checked, with lengths from zero to the number of steps."""
     got = f"got {inputs.dtype}{list(inputs.shape)}"
     axes = "time, batch" if call.time_major else "batch, time"
@@ -466,7 +469,8 @@ def _checked(layer: Layer, inputs: Array, call: _Call, training: bool) -> _Call:
         if shapes != [(batch, layer.features)] * 2:
             expected = f"(c, h), each [{batch}, {layer.features}]"
             raise ValueError(f"initial_carry: expected {expected}, got shapes {shapes}")
-        call = call._replace(initial_carry=tuple(call.initial_carry))
+        c, h = call.initial_carry
+        call = call._replace(initial_carry=(c, h))
     if call.seq_lengths is None:
         return call
     lengths = jnp.asarray(call.seq_lengths)
@@ -480,7 +484,7 @@ def _checked(layer: Layer, inputs: Array, call: _Call, training: bool) -> _Call:
 def _known(number: Array | int | None) -> int | None:
     """A number that is known while the layer is traced, or None."""
     try:
-        return operator.index(number)
+        return operator.index(number)  # type: ignore[arg-type]
     except (TypeError, jax.errors.TracerIntegerConversionError):
         return None
 
@@ -497,7 +501,7 @@ def flip_sequences(x: Array, seq_lengths: Array | None) -> Array:
 # ---- Statistics of BNLSTM.
 
 
-def _statistics_shape(layer: BNLSTM, term: str, steps: int) -> tuple[int, ...]:
+def _statistics_shape(layer: RecurrentLayer, term: str, steps: int) -> tuple[int, ...]:
     """Shape of a term's statistics in a layer that sequences of `steps` steps initialise."""
     if layer.shared_statistics and layer.max_steps is not None:
         raise ValueError("max_steps: expected None with shared_statistics, which are of all steps")
@@ -509,7 +513,7 @@ def _statistics_shape(layer: BNLSTM, term: str, steps: int) -> tuple[int, ...]:
 
 
 def _running(
-    layer: BNLSTM, variables: dict[str, list], first_step: Array | int | None, steps: int
+    layer: RecurrentLayer, variables: dict[str, list], first_step: Array | int | None, steps: int
 ) -> dict[str, Statistics] | None:
     """Running statistics of steps from `first_step` on; beyond the rows, the last row."""
     t = jnp.asarray(0 if first_step is None else first_step, jnp.int32) + jnp.arange(steps)
@@ -528,7 +532,7 @@ def _running(
 
 
 def _record(
-    layer: BNLSTM, term: str, variables: list[nn.Variable], batch: Statistics, count: Array
+    layer: RecurrentLayer, term: str, variables: list[nn.Variable], batch: Statistics, count: Array
 ) -> None:
     """Moves a term's running statistics towards `batch`, `[T, F]` or `[F]`.
 

@@ -29,12 +29,12 @@ class Moments(NamedTuple):
 
     Attributes:
       mean, var: the mean and the biased variance.
-      count: number of rows behind them, at least one; None for all rows of an unmapped batch.
+      rows: number of rows behind them, at least one; None for all rows of an unmapped batch.
     """
 
     mean: Array
     var: Array
-    count: Array | None
+    rows: Array | None
 
     def statistics(self, axis: tuple[int, ...] = (-2,)) -> Statistics:
         """The moments without the reduced axes."""
@@ -111,8 +111,9 @@ class Normalization:
         if term not in self.terms:
             return x, None
         scale = params[f"{term}_scale"]
-        has_own = term == "input" and self.input_epsilon is not None
-        epsilon = self.input_epsilon if has_own else self.epsilon
+        epsilon = self.epsilon
+        if term == "input" and self.input_epsilon is not None:
+            epsilon = self.input_epsilon
         if self.kind == "layer":
             return layer_normalize(x, scale, epsilon), None
         axis = self.axis(term)
@@ -276,7 +277,7 @@ def _first_row(x: Array, axis: tuple[int, ...], where: Array | None) -> Array:
         return by_index(x)
     size = x.shape[-2]
     row = jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
-    first = 0
+    first: Array | int = 0
     if where is not None:
         first = jnp.min(jnp.where(where, row, size), -2, keepdims=True)
 
@@ -326,7 +327,7 @@ def _backward(epsilon, axis, axis_name, residuals, d_y):
     if axis_name is not None:  # moments of every shard depend on rows of every shard
         sums = jax.lax.psum(jnp.concatenate([d_shift, d_scale], axis[-1]), axis_name)
         d_shift, d_scale = jnp.split(sums, 2, axis[-1])
-    count = _rows(x, axis) if moments.count is None else moments.count
+    count = _rows(x, axis) if moments.rows is None else moments.rows
     # A row that counts moves the mean by 1 / count and the variance by 2 (x - mean) / count.
     d_x = d_y - d_shift / count - deviation * (inverse * d_scale / count)
     d_x = along(x, scale) * inverse * d_x

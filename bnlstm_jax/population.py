@@ -105,8 +105,8 @@ def estimate_population_statistics(
         mutable = ["batch_stats", CURRENT_BATCH_STATS]
         with nn.intercept_methods(interceptor):
             _, after = model.apply(variables, *arguments, rngs=keys, mutable=mutable, **kwargs)
-        after = [flatten_dict(after.get(name, {})) for name in mutable]
-        return _contributions(before, *after, late_steps)
+        updated, current = (flatten_dict(after.get(name, {})) for name in mutable)
+        return _contributions(before, updated, current, late_steps)
 
     compiled = transform(contributions)
     sums: dict[Path, _Sum] = {}

@@ -50,5 +50,7 @@ def test_the_map_names_every_file_and_no_other():
     for folder in ("bnlstm_jax", "experiments", "configs", "scripts"):
         for file in (ROOT / folder).rglob("*"):
             path = str(file.relative_to(ROOT))
-            ignored = file.is_dir() or file.name == "__init__.py" or "__pycache__" in path
+            ignored = (
+                file.is_dir() or file.name in ("__init__.py", "py.typed") or "__pycache__" in path
+            )
             assert ignored or path in paths or any(path.startswith(leaf) for leaf in leaves), path

@@ -92,8 +92,8 @@ def choose(name: str, problem: Problem) -> str:
     chosen, reason, level = name, "", logging.INFO
     if name == "auto":
         chosen, reason, level = _validated(problem)
-    elif reason := why_unsupported(name, problem):
-        raise ValueError(f"implementation={name!r} {reason}; write implementation='xla'")
+    elif unsupported := why_unsupported(name, problem):
+        raise ValueError(f"implementation={name!r} {unsupported}; write implementation='xla'")
     batch, most = problem.carry[1].shape[0], IMPLEMENTATIONS[chosen].max_batch
     if most is not None and batch > most:
         chosen, reason = "xla", f"{chosen!r} takes up to {most} sequences, got {batch}"
@@ -104,8 +104,7 @@ def choose(name: str, problem: Problem) -> str:
 
 def run(name: str, problem: Problem) -> Result:
     """Runs a problem by a chosen implementation. None runs one without steps or sequences."""
-    source = problem.inputs if problem.symbols is None else problem.symbols
-    (steps, batch), units = source.shape[:2], problem.recurrent_kernel.shape[0]
+    (steps, batch), units = problem.source.shape[:2], problem.recurrent_kernel.shape[0]
     if steps and batch:
         return IMPLEMENTATIONS[name].run(problem)
     moments, norm = {}, problem.norm

@@ -10,7 +10,7 @@ _emulating = False
 
 def default_device() -> jax.Device:
     """The device that programs run on unless their arrays say otherwise."""
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
     return device if isinstance(device, jax.Device) else jax.devices(device)[0]
 
 

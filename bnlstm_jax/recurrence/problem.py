@@ -19,8 +19,7 @@ from bnlstm_jax.normalization import Moments, Normalization, Statistics
 SMALL_INPUT = 256
 
 
-@struct.dataclass
-class Problem:
+class Problem(struct.PyTreeNode):
     """A recurrence over T steps of B sequences, with H units. All arrays are time-major.
 
     A step takes the same value with arrays of its own time: `inputs [B, D]`, and so on.
@@ -55,6 +54,13 @@ class Problem:
     unroll: int = struct.field(pytree_node=False, default=1)
 
     @property
+    def source(self) -> Array:
+        """The inputs, or the symbols in place of them."""
+        source = self.inputs if self.symbols is None else self.symbols
+        assert source is not None
+        return source
+
+    @property
     def over_time(self) -> dict[str, Any]:
         """The fields with an axis of time."""
         names = "inputs", "symbols", "valid", "statistics"
@@ -66,8 +72,7 @@ class Problem:
         return self.dtype or jnp.promote_types(self.carry[1].dtype, self.recurrent_kernel.dtype)
 
 
-@struct.dataclass
-class Result:
+class Result(struct.PyTreeNode):
     """What a recurrence gives back.
 
     Attributes:
@@ -94,7 +99,7 @@ def input_term(problem: Problem) -> Array:
     kernel = problem.params["input_kernel"]
     if problem.symbols is not None:
         return look_up(problem.symbols, kernel, problem.dtype)
-    return product(problem.inputs, kernel, problem.dtype)
+    return product(problem.source, kernel, problem.dtype)
 
 
 def with_input_terms(
@@ -146,7 +151,7 @@ def step(
             term, x, problem.params, problem.statistics, problem.valid, moments
         )
 
-    terms = input_term(problem) if "input_kernel" in problem.params else problem.inputs
+    terms = input_term(problem) if "input_kernel" in problem.params else problem.source
     return lstm_step(problem.params, problem.carry, recurrent_term, terms, normalize, problem.valid)
 
 

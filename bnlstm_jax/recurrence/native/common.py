@@ -42,7 +42,7 @@ def why_unsupported(problem: Problem) -> str | None:
 
 def flags(problem: Problem) -> Array:
     """The flags of rows, bytes `[T, B]`."""
-    steps, batch = (problem.inputs if problem.symbols is None else problem.symbols).shape[:2]
+    steps, batch = problem.source.shape[:2]
     every = jnp.ones((steps, batch), bool)
     valid = every if problem.valid is None else problem.valid[..., 0]
     found = jnp.where(valid, VALID, 0)

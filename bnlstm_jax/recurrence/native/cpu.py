@@ -14,7 +14,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -130,18 +130,22 @@ class Options:
             input_layouts=[*layouts, *(layout for _, layout in others)],
             output_layouts=[layout for _, layout in results],
         )
-        attributes = {name: np.int64(size) for name, size in self.sizes(inputs).items()}
+        attributes: dict[str, Any] = {
+            name: np.int64(size) for name, size in self.sizes(inputs).items()
+        }
         attributes |= {f"normalize_{term}": term in self.terms for term in TERMS}
-        return call(
-            *inputs,
-            *(array for array, _ in others),
-            source=np.int64(self.source),
-            given=self.given,
-            masked=self.masked,
-            keep=keep,
-            epsilon=np.float32(self.epsilon),
-            input_epsilon=np.float32(self.input_epsilon),
-            **attributes,
+        return list(
+            call(
+                *inputs,
+                *(array for array, _ in others),
+                source=np.int64(self.source),
+                given=self.given,
+                masked=self.masked,
+                keep=keep,
+                epsilon=np.float32(self.epsilon),
+                input_epsilon=np.float32(self.input_epsilon),
+                **attributes,
+            )
         )
 
 
@@ -246,7 +250,7 @@ def run(problem: Problem) -> Result:
       RuntimeError: the kernel cannot be compiled.
     """
     load()
-    moments = {}
+    moments: dict[str, Statistics] = {}
     if problem.norm.whole_input:
         problem, moments = with_input_terms(problem, normalized=True)
     terms, given = problem.norm.terms, problem.statistics is not None
@@ -273,19 +277,23 @@ def to_inputs(problem: Problem) -> tuple[Options, Inputs]:
         return params.get(f"{term}_scale", jnp.ones(sizes[term], jnp.float32))
 
     def statistics(term: str) -> Array:
-        if not given or term not in norm.terms:
+        if problem.statistics is None or term not in norm.terms:
             return zeros(0, 2, sizes[term])
         return jnp.stack(problem.statistics[term], 1)
 
+    inputs, symbols = zeros(0, 0, 0), zeros(0, 0, dtype=jnp.int32)
+    if source == SYMBOLS:
+        symbols = problem.source.astype(jnp.int32)
+    else:
+        inputs = problem.source.astype(jnp.float32)
     epsilon = norm.epsilon if norm.input_epsilon is None else norm.input_epsilon
     options = Options(source, norm.terms, given, masked, norm.epsilon, epsilon)
-    symbols = problem.symbols if source == SYMBOLS else zeros(0, 0, dtype=jnp.int32)
     return options, Inputs(
         recurrent_kernel=problem.recurrent_kernel,
         input_kernel=params.get("input_kernel", zeros(0, 4 * units)),
         bias=params["bias"],
-        inputs=zeros(0, 0, 0) if source == SYMBOLS else problem.inputs.astype(jnp.float32),
-        symbols=symbols.astype(jnp.int32),
+        inputs=inputs,
+        symbols=symbols,
         flags=common.flags(problem) if masked else zeros(0, 0, dtype=jnp.uint8),
         input_scale=scale("input"),
         recurrent_scale=scale("recurrent"),

@@ -128,7 +128,7 @@ class Options:
         )
         attributes = dataclasses.asdict(self) | {"epsilon": np.float32(self.epsilon)} | more
         del attributes["operands"]  # the kernel's dtype says so
-        return call(kernel, *others, **attributes)[:-2]
+        return list(call(kernel, *others, **attributes))[:-2]
 
 
 class Inputs(NamedTuple):
@@ -244,8 +244,10 @@ def _run(problem: Problem, units_of_block: int) -> Result:
 
 def to_inputs(problem: Problem) -> Inputs:
     """The arrays of a call for a problem whose `inputs` are input terms."""
-    steps, batch, gates = problem.inputs.shape
+    terms = problem.source
+    steps, batch, gates = terms.shape
     units, params, norm = gates // 4, problem.params, problem.norm
+    cell, hidden = problem.carry
     padding = padded(batch) - batch
 
     def to_kernel(x: Array) -> Array:
@@ -260,12 +262,13 @@ def to_inputs(problem: Problem) -> Inputs:
 
     return Inputs(
         problem.recurrent_kernel,
-        to_kernel(problem.inputs + along(problem.inputs, params["bias"])),
+        to_kernel(terms + along(terms, params["bias"])),
         jnp.pad(common.flags(problem), [(0, 0), (0, padding)]),
         params.get("recurrent_scale", jnp.ones(gates, jnp.float32)),
         params.get("cell_scale", jnp.ones(units, jnp.float32)),
         params.get("cell_bias", jnp.zeros(units, jnp.float32)),
-        *map(to_kernel, problem.carry),
+        to_kernel(cell),
+        to_kernel(hidden),
         statistics("recurrent", gates),
         statistics("cell", units),
     )
