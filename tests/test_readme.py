@@ -4,18 +4,24 @@ import re
 from pathlib import Path
 
 import jax
+import numpy as np
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 
 
-def test_the_layer_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+def test_the_layer_examples_run():
+    linen, with_nnx = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     names = {}
-    exec(code, names)
+    exec(linen, names)
     assert names["logits"].shape == (1, 10)
-    statistics = jax.tree.leaves_with_path(names["variables"]["batch_stats"])
-    assert all(leaf.shape[0] == 784 for _, leaf in statistics) and len(statistics) == 6
+    statistics = jax.tree.leaves(names["variables"]["batch_stats"])
+    assert all(leaf.shape[0] == 784 for leaf in statistics) and len(statistics) == 6
+
+    exec(with_nnx, names)
+    variables = {**names["variables"], "batch_stats": names["population"]}
+    expected = names["model"].apply(variables, names["x"][:1])
+    np.testing.assert_allclose(names["logits"], expected, rtol=1e-6)
 
 
 def test_links_lead_somewhere():
