@@ -8,6 +8,8 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
+PROJECT = "bnlstm-jax/bnlstm_jax"
+REPOSITORY = f"^https://(github.com/{PROJECT}/blob|raw.githubusercontent.com/{PROJECT})/main/"
 
 
 def test_the_layer_examples_run():
@@ -24,10 +26,23 @@ def test_the_layer_examples_run():
     np.testing.assert_allclose(names["logits"], expected, rtol=1e-6)
 
 
+def links(text):
+    """Targets of links in a page, those of `[text][name]` too."""
+    named = dict(re.findall(r"^\[([^\]]+)\]: (\S+)$", text, re.M))
+    return re.findall(r"\]\(([^)]+)", text) + [named[n] for n in re.findall(r"\]\[([^\]]+)", text)]
+
+
 def test_links_lead_somewhere():
-    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("results/*.md")):
-        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-            assert target.startswith("http") or (page.parent / target).exists(), (page, target)
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/*.md")):
+        for link in links(page.read_text()):
+            target = re.sub(REPOSITORY, f"{ROOT}/", link).partition("#")[0]
+            assert target.startswith("http") or (page.parent / target).exists(), (page, link)
+
+
+def test_readme_links_are_absolute():
+    # A package index shows this page without the repository.
+    assert all(link.startswith("https://") for link in links(TEXT))
+    assert len(links(TEXT)) > 10
 
 
 def mapped():
