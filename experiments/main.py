@@ -18,7 +18,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import compare, config, errors, memory, parallel, processes, train, workdir
+from experiments import cli, compare, config, memory, parallel, processes, train, workdir
 from experiments.errors import UserError, unknown_name
 
 _WORKDIR = flags.DEFINE_string(
@@ -177,4 +177,4 @@ def run_all(base: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, parse_flags)
+    cli.run(main, parse=parse_flags)

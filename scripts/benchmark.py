@@ -39,7 +39,7 @@ from bnlstm_jax.recurrence import IMPLEMENTATIONS, available
 from bnlstm_jax.recurrence.devices import default_device
 from bnlstm_jax.recurrence.native import cpu
 from bnlstm_jax.recurrence.problem import transpose
-from experiments import errors, memory, metrics, workdir
+from experiments import cli, memory, metrics, workdir
 from experiments.errors import UserError
 from scripts import timing
 from scripts.timing import Program
@@ -79,8 +79,8 @@ FLOOR = "matrix products alone"
 FLAGS = ("sizes", "dtypes", "passes", "device", "rounds", "small")
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line; only here are flags defined, so that importing this defines none."""
+def define_flags() -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_list("sizes", list(SIZES), f"Of {', '.join(SIZES)}.")
     flags.DEFINE_list("dtypes", list(DTYPES), f"Of products' operands: {', '.join(DTYPES)}.")
     flags.DEFINE_list("passes", list(PASSES), f"Of {', '.join(PASSES)}.")
@@ -89,7 +89,6 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     flags.DEFINE_integer("rounds", 7, "Measurements of each.", lower_bound=1)
     flags.DEFINE_string("output", "benchmark.json", "File for all that is measured.")
     flags.DEFINE_bool("small", False, "Tiny layers, for a quick look.")
-    return flags.FLAGS(argv)
 
 
 def find_device(kind: str | None) -> jax.Device:
@@ -457,4 +456,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, parse_flags)
+    cli.run(main, define_flags)

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from bnlstm_jax.cells import look_up
 from bnlstm_jax.initializers import orthogonal_blocks
 from configs import cnn_qa
-from experiments import errors, metrics, tasks, train
+from experiments import cli, metrics, tasks, train
 from experiments.compare import LABELS
 from experiments.config import READER_KINDS
 from experiments.datasets import prepared
@@ -178,4 +178,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 
 from configs import ptb
-from experiments import errors, evaluate, metrics, tasks, train
+from experiments import cli, evaluate, metrics, tasks, train
 from experiments.compare import LABELS
 from experiments.config import MODEL_KINDS
 from scripts import timing
@@ -117,4 +117,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -31,7 +31,7 @@ from absl import flags
 from bnlstm_jax import BNLSTM, LSTM, recurrence
 from bnlstm_jax.layers import abstract_problem
 from bnlstm_jax.recurrence.devices import default_device
-from experiments import errors, metrics, workdir
+from experiments import cli, metrics, workdir
 from experiments.errors import UserError
 from scripts import timing
 
@@ -106,15 +106,14 @@ LARGEST_SCAN_ERROR = {"float32": 2e-4, "bfloat16": 0.3}
 FLOOR = 2e-6  # of an array's largest value: 32 roundings of float32
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line; only here are flags defined, so that importing this defines none."""
+def define_flags() -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_list("cases", None, f"By default all: {', '.join(CASES)}.")
     flags.DEFINE_list("implementations", None, "By default all for this device.")
     flags.DEFINE_list("dtypes", list(DTYPES), f"Of products' operands: {', '.join(DTYPES)}.")
     flags.DEFINE_integer("repeats", 5, "Calls whose bits are compared.", lower_bound=1)
     flags.DEFINE_bool("small", False, "A few small cases.")
     flags.DEFINE_string("output", "check.json", "File for all results.")
-    return flags.FLAGS(argv)
 
 
 # ---- One case.
@@ -414,4 +413,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, parse_flags)
+    cli.run(main, define_flags)

@@ -24,23 +24,22 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from bnlstm_jax.recurrence import available
+from experiments import cli, metrics, tasks, train, workdir
 from experiments import config as configs
-from experiments import errors, metrics, tasks, train, workdir
 from experiments.errors import UserError
 from scripts import pictures, timing
 
 SPANS = (10, 50, 100, 200, 500, 1000)  # updates up to which the table tells differences
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line; only here are flags defined, so that importing this defines none."""
+def define_flags() -> None:
+    """Defines the flags of the command."""
     config_flags.DEFINE_config_file("config", "configs/pmnist.py", "Config file.")
     flags.DEFINE_integer("updates", 500, "Updates of each, at most.", lower_bound=1)
     flags.DEFINE_float("minutes", None, "Ends earlier, after so long.", lower_bound=0)
     flags.DEFINE_list("implementations", None, "By default all for this device.")
     flags.DEFINE_list("bfloat16", ["xla"], "Implementations to run with such operands too.")
     flags.DEFINE_string("output", "implementations.json", "File for losses; the picture is beside.")
-    return flags.FLAGS(argv)
 
 
 def named_runs(
@@ -183,4 +182,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, parse_flags)
+    cli.run(main, define_flags)

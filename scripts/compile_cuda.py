@@ -10,14 +10,14 @@ tests show by emulation, and scripts.validate_device on the device.
 
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from absl import flags
 
 from bnlstm_jax.recurrence.native import build, cuda
-from experiments import errors, metrics
+from experiments import cli, metrics
 from experiments.errors import UserError
 
 
@@ -59,10 +59,9 @@ class Kernel(NamedTuple):
     shared: int
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line; only here are flags defined, so that importing this defines none."""
+def define_flags() -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_list("architectures", list(GPUS), "Without the dot, such as 90 for 9.0.")
-    return flags.FLAGS(argv)
 
 
 def version() -> str:
@@ -170,4 +169,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, parse_flags)
+    cli.run(main, define_flags)

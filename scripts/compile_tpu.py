@@ -11,7 +11,6 @@ inference. A program that compiles has kernels that the chip can run, within its
 
 import os
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,17 +20,16 @@ from absl import flags
 
 from bnlstm_jax import BNLSTM
 from bnlstm_jax.recurrence.devices import emulation
-from experiments import errors, metrics
+from experiments import cli, metrics
 from experiments.errors import UserError
 from scripts.benchmark import SIZES, Size
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line; only here are flags defined, so that importing this defines none."""
+def define_flags() -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_list("chips", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"], "Topologies.")
     flags.DEFINE_list("sizes", ["pmnist", "ptb", "text8", "reader"], "Of scripts/benchmark.py.")
     flags.DEFINE_list("implementations", ["tpu", "xla"], "Ways to run the recurrence.")
-    return flags.FLAGS(argv)
 
 
 def topology(chip: str) -> Any:
@@ -137,4 +135,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, parse_flags)
+    cli.run(main, define_flags)

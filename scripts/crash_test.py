@@ -27,8 +27,8 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from experiments import checkpoints, config, metrics, tasks, workdir
-from experiments.errors import UserError, run
+from experiments import checkpoints, cli, config, metrics, tasks, workdir
+from experiments.errors import UserError
 from experiments.train import RESULTS_NAME
 
 COMPARED = ("metrics.jsonl", RESULTS_NAME, "config.json")
@@ -227,5 +227,4 @@ def run_test(words: list[str]) -> None:
 if __name__ == "__main__":
     from experiments import main
 
-    define_flags()
-    run(run_test, main.parse_flags)
+    cli.run(run_test, define_flags, main.parse_flags)

@@ -13,19 +13,18 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import errors, evaluate, tasks, train, workdir
+from experiments import cli, evaluate, tasks, train, workdir
 from experiments.checkpoints import read_best
 from experiments.errors import UserError
 from experiments.evaluate import Variables
 from experiments.metrics import STATISTICS, markdown_table
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line; only here are flags defined, so that importing this defines none."""
+def define_flags() -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_string("workdir", None, "Folder of a BN-LSTM's run.", required=True)
     flags.DEFINE_string("data_dir", None, "Folder of the data; by default that of the run.")
     flags.DEFINE_list("batch_sizes", ["50", "100", "200", "500", "1000"], "Numbers of examples.")
-    return flags.FLAGS(argv)
 
 
 def parse_sizes(words: Sequence[str], examples: int) -> list[int]:
@@ -76,4 +75,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, parse_flags)
+    cli.run(main, define_flags)

@@ -16,8 +16,7 @@ from absl import flags
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from experiments import config, parallel, tasks, train
-from experiments.errors import run
+from experiments import cli, config, parallel, tasks, train
 from experiments.metrics import markdown_table
 
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1, "f64": 8}
@@ -108,5 +107,4 @@ def parse(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    define_flags()
-    run(report, parse)
+    cli.run(report, define_flags, parse)

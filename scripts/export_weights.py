@@ -8,24 +8,22 @@ The statistics of a BN-LSTM are the population statistics once the run is finish
 averages before.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from absl import flags
 from flax.traverse_util import flatten_dict
 
-from experiments import errors, workdir
+from experiments import cli, workdir
 from experiments.checkpoints import read_best
 from experiments.errors import UserError
 from experiments.metrics import STATISTICS
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line; only here are flags defined, so that importing this defines none."""
+def define_flags() -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_string("workdir", None, "Folder of a run.", required=True)
     flags.DEFINE_string("output", None, "File to write; its name ends with .npz.", required=True)
-    return flags.FLAGS(argv)
 
 
 def main(_: list[str]) -> None:
@@ -49,4 +47,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, parse_flags)
+    cli.run(main, define_flags)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import errors, workdir
+from experiments import cli, workdir
 from experiments.checkpoints import read_best
 from experiments.compare import LABELS
 from experiments.datasets.question_arrays import ENTITY, PLACEHOLDER, SPLITS
@@ -144,8 +144,8 @@ class Inspection(NamedTuple):
     verdict: str
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line; only here are flags defined, so that importing this defines none."""
+def define_flags() -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_string("workdir", None, "Folder of a reader's run.", required=True)
     flags.DEFINE_integer(
         "example", None, "Number of the question, from 0 on.", required=True, lower_bound=0
@@ -155,7 +155,6 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         "output", None, "Page to write, by default attention_SPLIT_N.html in the folder of the run."
     )
     flags.DEFINE_string("data_dir", None, "Folder of the data, if not the one of training.")
-    return flags.FLAGS(argv)
 
 
 def inspect(
@@ -337,4 +336,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, parse_flags)
+    cli.run(main, define_flags)

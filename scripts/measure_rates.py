@@ -9,7 +9,7 @@ takes to start a step.
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from bnlstm_jax.recurrence.devices import default_device
-from experiments import errors, metrics, workdir
+from experiments import cli, metrics, workdir
 from scripts import timing
 
 STEPS = 784  # of the scan
@@ -32,12 +32,11 @@ class Rate(NamedTuple):
     unit: str
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line; only here are flags defined, so that importing this defines none."""
+def define_flags() -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_bool("small", False, "Small arrays, for a quick look.")
     flags.DEFINE_integer("rounds", 7, "Measurements of each.", lower_bound=1)
     flags.DEFINE_string("output", "rates.json", "File for the results.")
-    return flags.FLAGS(argv)
 
 
 def product(size: int, dtype: Any, precision: str) -> Rate:
@@ -106,4 +105,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, parse_flags)
+    cli.run(main, define_flags)

@@ -6,14 +6,13 @@ Of each config that has runs, and each kind of model: the first validations that
 and the paper's value there, if its figure has one.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import flags
 
-from experiments import errors, milestones, paper, runs, workdir
+from experiments import cli, milestones, paper, runs, workdir
 from experiments.errors import UserError
 from experiments.runs import Experiment, Run
 from scripts.paper_curves import shared_points
@@ -29,10 +28,9 @@ CURVES = {
 }
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line; only here are flags defined, so that importing this defines none."""
+def define_flags() -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_string("runs", "results/runs", "Folder with runs in it.")
-    return flags.FLAGS(argv)
 
 
 def points_of(experiment: Experiment, there: list[Run]) -> list[dict[str, Any]]:
@@ -86,4 +84,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, parse_flags)
+    cli.run(main, define_flags)

@@ -7,7 +7,6 @@ the best checkpoint so far of any BN-LSTM, re-estimated where the run is finishe
 averages. It needs the folder of the run alone, not the data.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 from absl import flags
 from flax.traverse_util import flatten_dict
 
-from experiments import errors, workdir
+from experiments import cli, workdir
 from experiments.checkpoints import read_best
 from experiments.compare import LABELS
 from experiments.errors import UserError
@@ -27,15 +26,14 @@ TERMS = {"recurrent": "recurrent term $h_{t-1} W_h$", "cell": "cell $c_t$"}
 MOMENTS = {"mean": "mean", "var": "variance"}
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line; only here are flags defined, so that importing this defines none."""
+def define_flags() -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_string("workdir", None, "Folder of a BN-LSTM's run.", required=True)
     flags.DEFINE_string(
         "output", None, f"Picture to write, by default {PICTURE_NAME} in the folder of the run."
     )
     flags.DEFINE_integer("units", 30, "Number of units of each term.", lower_bound=1)
     flags.DEFINE_integer("steps", None, "Number of time steps, by default all.", lower_bound=1)
-    return flags.FLAGS(argv)
 
 
 def find_statistics(batch_stats: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
@@ -107,4 +105,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, parse_flags)
+    cli.run(main, define_flags)

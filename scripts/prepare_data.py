@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import errors
+from experiments import cli, errors
 from experiments.datasets import prepared
 
 DATA_DIR = flags.DEFINE_string(
@@ -72,4 +72,4 @@ def _told(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -11,7 +11,6 @@ file with the same tables; `--readme` puts its summary into README.md.
 
 import base64
 import io
-from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -19,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import errors, runs, workdir
+from experiments import cli, runs, workdir
 from experiments.compare import LABELS
 from experiments.errors import UserError
 from experiments.metrics import markdown_table
@@ -64,13 +63,12 @@ $sections
 """)
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line; only here are flags defined, so that importing this defines none."""
+def define_flags() -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_string("runs", str(ROOT / "results" / "runs"), "Folder with runs in it.")
     flags.DEFINE_string("output", "report.html", "Page to write.")
     flags.DEFINE_string("data_dir", "data", "Folder of the data, for figures without runs.")
     flags.DEFINE_boolean("readme", False, "Put the summary into README.md.")
-    return flags.FLAGS(argv)
 
 
 # ---- What is told of runs.
@@ -247,4 +245,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, parse_flags)
+    cli.run(main, define_flags)

@@ -18,13 +18,12 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from experiments import errors, runs, workdir
+from experiments import cli, runs, workdir
 from experiments.errors import UserError, unknown_name
 from experiments.runs import Experiment
 from experiments.sweeps import argument
@@ -32,15 +31,14 @@ from scripts import pictures
 from scripts.paper_items import MINUTES, Item, items
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line; only here are flags defined, so that importing this defines none."""
+def define_flags() -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_enum("budget", "minutes", ["none", "minutes", "full"], "How far runs go.")
     flags.DEFINE_integer("seeds", 1, "Runs of each experiment, with seeds from 1.", lower_bound=1)
     flags.DEFINE_string("data_dir", "data", "Folder of the data.")
     flags.DEFINE_string("workdir", "runs/reproduce", "Folder of the runs.")
     flags.DEFINE_string("output", None, "Folder of table and picture; by default the workdir.")
     flags.DEFINE_boolean("dry_run", False, "Print the commands of the runs, and do nothing.")
-    return flags.FLAGS(argv)
 
 
 def command_of(
@@ -140,4 +138,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, parse_flags)
+    cli.run(main, define_flags)

@@ -10,7 +10,7 @@ has a folder for each, as runs/ptb_small/bn_lstm.
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 from jax import Array
 
-from experiments import errors, workdir
+from experiments import cli, workdir
 from experiments.checkpoints import read_best
 from experiments.datasets import corpus
 from experiments.errors import UserError
@@ -32,8 +32,8 @@ Variables = dict[str, Any]
 COLDEST = 1e-6  # the lowest temperature that is not taken for 0: logits by it do not overflow
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line; only here are flags defined, so that importing this defines none."""
+def define_flags() -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_string("workdir", None, "Folder of a character model's run.", required=True)
     flags.DEFINE_string(
         "prompt", None, "Text to go on from; by default the start of a line, or of a word."
@@ -50,7 +50,6 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         lambda temperature: 0 <= temperature < math.inf,  # which NaN is not
         "it must be a number, at least 0",
     )
-    return flags.FLAGS(argv)
 
 
 def check_prompt(prompt: str | None, vocabulary: str) -> str:
@@ -173,4 +172,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, parse_flags)
+    cli.run(main, define_flags)

@@ -12,7 +12,7 @@ import itertools
 import numpy as np
 from absl import flags
 
-from experiments import errors
+from experiments import cli
 from experiments.datasets import questions
 from experiments.datasets.question_arrays import SPLITS
 from experiments.datasets.questions import SENTENCE_RULES, SENTENCE_TIES, Selection
@@ -40,4 +40,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import config, errors, main, parallel, tasks, workdir
+from experiments import cli, config, main, parallel, tasks, workdir
 from scripts import submission
 from scripts.submission import Executor, Job
 
@@ -37,6 +37,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     OWN.set_gnu_getopt(True)
     rest = OWN(argv, known_only=True)
     flags.FLAGS.append_flag_values(OWN)  # for --help, and to tell what a misspelt flag may mean
+    for name in OWN:
+        flags.FLAGS.register_flag_by_module(argv[0], OWN[name])
     main.parse_flags(rest)
     return rest
 
@@ -81,4 +83,4 @@ def submit(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(lambda argv: submit(argv[1:]), parse_flags)
+    cli.run(lambda argv: submit(argv[1:]), parse=parse_flags)

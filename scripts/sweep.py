@@ -44,7 +44,7 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
-from experiments import errors, metrics, sweeps, workdir
+from experiments import cli, metrics, sweeps, workdir
 from experiments.errors import Stopped, UserError
 from experiments.metrics import rest_of_line, time_left
 from experiments.sweeps import Fields, Point
@@ -55,15 +55,12 @@ SWEEP_NAME = "sweep.json"
 TAIL_BYTES = 10_000  # of a metrics file, more than its last row
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line; only here are flags defined, so that importing this defines none."""
-    # Which defines flags. That of the config, and how its mistakes are told, are what runs have.
-    from experiments import main as run
+def define_flags() -> None:
+    """Defines the flags of the command."""
+    from experiments import main as run  # which defines flags of a run: a sweep has its own
 
     for flag in list(flags.FLAGS.flags_by_module_dict()[run.__name__]):
         delattr(flags.FLAGS, flag.name)
-    if run.option(argv, "config") is None:
-        raise UserError("--config is missing: name the config file whose fields are swept")
     flags.DEFINE_string("sweep", None, "File with the points; see configs/sweeps.", required=True)
     flags.DEFINE_string(
         "workdir", None, "Folder of the sweep; by default runs/sweeps/ and the sweep file's name."
@@ -74,6 +71,18 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     flags.DEFINE_boolean("dry_run", False, "Print what would be run, and write nothing.")
     submission.define_flags(flags.FLAGS)
     flags.DEFINE_float("poll", 30, "Seconds between looks at SLURM's queue.", lower_bound=0.1)
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the command line, the config's fields as a run does.
+
+    Raises:
+      UserError: there is no config.
+    """
+    from experiments import main as run
+
+    if run.option(argv, "config") is None and not cli.asks_for_help(argv):
+        raise UserError("--config is missing: name the config file whose fields are swept")
     return run.parse_flags(argv)
 
 
@@ -339,4 +348,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, parse_flags)
+    cli.run(main, define_flags, parse_flags)

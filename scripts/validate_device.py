@@ -35,7 +35,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import datasets, errors, workdir
+from experiments import cli, datasets, workdir
 from experiments.errors import UserError
 from scripts import timing, validation_report
 
@@ -47,8 +47,8 @@ PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
 SECONDS_TO_END = 10  # after a step was asked to end
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line; only here are flags defined, so that importing this defines none."""
+def define_flags() -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_float("minutes", 15, "Time for all steps.", lower_bound=0.1)
     flags.DEFINE_list("only", list(SHARES), f"Steps to run, of {', '.join(SHARES)}.")
     flags.DEFINE_string("data_dir", "data", "Folder of the data to train on.")
@@ -57,7 +57,6 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     flags.DEFINE_string(
         "output", None, "Folder for the report and all results; validation, or rehearsal if small."
     )
-    return flags.FLAGS(argv)
 
 
 def command(step: str, given: Any, folder: Path, seconds: float) -> list[str]:
@@ -157,4 +156,4 @@ def write_report(folder: Path, steps: list[tuple[str, str, str]]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, parse_flags)
+    cli.run(main, define_flags)

@@ -143,14 +143,14 @@ def test_builder_reads_all_splits(archive, tmp_path):
 SMALL_PARTS = """\
 import signal
 import sys
-from experiments import errors
+from experiments import cli
 from experiments.datasets import load
 from experiments.datasets.cnn import files
 
 files.PART = 20
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
-    errors.run(lambda argv: load("cnn", argv[1]))
+    cli.run(lambda argv: load("cnn", argv[1]))
 """
 
 
