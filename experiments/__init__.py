@@ -1,1 +1,21 @@
 """Experiments: data, tasks, training and evaluation around the `bnlstm_jax` library."""
+
+import contextlib
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+
+def end_at_once(number: int = signal.SIGINT, frame: FrameType | None = None) -> NoReturn:
+    """Ends the process at a Ctrl-C, without exceptions in half-loaded modules."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    print("stopped", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+# While the modules of a command load, which takes seconds. `cli.run` ends it.
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, end_at_once)

@@ -215,6 +215,7 @@ def read_checkpoint(folder: Path, step: int) -> tuple[Any, dict[str, float] | No
       Damaged: they are not what was saved.
       UserError: they cannot be read now, whatever they are.
     """
+    workdir.check_path(folder)
     path = folder / str(step)
     try:
         seal = json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
@@ -261,8 +262,8 @@ def put_aside_damaged(folder: Path) -> None:
             damages[step] = damage
     if damages and len(damages) == len(steps):
         raise UserError(
-            f"{next(iter(damages.values()))}, and there is no other: delete {folder.parent} to "
-            "start the run from its beginning"
+            f"{next(iter(damages.values()))}, and there is no other: start the run from its "
+            "beginning in another folder (--workdir)"
         )
     for step, damage in damages.items():
         aside = folder / f"{step}.damaged"

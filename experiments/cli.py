@@ -1,12 +1,16 @@
 """How the commands run: their flags, their help, and mistakes reported in one line."""
 
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags
 
+from experiments import end_at_once
 from experiments.errors import Stopped, UserError
 
 PACKAGES = ("experiments", "scripts")
@@ -70,10 +74,20 @@ def run(
         define_flags()
         return parse(argv)
 
+    if signal.getsignal(signal.SIGINT) is end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack a character
+        stream.reconfigure(errors="replace")
     words = list(sys.argv if argv is None else argv)
     if not any(word.lstrip("-").startswith(("verbosity", "v=")) for word in words):
         words.insert(1, "--verbosity=-1")  # warnings; Orbax tells of every save otherwise
     app.run(_reported(main), argv=words, flags_parser=_reported(parse_flags))
+
+
+def _from_backend(error: BaseException) -> bool:
+    """Whether JAX raised an error while it looked for devices."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename).name == "xla_bridge.py"
 
 
 def _reported(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -87,8 +101,17 @@ def _reported(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
             print(stopped, file=sys.stderr)
             sys.exit(stopped.status)
         except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
-            sys.exit(130)
+            end_at_once()  # JAX may crash where it is ended in the middle of something
+        except (AssertionError, RuntimeError) as error:
+            platforms = os.environ.get("JAX_PLATFORMS")
+            if not platforms or not _from_backend(error):
+                raise
+            print(
+                f"error: JAX_PLATFORMS={platforms}: JAX finds no such device; unset it, or install "
+                "JAX for the device",
+                file=sys.stderr,
+            )
+            sys.exit(2)
         except BrokenPipeError:  # the reader, such as head, has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left
             sys.exit(141)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from absl import logging
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -63,11 +64,24 @@ class UpdatesPerSecond(ProgressColumn):
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics file, oldest first."""
+    """The rows of a run's metrics file, oldest first.
+
+    A damaged line, as a power cut may leave one, is left out with a warning.
+    """
     path = workdir / FILE_NAME
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    rows = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            assert "update" in row and "split" in row
+            rows.append(row)
+        except (ValueError, TypeError, AssertionError):
+            if number < len(lines) or line.endswith("\n"):  # else it is being written
+                logging.warning("%s, line %d is damaged and left out", path, number)
+    return rows
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -119,7 +133,7 @@ class Reporter:
         rows = [row for row in read_metrics(workdir) if row["update"] <= start]
         path = workdir / FILE_NAME
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
         self._tensorboard = TensorBoard(workdir / "tensorboard", start)
         self.console = Terminal(highlight=False, soft_wrap=True, markup=False)
         self._progress = Progress(

@@ -63,4 +63,4 @@ def of(config: ConfigDict) -> dict[int, Milestone]:
 
 @functools.cache
 def _known() -> list[dict[str, Any]]:
-    return json.loads(PATH.read_text()) if PATH.exists() else []
+    return json.loads(PATH.read_text(encoding="utf-8")) if PATH.exists() else []

@@ -81,8 +81,8 @@ def clip_by_root_of_norm(clip_norm: float) -> optax.GradientTransformation:
 
     def update(gradients, state, params=None):
         del params
-        norm = optax.tree.norm(gradients)
-        factor = jnp.where(norm > clip_norm**2, clip_norm / jnp.sqrt(norm), 1)
+        root = jnp.sqrt(optax.tree.norm(gradients))
+        factor = jnp.where(root > clip_norm, clip_norm / root, 1)
         return jax.tree.map(lambda g: factor * g, gradients), state
 
     return optax.GradientTransformation(init, update)

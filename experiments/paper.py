@@ -36,7 +36,7 @@ def curves(name: str) -> dict[tuple[str, ...], np.ndarray]:
     `name` is that of a file in `results/paper`: its last two columns are x and y.
     """
     lines: dict[tuple[str, ...], list[tuple[float, float]]] = {}
-    with (FOLDER / f"{name}.csv").open() as file:
+    with (FOLDER / f"{name}.csv").open(encoding="utf-8") as file:
         for *line, x, y in list(csv.reader(file))[1:]:
             lines.setdefault(tuple(line), []).append((float(x), float(y)))
     return {line: np.array(points).T for line, points in lines.items()}

@@ -214,6 +214,8 @@ def _join(
         _wait_for_coordinator(coordinator_address, process_id, timeout)
     elif (num_processes, process_id) != (None, None):
         raise UserError("--num_processes and --process_id want --coordinator_address=HOST:PORT too")
+    # The processes reach each other directly, also where the web is behind a proxy.
+    os.environ.setdefault("grpc_proxy", "")
     try:
         jax.distributed.initialize(
             coordinator_address,

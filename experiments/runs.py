@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from experiments import workdir
+from experiments.errors import UserError
 from experiments.metrics import read_metrics
 
 # What runs of one experiment may differ in: their seed, and what runs may change when they go on.
@@ -114,8 +116,19 @@ class Run:
 
 
 def find(root: Path) -> list[Run]:
-    """All runs in a folder and in what is in it, by name."""
-    return [Run(path.parent) for path in sorted(root.rglob("config.json"))]
+    """All runs in a folder and in what is in it, by name.
+
+    A run with a file that cannot be read is left out, with a warning that names the file.
+    """
+    found = []
+    for path in sorted(root.rglob("config.json")):
+        run = Run(path.parent)
+        try:
+            run.config, run.record, run.results  # noqa: B018
+            found.append(run)
+        except UserError as error:
+            logging.warning("%s; this run is left out", error)
+    return found
 
 
 def of(experiment: Experiment, runs: list[Run]) -> list[Run]:

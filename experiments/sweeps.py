@@ -151,7 +151,7 @@ class Point(NamedTuple):
         path = self.runs[kind] / RESULTS_NAME
         if not path.exists():
             return None
-        results = json.loads(path.read_text())
+        results = json.loads(path.read_text(encoding="utf-8"))
         return results if results["updates"] == self.config.num_updates else None
 
     def finished(self) -> bool:

@@ -86,7 +86,7 @@ def _sync(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a file so that it is there whole or as it was before."""
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -101,7 +101,7 @@ def read_json(path: Path) -> dict[str, Any]:
       UserError: it holds none.
     """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: it is not JSON; bring back a copy") from error
     if not isinstance(value, dict):
@@ -189,12 +189,28 @@ def read_statistics(workdir: Path, step: int) -> dict[str, Any] | None:
     return unflatten_dict(arrays, sep="/")
 
 
+def check_path(workdir: Path) -> None:
+    """Refuses a folder whose checkpoints could be written, but not read.
+
+    Raises:
+      UserError: its path has a character that TensorStore, below Orbax, takes for a pattern.
+    """
+    path = str(workdir.absolute())
+    for character in "[]\\":
+        if character in path:
+            raise UserError(
+                f"--workdir: checkpoints cannot be read from a path with {character!r}, got "
+                f"{path}; choose another folder, or rename it"
+            )
+
+
 def check(config: ConfigDict, workdir: Path) -> None:
     """Refuses a folder that cannot be, or must not be, the workdir of this config's run.
 
     Raises:
-      UserError: it holds the run of another config, or is not a folder.
+      UserError: it holds the run of another config, is not a folder, or cannot hold checkpoints.
     """
+    check_path(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is not a folder")
     if not (workdir / "config.json").exists():

@@ -212,7 +212,7 @@ def into_readme(readme: Path, table: str) -> None:
     Raises:
       UserError: the marks are not there.
     """
-    text = readme.read_text()
+    text = readme.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

@@ -121,7 +121,7 @@ def check_folder(folder: Path, described: dict[str, Any]) -> None:
         raise UserError(f"--workdir={folder} is the folder of a run: choose another for the sweep")
     if not (folder / SWEEP_NAME).exists():
         return
-    theirs = json.loads((folder / SWEEP_NAME).read_text())
+    theirs = json.loads((folder / SWEEP_NAME).read_text(encoding="utf-8"))
     if gone := sorted(theirs["points"].keys() - described["points"].keys()):
         raise UserError(
             f"--workdir={folder} holds another sweep, which has a point {gone[0]}: choose another "

@@ -46,7 +46,7 @@ class Launcher:
         self.folder = folder
         self._name = name
         self._path = folder / "jobs.json"
-        recorded = json.loads(self._path.read_text()) if self._path.exists() else {}
+        recorded = json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
         self._recorded: dict[str, dict[str, list[str]]] = collections.defaultdict(dict, recorded)
         self._ids = self._recorded[name]
 

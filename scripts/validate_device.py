@@ -137,7 +137,8 @@ def main(_: list[str]) -> None:
         outcome = run(command(step, given, folder, limit), environment, limit)
         steps.append((step, outcome, f"{time.monotonic() - start:.0f}"))
         write_report(folder, steps)
-    print(f"\n{(folder / 'report.md').read_text()}\nReport: {folder / 'report.md'}")
+    report = folder / "report.md"
+    print(f"\n{report.read_text(encoding='utf-8')}\nReport: {report}")
     is_whole = all(
         outcome == "done" or (step != "check" and outcome == "its time was up")
         for step, outcome, _ in steps

@@ -212,7 +212,9 @@ def write(
             | {package: importlib.metadata.version(package) for package in packages},
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        (partial / "manifest.json").write_text(
+            json.dumps(manifest, indent=2) + "\n", encoding="utf-8"
+        )
         try:
             os.rename(partial, folder)
         except OSError:
@@ -257,7 +259,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise _unusable(path, f"has format {manifest['format']}, this program reads {FORMAT}")
         if _digest(manifest["arrays"], manifest["info"]) != manifest["digest"]:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments.optimizers import make_optimizer
+from experiments.optimizers import clip_by_root_of_norm, make_optimizer
 
 
 def settings(**changes):
@@ -59,6 +59,13 @@ def test_the_released_reader_clips_to_the_root_of_the_norm():
         got = run(rules, [gradient])
         np.testing.assert_allclose(got["a"], [-0.01 * 0.6 * clipped / 1e-5], rtol=1e-5)
         np.testing.assert_allclose(got["b"], [0.01 * 0.8 * clipped / 1e-5], rtol=1e-5)
+
+
+def test_a_huge_clip_norm_clips_nothing():
+    gradients = {"w": jnp.array([3.0, 4.0])}
+    rule = clip_by_root_of_norm(1e200)  # whose square no float holds
+    clipped, _ = rule.update(gradients, rule.init(gradients))
+    np.testing.assert_array_equal(clipped["w"], gradients["w"])
 
 
 def test_adam_is_the_published_one():

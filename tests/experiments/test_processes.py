@@ -76,7 +76,9 @@ class Job:
                 "JAX_PLATFORMS": "cpu",
                 "JAX_NUM_CPU_DEVICES": str(devices),
                 "PYTHONUNBUFFERED": "1",
-                "no_proxy": "127.0.0.1,localhost",
+                # On many clusters. Nobody listens there.
+                "http_proxy": "http://127.0.0.1:9",
+                "https_proxy": "http://127.0.0.1:9",
             }
             self.members.append(
                 subprocess.Popen(

@@ -315,7 +315,7 @@ def test_nothing_but_damaged_checkpoints(config, unbroken, tmp_path):
     folder = copy(unbroken, tmp_path / "run")
     for step in (4, 8):
         spoil_bit(folder / "checkpoints" / str(step))
-    with pytest.raises(UserError, match=r"8 is damaged: .*, and there is no other: delete"):
+    with pytest.raises(UserError, match=r"8 is damaged: .*, and there is no other: start the run"):
         train.train(config, folder)
     assert checkpoints.steps_in(folder / "checkpoints") == [8, 4]  # to look into
     with pytest.raises(UserError, match=r"is damaged"):
@@ -373,6 +373,13 @@ def test_a_full_file_system(config, tmp_path):
             checkpoints.read_checkpoint(disk / "run" / "checkpoints", step)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("name", ["[x]", "a]", "a\\b"])
+def test_a_folder_whose_checkpoints_could_not_be_read(config, tmp_path, name):
+    with pytest.raises(UserError, match="checkpoints cannot be read from a path with"):
+        train.train(config, tmp_path / name / "run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_a_file(config, tmp_path):

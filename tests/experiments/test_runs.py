@@ -1,6 +1,10 @@
+import json
+
 import numpy as np
+import pytest
 
 from experiments import runs
+from experiments.metrics import read_metrics
 from experiments.runs import Experiment
 from tests.scripts.made_up import write_run
 
@@ -38,3 +42,31 @@ def test_what_a_run_tells(tmp_path):
     live = runs.Run(write_run(tmp_path, LARGE_GAMMA, 3))
     assert (live.updates, live.seconds, live.results) == (0, None, {})
     assert live.curve("valid", "accuracy").shape == (2, 0)
+
+
+@pytest.mark.parametrize("name", ["config.json", "run.json", "results.json"])
+def test_a_damaged_run_is_named_and_others_are_found(name, tmp_path, caplog):
+    whole = write_run(tmp_path, PMNIST, 1, {500: {"accuracy": 0.5}}, {"accuracy": 0.5})
+    damaged = write_run(tmp_path, PMNIST, 2, {500: {"accuracy": 0.5}}, {"accuracy": 0.5})
+    (damaged / name).write_text("{")
+    with caplog.at_level("WARNING"):
+        assert [run.folder for run in runs.find(tmp_path)] == [whole]
+    assert f"{damaged / name} is damaged" in caplog.text
+
+
+ROW = '{"update": 1, "split": "train", "statistics": "none", "loss": 1.0}'
+
+
+@pytest.mark.parametrize("line", ["\0" * 20, ROW + ROW, ROW[:-9], "[1]", "{}", "\xff"])
+def test_a_damaged_line_of_metrics_is_named_and_left_out(line, tmp_path, caplog):
+    text = f"{ROW}\n{line}\n{ROW}\n".encode("latin-1")
+    (tmp_path / "metrics.jsonl").write_bytes(text)
+    with caplog.at_level("WARNING"):
+        assert read_metrics(tmp_path) == [json.loads(ROW)] * 2
+    assert f"{tmp_path / 'metrics.jsonl'}, line 2 is damaged" in caplog.text
+
+
+def test_a_line_that_is_being_written_is_no_damage(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").write_text(f"{ROW}\n{ROW[:20]}")
+    assert read_metrics(tmp_path) == [json.loads(ROW)]
+    assert not caplog.text
