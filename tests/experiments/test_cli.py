@@ -59,12 +59,12 @@ def test_other_errors_keep_their_traceback():
 @pytest.mark.parametrize("command", ["experiments.main", "scripts.sample"])
 def test_ctrl_c_while_modules_load_shows_no_traceback(command, tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-m", command, f"--workdir={tmp_path / 'run'}"],
+        # A test in the background may ignore the signal, and its processes with it.
+        ["env", "--default-signal=INT", *(sys.executable, "-m", command, f"--workdir={tmp_path}")],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     maps = Path(f"/proc/{process.pid}/maps")
     deadline = time.monotonic() + 60
