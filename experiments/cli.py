@@ -16,10 +16,6 @@ from experiments.errors import Stopped, UserError
 PACKAGES = ("experiments", "scripts")
 
 
-def nothing() -> None:
-    """Defines no flags."""
-
-
 class HelpFlag(flags.BooleanFlag):
     """`--help`: the docstring of the command, and all flags that this repository defines for it."""
 
@@ -34,11 +30,6 @@ class HelpFlag(flags.BooleanFlag):
             sys.exit()
 
 
-def asks_for_help(argv: Sequence[str]) -> bool:
-    """Whether a command line has `--help`."""
-    return any(word in ("-h", "--h", "-help", "--help") for word in argv)
-
-
 def help_text() -> str:
     """What `--help` prints."""
     modules = flags.FLAGS.flags_by_module_dict()
@@ -50,7 +41,7 @@ def help_text() -> str:
 
 def run(
     main: Callable[[list[str]], Any],
-    define_flags: Callable[[], None] = nothing,
+    define_flags: Callable[[], None] | None = None,
     parse: Callable[[Sequence[str]], Any] = flags.FLAGS,
     argv: Sequence[str] | None = None,
 ) -> NoReturn:
@@ -71,7 +62,8 @@ def run(
     def parse_flags(argv: Sequence[str]) -> Any:
         delattr(flags.FLAGS, "help")  # absl's, which leaves out flags of other modules
         flags.DEFINE_flag(HelpFlag())
-        define_flags()
+        if define_flags is not None:
+            define_flags()
         return parse(argv)
 
     if signal.getsignal(signal.SIGINT) is end_at_once:

@@ -72,14 +72,15 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            assert "update" in row and "split" in row
-            rows.append(row)
-        except (ValueError, TypeError, AssertionError):
-            if number < len(lines) or line.endswith("\n"):  # else it is being written
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if isinstance(row, dict) and {"update", "split"} <= row.keys():
+                rows.append(row)
+            elif line.endswith("\n"):  # else it is being written
                 logging.warning("%s, line %d is damaged and left out", path, number)
     return rows
 

@@ -10,7 +10,6 @@ loading it runs it. Points are made with the functions here:
 import hashlib
 import importlib.util
 import itertools
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -151,7 +150,7 @@ class Point(NamedTuple):
         path = self.runs[kind] / RESULTS_NAME
         if not path.exists():
             return None
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = workdir.read_json(path)
         return results if results["updates"] == self.config.num_updates else None
 
     def finished(self) -> bool:

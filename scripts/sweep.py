@@ -81,9 +81,10 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     """
     from experiments import main as run
 
-    if run.option(argv, "config") is None and not cli.asks_for_help(argv):
+    words = run.parse_flags(argv)
+    if run.option(argv, "config") is None:
         raise UserError("--config is missing: name the config file whose fields are swept")
-    return run.parse_flags(argv)
+    return words
 
 
 def command_of(point: Point, config_file: str, overrides: Fields) -> list[str]:
@@ -121,7 +122,7 @@ def check_folder(folder: Path, described: dict[str, Any]) -> None:
         raise UserError(f"--workdir={folder} is the folder of a run: choose another for the sweep")
     if not (folder / SWEEP_NAME).exists():
         return
-    theirs = json.loads((folder / SWEEP_NAME).read_text(encoding="utf-8"))
+    theirs = workdir.read_json(folder / SWEEP_NAME)
     if gone := sorted(theirs["points"].keys() - described["points"].keys()):
         raise UserError(
             f"--workdir={folder} holds another sweep, which has a point {gone[0]}: choose another "

@@ -8,7 +8,6 @@ pickles, of what is to be run, and logs.
 import collections
 import contextlib
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from absl import logging
 from submitit.core.utils import JobPaths
 
 from experiments.errors import UserError
-from experiments.workdir import write_json
+from experiments.workdir import read_json, write_json
 from scripts import submission
 from scripts.submission import Executor, Job
 
@@ -46,7 +45,7 @@ class Launcher:
         self.folder = folder
         self._name = name
         self._path = folder / "jobs.json"
-        recorded = json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
+        recorded = read_json(self._path) if self._path.exists() else {}
         self._recorded: dict[str, dict[str, list[str]]] = collections.defaultdict(dict, recorded)
         self._ids = self._recorded[name]
 

@@ -94,18 +94,24 @@ def test_an_implementation_that_raises_fails_alone(monkeypatch):
     }
 
 
+def calling(function):
+    """The plain scan, which calls a function that returns zero when it runs."""
+
+    def run(problem):
+        result = scan.reference(problem)
+        zero = jax.pure_callback(function, jax.ShapeDtypeStruct((), jnp.float32))
+        return result.replace(hidden=result.hidden + jax.lax.stop_gradient(zero))
+
+    return Implementation(run)
+
+
 def test_nothing_is_checked_after_one_that_fails_when_it_runs(monkeypatch, tmp_path):
     """An illegal address leaves a GPU unusable; what was found before is kept."""
 
     def fault():
         raise RuntimeError("illegal address")
 
-    def faulty(problem):
-        result = scan.reference(problem)
-        zero = jax.pure_callback(fault, jax.ShapeDtypeStruct((), jnp.float32))
-        return result.replace(hidden=result.hidden + jax.lax.stop_gradient(zero))
-
-    monkeypatch.setitem(recurrence.IMPLEMENTATIONS, "cpu", Implementation(faulty))
+    monkeypatch.setitem(recurrence.IMPLEMENTATIONS, "cpu", calling(fault))
     with pytest.raises(SystemExit):
         call_main(monkeypatch, tmp_path, cases=["LSTM", "masks"])
     found = json.loads((tmp_path / "check.json").read_text())
@@ -124,12 +130,7 @@ def test_the_file_says_what_is_running(monkeypatch, tmp_path):
         seen.append(json.loads((tmp_path / "check.json").read_text())["running"])
         return np.float32(0)
 
-    def looking(problem):
-        result = scan.reference(problem)
-        zero = jax.pure_callback(look, jax.ShapeDtypeStruct((), jnp.float32))
-        return result.replace(hidden=result.hidden + jax.lax.stop_gradient(zero))
-
-    monkeypatch.setitem(recurrence.IMPLEMENTATIONS, "cpu", Implementation(looking))
+    monkeypatch.setitem(recurrence.IMPLEMENTATIONS, "cpu", calling(look))
     with pytest.raises(SystemExit):
         call_main(monkeypatch, tmp_path, cases=["LSTM"])
     sizes = {"case": "LSTM", "units": 7, "batch": 3, "steps": 5}
