@@ -25,6 +25,13 @@ def compilation_cache(tmp_path_factory):
         os.environ[name.upper()] = str(value)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def release_compiled_programs():
+    """Each takes a dozen memory maps, of which Linux allows 65,530: XLA aborts past that."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
     """A folder of the original data in BNLSTM_DATA_DIR, which itself is only read."""
