@@ -45,8 +45,8 @@ def points_of(experiment: Experiment, there: list[Run]) -> list[dict[str, Any]]:
             if line.experiment == experiment
         )
     points = []
-    chosen = np.unique(np.linspace(0, len(updates) - 1, POINTS).round().astype(int))
-    for column in chosen if len(updates) else ():
+    places = np.geomspace(1, len(updates), POINTS) if len(updates) else ()  # dense early
+    for column in np.unique(np.rint(places).astype(int)) - 1:
         update, there_then = updates[column], values[:, column].tolist()
         theirs = None if published is None else paper.at(published, update)
         points.append(
