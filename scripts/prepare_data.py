@@ -7,8 +7,8 @@ DATA_DIR/prepared/NAME. Where they are there already, they are verified.
 """
 
 import json
+import os
 import time
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -33,9 +33,11 @@ def main(argv: list[str]) -> None:
     name = argv[1]
     start = time.perf_counter()
     folder = prepared.folder_of(name, DATA_DIR.value)
-    found = folder.exists()
+    source_dir = prepared.path_of(SOURCE_DIR.value or DATA_DIR.value)
+    if SOURCE_DIR.value and not os.path.isdir(source_dir):
+        raise errors.UserError(f"--source_dir is {SOURCE_DIR.value}, and there is no such folder")
+    found = os.path.exists(folder)
     if not found:
-        source_dir = Path(SOURCE_DIR.value or DATA_DIR.value).expanduser()
         try:
             with prepared.making(name, folder, source_dir) as made:
                 if made:
