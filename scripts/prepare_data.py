@@ -2,8 +2,17 @@
 
 Usage: python -m scripts.prepare_data NAME --data_dir=FOLDER [--source_dir=FOLDER]
 
-NAME is the name of a data set, for example mnist or digits. The prepared arrays go to
+NAME is the name of a data set: babi, cnn, digits, mnist, ptb or text8. The prepared arrays go to
 DATA_DIR/prepared/NAME. Where they are there already, they are verified.
+
+Original files are taken from SOURCE_DIR or its subfolder NAME, and verified. Missing ones are
+downloaded, each from the first of its addresses that has it. These are found:
+
+  babi   tasks_1-20_v1-2.tar.gz, or unpacked: tasks_1-20_v1-2/ or its folder en-10k/
+  cnn    cnn.tgz, or unpacked: cnn/ or its folder questions/ (not downloaded)
+  mnist  the four *-ubyte.gz, or unpacked; also in MNIST/raw/, where torchvision leaves them
+  ptb    ptb.train.txt, ptb.valid.txt, ptb.test.txt
+  text8  text8.zip, or unpacked: text8; or its first N characters: text8_first_<N>.gz
 """
 
 import json
