@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 import importlib
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -159,14 +160,14 @@ class Originals:
             UserError: If no address has it. The message says what each answered.
         """
         import requests
+        import urllib3
 
         problems = []
         for url in urls:
             try:
                 with _open(url) as response, path.open("wb") as file:
-                    for block in response.iter_content(BLOCK):
-                        file.write(block)
-            except requests.RequestException as error:
+                    shutil.copyfileobj(response.raw, file, BLOCK)
+            except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
                 problems.append(f"{url} ({_reason(error)})")
                 continue
             if is_original(path):
@@ -232,7 +233,8 @@ def _open(url: str) -> Any:
     def ask() -> None:
         try:
             timeout = CONNECT_SECONDS, READ_SECONDS
-            answer.set_result(requests.get(url, stream=True, timeout=timeout))
+            headers = {"Accept-Encoding": "identity"}  # the bytes as they are stored
+            answer.set_result(requests.get(url, headers=headers, stream=True, timeout=timeout))
         except Exception as error:
             answer.set_exception(error)
 

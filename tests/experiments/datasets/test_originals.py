@@ -178,6 +178,8 @@ class Server(http.server.BaseHTTPRequestHandler):
             return
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
+        if folder == "good":  # as hosts say of .gz files, which are not to be unpacked
+            self.send_header("Content-Encoding", "gzip")
         self.end_headers()
         if folder == "other":
             content = content[::-1]
