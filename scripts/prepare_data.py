@@ -2,13 +2,22 @@
 
 Usage: python -m scripts.prepare_data NAME --data_dir=FOLDER [--source_dir=FOLDER]
 
-NAME is the name of a data set, for example mnist or digits. The prepared arrays go to
+NAME is the name of a data set: babi, cnn, digits, mnist, ptb or text8. The prepared arrays go to
 DATA_DIR/prepared/NAME. Where they are there already, they are verified.
+
+Original files are taken from SOURCE_DIR or its subfolder NAME, and verified. Missing ones are
+downloaded, each from the first of its addresses that has it. These are found:
+
+  babi   tasks_1-20_v1-2.tar.gz, or unpacked: tasks_1-20_v1-2/ or its folder en-10k/
+  cnn    cnn.tgz, or unpacked: cnn/ or its folder questions/ (not downloaded)
+  mnist  the four *-ubyte.gz, or unpacked; also in MNIST/raw/, where torchvision leaves them
+  ptb    ptb.train.txt, ptb.valid.txt, ptb.test.txt
+  text8  text8.zip, or unpacked: text8; or its first N characters: text8_first_<N>.gz
 """
 
 import json
+import os
 import time
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -33,9 +42,11 @@ def main(argv: list[str]) -> None:
     name = argv[1]
     start = time.perf_counter()
     folder = prepared.folder_of(name, DATA_DIR.value)
-    found = folder.exists()
+    source_dir = prepared.path_of(SOURCE_DIR.value or DATA_DIR.value)
+    if SOURCE_DIR.value and not os.path.isdir(source_dir):
+        raise errors.UserError(f"--source_dir is {SOURCE_DIR.value}, and there is no such folder")
+    found = os.path.exists(folder)
     if not found:
-        source_dir = Path(SOURCE_DIR.value or DATA_DIR.value).expanduser()
         try:
             with prepared.making(name, folder, source_dir) as made:
                 if made:

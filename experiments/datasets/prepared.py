@@ -62,8 +62,8 @@ def load(name: str, data_dir: str) -> Dataset:
             original data cannot be had.
     """
     folder = folder_of(name, data_dir)
-    if not folder.exists():
-        with making(name, folder, Path(data_dir).expanduser(), elsewhere=True) as made:
+    if not os.path.exists(folder):  # unlike its method, no error in a folder that may not be read
+        with making(name, folder, path_of(data_dir), elsewhere=True) as made:
             try:
                 if made:
                     write(folder, *made)
@@ -94,11 +94,23 @@ def folder_of(name: str, data_dir: str) -> Path:
     """The folder of a prepared data set.
 
     Raises:
-        UserError: If there is no data set of this name.
+        UserError: If there is no data set of this name, or the path begins with an unknown `~user`.
     """
     if name not in _modules() or not hasattr(_import(name), "prepare"):
         raise UserError(unknown_name("the data set", name, names()))
-    return Path(data_dir).expanduser() / "prepared" / name
+    return path_of(data_dir) / "prepared" / name
+
+
+def path_of(folder: str) -> Path:
+    """A folder as users give it, which may begin with `~`.
+
+    Raises:
+        UserError: If it begins with the `~name` of no user.
+    """
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"the folder {folder} cannot be found: {error}") from error
 
 
 @contextlib.contextmanager
@@ -131,13 +143,16 @@ def making(
             if not elsewhere:
                 raise
             work_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{name}-")))
-        if folder.exists():
+        if os.path.exists(folder):
             yield None
             return
         prepare = _import(name).prepare
         places = {"source_dir": source_dir, "work_dir": work_dir}
         wanted = inspect.signature(prepare).parameters
-        arrays, info, source = prepare(**{key: places[key] for key in wanted})
+        try:
+            arrays, info, source = prepare(**{key: places[key] for key in wanted})
+        except OSError as error:
+            raise UserError(f"{name} cannot be prepared from {source_dir}: {error}") from error
         yield {key: np.asarray(array, order="C") for key, array in arrays.items()}, info, source
 
 
@@ -228,8 +243,15 @@ def read(folder: Path) -> Dataset:
     """Reads a prepared folder and verifies it.
 
     Raises:
-        UserError: If a file is damaged or missing.
+        UserError: If a file is damaged or missing, or cannot be read.
     """
+    try:
+        return _read(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error}") from error
+
+
+def _read(folder: Path) -> Dataset:
     manifest = read_manifest(folder)
     arrays = {}
     for name, expected in manifest["files"].items():

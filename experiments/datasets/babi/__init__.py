@@ -13,21 +13,25 @@ import hashlib
 import itertools
 import re
 import tarfile
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
-from experiments.datasets.originals import Originals, examples
+from experiments.datasets.originals import Originals, examples, matching
 from experiments.datasets.prepared import Made
 from experiments.datasets.question_arrays import ENTITY, Question, pack
 from experiments.errors import UserError
 
-ORIGINALS = Originals("babi", "bAbI", files=())  # none that TFDS could download or check itself
+ORIGINALS = Originals("babi", "bAbI")
 ARCHIVE = "tasks_1-20_v1-2.tar.gz"
-URL = f"http://www.thespermwhale.com/jaseweston/babi/{ARCHIVE}"
-FOLDER = "en-10k"  # of the texts, in the archive
-AT_HAND = (ARCHIVE, FOLDER, "babi*.tgz", "babi*.tar.gz")
+# There are several versions of the archive: the checksums of its texts tell the original.
+URLS = (
+    f"https://s3.amazonaws.com/text-datasets/babi_{ARCHIVE}",
+    f"http://www.thespermwhale.com/jaseweston/babi/{ARCHIVE}",
+)
+UNPACKED, FOLDER = "tasks_1-20_v1-2", "en-10k"  # in the archive: its folder, that of the texts
 SHA256 = {
     "qa1_single-supporting-fact_train.txt": (
         "749ea9f7c99070feb2d88c975a254417a0dcc8274add4435ae5ae24c7afc7e9d"
@@ -65,14 +69,15 @@ ENTITIES = {
 
 
 def prepare(source_dir: Path) -> Made:
-    """Makes the arrays from the original texts, which a person has to download.
+    """Makes the arrays from the original texts, downloading them if they are not at hand.
 
     The last tenth of the training stories validates: the last 1,000 questions of each task.
 
     Args:
         source_dir: Folder in which, or in whose subfolder `babi`, are looked for, in this order:
-            the original `tasks_1-20_v1-2.tar.gz`; its folder `en-10k`; an archive `babi*.tgz` or
-            `babi*.tar.gz` that contains this folder, such as ParlAI's.
+            the original `tasks_1-20_v1-2.tar.gz`; its folder `en-10k`, or `tasks_1-20_v1-2` with
+            this folder; an archive `babi*.tgz` or `babi*.tar.gz` that contains this folder, such as
+            Keras's or ParlAI's.
 
     Returns:
         For each task the arrays that `experiments/datasets/question_arrays.py` describes, under
@@ -80,13 +85,13 @@ def prepare(source_dir: Path) -> Made:
         split; the source.
 
     Raises:
-        UserError: If there is no original, if it is damaged, or if TensorFlow Datasets is not
-            installed.
+        UserError: If the original is damaged, if there is none and it cannot be downloaded, or if
+            TensorFlow Datasets is not installed.
     """
     path = _at_hand(source_dir)
-    texts = _read_texts(path)
+    texts, origin = (_read_texts(path), path.name) if path else _download(source_dir)
 
-    def babi_stories(data_dir: Path) -> Any:
+    def babi_stories(_: dict[str, Path], data_dir: Path) -> Any:
         from experiments.datasets.babi.builder import BabiStories
 
         return BabiStories(texts=texts, data_dir=data_dir)
@@ -96,7 +101,7 @@ def prepare(source_dir: Path) -> Made:
             name: [row["story"].decode("ascii") for row in examples(builder, name)]
             for name in texts
         }
-    source["texts"] = {"from": path.name, "sha256": SHA256}
+    source["texts"] = {"from": origin, "sha256": SHA256}
     arrays, counts = {}, {}
     for task in TASKS:
         train, test = (
@@ -110,16 +115,32 @@ def prepare(source_dir: Path) -> Made:
     return arrays, {"questions": counts}, source
 
 
-def _at_hand(source_dir: Path) -> Path:
-    """The archive or folder with the texts; raises a `UserError` if there is none."""
+def _at_hand(source_dir: Path) -> Path | None:
+    """The archive or folder with the texts, if there is one."""
     for folder in (source_dir, source_dir / ORIGINALS.name):
-        for pattern in AT_HAND:
-            if paths := sorted(folder.glob(pattern)):
-                return paths[0]
-    raise UserError(
-        f"bAbI is not at hand: download {URL} by hand and place it in the folder "
-        f"{source_dir / ORIGINALS.name}, packed or its folder {FOLDER}"
-    )
+        for name in (ARCHIVE, FOLDER, f"{UNPACKED}/{FOLDER}"):
+            if (folder / name).exists():
+                return folder / name
+        if archives := matching(folder, "babi*.tgz") + matching(folder, "babi*.tar.gz"):
+            return archives[0]
+    return None
+
+
+def _download(source_dir: Path) -> tuple[dict[str, str], str]:
+    """The texts of the archive that an address has, and the address."""
+    ORIGINALS.require_packages(source_dir)
+    with tempfile.TemporaryDirectory(prefix="babi-") as work_dir:
+        path = Path(work_dir) / ARCHIVE
+        url = ORIGINALS.download(URLS, path, _is_original, [ARCHIVE], source_dir)
+        return _read_texts(path), url
+
+
+def _is_original(path: Path) -> bool:
+    try:
+        _read_texts(path)
+    except UserError:
+        return False
+    return True
 
 
 def _read_texts(path: Path) -> dict[str, str]:
@@ -157,8 +178,10 @@ def _read_archive(path: Path) -> dict[str, bytes]:
 
 
 def _damaged(path: Path, problem: str) -> UserError:
+    folder = path.parent.parent if path.parent.name == UNPACKED else path.parent
     return UserError(
-        f"{path} {problem}: delete it, and place {ARCHIVE} in the folder {path.parent}, from {URL}"
+        f"{path} {problem}: delete it, and place {ARCHIVE} in the folder {folder}, from {URLS[0]}, "
+        "or let it be downloaded"
     )
 
 

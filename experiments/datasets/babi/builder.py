@@ -6,14 +6,11 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from experiments.datasets.babi import ARCHIVE, URL
-
 
 class BabiStories(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """bAbI, a story with its questions an example, in original order."""
 
     VERSION = tfds.core.Version("1.0.0")
-    MANUAL_DOWNLOAD_INSTRUCTIONS = f"Place {ARCHIVE}, from {URL}, in the data folder."
 
     def __init__(self, *, texts: dict[str, str], **kwargs: Any) -> None:
         """Each of the original `texts` becomes the split of its name."""

@@ -29,7 +29,7 @@ from experiments.datasets.prepared import Made, file_sha256
 from experiments.datasets.question_arrays import SPLITS, Question, pack, pack_words, sorted_words
 from experiments.errors import UserError
 
-ORIGINALS = Originals("cnn", "CNN", ())
+ORIGINALS = Originals("cnn", "CNN")
 COMPLETE = {"train": 380_298, "valid": 3_924, "test": 3_198}
 PROCESSES = 4  # at most: all together they take less than 2 GB, also with JAX in each of them
 FORMAT = 1  # of the parts that are kept; raised when older ones can no longer be used
@@ -125,7 +125,7 @@ def _begin(work_dir: Path) -> None:
 def _make(part: Part, file: Path) -> None:
     """Reads a part and saves its arrays, in words of a vocabulary of its own."""
 
-    def cnn_questions(data_dir: Path) -> Any:
+    def cnn_questions(_: dict[str, Path], data_dir: Path) -> Any:
         from experiments.datasets.cnn.builder import CnnQuestions
 
         return CnnQuestions(parts=[part], data_dir=data_dir)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.datasets.originals import matching
 from experiments.errors import UserError
 
 ADDRESS = "https://cs.nyu.edu/~kcho/DMQA/"
@@ -73,7 +74,7 @@ def find(source_dir: Path) -> Path:
     for folder in (*folders, source_dir / "cnn" / "cnn"):
         if (folder / "questions").is_dir():
             return folder / "questions"
-    archives = sorted(path for folder in folders for path in folder.glob("cnn*.tgz"))
+    archives = sorted(path for folder in folders for path in matching(folder, "cnn*.tgz"))
     if not archives:
         raise UserError(f"CNN is not in {source_dir}: {how_to_get(source_dir / 'cnn')}")
     if len(archives) > 1:

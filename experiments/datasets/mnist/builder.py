@@ -1,8 +1,7 @@
 """The TensorFlow Datasets builder for MNIST; importing it needs `tensorflow_datasets`.
 
 TFDS's own `mnist` unpacks gzip and encodes PNG with TensorFlow. This one needs no TensorFlow: it
-keeps each image as a row of pixels in ArrayRecord files. TFDS finds the addresses, sizes and
-checksums of the original files in `checksums.tsv` beside this module.
+keeps each image as a row of pixels in ArrayRecord files.
 """
 
 import gzip
@@ -19,6 +18,11 @@ class MnistRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     VERSION = tfds.core.Version("1.0.0")
 
+    def __init__(self, *, paths: dict[str, Path], **kwargs: Any) -> None:
+        """The original files, packed or not, lie at `paths`, by the names of the packed ones."""
+        self.paths = paths
+        super().__init__(**kwargs)
+
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
@@ -34,10 +38,10 @@ class MnistRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        paths = dl_manager.download({info.filename: url for url, info in self.url_infos.items()})
         return {
             split: self._generate_examples(
-                paths[f"{prefix}-images-idx3-ubyte.gz"], paths[f"{prefix}-labels-idx1-ubyte.gz"]
+                self.paths[f"{prefix}-images-idx3-ubyte.gz"],
+                self.paths[f"{prefix}-labels-idx1-ubyte.gz"],
             )
             for split, prefix in {"train": "train", "test": "t10k"}.items()
         }
@@ -49,9 +53,10 @@ class MnistRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    """Reads a gzipped IDX file of bytes: two zeros, type, rank, big-endian sizes, values."""
-    with gzip.open(path) as file:
-        data = file.read()
+    """Reads an IDX file of bytes, gzipped or not: zeros, type, rank, big-endian sizes, values."""
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        data = gzip.decompress(data)
     rank = data[3]
     shape = np.frombuffer(data, ">i4", count=rank, offset=4)
     return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)

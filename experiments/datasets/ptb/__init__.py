@@ -28,8 +28,8 @@ def prepare(source_dir: Path) -> Made:
         and 446,184; the metadata: symbol i is the i-th character of `vocabulary`; the source.
 
     Raises:
-        UserError: If an original file is damaged, if one is missing and the download host does
-            not answer, or if TensorFlow Datasets is not installed.
+        UserError: If an original file is damaged, if one is missing and cannot be downloaded,
+            or if TensorFlow Datasets is not installed.
     """
     with ORIGINALS.built(source_dir, _builder) as (builder, source):
         texts = {
@@ -46,7 +46,7 @@ def prepare(source_dir: Path) -> Made:
     return arrays, {"vocabulary": symbols.decode("ascii")}, source
 
 
-def _builder(data_dir: Path) -> Any:
+def _builder(paths: dict[str, Path], data_dir: Path) -> Any:
     from experiments.datasets.ptb.builder import PtbLines
 
-    return PtbLines(data_dir=data_dir)
+    return PtbLines(paths=paths, data_dir=data_dir)

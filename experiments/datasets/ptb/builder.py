@@ -1,8 +1,4 @@
-"""The TensorFlow Datasets builder for Penn Treebank; importing it needs `tensorflow_datasets`.
-
-TFDS finds the addresses, sizes and checksums of the original files in `checksums.tsv` beside this
-module.
-"""
+"""The TensorFlow Datasets builder for Penn Treebank; importing it needs `tensorflow_datasets`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +14,11 @@ class PtbLines(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     VERSION = tfds.core.Version("1.0.0")
 
+    def __init__(self, *, paths: dict[str, Path], **kwargs: Any) -> None:
+        """The original files lie at `paths`, by name."""
+        self.paths = paths
+        super().__init__(**kwargs)
+
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
@@ -28,8 +29,7 @@ class PtbLines(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        paths = dl_manager.download({info.filename: url for url, info in self.url_infos.items()})
-        return {split: self._generate_examples(paths[f"ptb.{split}.txt"]) for split in SPLITS}
+        return {split: self._generate_examples(self.paths[f"ptb.{split}.txt"]) for split in SPLITS}
 
     def _generate_examples(self, path: Path) -> Iterator[tuple[int, dict]]:
         for index, line in enumerate(path.read_bytes().splitlines()):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.datasets.originals import Originals, examples
+from experiments.datasets.originals import Originals, examples, matching
 from experiments.datasets.prepared import Made
 from experiments.errors import UserError
 
@@ -38,22 +38,22 @@ def prepare(source_dir: Path) -> Made:
         `complete`; the source.
 
     Raises:
-        UserError: If the file at hand is damaged, if there is none and the download host does
-            not answer, or if TensorFlow Datasets is not installed.
+        UserError: If the file at hand is damaged, if there is none and it cannot be downloaded,
+            or if TensorFlow Datasets is not installed.
     """
     local = _local_text(source_dir)
     if local:  # what is wrong with it is said before TFDS works on it
         _check(local, _unpacked(local))
     originals = dataclasses.replace(ORIGINALS, files=()) if local else ORIGINALS
 
-    def text8_blocks(data_dir: Path) -> Any:
+    def text8_blocks(paths: dict[str, Path], data_dir: Path) -> Any:
         from experiments.datasets.text8.builder import Text8Blocks
 
-        return Text8Blocks(text_path=local, data_dir=data_dir)
+        return Text8Blocks(text_path=local or paths["text8.zip"], data_dir=data_dir)
 
     with originals.built(source_dir, text8_blocks) as (builder, source):
         text = b"".join(block["text"] for block in examples(builder, "text"))
-    path = local or ORIGINALS.folder(source_dir) / ORIGINALS.files[0].name
+    path = builder.text_path
     source["text"] = {"file": path.name, "characters": len(text), "md5": _check(path, text)}
     symbols = VOCABULARY.encode("ascii")
     table = bytes.maketrans(symbols, bytes(range(len(symbols))))
@@ -82,7 +82,7 @@ def _local_text(source_dir: Path) -> Path | None:
     prefixes = [
         path
         for folder in folders
-        for path in folder.glob("text8_first_*.gz")
+        for path in matching(folder, "text8_first_*.gz")
         if PREFIX.fullmatch(path.name)
     ]
     return max(prefixes, key=_expected_size, default=None)
@@ -118,5 +118,5 @@ def _check(path: Path, text: bytes) -> str:
 def _damaged(path: Path, problem: str) -> UserError:
     return UserError(
         f"{path} {problem}: delete it, and place text8.zip there, from "
-        f"{ORIGINALS.files[0].url}, or let it be downloaded"
+        f"{ORIGINALS.files[0].urls[0]}, or let it be downloaded"
     )

@@ -1,8 +1,4 @@
-"""The TensorFlow Datasets builder for text8; importing it needs `tensorflow_datasets`.
-
-TFDS finds the address, size and checksum of the original file in `checksums.tsv` beside this
-module.
-"""
+"""The TensorFlow Datasets builder for text8; importing it needs `tensorflow_datasets`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +16,8 @@ class Text8Blocks(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, *, text_path: Path | None = None, **kwargs: Any) -> None:
-        """The text comes from the file `text_path`; if None, from the original one."""
+    def __init__(self, *, text_path: Path, **kwargs: Any) -> None:
+        """The text comes from the file `text_path`."""
         self.text_path = text_path
         super().__init__(**kwargs)
 
@@ -35,8 +31,7 @@ class Text8Blocks(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        path = self.text_path or dl_manager.download(next(iter(self.url_infos)))
-        return {"text": self._generate_examples(path)}
+        return {"text": self._generate_examples(self.text_path)}
 
     def _generate_examples(self, path: Path) -> Iterator[tuple[int, dict]]:
         text = read_text(path)

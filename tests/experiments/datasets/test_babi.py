@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 
 from experiments.datasets import babi, prepared
 from experiments.errors import UserError
@@ -242,16 +243,24 @@ def load_error(data_dir: Path) -> str:
 
 
 def test_each_form_of_the_original_gives_the_same_arrays(tmp_path, texts):
+    tmp_path /= "[a]*"  # not a pattern
     place(tmp_path / "original" / ARCHIVE, packed(texts, "tasks_1-20_v1-2/en-10k"))
     place(tmp_path / "subfolder" / "babi" / "babi_four.tgz", packed(texts, "en-10k"))
     place_folder(tmp_path / "folder" / "babi" / "en-10k", texts)
+    place_folder(tmp_path / "unpacked" / "babi" / "tasks_1-20_v1-2" / "en-10k", texts)
+    place(tmp_path / "keras" / "babi_tasks_1-20_v1-2.tar.gz", packed(texts, "tasks/en-10k"))
     arrays, info, source = babi.prepare(tmp_path / "original")
     assert info == {"questions": {task: {"train": 18, "valid": 2, "test": 3} for task in STORIES}}
     assert source["texts"] == {"from": ARCHIVE, "sha256": babi.SHA256}
     assert Split(arrays, "qa5", "valid").passages[1] == (
         "@entity10 went to the @entity7 . @entity10 moved to the @entity14 ."
     )
-    for form, name in {"subfolder": "babi_four.tgz", "folder": "en-10k"}.items():
+    for form, name in {
+        "subfolder": "babi_four.tgz",
+        "folder": "en-10k",
+        "unpacked": "en-10k",
+        "keras": "babi_tasks_1-20_v1-2.tar.gz",
+    }.items():
         others, other_info, other_source = babi.prepare(tmp_path / form)
         assert other_source["texts"]["from"] == name and other_info == info
         assert others.keys() == arrays.keys()
@@ -266,10 +275,47 @@ def test_original_archive_is_preferred(tmp_path, texts):
     assert babi.prepare(tmp_path)[2]["texts"]["from"] == ARCHIVE
 
 
-def test_missing_original_is_reported(tmp_path):
+@pytest.fixture
+def host(monkeypatch):
+    """Hosts that send what is put into this dict; other addresses are not found."""
+    files = {}
+
+    def send(self, request, **kwargs):
+        response = requests.Response()
+        response.url, response.request = request.url, request
+        response.status_code = 200 if request.url in files else 404
+        response.raw = io.BytesIO(files.get(request.url, b""))
+        return response
+
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send)
+    return files
+
+
+def test_missing_original_is_downloaded(tmp_path, texts, host):
+    damaged = dict.fromkeys(texts, b"1 Mary went.\n")
+    host[babi.URLS[0]] = packed(damaged, "tasks_1-20_v1-2/en-10k")
+    host[babi.URLS[1]] = packed(texts, "tasks_1-20_v1-2/en-10k")
+    arrays, _, source = babi.prepare(tmp_path)
+    assert source["texts"] == {"from": babi.URLS[1], "sha256": babi.SHA256}
+    assert list(tmp_path.iterdir()) == []
+    place(tmp_path / ARCHIVE, host[babi.URLS[1]])
+    for key, array in babi.prepare(tmp_path)[0].items():
+        np.testing.assert_array_equal(arrays[key], array)
+
+
+def test_missing_original_is_reported(tmp_path, host):
     message = load_error(tmp_path)
-    assert message.startswith("bAbI is not at hand: download http://www.thespermwhale.com/")
-    assert f"/{ARCHIVE} by hand and place it in the folder {tmp_path / 'babi'}," in message
+    assert message.startswith(f"bAbI cannot be downloaded from {babi.URLS[0]} (404) or ")
+    assert f"get {ARCHIVE} elsewhere" in message
+    assert message.endswith(f"place it in the folder {tmp_path / 'babi'}")
+
+
+def test_damaged_text_of_the_unpacked_archive_is_replaced_beside_it(tmp_path, texts):
+    path = place_folder(tmp_path / "babi" / "tasks_1-20_v1-2" / "en-10k", texts)
+    next(path.iterdir()).write_text("")
+    message = load_error(tmp_path)
+    assert message.startswith(f"{path} holds a damaged ")
+    assert f"place {ARCHIVE} in the folder {tmp_path / 'babi'}, from http" in message
 
 
 @pytest.mark.parametrize(
@@ -293,7 +339,7 @@ def test_archive_that_cannot_be_unpacked_is_reported(tmp_path, texts, damage, pr
     path = place(tmp_path / "babi" / ARCHIVE, damage(content))
     message = load_error(tmp_path)
     assert message.startswith(f"{path} cannot be unpacked (") and problem in message
-    assert f"place {ARCHIVE} in the folder {path.parent}, from http://" in message
+    assert f"place {ARCHIVE} in the folder {path.parent}, from http" in message
 
 
 @pytest.mark.parametrize("form", ["archive", "folder"])

@@ -1,4 +1,5 @@
 import gzip
+import json
 import shutil
 import subprocess
 import sys
@@ -7,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.datasets import load
+from experiments.datasets import load, mnist
+from experiments.errors import UserError
 
 REPOSITORY = Path(__file__).parents[3]
 NAMES = [
@@ -53,6 +55,31 @@ def test_arrays_are_those_of_the_original_files(prepared_mnist, originals):
         assert array.dtype == np.uint8
         np.testing.assert_array_equal(array, expected[name])
     assert dataset.info == {"num_classes": 10, "max_pixel": 255, "image_side": 28}
+
+
+def test_unpacked_files_are_as_good(prepared_mnist, originals, tmp_path):
+    """Where torchvision leaves them, some beside the packed ones; and in the data folder."""
+    folders = [tmp_path / "MNIST" / "raw", tmp_path / "mnist" / "MNIST" / "raw", tmp_path]
+    for name, folder in zip(NAMES, [*folders, tmp_path], strict=True):
+        folder.mkdir(parents=True, exist_ok=True)
+        content = gzip.decompress((originals / name).read_bytes())
+        (folder / name).with_suffix("").write_bytes(content)
+    shutil.copy(originals / NAMES[0], folders[0])
+    assert load("mnist", str(tmp_path)).digest == load("mnist", str(prepared_mnist)).digest
+    manifest = json.loads((tmp_path / "prepared" / "mnist" / "manifest.json").read_text())
+    used = {file["name"] for file in manifest["source"]["files"]}
+    assert used == {NAMES[0], *(name.removesuffix(".gz") for name in NAMES[1:])}
+
+
+def test_damaged_unpacked_file_is_reported(tmp_path):
+    path = tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(bytes(10_008))
+    with pytest.raises(UserError) as caught:
+        mnist.prepare(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"{path} is damaged: 10008 bytes, SHA-256 ")
+    assert message.endswith("t10k-labels-idx1-ubyte.gz")
 
 
 def test_prepared_mnist_needs_no_tfds(prepared_mnist):

@@ -1,5 +1,7 @@
+import errno
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -54,6 +56,18 @@ def load_error(data_dir: Path, name: str = "digits") -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def forbid(monkeypatch, forbidden: Path) -> None:
+    """Makes a file one that may not be read, also for root, whom permissions do not bind."""
+    open_any = Path.open
+
+    def open_if_allowed(path, *args, **kwargs):
+        if path == forbidden:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open_any(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", open_if_allowed)
 
 
 def assert_same(first, second):
@@ -157,6 +171,47 @@ def test_unusable_manifest_is_reported(prepared_digits, tmp_path, never_prepared
     path = prepared_digits / "manifest.json"
     path.unlink() if text is None else path.write_text(text)
     assert load_error(tmp_path).startswith(f"{path} {problem}")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train_images.npy"])
+def test_prepared_file_that_cannot_be_read(
+    prepared_digits, tmp_path, never_prepared, monkeypatch, name
+):
+    forbid(monkeypatch, prepared_digits / name)
+    message = load_error(tmp_path)
+    assert message.startswith(f"{prepared_digits} cannot be read: ")
+    assert message.endswith(f"Permission denied: '{prepared_digits / name}'")
+
+
+def test_original_that_cannot_be_read(tmp_path, monkeypatch):
+    path = tmp_path / "ptb" / "ptb.test.txt"
+    path.parent.mkdir()
+    path.touch()
+    forbid(monkeypatch, path)
+    message = load_error(tmp_path, "ptb")
+    assert message.startswith(f"ptb cannot be prepared from {tmp_path}: ")
+    assert message.endswith(f"Permission denied: '{path}'")
+    assert sorted(tmp_path.rglob("*")) == [path.parent, path]
+
+
+@pytest.mark.parametrize("name", ["babi", "cnn", "text8"])
+def test_folder_that_cannot_be_read(tmp_path, monkeypatch, name):
+    listdir = os.listdir
+
+    def refuse(path):
+        if path == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    message = load_error(tmp_path, name)
+    assert message.startswith(f"{name} cannot be prepared from {tmp_path}: ")
+    assert message.endswith(f"Permission denied: '{tmp_path}'")
+
+
+def test_data_dir_of_an_unknown_user(tmp_path):
+    message = load_error("~nobody-of-this-name/data")
+    assert message.startswith("the folder ~nobody-of-this-name/data cannot be found")
 
 
 @pytest.mark.parametrize("part", ["info", "arrays", "files"])
@@ -280,11 +335,24 @@ def test_command_prepares_then_verifies(tmp_path):
     assert "test_labels.npy is missing" in third.stderr
 
 
+def test_command_expands_home_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = command("digits", "--data_dir=~/data", "--source_dir=~/")
+    assert result.returncode == 0, result.stderr
+    assert f"{tmp_path / 'data' / 'prepared' / 'digits'}/" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
 def test_command_reports_what_it_cannot_do(tmp_path):
     (tmp_path / "file").touch()
+    unfound = command("digits", f"--data_dir={tmp_path}", f"--source_dir={tmp_path / 'no'}")
     unwritable = command("digits", f"--data_dir={tmp_path / 'file'}")
     unnamed = command(f"--data_dir={tmp_path}")
-    for result, message in [(unwritable, "cannot be written"), (unnamed, "name one data set")]:
+    for result, message in [
+        (unfound, f"--source_dir is {tmp_path / 'no'}, and there is no such folder"),
+        (unwritable, "cannot be written"),
+        (unnamed, "name one data set"),
+    ]:
         assert result.returncode == 2
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
         assert message in result.stderr

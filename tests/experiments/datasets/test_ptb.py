@@ -28,7 +28,7 @@ def test_splits_have_the_papers_sizes_and_symbols(made):
     assert len(np.unique(arrays["train"])) == 50
     for array in arrays.values():
         assert array.dtype == np.uint8 and array.ndim == 1 and array.max() < 50
-    assert [file["downloaded"] for file in source["files"]] == [False] * 3
+    assert [file["downloaded_from"] for file in source["files"]] == [None] * 3
 
 
 @pytest.mark.parametrize("split", SIZES)

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import requests
-from tensorflow_datasets.core.download.checksums import UrlInfo
 
 from experiments.datasets import prepared, text8
 from experiments.datasets.originals import Original, Originals
@@ -45,12 +44,10 @@ def zipped(tmp_path_factory) -> bytes:
 def small(monkeypatch, zipped):
     """A text8 of 5,000 characters takes the place of the real one."""
     (real,) = text8.ORIGINALS.files
-    file = Original(real.url, len(zipped), hashlib.sha256(zipped).hexdigest(), real.name)
+    file = Original(real.name, len(zipped), hashlib.sha256(zipped).hexdigest(), real.urls)
     monkeypatch.setattr(text8, "ORIGINALS", Originals("text8", "text8", (file,)))
     monkeypatch.setattr(text8, "SIZE", SIZE)
     monkeypatch.setattr(text8, "MD5", hashlib.md5(TEXT).hexdigest())
-    infos = {file.url: UrlInfo(file.size, file.sha256, file.name)}
-    monkeypatch.setattr(builder.Text8Blocks, "url_infos", infos)
     monkeypatch.setattr(builder, "BLOCK", 999)  # the last block is short
 
 
@@ -86,8 +83,8 @@ def test_each_kind_of_file_is_read(tmp_path, small, zipped, subfolder, kind):
     assert info == {"vocabulary": VOCABULARY, "complete": kind != "prefix"}
     md5 = hashlib.md5(TEXT[:size]).hexdigest()
     assert source["text"] == {"file": name, "characters": size, "md5": md5}
-    assert [(file["name"], file["size"], file["downloaded"]) for file in source["files"]] == (
-        [(name, len(content), False)] if kind == "zip" else []
+    assert [(file["name"], file["size"], file["downloaded_from"]) for file in source["files"]] == (
+        [(name, len(content), None)] if kind == "zip" else []
     )
 
 
@@ -161,7 +158,8 @@ def test_download_is_read(tmp_path, small, zipped, monkeypatch):
     monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send)
     arrays, info, source = text8.prepare(tmp_path)
     np.testing.assert_array_equal(arrays["text"], SYMBOLS)
-    assert info["complete"] and source["files"][0]["downloaded"]
+    assert info["complete"]
+    assert source["files"][0]["downloaded_from"] == "http://mattmahoney.net/dc/text8.zip"
     assert list(tmp_path.iterdir()) == []
 
 
