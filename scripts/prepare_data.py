@@ -16,12 +16,15 @@ from absl import flags
 from experiments import cli, errors
 from experiments.datasets import prepared
 
-DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "Folder to write to, the same that runs are given.", required=True
-)
-SOURCE_DIR = flags.DEFINE_string(
-    "source_dir", None, "Folder with original files, if not --data_dir; it is only read."
-)
+
+def define_flags() -> None:
+    """Defines the flags of the command."""
+    flags.DEFINE_string(
+        "data_dir", None, "Folder to write to, the same that runs are given.", required=True
+    )
+    flags.DEFINE_string(
+        "source_dir", None, "Folder with original files, if not --data_dir; it is only read."
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -30,12 +33,12 @@ def main(argv: list[str]) -> None:
         raise errors.UserError(
             f"name one data set to prepare, of {', '.join(prepared.names())}; see --help"
         )
-    name = argv[1]
+    given, name = flags.FLAGS, argv[1]
     start = time.perf_counter()
-    folder = prepared.folder_of(name, DATA_DIR.value)
+    folder = prepared.folder_of(name, given.data_dir)
     found = folder.exists()
     if not found:
-        source_dir = Path(SOURCE_DIR.value or DATA_DIR.value).expanduser()
+        source_dir = Path(given.source_dir or given.data_dir).expanduser()
         try:
             with prepared.making(name, folder, source_dir) as made:
                 if made:
@@ -72,4 +75,4 @@ def _told(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags)

@@ -2,7 +2,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ PNG = b"\x89PNG"
 
 
 @pytest.fixture
-def draw(monkeypatch, capsys):
+def draw(monkeypatch, call_main):
     """Runs the command in this process; the figure, and what was printed."""
     figures = []
     save = pictures.save
@@ -28,11 +27,9 @@ def draw(monkeypatch, capsys):
 
     def draw(folder, **given):
         given = {"output": None, "units": 30, "steps": None} | given
-        flags = SimpleNamespace(workdir=str(folder), **given)
-        monkeypatch.setattr(plot_statistics.flags, "FLAGS", flags)
         monkeypatch.setattr(pictures, "save", kept)
-        plot_statistics.main([])
-        return figures[-1], capsys.readouterr().out
+        output = call_main(plot_statistics, workdir=str(folder), **given).out
+        return figures[-1], output
 
     return draw
 
