@@ -6,6 +6,9 @@ from pathlib import Path
 from experiments import workdir
 from experiments.runs import Experiment
 
+# A name that a workdir may have, of what Matplotlib, Rich, glob, Markdown and HTML take for theirs.
+ODD = "_a $x_1$ *|? ~~b~~ `c` :heart: <i>&amp; 'd\" 100%d"
+
 
 def write_run(
     folder: Path,
