@@ -27,9 +27,9 @@ def finished(runs, tmp_path) -> Path:
 def call_main(monkeypatch, capsys):
     """Runs a command in this process, with flags of these values; its stdout and stderr."""
 
-    def call_main(command, **values):
+    def call_main(command, *arguments, **values):
         monkeypatch.setattr(command.flags, "FLAGS", SimpleNamespace(**values))
-        command.main([])
+        command.main([command.__name__, *arguments])
         return capsys.readouterr()
 
     return call_main
