@@ -191,9 +191,8 @@ def html_table(table: str) -> str:
 def html_image(png: bytes, title: str) -> str:
     """A picture of `pictures.DPI` within the page."""
     encoded = base64.b64encode(png).decode()
-    width = round(
-        96 / pictures.DPI * int.from_bytes(png[16:20])
-    )  # pixels of CSS; the file has more
+    pixels = int.from_bytes(png[16:20])  # more than the width in CSS's, of which an inch has 96
+    width = round(96 / pictures.DPI * pixels)
     source = f"data:image/png;base64,{encoded}"
     return f'<img width="{width}" alt="{escape(title)}" src="{source}">'
 
