@@ -79,7 +79,7 @@ def draw_curves(runs: dict[str, Path], data: str, metric: str, picture: Path) ->
         for axes, split, name in ((loss, "train", "loss"), (validation, "valid", metric)):
             points = [(r["update"], r[name]) for r in rows if r["split"] == split]
             axes.plot(*zip(*points, strict=True), style, color=color, label=LABELS[kind])
-    figure.suptitle(data, fontsize="medium")
+    figure.suptitle(data, fontsize="medium", parse_math=False)  # of files, with any name
     loss.set(xlabel="update", ylabel="training loss (nats)", ylim=(0, None))
     validation.set(xlabel="update", ylabel=f"validation {metric.replace('_', ' ')}")
     if metric in ("accuracy", "error"):

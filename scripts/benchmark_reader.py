@@ -33,25 +33,28 @@ from experiments.models.attentive_reader import AttentiveReader, Encoder
 from experiments.models.readout import Readout
 from scripts import timing
 
-FEATURES = flags.DEFINE_integer("features", 240, "Hidden units of a direction.", lower_bound=1)
-WORDS = flags.DEFINE_integer("words", 65_830, "Size of the vocabulary.", lower_bound=10)
-LENGTH = flags.DEFINE_integer("length", 300, "Words of a passage, padding included.", lower_bound=8)
-QUESTION_LENGTH = flags.DEFINE_integer("question_length", 16, "Words of a question.", lower_bound=2)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Questions of a batch.", lower_bound=2)
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of products' operands.")
-ROUNDS = flags.DEFINE_integer("rounds", 7, "Measurements of each.", lower_bound=1)
+
+def define_flags() -> None:
+    """Defines the flags of the command."""
+    flags.DEFINE_integer("features", 240, "Hidden units of a direction.", lower_bound=1)
+    flags.DEFINE_integer("words", 65_830, "Size of the vocabulary.", lower_bound=10)
+    flags.DEFINE_integer("length", 300, "Words of a passage, padding included.", lower_bound=8)
+    flags.DEFINE_integer("question_length", 16, "Words of a question.", lower_bound=2)
+    flags.DEFINE_integer("batch_size", 64, "Questions of a batch.", lower_bound=2)
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of products' operands.")
+    flags.DEFINE_integer("rounds", 7, "Measurements of each.", lower_bound=1)
 
 
 def make_config(data_dir: Path) -> ConfigDict:
     """The config of four sentences, on made-up questions that it prepares in `data_dir`."""
-    random = np.random.default_rng(0)
-    words = [f"@entity{i}" for i in range(500)] + [f"w{i}" for i in range(WORDS.value)]
-    words = words[: WORDS.value - len(SPECIALS)]
-    number = max(BATCH_SIZE.value, -(-len(words) // (LENGTH.value - 1)))  # to hold every word
-    text = np.resize(random.permutation(words), number * (LENGTH.value - 1))
+    given, random = flags.FLAGS, np.random.default_rng(0)
+    words = [f"@entity{i}" for i in range(500)] + [f"w{i}" for i in range(given.words)]
+    words = words[: given.words - len(SPECIALS)]
+    number = max(given.batch_size, -(-len(words) // (given.length - 1)))  # to hold every word
+    text = np.resize(random.permutation(words), number * (given.length - 1))
 
     def question(passage: np.ndarray) -> Question:
-        asked = random.choice(passage, QUESTION_LENGTH.value - 1)
+        asked = random.choice(passage, given.question_length - 1)
         return Question("", passage.tolist(), asked.tolist(), str(passage[0]), [])
 
     made = [question(passage) for passage in text.reshape(number, -1)]
@@ -62,25 +65,26 @@ def make_config(data_dir: Path) -> ConfigDict:
     config.data_dir = str(data_dir)
     config.num_sentences = 0
     config.min_count = 1
-    config.batch_size = BATCH_SIZE.value
-    config.model.features = FEATURES.value
-    config.model.dtype = DTYPE.value
+    config.batch_size = given.batch_size
+    config.model.features = given.features
+    config.model.dtype = given.dtype
     return config
 
 
 def parts(task: tasks.Task, state: train.TrainState, batch: tasks.Batch) -> dict[str, Callable]:
     """The parts of an update, each a compiled program."""
+    given = flags.FLAGS
     reader: AttentiveReader = task.model
     key = jax.random.key(0)
     embedding = state.params["embedding"]
-    layer = reader.recurrent_layer(orthogonal_blocks(), LENGTH.value)
+    layer = reader.recurrent_layer(orthogonal_blocks(), given.length)
     encoder = Encoder(layer, reader.bidirectional)
     readout = Readout(reader.vocab_size, reader.dtype)
     embedded = look_up(batch["passage"], embedding)
     inputs = [embedded] * (1 + reader.bidirectional)
     lengths = batch["passage_length"]
     encoder_variables = encoder.init(key, inputs, lengths, True)
-    g = jax.random.normal(key, (BATCH_SIZE.value, FEATURES.value))
+    g = jax.random.normal(key, (given.batch_size, given.features))
 
     def look_up_all(embedding: jax.Array) -> jax.Array:
         found = [look_up(batch[name], embedding, reader.dtype) for name in ("passage", "question")]
@@ -125,6 +129,7 @@ def run(program: Callable, arguments: tuple[Any, ...]) -> None:
 
 def main(_: list[str]) -> None:
     """Measures and prints two tables."""
+    given = flags.FLAGS
     states, loaded = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         config = make_config(Path(folder))
@@ -144,11 +149,11 @@ def main(_: list[str]) -> None:
         return update
 
     updates = {kind: updater(kind) for kind in READER_KINDS}
-    seconds = timing.measure(updates, "measuring updates", ROUNDS.value)
+    seconds = timing.measure(updates, "measuring updates", given.rounds)
     device = jax.devices()[0].device_kind
     print(
-        f"{FEATURES.value} units, {WORDS.value:,} words, {BATCH_SIZE.value} passages of "
-        f"{batch['passage'].shape[1]} words, {DTYPE.value}, on {device}; {ROUNDS.value} rounds\n"
+        f"{given.features} units, {given.words:,} words, {given.batch_size} passages of "
+        f"{batch['passage'].shape[1]} words, {given.dtype}, on {device}; {given.rounds} rounds\n"
     )
     plain = statistics.median(seconds["lstm"])
     rows = [
@@ -156,7 +161,7 @@ def main(_: list[str]) -> None:
             LABELS[kind],
             f"{sum(leaf.size for leaf in jax.tree.leaves(states[kind].params)):,}",
             *timing.spread(times),
-            f"{BATCH_SIZE.value / statistics.median(times):.1f}",
+            f"{given.batch_size / statistics.median(times):.1f}",
             f"{statistics.median(times) / plain:.2f}",
         )
         for kind, times in seconds.items()
@@ -167,7 +172,7 @@ def main(_: list[str]) -> None:
     for kind in ("lstm", "bn_e_star_star"):
         whole = statistics.median(seconds[kind])
         measured = timing.measure(
-            parts(loaded[kind], states[kind], batch), f"measuring {LABELS[kind]}", ROUNDS.value
+            parts(loaded[kind], states[kind], batch), f"measuring {LABELS[kind]}", given.rounds
         )
         rows = [
             (name, *timing.spread(times), f"{statistics.median(times) / whole:.1%}")
@@ -178,4 +183,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags)

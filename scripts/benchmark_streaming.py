@@ -27,15 +27,21 @@ from experiments.compare import LABELS
 from experiments.config import MODEL_KINDS
 from scripts import timing
 
-FEATURES = flags.DEFINE_integer("features", 1000, "Hidden units H.", lower_bound=1)
-CHARACTERS = flags.DEFINE_integer(
-    "characters", 446_184, "Length of the long text; that of Penn Treebank's test.", lower_bound=100
-)
-ROUNDS = flags.DEFINE_integer("rounds", 7, "Measurements of each.", lower_bound=1)
-
 SYMBOLS = 50
 TIMED = 5000  # characters of a measurement
 SHORT = 1000  # characters of the text that memory is compared with
+
+
+def define_flags() -> None:
+    """Defines the flags of the command."""
+    flags.DEFINE_integer("features", 1000, "Hidden units H.", lower_bound=1)
+    flags.DEFINE_integer(
+        "characters",
+        446_184,
+        "Length of the long text; that of Penn Treebank's test.",
+        lower_bound=100,
+    )
+    flags.DEFINE_integer("rounds", 7, "Measurements of each.", lower_bound=1)
 
 
 def reader(kind: str, features: int, characters: int) -> Callable[[], None]:
@@ -87,21 +93,21 @@ def peak_memory(kind: str, features: int, characters: int) -> float:
 
 def main(_: list[str]) -> None:
     """Measures and prints two tables."""
-    features = FEATURES.value
+    features, rounds = flags.FLAGS.features, flags.FLAGS.rounds
     candidates = {"products alone": products(features, TIMED)}
     candidates |= {LABELS[kind]: reader(kind, features, TIMED) for kind in MODEL_KINDS}
-    seconds = timing.measure(candidates, "measuring time", ROUNDS.value)
+    seconds = timing.measure(candidates, "measuring time", rounds)
     floor = statistics.median(seconds["products alone"])
     rows = [
         (name, *timing.spread(times, TIMED * 1e-6), f"{statistics.median(times) / floor:.2f}")
         for name, times in seconds.items()
     ]
     device = jax.devices()[0].device_kind
-    print(f"{features} units, batch of one, float32, on {device}; {ROUNDS.value} rounds\n")
+    print(f"{features} units, batch of one, float32, on {device}; {rounds} rounds\n")
     header = ["evaluation of a text", "us per character, median", "spread", "to products"]
     print(metrics.markdown_table(header, rows))
 
-    lengths = (SHORT, CHARACTERS.value)
+    lengths = (SHORT, flags.FLAGS.characters)
     rows = []
     for kind in MODEL_KINDS:
         label = LABELS[kind]
@@ -117,4 +123,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags)

@@ -10,7 +10,6 @@ one rounding, 2^-23 of it. Two implementations that differ by rounding only stay
 two. Prints a table, and writes the losses and a picture of them.
 """
 
-import importlib.util
 import math
 import time
 from collections.abc import Sequence
@@ -174,10 +173,12 @@ def main(_: list[str]) -> None:
     workdir.write_json(output, record)
     print(f"Losses: {output}")
     picture = output.with_suffix(".png")
-    if importlib.util.find_spec("matplotlib") is None:
-        print("No picture: matplotlib is not installed")
+    try:
+        figure = draw(found, title)
+    except UserError as error:  # the losses are what counts
+        print(f"No picture: {error}")
         return
-    pictures.save(draw(found, title), picture)
+    pictures.save(figure, picture)
     print(f"Picture: {picture}")
 
 

@@ -50,6 +50,7 @@ PAGE = Template("""<!DOCTYPE html>
 body {
   max-width: 72rem; margin: 0 auto; padding: 2rem 1.5rem;
   background: var(--ground); color: var(--text); font: 1rem/1.5 system-ui, sans-serif;
+  overflow-wrap: anywhere;
 }
 main { display: grid; grid-template-columns: minmax(0, 1fr) 20rem; gap: 0 3rem; }
 @media (max-width: 48rem) { main { grid-template-columns: minmax(0, 1fr); } }

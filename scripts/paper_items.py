@@ -198,7 +198,7 @@ def show_gradient_norms(data_dir: str) -> Callable:
         norms = gradient_norms(datasets.load("mnist", data_dir))
         published = paper.curves("tanh_rnn_gradient_norm")
         title = r"$\|\partial L / \partial h_t\|$ of a normalised tanh RNN, untrained"
-        figure = pictures.new_figure(title, 11, 5)
+        figure = pictures.new_figure(title, 11, 5, math=True)
         panels = figure.subplots(2, 5, sharex=True, sharey=True)
         rows = []
         for axes, (gamma, draws) in zip(panels.flat, norms.items(), strict=True):

@@ -25,12 +25,15 @@ from absl import flags
 from experiments import cli, errors
 from experiments.datasets import prepared
 
-DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "Folder to write to, the same that runs are given.", required=True
-)
-SOURCE_DIR = flags.DEFINE_string(
-    "source_dir", None, "Folder with original files, if not --data_dir; it is only read."
-)
+
+def define_flags() -> None:
+    """Defines the flags of the command."""
+    flags.DEFINE_string(
+        "data_dir", None, "Folder to write to, the same that runs are given.", required=True
+    )
+    flags.DEFINE_string(
+        "source_dir", None, "Folder with original files, if not --data_dir; it is only read."
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -39,12 +42,12 @@ def main(argv: list[str]) -> None:
         raise errors.UserError(
             f"name one data set to prepare, of {', '.join(prepared.names())}; see --help"
         )
-    name = argv[1]
+    given, name = flags.FLAGS, argv[1]
     start = time.perf_counter()
-    folder = prepared.folder_of(name, DATA_DIR.value)
-    source_dir = prepared.path_of(SOURCE_DIR.value or DATA_DIR.value)
-    if SOURCE_DIR.value and not os.path.isdir(source_dir):
-        raise errors.UserError(f"--source_dir is {SOURCE_DIR.value}, and there is no such folder")
+    folder = prepared.folder_of(name, given.data_dir)
+    source_dir = prepared.path_of(given.source_dir or given.data_dir)
+    if given.source_dir and not os.path.isdir(source_dir):
+        raise errors.UserError(f"--source_dir is {given.source_dir}, and there is no such folder")
     found = os.path.exists(folder)
     if not found:
         try:
@@ -83,4 +86,4 @@ def _told(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags)

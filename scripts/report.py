@@ -10,11 +10,12 @@ file with the same tables; `--readme` puts its summary into README.md.
 """
 
 import base64
-import io
+import os
+import urllib.parse
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import NamedTuple
 
 from absl import flags
 
@@ -23,10 +24,12 @@ from experiments.compare import LABELS
 from experiments.errors import UserError
 from experiments.metrics import markdown_table
 from experiments.runs import Experiment, Run
+from scripts import markdown, pictures
 from scripts.paper_curves import Found
 from scripts.paper_items import Item, items
 
 ROOT = Path(__file__).parents[1]
+COMMITTED = ROOT / "results" / "figures"
 BEGIN, END = "<!-- python -m scripts.report --readme -->", "<!-- end of the report -->"
 
 PAGE = Template("""<!DOCTYPE html>
@@ -40,7 +43,7 @@ body { max-width: 64rem; margin: 0 auto; padding: 2rem 1.5rem 4rem; background: 
   color: var(--text); font: 1rem/1.5 system-ui, sans-serif; }
 h1 { margin: 0 0 .5rem; font-size: 1.7rem; font-weight: 600; line-height: 1.3; }
 h2 { margin: 3rem 0 .5rem; font-size: 1.2rem; font-weight: 600; }
-p { margin: .5rem 0; max-width: 46rem; }
+p { margin: .5rem 0; max-width: 46rem; overflow-wrap: anywhere; }
 a { color: var(--link); }
 nav { columns: 2 22rem; margin: 1.5rem 0; } nav a { display: block; }
 img { max-width: 100%; height: auto; margin: .5rem 0; }
@@ -48,7 +51,7 @@ img { max-width: 100%; height: auto; margin: .5rem 0; }
 table { border-collapse: collapse; margin: .75rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: top; }
-th { font-weight: 600; }
+th { font-weight: 600; } td { white-space: nowrap; }
 small, .muted { color: var(--muted); font-size: .875rem; }
 details { margin: .75rem 0; } summary { cursor: pointer; color: var(--muted); }
 code { font-size: .8125rem; overflow-wrap: anywhere; }
@@ -130,17 +133,46 @@ def summary(known: dict[str, Item], found: Found) -> str:
     for name, item in known.items():
         if name.startswith("table_"):
             table, _ = item.show({e: found[e] for e in item.experiments})
-            head, *rows = cells(table)
+            head, *rows = markdown.cells(table)
             metric = head[2].removeprefix("paper, test ").strip()
             header = ["task", "model", "test", "paper", *head[3:]]
             lines += [[row[0], row[1], metric, *row[2:]] for row in rows]
     return markdown_table(header, lines)
 
 
-def cells(table: str) -> list[list[str]]:
-    """The cells of a Markdown table, less the line below its header."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    return [rows[0], *rows[2:]]
+class Content(NamedTuple):
+    """What there is of an item.
+
+    Attributes:
+      table: in Markdown; empty if there is none.
+      png: the picture, as the content of a file; empty if there is none.
+      note: what is missing, and why.
+      committed: the file of the picture, if it was not drawn anew.
+    """
+
+    table: str = ""
+    png: bytes = b""
+    note: str = ""
+    committed: Path | None = None
+
+
+def content(name: str, item: Item, found: Found) -> Content:
+    """Table and picture of an item; those in `results/figures` where its data are not there."""
+    try:
+        table, figure = item.show(found)
+    except UserError as error:
+        picture, text = COMMITTED / f"{name}.png", COMMITTED / f"{name}.md"
+        if not (picture.exists() and text.exists()):
+            return Content(note=f"Not drawn: {error}.")
+        lines = text.read_text(encoding="utf-8").splitlines()
+        table = "\n".join(line for line in lines if line.startswith("|"))
+        note = f"Committed picture and table, from results/figures; not made anew: {error}."
+        return Content(table, picture.read_bytes(), note, picture)
+    if figure is not None:
+        return Content(table, pictures.png(figure))
+    if table:
+        return Content(table)
+    return Content(note="Not drawn: no run here has come as far, and kept what it needs.")
 
 
 # ---- The page.
@@ -148,7 +180,7 @@ def cells(table: str) -> list[list[str]]:
 
 def html_table(table: str) -> str:
     """A Markdown table in HTML."""
-    head, *rows = cells(table)
+    head, *rows = markdown.cells(table)
     parts = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
     parts += [
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
@@ -156,39 +188,36 @@ def html_table(table: str) -> str:
     return f'<div class="wide"><table>{"".join(parts)}</table></div>'
 
 
-def html_image(figure: Any, title: str) -> str:
-    """A figure within the page."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150)
-    encoded = base64.b64encode(content.getvalue()).decode()
-    width = round(96 * figure.get_size_inches()[0])  # pixels; the file has more
+def html_image(png: bytes, title: str) -> str:
+    """A picture of `pictures.DPI` within the page."""
+    encoded = base64.b64encode(png).decode()
+    pixels = int.from_bytes(png[16:20])  # more than the width in CSS's, of which an inch has 96
+    width = round(96 / pictures.DPI * pixels)
     source = f"data:image/png;base64,{encoded}"
     return f'<img width="{width}" alt="{escape(title)}" src="{source}">'
 
 
-def section(name: str, item: Item, found: Found) -> tuple[str, str]:
-    """An item as HTML and as Markdown."""
+def section(name: str, item: Item, found: Found, folder: Path) -> tuple[str, str]:
+    """An item as HTML and as Markdown, for a file in a folder."""
     found = {e: found[e] for e in item.experiments}
-    try:
-        table, figure = item.show(found)
-        problem = ""
-    except UserError as error:  # its data are not there
-        table, figure, problem = "", None, str(error)
     page = [f'<h2 id="{name}">{escape(item.title)}</h2>']
     text = [f"## {item.title}"]
-    if not table and figure is None and not problem:
-        problem = "no run here has come as far, and kept what it needs"
-    for line in filter(None, (item.remark, problem and f"Not drawn: {problem}.")):
+    table, png, note, picture = content(name, item, found)
+    for line in filter(None, (item.remark, note)):
         page.append(f"<p>{escape(line)}</p>")
-        text.append(line)
-    if figure is not None:
-        page.append(html_image(figure, item.title))
+        text.append(markdown.escape(line))
+    if png:
+        page.append(html_image(png, item.title))
+    if picture is not None:
+        link = urllib.parse.quote(os.path.relpath(picture, folder))
+        text.append(f"![{item.title}]({link})")
     if table:
         page.append(html_table(table))
         text.append(table)
     there = [(e, run) for e, of_it in found.items() for run in of_it]
     if there:
-        listed = markdown_table(RUN_HEADER, [run_row(*each) for each in there])
+        rows = [map(markdown.escape, run_row(*each)) for each in there]
+        listed = markdown_table(RUN_HEADER, rows)
         commands = "".join(
             f"<p><code>{escape(run.record['starts'][-1]['command'])}</code></p>" for _, run in there
         )
@@ -228,7 +257,7 @@ def main(_: list[str]) -> None:
         raise UserError(f"--runs={folder} is not a folder")
     known = items(given.data_dir)
     found = find(known, folder)
-    sections = {name: section(name, item, found) for name, item in known.items()}
+    sections = {name: section(name, item, found, page.parent) for name, item in known.items()}
     contents = "".join(f'<a href="#{n}">{escape(i.title)}</a>' for n, i in known.items())
     html = PAGE.substitute(
         contents=contents, sections="\n".join(page for page, _ in sections.values())

@@ -4,30 +4,31 @@
     python -m scripts.reproduce figure_gradient_norm
     python -m scripts.reproduce table_mnist --seeds=3    # a few minutes of each run
     python -m scripts.reproduce table_mnist --seeds=3 --budget=full --data_dir=data
+    python -m scripts.reproduce table_mnist --seeds=3 --budget=full --data_dir=/shared/data \\
+        --workdir=/shared/runs --launcher=slurm --partition=gpu --time=24:00:00
 
-Runs are those of `python -m experiments.main`, in `--workdir`, made one after the other: finished
-ones are found again, others go on where they are. With `--budget=minutes` each run does the first
+Runs are those of `python -m experiments.main`, in `--workdir`: finished ones are found again,
+others go on where they are. They are made as the points of a sweep are (scripts/sweep.py): here,
+`--jobs` at once, or as SLURM jobs, and their logs are in `jobs/` of the workdir. `--dry_run` prints
+the commands. With `--budget=minutes` each run does the first
 few hundred updates, which on two cores of a CPU takes minutes; the paper's number of updates,
 `--budget=full`, wants a GPU. A larger budget goes on from a smaller one. `--budget=none` makes no
 runs, and shows those there are.
 
-Writes `<name>.md` and `<name>.png` into `--output`. scripts/report.py makes a page of everything.
+Writes `<name>.md` and `<name>.png` into `--output`, anew whenever a run has ended.
+scripts/report.py makes a page of everything.
 """
 
-import shlex
-import signal
-import subprocess
-import sys
+import functools
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from experiments import cli, runs, workdir
+from experiments import cli, runs, train, workdir
 from experiments.errors import UserError, unknown_name
-from experiments.runs import Experiment
-from experiments.sweeps import argument
-from scripts import pictures
+from experiments.sweeps import Point
+from scripts import pictures, sweep, sweep_launchers
 from scripts.paper_items import MINUTES, Item, items
 
 
@@ -38,56 +39,48 @@ def define_flags() -> None:
     flags.DEFINE_string("data_dir", "data", "Folder of the data.")
     flags.DEFINE_string("workdir", "runs/reproduce", "Folder of the runs.")
     flags.DEFINE_string("output", None, "Folder of table and picture; by default the workdir.")
-    flags.DEFINE_boolean("dry_run", False, "Print the commands of the runs, and do nothing.")
+    sweep_launchers.define_flags()
 
 
-def command_of(
-    experiment: Experiment, seed: int, updates: int, evaluation: dict[str, Any], folder: Path
-) -> list[str]:
-    """The command of a run. It may be given again, with more updates too."""
-    fields = {
-        **dict(experiment.fields),
-        "model.kind": experiment.kind,
-        "seed": seed,
-        "num_updates": updates,
-        **evaluation,
-        "data_dir": flags.FLAGS.data_dir,
-    }
-    name, colon, variant = experiment.config.partition(":")
-    return [
-        *("python", "-m", "experiments.main"),
-        f"--config=configs/{name}.py{colon}{variant}",
-        f"--workdir={folder}",
-        *(f"--config.{name}={argument(value)}" for name, value in fields.items()),
-    ]
+class PaperRun(Point):
+    """A run of an experiment. It is finished when it is evaluated as asked for, too."""
+
+    def finished(self) -> bool:
+        """Whether it is."""
+        return train.finished_results(self.config, self.folder, self.config.num_updates) is not None
 
 
-def commands(item: Item, budget: str, seeds: int, folder: Path) -> list[list[str]]:
-    """The commands of the runs of an item, of which one that came further is not among them."""
-    found = []
+def make_runs(item: Item, given: Any, folder: Path) -> tuple[list[PaperRun], dict[str, list[str]]]:
+    """The runs of an item, and their commands by name; those that came further are left out.
+
+    Raises:
+      UserError: there is another run in the folder of one of them.
+    """
+    made, commands = [], {}
     for experiment in item.experiments:
+        name, colon, variant = experiment.config.partition(":")
         whole = experiment.get_config().num_updates
-        minutes = MINUTES[experiment.config.partition(":")[0]]
-        updates = whole if budget == "full" else min(minutes, whole)
-        for seed in range(1, seeds + 1):
+        updates = whole if given.budget == "full" else min(MINUTES[name], whole)
+        for seed in range(1, given.seeds + 1):
             place = folder / str(experiment) / f"seed_{seed}"
-            there = runs.Run(place).updates if (place / "config.json").exists() else 0
-            if there <= updates:
-                found.append(command_of(experiment, seed, updates, item.evaluation, place))
-    return found
-
-
-def wait_for(command: list[str]) -> int:
-    """Runs a command; returns its exit status. To signals it answers itself, and saves."""
-    process = subprocess.Popen(command)
-    # Ctrl-C reaches it without help.
-    handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: process.terminate()}
-    earlier = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        return process.wait()
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+            if (place / "config.json").exists() and runs.Run(place).updates > updates:
+                continue
+            fields = {
+                **dict(experiment.fields),
+                "model.kind": experiment.kind,
+                "seed": seed,
+                "num_updates": updates,
+                **item.evaluation,
+                "data_dir": given.data_dir,
+            }
+            config = experiment.get_config()
+            config.update_from_flattened_dict(fields)
+            workdir.check(config, place)
+            short = str(place.relative_to(folder))
+            run = PaperRun(short, fields, config, place, {experiment.kind: place})
+            made.append(run)
+            commands[short] = sweep.command_of(run, f"configs/{name}.py{colon}{variant}", {})
+    return made, commands
 
 
 def write(name: str, item: Item, folder: Path, output: Path) -> str:
@@ -124,17 +117,20 @@ def main(argv: list[str]) -> None:
         raise UserError(unknown_name("the table or figure", argv[1], tuple(known)))
     name, item = argv[1], known[argv[1]]
     folder = Path(given.workdir)
-    if given.budget != "none":
-        todo = commands(item, given.budget, given.seeds, folder)
-        for number, command in enumerate(todo, 1):
-            print(f"# run {number} of {len(todo)}\n{shlex.join(command)}", flush=True)
-            if not given.dry_run:
-                status = wait_for([sys.executable, *command[1:]])
-                if status:
-                    sys.exit(status)  # it has said why
-    if not given.dry_run:
-        output = Path(given.output or folder)
-        print(write(name, item, folder, output) + f"\nIn {output}/{name}.md")
+    output = Path(given.output or folder)
+    points, commands = make_runs(item, given, folder) if given.budget != "none" else ([], {})
+    launcher = sweep_launchers.make_launcher(given, folder)
+    if given.dry_run:
+        sweep.show(points, commands, launcher)
+        return
+    renew = functools.partial(write, name, item, folder, output)
+    runner = sweep.Sweep(points, commands, launcher, given.retries, lambda *_: renew())
+    if points:
+        launcher.check()
+        with workdir.in_use(folder):
+            runner.run()
+    print(f"{renew()}\nIn {output}/{name}.md")
+    runner.exit_if_failed()
 
 
 if __name__ == "__main__":

@@ -18,26 +18,30 @@ from experiments.datasets.question_arrays import SPLITS
 from experiments.datasets.questions import SENTENCE_RULES, SENTENCE_TIES, Selection
 from experiments.metrics import markdown_table
 
-DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of the data, as for runs.", required=True)
-SPLIT = flags.DEFINE_enum("split", "valid", SPLITS, "Whose questions are counted.")
-NUMBER = flags.DEFINE_integer("number", 4, "Sentences that are kept.", lower_bound=1)
-
 LENGTH_POWERS = (0.0, 0.5, 1.0)
+
+
+def define_flags() -> None:
+    """Defines the flags of the command."""
+    flags.DEFINE_string("data_dir", None, "Folder of the data, as for runs.", required=True)
+    flags.DEFINE_enum("split", "valid", SPLITS, "Whose questions are counted.")
+    flags.DEFINE_integer("number", 4, "Sentences that are kept.", lower_bound=1)
 
 
 def main(_: list[str]) -> None:
     """Prints the table."""
-    data = questions.load("cnn", DATA_DIR.value)
+    given = flags.FLAGS
+    data = questions.load("cnn", given.data_dir)
     lines = []
     for rule, power, ties in itertools.product(SENTENCE_RULES, LENGTH_POWERS, SENTENCE_TIES):
-        selection = Selection(NUMBER.value, rule, power, ties)
-        part = questions.select_sentences(data, selection, (SPLIT.value,)).splits[SPLIT.value]
+        selection = Selection(given.number, rule, power, ties)
+        part = questions.select_sentences(data, selection, (given.split,)).splits[given.split]
         kept, words = questions.answers_kept(part), np.mean(part.passages.lengths)
         lines.append((rule, str(power), ties, f"{kept:.1%}", f"{words:.0f}"))
-    print(f"{data.name}, {len(part.answers):,} {SPLIT.value} questions, {NUMBER.value} sentences\n")
+    print(f"{data.name}, {len(part.answers):,} {given.split} questions, {given.number} sentences\n")
     header = ("sentence_rule", "sentence_length_power", "sentence_ties", "answers kept", "words")
     print(markdown_table(header, lines))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags)

@@ -66,7 +66,8 @@ def submit(arguments: list[str]) -> None:
     given = flags.FLAGS
     folder = Path(given.workdir or main.default_workdir())
     check(given.config, folder)
-    executor = Executor(folder / "slurm", max_num_timeout=OWN.max_timeouts)
+    submission.check_folder(folder)
+    executor = Executor((folder / "slurm").absolute(), max_num_timeout=OWN.max_timeouts)
     executor.update_parameters(
         nodes=OWN.nodes,
         ntasks_per_node=OWN.gpus_per_node or 1,

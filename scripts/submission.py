@@ -189,6 +189,21 @@ def parameters(values: flags.FlagValues) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value}
 
 
+def check_folder(folder: Path) -> None:
+    """Refuses a folder in which jobs could not have their logs and pickles.
+
+    Raises:
+      UserError: its path has what SLURM and submitit take for a pattern, or for the end of a line.
+    """
+    path = str(folder.absolute())
+    for character in "%\n":
+        if character in path:
+            raise UserError(
+                f"--workdir: jobs cannot write logs to a path with {character!r}, got {path}; "
+                "choose another folder, or rename it"
+            )
+
+
 def check_commands(*names: str) -> None:
     """Refuses a machine that has no SLURM.
 

@@ -27,6 +27,7 @@ itself reads no pickle.
 
 import collections
 import contextlib
+import functools
 import json
 import os
 import shlex
@@ -34,7 +35,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ from experiments import cli, metrics, sweeps, workdir
 from experiments.errors import Stopped, UserError
 from experiments.metrics import rest_of_line, time_left
 from experiments.sweeps import Fields, Point
-from scripts import submission, sweep_table
-from scripts.sweep_launchers import Launcher, Local, Slurm
+from scripts import sweep_launchers, sweep_table
+from scripts.sweep_launchers import Launcher, Slurm
 
 SWEEP_NAME = "sweep.json"
 TAIL_BYTES = 10_000  # of a metrics file, more than its last row
@@ -65,12 +66,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "workdir", None, "Folder of the sweep; by default runs/sweeps/ and the sweep file's name."
     )
-    flags.DEFINE_enum("launcher", "local", ["local", "slurm"], "Where points run.")
-    flags.DEFINE_integer("jobs", 1, "Points at once, if they run here.", lower_bound=1)
-    flags.DEFINE_integer("retries", 1, "How often to try a failed point again.", lower_bound=0)
-    flags.DEFINE_boolean("dry_run", False, "Print what would be run, and write nothing.")
-    submission.define_flags(flags.FLAGS)
-    flags.DEFINE_float("poll", 30, "Seconds between looks at SLURM's queue.", lower_bound=0.1)
+    sweep_launchers.define_flags()
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -155,7 +151,7 @@ class Board:
     def __init__(self, points: list[Point]) -> None:
         """Finds out how far it was."""
         self._updates = dict.fromkeys((point.name for point in points), 0)
-        self._console = Console(highlight=False, soft_wrap=True, markup=False)
+        self._console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._progress = Progress(
             BarColumn(bar_width=20),
             TimeRemainingColumn(),
@@ -204,28 +200,32 @@ class Board:
 
 
 class Sweep:
-    """The points that are to be run, until each is finished or has failed for good."""
+    """The points that are to be run, until each is finished or has failed for good.
+
+    `write` is given the statuses and the errors of points, by name, whenever one has ended. It
+    writes, and returns, what the sweep has come to.
+    """
 
     def __init__(
         self,
         points: list[Point],
         commands: dict[str, list[str]],
         launcher: Launcher,
-        folder: Path,
         retries: int,
+        write: Callable[[dict[str, str], dict[str, str]], str],
     ) -> None:
         """Takes commands by the names of points."""
         self.points = points
         self.commands = commands
         self.launcher = launcher
-        self.folder = folder
         self.retries = retries
+        self.write = write
         self.errors: dict[str, str] = {}  # of points that have failed for good
         self._asked: int | None = None  # the signal that asked to stop
         self._wake = threading.Event()
 
     def run(self) -> str:
-        """Runs what is not finished; returns the table of results.
+        """Runs what is not finished; returns what `write` did last.
 
         Raises:
           Stopped: a signal asked for it; points that run here have stopped too.
@@ -254,7 +254,7 @@ class Sweep:
 
         def write() -> str:
             statuses = dict.fromkeys(running, "running") | dict.fromkeys(self.errors, "failed")
-            return sweep_table.write(self.points, statuses, self.errors, self.folder)
+            return self.write(statuses, self.errors)
 
         while waiting or running:
             for name in list(running):
@@ -307,6 +307,24 @@ class Sweep:
         write()
         return Stopped(f"stopped: {told}; the same command goes on", self._asked)
 
+    def exit_if_failed(self) -> None:
+        """Ends the program with status 1 if a point has failed."""
+        if self.errors:
+            told = f"error: {len(self.errors)} of {len(self.points)} points failed"
+            print(told, file=sys.stderr)
+            sys.exit(1)
+
+
+def show(points: list[Point], commands: dict[str, list[str]], launcher: Launcher) -> None:
+    """Prints what would be run."""
+    for point in points:
+        if point.finished():
+            print(f"# {point.name}: finished\n")
+            continue
+        print(f"# {point.name}\n{shlex.join(commands[point.name])}\n")
+        if isinstance(launcher, Slurm):
+            print(f"{launcher.script(point.name)}\n")
+
 
 def main(_: list[str]) -> None:
     """Checks all points, runs them, and tells what they came to; exits with 1 if any failed."""
@@ -322,30 +340,18 @@ def main(_: list[str]) -> None:
     check_folder(folder, described)
     config_file = config_flags.get_config_filename(flags.FLAGS["config"])
     commands = {p.name: command_of(p, config_file, overrides) for p in points}
-    if given.launcher == "slurm":
-        parameters = submission.parameters(given)
-        launcher: Launcher = Slurm(folder, parameters, given.max_timeouts, given.poll)
-    else:
-        launcher = Local(folder, given.jobs)
-
+    launcher = sweep_launchers.make_launcher(given, folder)
     if given.dry_run:
-        for point in points:
-            if point.finished():
-                print(f"# {point.name}: finished\n")
-                continue
-            print(f"# {point.name}\n{shlex.join(commands[point.name])}\n")
-            if isinstance(launcher, Slurm):
-                print(f"{launcher.script(point.name)}\n")
+        show(points, commands, launcher)
         return
     launcher.check()
     with workdir.in_use(folder):
         workdir.write_json(folder / SWEEP_NAME, described)
-        sweep = Sweep(points, commands, launcher, folder, given.retries)
+        write = functools.partial(sweep_table.write, points, folder=folder)
+        sweep = Sweep(points, commands, launcher, given.retries, write)
         table = sweep.run()
     print(f"\n{table}\nOf each run: {folder / sweep_table.CSV_NAME}")
-    if sweep.errors:
-        print(f"error: {len(sweep.errors)} of {len(points)} points failed", file=sys.stderr)
-        sys.exit(1)
+    sweep.exit_if_failed()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import submitit
-from absl import logging
+from absl import flags, logging
 from submitit.core.utils import JobPaths
 
 from experiments.errors import UserError
@@ -27,6 +27,16 @@ from scripts.submission import Executor, Job
 
 LOCAL_MINUTES = 60 * 24 * 365  # submitit wants a limit
 LOG_BYTES = 100_000  # at the end of a log, where its last error is looked for
+
+
+def define_flags() -> None:
+    """Defines the flags of a command that launches runs."""
+    flags.DEFINE_enum("launcher", "local", ["local", "slurm"], "Where runs are made.")
+    flags.DEFINE_integer("jobs", 1, "Runs at once, if they are made here.", lower_bound=1)
+    flags.DEFINE_integer("retries", 1, "How often to try a failed run again.", lower_bound=0)
+    flags.DEFINE_boolean("dry_run", False, "Print what would be run, and write nothing.")
+    submission.define_flags(flags.FLAGS)
+    flags.DEFINE_float("poll", 30, "Seconds between looks at SLURM's queue.", lower_bound=0.1)
 
 
 class Launcher:
@@ -66,7 +76,7 @@ class Launcher:
 
     def jobs_folder(self, point: str) -> Path:
         """Where submitit has the jobs of a point."""
-        return self.folder / "jobs" / point
+        return (self.folder / "jobs" / point).absolute()  # as `~` is for submitit its user's
 
     def record(self, point: str, job: str) -> None:
         """Keeps that a job was started for a point."""
@@ -227,6 +237,18 @@ class Slurm(Launcher):
             raise UserError(f"--launcher=slurm: {problem}")
         logging.warning("%s; jobs are taken to be where they were", problem)
         self._seen = dict.fromkeys(self._seen, now)
+
+
+def make_launcher(given: Any, folder: Path) -> Launcher:
+    """The launcher that flags ask for, with its files in a folder.
+
+    Raises:
+      UserError: names the flag that won't do.
+    """
+    submission.check_folder(folder)
+    if given.launcher == "local":
+        return Local(folder, given.jobs)
+    return Slurm(folder, submission.parameters(given), given.max_timeouts, given.poll)
 
 
 @contextlib.contextmanager

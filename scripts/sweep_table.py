@@ -11,6 +11,7 @@ from experiments import workdir
 from experiments.compare import LABELS
 from experiments.metrics import markdown_table
 from experiments.sweeps import Point, argument
+from scripts import markdown
 
 CSV_NAME, MARKDOWN_NAME = "results.csv", "results.md"
 SEED, KIND = "seed", "model.kind"
@@ -76,7 +77,7 @@ def as_markdown(points: list[Point], table: list[Row], errors: dict[str, str]) -
     groups: dict[tuple[str, ...], list[Row]] = {}
     names = [field for field in points[0].fields if field not in (SEED, KIND)]
     for row in table:
-        key = (LABELS[row["kind"]], *(argument(row[field]) for field in names))
+        key = (LABELS[row["kind"]], *(markdown.escape(argument(row[field])) for field in names))
         groups.setdefault(key, []).append(row)
     shown = _shown(points)
     finished = [row for row in table if row["status"] == "finished"]
@@ -106,7 +107,7 @@ def as_markdown(points: list[Point], table: list[Row], errors: dict[str, str]) -
         "an LSTM has neither.\n"
     )
     for name, error in errors.items():
-        text += f"\n- `{name}` failed: {error}"
+        text += f"\n- `{name}` failed: {markdown.escape(error)}"
     return text + "\n" * bool(errors)
 
 

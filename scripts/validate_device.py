@@ -38,8 +38,8 @@ from absl import flags
 from experiments import cli, datasets, workdir
 from experiments.errors import UserError
 from scripts import timing, validation_report
+from scripts.validation_report import SHARES
 
-SHARES = {"rates": 2, "check": 5, "benchmark": 6, "training": 4}  # of the time
 # Kernels multiply in float32, XLA on a GPU in tf32 unless it is told to.
 ENVIRONMENT = {"training": {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}}
 # Without the device named, no step runs on another. The CPU computes what is expected.

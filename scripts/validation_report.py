@@ -11,7 +11,7 @@ from bnlstm_jax.recurrence import IMPLEMENTATIONS, VALIDATED_UNITS
 from experiments import metrics, workdir
 from scripts import compare_implementations, measure_rates
 
-STEPS = ("rates", "check", "benchmark", "training")
+SHARES = {"rates": 2, "check": 5, "benchmark": 6, "training": 4}  # of the time, by step
 SLOWER = 0.95  # of the time that `xla` takes to that of a kernel: what is below counts as slower
 SHORTEST_TRAINING = 200  # updates: before that, rounding alone moves losses as far as they fall
 LEAST_GAIN = 0.8  # of what the loss of `xla` falls by
@@ -38,7 +38,7 @@ def read(folder: Path) -> Findings:
 
     That is the device and commit of the check, or of the first step that there is.
     """
-    files = {step: folder / f"{step}.json" for step in STEPS}
+    files = {step: folder / f"{step}.json" for step in SHARES}
     found = {step: workdir.read_json(file) for step, file in files.items() if file.exists()}
 
     def origin(record: dict[str, Any]) -> tuple[str, str | None]:

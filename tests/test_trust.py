@@ -481,7 +481,7 @@ class Outline(HTMLParser):
 
 
 def page_of(text: str) -> str:
-    """A page that has a text wherever there is one that data or files may give."""
+    """A reader's page that has a text wherever there is one that data or files may give."""
     answer, entity = f"answer{text}", f"@entity{text}"
     words = [Word(f"a{text}", f"b{text}"), Word(answer, answer), Word(entity, entity)]
     found = Inspection(

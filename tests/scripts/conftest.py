@@ -1,5 +1,6 @@
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,3 +21,15 @@ def runs(tmp_path_factory) -> Path:
 def finished(runs, tmp_path) -> Path:
     """A copy of a run, to be spoilt and written into."""
     return Path(shutil.copytree(runs / "bn_lstm", tmp_path / "run"))
+
+
+@pytest.fixture
+def call_main(monkeypatch, capsys):
+    """Runs a command in this process, with flags of these values; its stdout and stderr."""
+
+    def call_main(command, *arguments, **values):
+        monkeypatch.setattr(command.flags, "FLAGS", SimpleNamespace(**values))
+        command.main([command.__name__, *arguments])
+        return capsys.readouterr()
+
+    return call_main

@@ -3,8 +3,11 @@
 import json
 from pathlib import Path
 
-from experiments import workdir
+from experiments import train, workdir
 from experiments.runs import Experiment
+
+# A name that a workdir may have, of what Matplotlib, Rich, glob, Markdown and HTML take for theirs.
+ODD = "_a $x_1$ *|? ~~b~~ `c` :heart: <i>&amp; 'd\" e"
 
 
 def write_run(
@@ -46,6 +49,9 @@ def write_run(
             {"split": "test", "statistics": "batch", **{name: -1.0 for name in test}},
             {"split": "valid", "statistics": statistics, **{name: -1.0 for name in test}},
         ]
-        results = {"update": config.num_updates, "rows": [*others, row]}
+        update = config.num_updates
+        evaluation = train.evaluation_fields(config)
+        rows = [*others, row]
+        results = {"update": update, "updates": update, "evaluation": evaluation, "rows": rows}
         workdir.write_json(run / "results.json", results)
     return run

@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,14 +11,12 @@ from scripts import evaluate_batch_sizes
 
 
 @pytest.fixture
-def show(monkeypatch, capsys):
+def show(call_main):
     """Runs the command in this process; returns the cells of its table, by row."""
 
     def show(folder, sizes):
-        flags = SimpleNamespace(workdir=str(folder), data_dir=None, batch_sizes=sizes)
-        monkeypatch.setattr(evaluate_batch_sizes.flags, "FLAGS", flags)
-        evaluate_batch_sizes.main([])
-        lines = capsys.readouterr().out.splitlines()
+        given = {"workdir": str(folder), "data_dir": None, "batch_sizes": sizes}
+        lines = call_main(evaluate_batch_sizes, **given).out.splitlines()
         return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
 
     return show

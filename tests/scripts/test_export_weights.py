@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,16 +15,11 @@ from scripts import export_weights
 
 
 @pytest.fixture
-def export(monkeypatch, capsys):
+def export(call_main):
     """Runs the command in this process; returns what it prints."""
-
-    def export(folder, output):
-        flags = SimpleNamespace(workdir=str(folder), output=str(output))
-        monkeypatch.setattr(export_weights.flags, "FLAGS", flags)
-        export_weights.main([])
-        return capsys.readouterr().out
-
-    return export
+    return lambda folder, output: (
+        call_main(export_weights, workdir=str(folder), output=str(output)).out
+    )
 
 
 @pytest.mark.parametrize(

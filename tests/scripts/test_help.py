@@ -59,6 +59,8 @@ def test_help_has_an_example_and_every_flag(name, answers):
         own.append("config")
     if "submission.define_flags" in SOURCES[name]:
         own += ["time", "partition"]
+    if "sweep_launchers.define_flags" in SOURCES[name]:
+        own += ["launcher", "jobs", "time", "partition"]
     for flag in own:
         assert re.search(rf"^  (-\w,)?--(\[no\])?{flag}: ", output, re.M), flag
 

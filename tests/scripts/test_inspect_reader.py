@@ -6,7 +6,6 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -83,17 +82,14 @@ def finished(runs, tmp_path):
 
 
 @pytest.fixture
-def inspect(monkeypatch, capsys):
+def inspect(call_main):
     """Runs the command in this process: the page as it reads, and what is written."""
 
     def inspect(folder, example=0, split="valid", output=None, data_dir=None):
-        given = SimpleNamespace(
-            workdir=str(folder), example=example, split=split, output=output, data_dir=data_dir
-        )
-        monkeypatch.setattr(inspect_reader.flags, "FLAGS", given)
-        inspect_reader.main([])
+        given = {"example": example, "split": split, "output": output, "data_dir": data_dir}
+        written = call_main(inspect_reader, workdir=str(folder), **given)
         page = Path(output or folder / f"attention_{split}_{example}.html")
-        return Reading(page.read_text(encoding="utf-8")), capsys.readouterr()
+        return Reading(page.read_text(encoding="utf-8")), written
 
     return inspect
 

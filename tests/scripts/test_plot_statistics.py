@@ -2,22 +2,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from configs import digits
-from experiments import train
+from experiments import train, workdir
 from experiments.checkpoints import read_best
 from experiments.errors import UserError
 from scripts import pictures, plot_statistics
+from tests.scripts.made_up import ODD
 
 PNG = b"\x89PNG"
 
 
 @pytest.fixture
-def draw(monkeypatch, capsys):
+def draw(monkeypatch, call_main):
     """Runs the command in this process; the figure, and what was printed."""
     figures = []
     save = pictures.save
@@ -28,11 +28,9 @@ def draw(monkeypatch, capsys):
 
     def draw(folder, **given):
         given = {"output": None, "units": 30, "steps": None} | given
-        flags = SimpleNamespace(workdir=str(folder), **given)
-        monkeypatch.setattr(plot_statistics.flags, "FLAGS", flags)
         monkeypatch.setattr(pictures, "save", kept)
-        plot_statistics.main([])
-        return figures[-1], capsys.readouterr().out
+        output = call_main(plot_statistics, workdir=str(folder), **given).out
+        return figures[-1], output
 
     return draw
 
@@ -98,6 +96,14 @@ def test_the_picture_of_a_run(finished, draw, tmp_path):
     for name, values in panels(figure).items():
         assert values.shape == (4, 2)
         assert set(values[-1]) <= set(np.asarray(variables["batch_stats"]["layer"][name])[3])
+
+
+def test_names_with_dollar_signs_are_no_formulas(finished, draw, tmp_path):
+    record = workdir.read_json(finished / "run.json") | {"dataset": r"$\no formula$"}
+    workdir.write_json(finished / "run.json", record)
+    figure, output = draw(finished.rename(tmp_path / ODD))
+    assert figure.get_suptitle().startswith(r"$\no formula$, BN-LSTM, update 3")
+    assert output.endswith(f"{tmp_path / ODD}/population_statistics.png\n")
 
 
 def test_the_picture_of_a_run_on_images(tmp_path, draw):

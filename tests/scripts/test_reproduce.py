@@ -9,8 +9,8 @@ import pytest
 
 from experiments import paper, runs
 from experiments.runs import Experiment
-from scripts import paper_curves, paper_items
-from tests.scripts.made_up import write_run
+from scripts import paper_curves, paper_items, reproduce
+from tests.scripts.made_up import ODD, write_run
 
 ROOT = Path(__file__).parents[2]
 ITEMS = paper_items.items("data")
@@ -114,10 +114,10 @@ def test_every_item_shows_something_or_nothing(name, tmp_path):
 def test_commands_make_the_runs_and_go_on(tmp_path):
     done = call("table_mnist", "--seeds=2", "--dry_run", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if not line.startswith("#")]
+    lines = [line for line in done.stdout.splitlines() if line and line[0] != "#"]
     assert len(lines) == 8 and len(set(lines)) == 8
     words = shlex.split(lines[-1])
-    assert words[:4] == ["python", "-m", "experiments.main", "--config=configs/pmnist.py"]
+    assert words[:4] == [sys.executable, "-m", "experiments.main", "--config=configs/pmnist.py"]
     assert f"--workdir={tmp_path}/pmnist/bn_lstm/seed_2" in words
     assert {"--config.seed=2", "--config.num_updates=500", "--config.model.kind=bn_lstm"} <= {
         *words
@@ -128,6 +128,43 @@ def test_commands_make_the_runs_and_go_on(tmp_path):
     for budget, number in (("minutes", 3), ("full", 4)):
         done = call("table_mnist", f"--budget={budget}", "--dry_run", f"--workdir={tmp_path}")
         assert done.stdout.count("experiments.main") == number
+
+
+# In place of `experiments.main`: a run of 500 updates, or a mistake.
+STAND_IN = """
+import sys
+from pathlib import Path
+from experiments.runs import Experiment
+from tests.scripts.made_up import ODD, write_run
+
+config, kind, folder = sys.argv[1:]
+if kind == "lstm":
+    sys.exit("error: made up")
+write_run(Path(folder), Experiment(config, kind), 1, {500: {"accuracy": 0.5}}, {"accuracy": 0.7})
+"""
+
+
+def test_runs_are_launched_as_those_of_a_sweep(tmp_path, monkeypatch, capsys, call_main):
+    folder = tmp_path / ODD
+
+    def command_of(point, config_file, overrides):
+        config, kind = Path(config_file).stem, point.fields["model.kind"]
+        return [sys.executable, "-c", STAND_IN, config, kind, str(folder)]
+
+    monkeypatch.setattr(reproduce.sweep, "command_of", command_of)
+    given = {"budget": "minutes", "seeds": 1, "data_dir": "data", "workdir": str(folder)}
+    given |= {"output": str(tmp_path), "dry_run": False}
+    given |= {"launcher": "local", "jobs": 2, "retries": 0}
+    with pytest.raises(SystemExit) as caught:
+        call_main(reproduce, "table_mnist", **given)
+    assert caught.value.code == 1
+    said = capsys.readouterr()
+    assert said.err == "error: 2 of 4 points failed\n"
+    assert "mnist/bn_lstm/seed_1: finished\n" in said.out
+    log = folder / "jobs/pmnist/lstm/seed_1"
+    assert f"pmnist/lstm/seed_1: failed: error: made up ({log}/" in said.out
+    table = (tmp_path / "table_mnist.md").read_text()
+    assert table in said.out and re.sub(" +", " ", table).count("| 0.7000 | 500 of 100,000 |") == 2
 
 
 def test_runs_that_exist_are_shown(mnist_runs, tmp_path):

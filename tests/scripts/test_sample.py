@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +25,12 @@ ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu"}
 
 
 @pytest.fixture
-def write(monkeypatch, capsys):
+def write(call_main):
     """Runs the command in this process; what it writes to stdout and to stderr."""
 
     def write(folder, **given):
         given = {"prompt": None, "length": 20, "temperature": 1.0, "seed": 1} | given
-        monkeypatch.setattr(sample.flags, "FLAGS", SimpleNamespace(workdir=str(folder), **given))
-        sample.main([])
-        return capsys.readouterr()
+        return call_main(sample, workdir=str(folder), **given)
 
     return write
 

@@ -13,6 +13,7 @@ from absl import flags
 from experiments.errors import UserError
 from scripts import slurm
 from tests.flag_values import fresh_flags
+from tests.scripts.made_up import ODD
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,14 +22,14 @@ SCRIPT = """\
 
 # Parameters
 #SBATCH --cpus-per-task=4
-#SBATCH --error='{folder}/slurm/%j_0_log.err'
+#SBATCH --error={first}.err'
 #SBATCH --gpus-per-node=8
-#SBATCH --job-name='a run'
+#SBATCH --job-name={name}
 #SBATCH --mem=64GB
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
 #SBATCH --open-mode=append
-#SBATCH --output='{folder}/slurm/%j_0_log.out'
+#SBATCH --output={first}.out'
 #SBATCH --partition=gpu
 #SBATCH --requeue
 #SBATCH --reservation=vision
@@ -41,8 +42,8 @@ module load cuda
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output '{folder}/slurm/%j_%t_log.out' --error '{folder}/slurm/%j_%t_log.err' \
-{python} -u -m submitit.core._submit '{folder}/slurm'
+srun --unbuffered --output {each}.out' --error {each}.err' \
+{python} -u -m submitit.core._submit {folder}
 """
 
 JOB = (
@@ -88,12 +89,16 @@ def cluster(tmp_path):
 
 
 def test_a_dry_run_shows_what_is_submitted(tmp_path, cluster):
-    folder = tmp_path / "a run"
+    folder = tmp_path / ODD
     run = ["--config=configs/ptb.py", f"--workdir={folder}", "--config.eval_lengths=50,100"]
     shown = call(*JOB, *run, "--dry_run").stdout
     assert not folder.exists()
     script, command = shown.split("\n# which has each process run\n")
-    assert script == SCRIPT.format(folder=folder, python=shlex.quote(sys.executable))
+    quoted = {"python": sys.executable, "name": ODD, "folder": f"{folder}/slurm"}
+    quoted |= {"first": f"{folder}/slurm/%j_0_log", "each": f"{folder}/slurm/%j_%t_log"}
+    quoted = {name: shlex.quote(text) for name, text in quoted.items()}
+    quoted |= {name: quoted[name].removesuffix("'") for name in ("first", "each")}
+    assert script == SCRIPT.format(**quoted)
     words = shlex.split(command)
     assert words[:4] == [sys.executable, "-m", "experiments.main", "--distributed"]
     assert words[-3:] == run
@@ -176,6 +181,10 @@ def message(*arguments) -> str:
         (
             ["--time=9", "--config=configs/ptb.py", "--workdir=README.md"],
             "--workdir=README.md is not a folder",
+        ),
+        (
+            ["--time=9", "--workdir=a%b"],
+            "--workdir: jobs cannot write logs to a path with '%'",
         ),
         (["--time=9", "--workdir=runs/x"], "there is no sbatch here: call this on a login node"),
     ],

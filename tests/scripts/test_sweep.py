@@ -1,5 +1,6 @@
 import contextlib
 import csv
+import functools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
 from configs import digits
 from experiments import workdir
@@ -21,6 +23,8 @@ from experiments.sweeps import make_points
 from scripts import sweep, sweep_table
 from scripts.sweep_launchers import Slurm
 from tests.scripts.locks import is_held
+from tests.scripts.made_up import ODD
+from tests.test_trust import Outline
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "scripts.sweep", "--config=configs/digits.py"]
@@ -325,6 +329,10 @@ def made_up(folder, swept, kind="lstm"):
     return make_points(config, swept, folder)
 
 
+def table_of(points, folder):
+    return functools.partial(sweep_table.write, points, folder=folder)
+
+
 @pytest.mark.parametrize("most", [1, 2])
 def test_points_are_run_so_many_at_once_and_tried_again(tmp_path, capsys, most):
     points = made_up(tmp_path, [{"seed": seed} for seed in range(6)])
@@ -332,7 +340,7 @@ def test_points_are_run_so_many_at_once_and_tried_again(tmp_path, capsys, most):
     write_results(points[1], 0.5)
     launcher = Fake(most, fails={"seed=2": 1, "seed=3": 5}, before=["seed=4"])
     launcher.points = {point.name: point for point in points}
-    own = sweep.Sweep(points, {name: [] for name in names}, launcher, tmp_path, retries=1)
+    own = sweep.Sweep(points, {name: [] for name in names}, launcher, 1, table_of(points, tmp_path))
     own.run()
     assert launcher.at_once == most
     # 1 was finished, 4 was running: neither is started. 2 and 3 fail, and come again at the end.
@@ -351,7 +359,9 @@ def test_a_signal_stops_points_and_starts_no_more(tmp_path, capsys):
     points = made_up(tmp_path, [{"seed": 1}, {"seed": 2}])
     launcher = Fake(2)
     launcher.points = {point.name: point for point in points}
-    own = sweep.Sweep(points, {point.name: [] for point in points}, launcher, tmp_path, retries=1)
+    own = sweep.Sweep(
+        points, {point.name: [] for point in points}, launcher, 1, table_of(points, tmp_path)
+    )
     launcher.start = lambda point, command: (
         Fake.start(launcher, point, command),
         os.kill(os.getpid(), signal.SIGTERM),
@@ -420,6 +430,17 @@ def test_table_over_seeds(tmp_path):
         "workdir": "initial_scale=0.1,seed=1",
     }
     assert rows[4]["validation"] == "" and rows[4]["workdir"] == "initial_scale=0.5,seed=1"
+
+
+def test_odd_values_read_as_they_are(tmp_path):
+    """Of a field in the table and in the CSV file, and in an error."""
+    points = made_up(tmp_path, [{"data_dir": ODD}, {"data_dir": "b"}])
+    text = sweep_table.write(points, {}, {points[0].name: f"error: {ODD}"}, tmp_path)
+    shown = Outline(MarkdownIt("commonmark", {"html": False}).enable("table").render(text))
+    assert "".join(shown.text).count(ODD) == 2
+    assert shown.elements.count(("td", ())) == 8  # two rows of model, field, seeds and validation
+    with (tmp_path / "results.csv").open() as file:
+        assert [row["data_dir"] for row in csv.DictReader(file)] == [ODD, "b"]
 
 
 @pytest.mark.parametrize("lower_is_better, order", [(False, ["1", "0"]), (True, ["0", "1"])])
