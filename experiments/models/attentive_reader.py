@@ -241,7 +241,7 @@ class AttentiveReader(nn.Module):
         size, steps = y.shape[-1], y.shape[1]
         valid = padding_mask(lengths, steps)  # [B, T, 1]
         counted = valid
-        if self.quirks.count_padding:
+        if self.quirks.count_padding and not use_running_average:
             longest = jnp.max(lengths)
             if self.axis_name is not None and not self.is_initializing():
                 longest = jax.lax.pmax(longest, self.axis_name)
