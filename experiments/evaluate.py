@@ -12,11 +12,12 @@ from ml_collections import ConfigDict
 from bnlstm_jax import estimate_population_statistics
 from experiments.metrics import describe, track
 from experiments.parallel import ONE_DEVICE, Parallel
-from experiments.tasks import Batch, Metrics, Reading, Task
+from experiments.tasks import Adapt, Batch, Metrics, Reading, Task
 
 Variables = dict[str, Any]
 Evaluator = Callable[..., dict[str, float]]
 Check = Callable[[], None]  # is called between batches, and may raise
+BATCH_INPUTS = "population_batch_inputs"  # see `Task.batch_inputs`
 
 
 def nothing() -> None:
@@ -26,13 +27,14 @@ def nothing() -> None:
 def make_evaluator(task: Task, noise: jax.Array, parallel: Parallel = ONE_DEVICE) -> Evaluator:
     """A function of variables, reading, split, batch size and `use_running_average`: averages.
 
-    With a `title` it shows a progress bar; before each batch it calls `check`. Every example counts
-    the same, also those of a short last batch; but one example alone has no batch statistics, and
-    counts for nothing under them. The key `noise` feeds noise on initial hidden
-    states, which is drawn anew for each batch and the same in each evaluation.
+    With a `title` it shows a progress bar; before each batch it calls `check`. `adapt`, such as
+    `Task.batch_inputs`, changes the variables for each batch. Every example counts the same, also
+    those of a short last batch; but one example alone has no batch statistics, and counts for
+    nothing under them. The key `noise` feeds noise on initial hidden states, which is drawn anew
+    for each batch and the same in each evaluation.
     """
 
-    @jax.jit(static_argnames=("use_running_average", "continued", "split"))
+    @jax.jit(static_argnames=("use_running_average", "continued", "split", "adapt"))
     def run(
         variables: Variables,
         carry: Any,
@@ -41,14 +43,18 @@ def make_evaluator(task: Task, noise: jax.Array, parallel: Parallel = ONE_DEVICE
         use_running_average: bool,
         continued: bool,
         split: bool,
+        adapt: Adapt | None,
     ) -> tuple[Any, Metrics]:
         def on_device(
             variables: Variables, carry: Any, index: int, batch: Batch
         ) -> tuple[Any, Metrics]:
             key = parallel.fold_in(jax.random.fold_in(noise, index), split)
+            inputs = task.inputs(batch, carry)
+            if adapt is not None:
+                variables = adapt(variables, inputs)
             outputs, _ = task.model.apply(
                 variables,
-                *task.inputs(batch, carry),
+                *inputs,
                 use_running_average=use_running_average,
                 rngs={"noise": key},
                 mutable=["batch_stats"],  # so that batch statistics may be taken; they are dropped
@@ -67,6 +73,7 @@ def make_evaluator(task: Task, noise: jax.Array, parallel: Parallel = ONE_DEVICE
         use_running_average: bool,
         title: str | None = None,
         check: Check = nothing,
+        adapt: Adapt | None = None,
     ) -> dict[str, float]:
         sums: dict[str, np.ndarray] = {}
         examples = task.num_examples(split, reading)
@@ -77,13 +84,13 @@ def make_evaluator(task: Task, noise: jax.Array, parallel: Parallel = ONE_DEVICE
         for index, batch in enumerate(batches):
             check()
             rows = min(batch_size, examples - index * batch_size)
-            if index and rows == 1 and not use_running_average and "batch_stats" in variables:
+            by_batch = adapt is not None or not use_running_average
+            if index and rows == 1 and by_batch and "batch_stats" in variables:
                 continue
             split_up = parallel.splits(rows)
             batch = parallel.place(batch, split_up, task.shared)
-            carry, metrics = run(
-                variables, carry, index, batch, use_running_average, reading.continued, split_up
-            )
+            options = use_running_average, reading.continued, split_up, adapt
+            carry, metrics = run(variables, carry, index, batch, *options)
             for name, sum_and_count in metrics.items():
                 sums[name] = sums.get(name, 0) + np.asarray(sum_and_count, np.float64)
         return {name: float(total / count) for name, (total, count) in sums.items()}
@@ -144,7 +151,8 @@ def evaluate_all(
 
     Validation's reading is evaluated with batch statistics (in batches of `config.batch_size`),
     with running averages and with `population` statistics; the others with batch statistics, where
-    there is a batch, and with population statistics.
+    there is a batch, and with population statistics. Where the task has `batch_inputs`,
+    validation's reading is also evaluated with these, in batches of `config.batch_size`.
 
     Yields:
       Rows with `split`, `statistics`, the name of the `reading` where it has one, and the metrics.
@@ -155,12 +163,14 @@ def evaluate_all(
         size = config.eval_batch_size
         if reading.continued:
             size = 1
-        elif statistics == "batch" and reading == first:
+        elif statistics in ("batch", BATCH_INPUTS) and reading == first:
             size = config.batch_size
+        adapt = task.batch_inputs if statistics == BATCH_INPUTS else None
         for split in reading.splits:
             row = reading.row(split, statistics)
             title = f"evaluating {describe(row)}, {task.data}"
-            yield row | evaluate(values, reading, split, size, statistics != "batch", title, check)
+            running = statistics != "batch"
+            yield row | evaluate(values, reading, split, size, running, title, check, adapt)
 
     if population is None:
         for reading in task.readings:
@@ -170,5 +180,8 @@ def evaluate_all(
         if not reading.continued:
             yield from rows("batch", variables, reading)
     yield from rows("running", variables, first)
+    variables = {**variables, "batch_stats": population}
     for reading in task.readings:
-        yield from rows("population", {**variables, "batch_stats": population}, reading)
+        yield from rows("population", variables, reading)
+    if task.batch_inputs is not None:
+        yield from rows(BATCH_INPUTS, variables, first)

@@ -40,6 +40,7 @@ STATISTICS = {
     "batch": "batch statistics",
     "running": "population statistics, running average",
     "population": "population statistics, re-estimated",
+    "population_batch_inputs": "population statistics, input terms by the batch",
     "none": "no batch statistics",
 }
 

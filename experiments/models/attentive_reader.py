@@ -22,6 +22,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from bnlstm_jax import BNLSTM, LSTM, initializers
@@ -240,7 +241,7 @@ class AttentiveReader(nn.Module):
         size, steps = y.shape[-1], y.shape[1]
         valid = padding_mask(lengths, steps)  # [B, T, 1]
         counted = valid
-        if self.quirks.count_padding:
+        if self.quirks.count_padding and not use_running_average:
             longest = jnp.max(lengths)
             if self.axis_name is not None and not self.is_initializing():
                 longest = jax.lax.pmax(longest, self.axis_name)
@@ -325,6 +326,37 @@ class AttentiveReader(nn.Module):
             variant=Variant(learned_cell=False, input_epsilon=epsilon),
             mask_statistics=(("input",) if sequence else ()) if quirks.count_padding else True,
         )
+
+
+def with_input_statistics(
+    reader: AttentiveReader, variables: dict[str, Any], inputs: tuple[Array, ...]
+) -> dict[str, Any]:
+    """Variables whose statistics of the encoders' input terms are those of a batch.
+
+    All others stay. The paper's released code evaluates readers with `input_statistics="sequence"`
+    by such statistics. See docs/differences.md.
+
+    Args:
+      reader: the model, with `input_statistics="sequence"`.
+      variables: its parameters and population statistics.
+      inputs: the batch, as the reader is called with it.
+
+    Returns:
+      Variables to call the reader with on this batch, with `use_running_average=True`.
+
+    Raises:
+      ValueError: the batch has one question.
+    """
+    forgetful = reader.clone(momentum=0.0)  # its running averages are the batch's statistics
+    _, updated = forgetful.apply(
+        variables, *inputs, use_running_average=False, mutable=["batch_stats"]
+    )
+    of_batch = flatten_dict(updated["batch_stats"])
+    statistics = {
+        path: of_batch[path] if path[-1].startswith("input_") else value
+        for path, value in flatten_dict(variables["batch_stats"]).items()
+    }
+    return {**variables, "batch_stats": unflatten_dict(statistics)}
 
 
 def padding_mask(lengths: Array, steps: int) -> Array:

@@ -21,6 +21,8 @@ from experiments.parallel import ONE_DEVICE, Parallel
 Batch = Mapping[str, Any]
 # Sums over examples or predictions, and their number, so that averages over batches are exact.
 Metrics = dict[str, tuple[Array, Array]]
+# Variables and what the model is called with, to other variables for this call.
+Adapt = Callable[[dict[str, Any], tuple[Any, ...]], dict[str, Any]]
 # Which rows to read of a batch of so many.
 Share = Callable[[int], slice]
 
@@ -67,6 +69,8 @@ class Task(Protocol):
       notes: what a run says of its data when it starts.
       shared: names of what a batch holds that belongs to all its rows; all else has one row for
         each example.
+      batch_inputs: puts the batch's own statistics in place of the population's for input terms,
+        for one more row of the final evaluation; None where there is no such row. Traced.
     """
 
     model: nn.Module
@@ -78,6 +82,7 @@ class Task(Protocol):
     record: dict[str, Any]
     notes: Sequence[str]
     shared: Collection[str]
+    batch_inputs: Adapt | None
 
     def train_rows(self, update: int) -> int:
         """Number of examples of the batch of update 0, 1, ..."""

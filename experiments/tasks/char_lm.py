@@ -67,6 +67,7 @@ class Task:
 
     shown = ("bits_per_character", "accuracy")
     shared = ("text", "steps")
+    batch_inputs = None
 
     def __init__(self, config: ConfigDict, parallel: Parallel = ONE_DEVICE) -> None:
         """Loads the corpus `config.dataset`."""

@@ -20,9 +20,15 @@ from experiments.datasets.question_arrays import SPLITS
 from experiments.datasets.questions import SPECIALS, Selection, Split, Texts
 from experiments.errors import UserError
 from experiments.layers import check_implementation, check_max_steps, matmul_dtype
-from experiments.models.attentive_reader import FORMS, AttentiveReader, Quirks
+from experiments.models.attentive_reader import (
+    FORMS,
+    AttentiveReader,
+    Quirks,
+    with_input_statistics,
+)
 from experiments.parallel import ONE_DEVICE, Parallel
 from experiments.tasks import (
+    Adapt,
     Batch,
     Metrics,
     Reading,
@@ -141,6 +147,9 @@ class Task:
             for texts in self.splits["train"][:2]
         ]
         self.model = make_model(config.model, len(words), *steps, parallel.statistics_axis)
+        self.batch_inputs: Adapt | None = None
+        if self.model.input_statistics == "sequence":
+            self.batch_inputs = functools.partial(with_input_statistics, self.model)
         self.record |= {
             "dataset": self.data,
             "dataset_sha256": data.digest,

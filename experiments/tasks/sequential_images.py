@@ -55,6 +55,7 @@ class Task:
     lower_is_better = False
     shown = ("accuracy", "loss")
     shared = ()
+    batch_inputs = None
 
     def __init__(self, config: ConfigDict, parallel: Parallel = ONE_DEVICE) -> None:
         """Loads `config.dataset` from `config.data_dir`."""

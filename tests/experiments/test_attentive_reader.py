@@ -535,6 +535,14 @@ def test_one_batch_makes_inference_equal_training(form, mask, double):
         np.testing.assert_allclose(mine, wanted, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("form", ["lstm", "bn_e_star_star"])
+def test_inference_is_outside_of_mapped_axes(form, double):
+    params, stats, _ = draw(form)
+    expected = run(form, False, False, params, stats, make_batch())
+    found = values(form, False, axis_name="devices")(params, stats, make_batch())
+    np.testing.assert_array_equal(found[0], expected[0])
+
+
 # ---- Dropout.
 
 

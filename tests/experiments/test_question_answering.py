@@ -1,14 +1,17 @@
+import copy
+
 import jax
 import numpy as np
 import pytest
 
 from configs import cnn_qa
 from experiments import config as shared
-from experiments import tasks, train, workdir
+from experiments import evaluate, tasks, train, workdir
 from experiments.datasets import prepared
 from experiments.datasets.question_arrays import Question, pack
 from experiments.errors import UserError
 from experiments.tasks.question_answering import make_model
+from tests import reference_reader
 
 COUNTS = {"train": 50, "valid": 9, "test": 7}
 ENTITIES = [f"@entity{i}" for i in range(6)]
@@ -274,6 +277,8 @@ def test_readers_train_and_are_evaluated(config, kind, tmp_path, capsys):
     results = train.train(config, tmp_path / kind)
     ways = {(row["split"], row["statistics"]) for row in results["rows"]}
     expected = {"none"} if kind == "lstm" else {"batch", "running", "population"}
+    if kind == "bn_e_star_star":
+        expected |= {"population_batch_inputs"}
     assert ways == {(split, way) for split in ("valid", "test") for way in expected}
     assert all(np.isfinite(row["loss"]) for row in results["rows"])
     record = workdir.read_record(tmp_path / kind)
@@ -281,6 +286,44 @@ def test_readers_train_and_are_evaluated(config, kind, tmp_path, capsys):
     told = " ".join(capsys.readouterr().out.split())
     assert "training questions, passages padded to" in told
     assert "programs compiled in" in told
+
+
+def test_only_statistics_of_sequences_are_taken_from_the_evaluated_batch(config):
+    for kind in shared.READER_KINDS:
+        config.model.kind = kind
+        assert (tasks.load(config).batch_inputs is not None) == kind.startswith("bn_e_star")
+
+
+def test_a_row_has_input_terms_by_the_batch_and_all_others_by_the_population(config):
+    config.model.kind = "bn_e_star"
+    config.batch_size = 4  # of nine: the last batch has one question, which counts for nothing
+    config.num_lengths = 1
+    task = tasks.load(config)
+    variables = train.variables_of(train.create_state(task, config))
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: random.normal(0, 0.7, x.shape), variables["params"])
+    population = jax.tree.map(lambda x: random.uniform(0.5, 1.5, x.shape), variables["batch_stats"])
+    run = evaluate.make_evaluator(task, jax.random.key(0))
+    rows = evaluate.evaluate_all(task, config, {**variables, "params": params}, population, run)
+    losses = {row["statistics"]: row["loss"] for row in rows if row["split"] == "valid"}
+
+    batches = list(task.batches("valid", 4, task.readings[0]))[:2]
+    of_batches = [copy.deepcopy(population) for _ in batches]
+    for statistics, batch in zip(of_batches, batches, strict=True):
+        _, _, moments = reference_reader.read("bn_e_star", params, *task.inputs(batch))
+        for encoder in ("passage", "question"):
+            for name in ("input_mean", "input_var"):
+                statistics[encoder]["forward"][name] = moments[encoder]["forward"][name]
+
+    def loss(statistics, batch):
+        inputs = task.inputs(batch)
+        logits, _, _ = reference_reader.read("bn_e_star", params, *inputs, statistics=statistics)
+        p = np.exp(logits)[np.arange(4), batch["answer"]] / np.exp(logits).sum(1)
+        return -np.log(p + 1e-8).mean()
+
+    wanted = np.mean(list(map(loss, of_batches, batches)))
+    np.testing.assert_allclose(losses["population_batch_inputs"], wanted, rtol=1e-4)
+    assert abs(np.mean([loss(population, batch) for batch in batches]) - wanted) > 0.01
 
 
 def test_settings_are_those_of_the_paper():
