@@ -1,4 +1,4 @@
-"""The page of the library's interface, which a command in CONTRIBUTING.md builds from docstrings."""
+"""The page of the library's interface: a command in CONTRIBUTING.md builds it from docstrings."""
 
 import inspect
 import re
