@@ -1,14 +1,20 @@
 """Recurrent batch normalisation for Flax: LSTMs normalised at every time step.
 
 "Recurrent Batch Normalization", Cooijmans, Ballas, Laurent, Gulcehre, Courville; ICLR 2017.
+Equations have the paper's numbers, and are written out in `bnlstm_jax/cells.py`.
 """
 
-from bnlstm_jax.batch_norm import CURRENT_BATCH_STATS, BatchNorm
+from bnlstm_jax import batch_norm
+from bnlstm_jax.batch_norm import BatchNorm
 from bnlstm_jax.cells import BNLSTMCell, BNSimpleCell, LNLSTMCell, LSTMCell
 from bnlstm_jax.layers import BNLSTM, LNLSTM, LSTM
 from bnlstm_jax.population import estimate_population_statistics
 
 __version__ = "0.1.0"
+
+CURRENT_BATCH_STATS = batch_norm.CURRENT_BATCH_STATS
+"""Collection of the statistics of the current batch, for lifted transforms to list beside
+`batch_stats`: see `estimate_population_statistics`."""
 
 __all__ = [
     "CURRENT_BATCH_STATS",

@@ -131,8 +131,8 @@ def _add_to_current(module: nn.Module, batch: Statistics, count: Array, prefix: 
 class BatchNorm(nn.Module):
     """Batch normalisation of the last axis over all others: equation 5 without its shift.
 
-    Unlike `flax.linen.BatchNorm` it computes statistics in two passes, and its population
-    statistics can be re-estimated by `bnlstm_jax.population`. Parameter `scale [F]`; statistics
+    Unlike `flax.linen.BatchNorm` it computes statistics in two passes, and
+    `bnlstm_jax.estimate_population_statistics` re-estimates them. Parameter `scale [F]`; statistics
     `mean` and `var`, each `[F]`. Under batch statistics only first derivatives in reverse mode are
     defined; updated statistics have none.
 

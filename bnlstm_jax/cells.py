@@ -287,7 +287,7 @@ class LSTMCell(RecurrentCell):
         `recurrent_kernel [H, 4H]`, `bias [4H]`.
       initial_hidden_init: initialiser of the learned initial hidden state `[H]`.
       initial_hidden_noise: standard deviation of Gaussian noise on it, at inference too.
-      variant: departures from the equations.
+      variant: departures from the equations, which `bnlstm_jax.cells.Variant` lists.
       dtype: dtype of products' operands and of the output. By default operands keep the dtypes of
         inputs and parameters, and the output is in float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
@@ -334,7 +334,7 @@ class BNLSTMCell(RecurrentCell):
         `recurrent_kernel [H, 4H]`, `bias [4H]`.
       initial_hidden_init: initialiser of the learned initial hidden state `[H]`.
       initial_hidden_noise: standard deviation of Gaussian noise on it, at inference too.
-      variant: departures from the equations.
+      variant: departures from the equations, which `bnlstm_jax.cells.Variant` lists.
       dtype: dtype of products' operands and of the output. By default operands keep the dtypes of
         inputs and parameters, and the output is in float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
@@ -418,7 +418,7 @@ class LNLSTMCell(RecurrentCell):
       initial_hidden_init: initialiser of the learned initial hidden state `[H]`. From zeros, zero
         inputs would leave all terms without variance, and gradients without bound.
       initial_hidden_noise: standard deviation of Gaussian noise on it, at inference too.
-      variant: departures from the equations.
+      variant: departures from the equations, which `bnlstm_jax.cells.Variant` lists.
       dtype: dtype of products' operands and of the output. By default operands keep the dtypes of
         inputs and parameters, and the output is in float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.

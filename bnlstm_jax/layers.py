@@ -122,15 +122,15 @@ class LSTM(RecurrentLayer):
       initial_hidden_init: initialiser of the learned initial hidden state `[H]`.
       initial_hidden_noise: standard deviation of Gaussian noise on it, at inference too, from the
         rng stream `noise`.
-      variant: departures from the equations.
+      variant: departures from the equations, which `bnlstm_jax.cells.Variant` lists.
       time_major: sequences are `[time, batch, ...]` rather than `[batch, time, ...]`.
       return_carry: return `(carry, outputs)` rather than outputs alone.
       reverse, keep_order: run from the last valid step of each sequence to its first; then return
         outputs in the order of the inputs.
       unroll: time steps per iteration of a compiled loop.
-      implementation: `auto`, or one of `bnlstm_jax.recurrence`. Only `reference` has forward mode;
-        kernels have first derivatives alone, and `jax.export` refuses `cpu` and `gpu`, which leaves
-        batches of over 128 to `xla`.
+      implementation: `auto`, `xla`, `reference`, or a kernel, `cpu`, `gpu` or `tpu`; see
+        `bnlstm_jax.recurrence`. Only `reference` has forward mode; kernels have first derivatives
+        alone, and `jax.export` refuses `cpu` and `gpu`, which leaves batches of over 128 to `xla`.
       dtype: dtype of products' operands and of outputs. By default operands keep the dtypes of
         inputs and parameters, and outputs are in float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
@@ -174,15 +174,15 @@ class LNLSTM(RecurrentLayer):
         inputs would leave all terms without variance, and gradients without bound.
       initial_hidden_noise: standard deviation of Gaussian noise on it, at inference too, from the
         rng stream `noise`.
-      variant: departures from the equations.
+      variant: departures from the equations, which `bnlstm_jax.cells.Variant` lists.
       time_major: sequences are `[time, batch, ...]` rather than `[batch, time, ...]`.
       return_carry: return `(carry, outputs)` rather than outputs alone.
       reverse, keep_order: run from the last valid step of each sequence to its first; then return
         outputs in the order of the inputs.
       unroll: time steps per iteration of a compiled loop.
-      implementation: `auto`, or one of `bnlstm_jax.recurrence`. Only `reference` has forward mode;
-        kernels have first derivatives alone, and `jax.export` refuses `cpu` and `gpu`, which leaves
-        batches of over 128 to `xla`.
+      implementation: `auto`, `xla`, `reference`, or a kernel, `cpu`, `gpu` or `tpu`; see
+        `bnlstm_jax.recurrence`. Only `reference` has forward mode; kernels have first derivatives
+        alone, and `jax.export` refuses `cpu` and `gpu`, which leaves batches of over 128 to `xla`.
       dtype: dtype of products' operands and of outputs. By default operands keep the dtypes of
         inputs and parameters, and outputs are in float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
@@ -223,10 +223,10 @@ class BNLSTM(RecurrentLayer):
 
     The collection `batch_stats` has statistics of each time step,
     `{input,recurrent,cell}_{mean,var}`, each `[max_steps, F]`. Training moves them towards those of
-    the batch; `bnlstm_jax.population` re-estimates them. Inference goes on past `max_steps` with
-    the last row. In a reversed layer the rows follow the recurrence, not the inputs. Updated
-    statistics have no gradient. `flax.linen.Bidirectional` does not pass `use_running_average` on:
-    set it in its layers.
+    the batch; `bnlstm_jax.estimate_population_statistics` re-estimates them. Inference goes on past
+    `max_steps` with the last row. In a reversed layer the rows follow the recurrence, not the
+    inputs. Updated statistics have no gradient. `flax.linen.Bidirectional` does not pass
+    `use_running_average` on: set it in its layers.
 
     Attributes:
       features: number of hidden units H.
@@ -257,16 +257,16 @@ class BNLSTM(RecurrentLayer):
       initial_hidden_init: initialiser of the learned initial hidden state `[H]`.
       initial_hidden_noise: standard deviation of Gaussian noise on it, at inference too, from the
         rng stream `noise`.
-      variant: departures from the equations.
+      variant: departures from the equations, which `bnlstm_jax.cells.Variant` lists.
       time_major: sequences are `[time, batch, ...]` rather than `[batch, time, ...]`.
       return_carry: return `(carry, outputs)` rather than outputs alone.
       reverse, keep_order: run from the last valid step of each sequence to its first; then return
         outputs in the order of the inputs.
       unroll: time steps per iteration of a compiled loop.
-      implementation: `auto`, or one of `bnlstm_jax.recurrence`. Under batch statistics only
-        `reference` has forward mode and second derivatives. `tpu` and `gpu` have no gradients of
-        running statistics; `jax.export` refuses `cpu` and `gpu`, which leaves batches of over 128
-        to `xla`.
+      implementation: `auto`, `xla`, `reference`, or a kernel, `cpu`, `gpu` or `tpu`; see
+        `bnlstm_jax.recurrence`. Under batch statistics only `reference` has forward mode and second
+        derivatives. `tpu` and `gpu` have no gradients of running statistics; `jax.export` refuses
+        `cpu` and `gpu`, which leaves batches of over 128 to `xla`.
       dtype: dtype of products' operands and of outputs. By default operands keep the dtypes of
         inputs and parameters, and outputs are in float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.

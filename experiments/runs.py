@@ -4,13 +4,15 @@ import dataclasses
 import functools
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from experiments import workdir
+from experiments import tasks, workdir
+from experiments.checkpoints import read_best
 from experiments.errors import UserError
 from experiments.metrics import read_metrics
 
@@ -113,6 +115,45 @@ class Run:
         if not self.seconds or not self.updates:
             return points[:, :0]
         return points * [[self.seconds / self.updates / 3600], [1]]
+
+
+class Trained(NamedTuple):
+    """The best model of a run so far, and its task.
+
+    Attributes:
+      config: of the run.
+      task: its data; batches, and what the model takes of them.
+      model: maps `(*task.inputs(batch), use_running_average)` to outputs.
+      variables: parameters, and statistics if the model has any.
+      update: the update whose checkpoint it is.
+      statistics: which there are: `population`, re-estimated; `running`, while the run goes on; or
+        `none`.
+    """
+
+    config: ConfigDict
+    task: tasks.Task
+    model: nn.Module
+    variables: dict[str, Any]
+    update: int
+    statistics: str
+
+
+def load(folder: Path | str, data_dir: str | None = None) -> Trained:
+    """The best model so far of the run in `folder`.
+
+    `data_dir` is the folder of the data, by default that of the run.
+
+    Raises:
+      UserError: there is no run, or no validated checkpoint, or it is damaged; or the data are
+        missing, or others than the run's.
+    """
+    folder = Path(folder)
+    config = workdir.read_config(folder)
+    config.data_dir = data_dir or config.data_dir
+    update, variables, statistics = read_best(folder)
+    task = tasks.load(config)
+    workdir.check_record(task.record, folder)
+    return Trained(config, task, task.model, variables, update, statistics)
 
 
 def find(root: Path) -> list[Run]:

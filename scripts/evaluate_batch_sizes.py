@@ -13,8 +13,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import cli, evaluate, tasks, train, workdir
-from experiments.checkpoints import read_best
+from experiments import cli, evaluate, runs, tasks, train
 from experiments.errors import UserError
 from experiments.evaluate import Variables
 from experiments.metrics import STATISTICS, markdown_table
@@ -59,19 +58,16 @@ def rows_of(
 def main(_: list[str]) -> None:
     """Prints the table."""
     folder = Path(flags.FLAGS.workdir)
-    config = workdir.read_config(folder)
-    config.data_dir = flags.FLAGS.data_dir or config.data_dir
-    update, variables, statistics = read_best(folder)
-    if statistics == "none":
+    run = runs.load(folder, flags.FLAGS.data_dir)
+    if run.statistics == "none":
         raise UserError(f"--workdir={folder} is the run of a model without batch statistics")
-    task = tasks.load(config)
-    train.check_record(task, folder)
+    task = run.task
     examples = task.num_examples("valid", task.readings[0])
     sizes = parse_sizes(flags.FLAGS.batch_sizes, examples)
-    rows = rows_of(task, config, variables, sizes)
+    rows = rows_of(task, run.config, run.variables, sizes)
     header = ["normalised by", "batch", *(f"valid {m.replace('_', ' ')}" for m in task.shown)]
     table = markdown_table(header, rows)
-    print(f"{task.data}, update {update:,}, {examples:,} examples\n\n{table}")
+    print(f"{task.data}, update {run.update:,}, {examples:,} examples\n\n{table}")
 
 
 if __name__ == "__main__":

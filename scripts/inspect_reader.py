@@ -18,8 +18,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import cli, workdir
-from experiments.checkpoints import read_best
+from experiments import cli, runs, workdir
 from experiments.compare import LABELS
 from experiments.datasets.question_arrays import ENTITY, PLACEHOLDER, SPLITS
 from experiments.datasets.questions import SPECIALS
@@ -295,7 +294,6 @@ def main(_: list[str]) -> None:
     given = flags.FLAGS
     folder, split, example = Path(given.workdir), given.split, given.example
     config = workdir.read_config(folder)
-    config.data_dir = given.data_dir or config.data_dir
     if config.task != "question_answering":
         raise UserError(
             f"--workdir={folder} holds a run of the task {config.task}: "
@@ -312,20 +310,19 @@ def main(_: list[str]) -> None:
     if page.is_dir() or not page.parent.is_dir():  # before data are loaded, which may take minutes
         problem = "it is a folder" if page.is_dir() else f"there is no folder {page.parent}"
         raise UserError(f"--output={page} cannot be written: {problem}")
-    update, variables, which = read_best(folder)
+    run = runs.load(folder, given.data_dir)
+    task, which = run.task, run.statistics
     if which == "running":
         print(
-            f"no re-estimated population statistics of update {update} yet: using the running "
+            f"no re-estimated population statistics of update {run.update} yet: using the running "
             f"average; to have them: python -m experiments.main --mode=evaluate --workdir={folder}",
             file=sys.stderr,
         )
-    task = Task(config)
-    workdir.check_record(task.record, folder)
 
     name, names = task.questions.describe(split, task.splits[split].indices[example])
-    found = inspect(task, variables, split, example, names)
+    found = inspect(task, run.variables, split, example, names)
     where = f"{task.data}, {split}, example {example:,}: {name}"
-    how = f"{LABELS[config.model.kind]}, update {update:,}, {STATISTICS[which]}"
+    how = f"{LABELS[config.model.kind]}, update {run.update:,}, {STATISTICS[which]}"
     try:
         with workdir.replacing(page) as temporary:
             html = make_page(found, names, where, how, len(task.vocabulary.words))

@@ -9,6 +9,7 @@ from email.parser import HeaderParser
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 import bnlstm_jax
@@ -90,6 +91,17 @@ def test_extras_are_the_requirement_files(metadata):
     assert needed["experiments"] == experiments
     assert needed["dev"] == experiments | requirements("tests/requirements.txt")
     assert needed[""] == {line for line in experiments if re.match("(jax|flax)[<>]", line)}
+
+
+def test_the_workflow_runs_the_readmes_commands_on_each_supported_python(metadata):
+    job = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())["jobs"]["tests"]
+    prefix = "Programming Language :: Python :: 3."
+    supported = [c for c in metadata.get_all("Classifier") if c.startswith(prefix)]
+    assert [
+        f"{prefix[:-2]}{version}" for version in job["strategy"]["matrix"]["python"]
+    ] == supported
+    commands = re.findall(r"^(scripts/\w+) +#", README, re.M)
+    assert [step["run"] for step in job["steps"] if "run" in step] == commands
 
 
 @pytest.mark.long

@@ -1,19 +1,27 @@
-"""The README's example runs as it stands, and its links lead somewhere."""
+"""The README's examples run as they stand, and its links lead somewhere."""
 
+import json
 import re
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from configs import digits
+from experiments import runs, train
+from experiments.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 PROJECT = "bnlstm-jax/bnlstm_jax"
+CODE = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 REPOSITORY = f"^https://(github.com/{PROJECT}/blob|raw.githubusercontent.com/{PROJECT})/main/"
 
 
 def test_the_layer_examples_run():
-    linen, with_nnx = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    linen, with_nnx, _ = CODE
     names = {}
     exec(linen, names)
     assert names["logits"].shape == (1, 10)
@@ -24,6 +32,38 @@ def test_the_layer_examples_run():
     variables = {**names["variables"], "batch_stats": names["population"]}
     expected = names["model"].apply(variables, names["x"][:1])
     np.testing.assert_allclose(names["logits"], expected, rtol=1e-6)
+
+
+def test_a_finished_run_predicts_as_its_results_say(tmp_path, monkeypatch):
+    config = digits.get_config()
+    config.data_dir = str(tmp_path / "data")
+    config.num_updates = config.eval_every = 4
+    config.model.kind, config.model.features = "bn_lstm", 8
+    results = train.train(config, tmp_path / "runs/digits/bn_lstm")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(CODE[2].replace('"test", 5', '"test", 250'), names)
+    labels = load_digits().target[-250:]
+    np.testing.assert_array_equal(names["batch"]["label"], labels)
+    (row,) = (row for row in results["rows"]
+              if (row["split"], row["statistics"]) == ("test", "population"))  # fmt: skip
+    log_p = jax.nn.log_softmax(names["logits"])
+    assert -np.mean(log_p[np.arange(250), labels]) == pytest.approx(row["loss"], rel=1e-5)
+    run = names["run"]
+    assert (run.update, run.statistics) == (results["update"], "population")
+    assert run.config.to_dict() == config.to_dict()
+
+
+def test_a_run_on_other_data_is_refused(tmp_path):
+    config = digits.get_config()
+    config.data_dir = str(tmp_path / "data")
+    config.num_updates = config.eval_every = 1
+    config.model.kind, config.model.features = "lstm", 4
+    train.train(config, tmp_path / "run")
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    (tmp_path / "run/run.json").write_text(json.dumps(record | {"dataset_sha256": "other"}))
+    with pytest.raises(UserError, match="dataset_sha256 is 'other'"):
+        runs.load(tmp_path / "run")
 
 
 def links(text):
@@ -68,7 +108,7 @@ def test_the_map_names_every_file_and_no_other():
     paths, leaves = mapped()
     for path in paths:
         assert (ROOT / path).exists(), path
-    for folder in ("bnlstm_jax", "experiments", "configs", "scripts"):
+    for folder in ("bnlstm_jax", "experiments", "configs", "scripts", "examples"):
         for file in (ROOT / folder).rglob("*"):
             path = str(file.relative_to(ROOT))
             ignored = (

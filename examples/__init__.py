@@ -1,0 +1,1 @@
+"""Examples of the layers in models: to run, to read and to copy."""
