@@ -6,6 +6,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from bnlstm_jax.recurrence import NAMES
+from experiments import paths
 from experiments.errors import UserError, unknown_name
 from experiments.models.attentive_reader import FORMS
 
@@ -76,7 +77,7 @@ def model_kinds(config: ConfigDict) -> list[str]:
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses values that no experiment can run with.
+    """Refuses values that no experiment can run with, and expands `~` in paths.
 
     Raises:
       UserError: names the field and what it may be.
@@ -122,6 +123,9 @@ def check(config: ConfigDict) -> None:
                 f"config.updates_per_call is {config.updates_per_call}: it must be at most "
                 f"config.{name}, which is {flat[name]}"
             )
+    for name in paths.FIELDS:
+        if name in config:
+            config[name] = paths.expand(f"config.{name}", config[name])
     model_kinds(config)
     one_of("config.model.dtype", config.model.dtype, ("float32", "bfloat16"))
     one_of("config.model.implementation", config.model.implementation, NAMES)

@@ -11,15 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-
-from experiments import cli, errors
+from experiments import cli, errors, paths
 from experiments.datasets import prepared
 
-DATA_DIR = flags.DEFINE_string(
+DATA_DIR = paths.DEFINE_path(
     "data_dir", None, "Folder to write to, the same that runs are given.", required=True
 )
-SOURCE_DIR = flags.DEFINE_string(
+SOURCE_DIR = paths.DEFINE_path(
     "source_dir", None, "Folder with original files, if not --data_dir; it is only read."
 )
 

@@ -12,13 +12,13 @@ import itertools
 import numpy as np
 from absl import flags
 
-from experiments import cli
+from experiments import cli, paths
 from experiments.datasets import questions
 from experiments.datasets.question_arrays import SPLITS
 from experiments.datasets.questions import SENTENCE_RULES, SENTENCE_TIES, Selection
 from experiments.metrics import markdown_table
 
-DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of the data, as for runs.", required=True)
+DATA_DIR = paths.DEFINE_path("data_dir", None, "Folder of the data, as for runs.", required=True)
 SPLIT = flags.DEFINE_enum("split", "valid", SPLITS, "Whose questions are counted.")
 NUMBER = flags.DEFINE_integer("number", 4, "Sentences that are kept.", lower_bound=1)
 
