@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from bnlstm_jax import estimate_population_statistics
 from experiments.metrics import describe, track
 from experiments.parallel import ONE_DEVICE, Parallel
-from experiments.tasks import Batch, Metrics, Reading, Task
+from experiments.tasks import Batch, Metrics, Reading, Task, batch_size_field
 
 Variables = dict[str, Any]
 Evaluator = Callable[..., dict[str, float]]
@@ -77,7 +77,7 @@ def make_evaluator(task: Task, noise: jax.Array, parallel: Parallel = ONE_DEVICE
         for index, batch in enumerate(batches):
             check()
             rows = min(batch_size, examples - index * batch_size)
-            if index and rows == 1 and not use_running_average and "batch_stats" in variables:
+            if rows == 1 and not use_running_average and "batch_stats" in variables:
                 continue
             split_up = parallel.splits(rows)
             batch = parallel.place(batch, split_up, task.shared)
@@ -152,11 +152,8 @@ def evaluate_all(
     first = task.readings[0]
 
     def rows(statistics: str, values: Variables, reading: Reading) -> Iterator[dict[str, Any]]:
-        size = config.eval_batch_size
-        if reading.continued:
-            size = 1
-        elif statistics == "batch" and reading == first:
-            size = config.batch_size
+        field = batch_size_field(task, reading) if statistics == "batch" else "eval_batch_size"
+        size = 1 if reading.continued else config[field]
         for split in reading.splits:
             row = reading.row(split, statistics)
             title = f"evaluating {describe(row)}, {task.data}"

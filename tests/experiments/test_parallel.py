@@ -189,6 +189,10 @@ def test_readers_on_shards_see_the_longest_passage_of_all():
 @pytest.mark.parametrize(
     "fields, message",
     [
+        (
+            {"devices": 8, "statistics_devices": 1, "batch_size": 8},
+            "config.batch_size 8 they have one example, which has no batch statistics",
+        ),
         ({"devices": 3}, "config.batch_size is 32: it must be divisible by the 3 devices"),
         ({"devices": 9}, "config.parallel.devices is 9, and a process has 8 here"),
         (
@@ -199,6 +203,7 @@ def test_readers_on_shards_see_the_longest_passage_of_all():
 )
 def test_devices_that_cannot_share(config, fields, message):
     config = config.copy_and_resolve_references()
+    config.batch_size = fields.pop("batch_size", config.batch_size)
     config.parallel.update(fields)
     with pytest.raises(UserError, match=re.escape(message)):
         parallel.make(config)
