@@ -104,12 +104,13 @@ class WeightsAndBiases:
                 name=str(folder),
                 dir=str(folder),
                 config=config.to_dict(),
+                allow_val_change=True,  # as of num_updates
                 settings=wandb.Settings(console="off"),  # a progress bar is no log
             )
         except wandb.Error as error:
             raise UserError(
-                f"config.wandb is {config.wandb}, and Weights & Biases says: {error} (with "
-                "WANDB_MODE=offline, `wandb sync` uploads the run later)"
+                f"config.wandb is {config.wandb}: {error}; or set WANDB_MODE=offline, and upload "
+                "the run later by `wandb sync`"
             ) from error
 
     def __enter__(self) -> "WeightsAndBiases":

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from experiments.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections", "numpy")
-# May differ between the start of a run and its continuation: where data lie, where curves are shown,
+# May differ between the start of a run and its continuation: where data lie and curves are shown,
 # how far to go, how to evaluate, and how to compute what comes out equal but for rounding.
 POPULATION_FIELDS = ("population_batch_size", "population_batches", "population_late_steps")
 EVALUATION_FIELDS = (

@@ -69,6 +69,8 @@ def test_global_statistics_make_several_devices_one(config, alone, number):
     task, state = trained(config, devices)
     for part in ("params", "batch_stats", "window"):
         assert_close(getattr(state, part), getattr(alone[1], part), 1e-5 if part != "window" else 1)
+    norms = (s.window["gradient_norm"] for s in (state, alone[1]))
+    np.testing.assert_allclose(*norms, rtol=1e-4)
     assert int(state.step) == 20
 
     # So does evaluation: of 49 segments in batches of 16, the last of one; and of one sequence.
