@@ -36,7 +36,11 @@ def curves(folder):
 
 
 def test_tensorboard_gets_every_number_and_drops_those_of_a_stopped_run(small_config, tmp_path):
-    for start, values in (0, [1.0, 2.0, 3.0]), (1, [5.0]):
+    for start, values, losses in (
+        (0, [1.0, 2.0, 3.0], {1: 1.0, 2: 2.0, 3: 3.0}),
+        (1, [5.0], {1: 1.0, 2: 5.0}),
+        (1, [], {1: 1.0}),
+    ):
         with (
             boards.opened(tmp_path, small_config, start) as shown,
             metrics.Reporter(tmp_path, "title", "data", start, 10, shown) as reporter,
@@ -45,11 +49,12 @@ def test_tensorboard_gets_every_number_and_drops_those_of_a_stopped_run(small_co
                 row = {"update": update, "split": "train", "statistics": "batch"}
                 reporter.write(row, {"loss": value}, {"learning_rate": 0.5})
             reporter.sync()
-    assert curves(tmp_path / "tensorboard") == {
-        "train/loss": {1: 1.0, 2: 5.0},
-        "train/learning_rate": {1: 0.5, 2: 0.5},
-    }
-    assert all("learning_rate" not in row for row in metrics.read_metrics(tmp_path))
+        shown = curves(tmp_path / "tensorboard")
+        assert shown == {
+            "train/loss": losses,
+            "train/learning_rate": dict.fromkeys(losses, 0.5),
+        }
+        assert all("learning_rate" not in row for row in metrics.read_metrics(tmp_path))
 
 
 def test_tensorboard_has_the_config_of_a_run_and_what_it_came_to(small_config, tmp_path):
