@@ -184,6 +184,8 @@ class Checkpoints:
                 arrays, _ = read_checkpoint(self._folder, step)
             except Damaged as damage:
                 raise UserError(f"{damage}; start the run again, to go on from another") from damage
+            # A metric that the run did not have then has nothing to be averaged with.
+            arrays["window"] = serialization.to_state_dict(state.window) | arrays["window"]
             saved = flatten_dict(arrays, sep="/")
             wanted = flatten_dict(serialization.to_state_dict(state), sep="/")
             for name in sorted(saved.keys() | wanted.keys()):

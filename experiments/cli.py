@@ -64,7 +64,7 @@ def run(
         flags.DEFINE_flag(HelpFlag())
         if define_flags is not None:
             define_flags()
-        return parse(argv)
+        return parse([argv[0], *flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)])
 
     if signal.getsignal(signal.SIGINT) is end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,11 +1,13 @@
 """The config fields that every experiment shares, and what is asked of their values."""
 
+import importlib.util
 import math
 
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from bnlstm_jax.recurrence import NAMES
+from experiments import paths
 from experiments.errors import UserError, unknown_name
 from experiments.models.attentive_reader import FORMS
 
@@ -21,6 +23,7 @@ def base_config() -> ConfigDict:
     config.task = ""  # a module of experiments.tasks
     config.seed = 1  # of parameters, order of examples and noise
     config.data_dir = "data"
+    config.wandb = ""  # a project of Weights & Biases, to show the run there too
     config.batch_size = 100
     config.num_updates = 100_000
     config.updates_per_call = 1  # in one call of the device, if nothing is due between them
@@ -75,8 +78,35 @@ def model_kinds(config: ConfigDict) -> list[str]:
     return kinds
 
 
+def has_batch_statistics(config: ConfigDict) -> bool:
+    """Whether one of the models takes statistics of its batches."""
+    return not set(model_kinds(config)).issubset(NO_BATCH_STATISTICS)
+
+
+def check_rows(config: ConfigDict, rows: int, source: str) -> None:
+    """Refuses a batch of one example, which has no statistics, where a model takes them.
+
+    Raises:
+      UserError: `rows` is 1; the message begins with `source`, which says where the batch is from.
+    """
+    if rows == 1 and has_batch_statistics(config):
+        raise UserError(
+            f"{source}, which has no batch statistics: take 2 or more, or config.model.kind=lstm"
+        )
+
+
+def check_batch_sizes(config: ConfigDict) -> None:
+    """Refuses batches of one example in training and for population statistics; see `check_rows`.
+
+    Raises:
+      UserError: names the field.
+    """
+    for field in ("batch_size", "population_batch_size"):
+        check_rows(config, config[field], f"config.{field} is {config[field]}")
+
+
 def check(config: ConfigDict) -> None:
-    """Refuses values that no experiment can run with.
+    """Refuses values that no experiment can run with, and expands `~` in paths.
 
     Raises:
       UserError: names the field and what it may be.
@@ -122,7 +152,14 @@ def check(config: ConfigDict) -> None:
                 f"config.updates_per_call is {config.updates_per_call}: it must be at most "
                 f"config.{name}, which is {flat[name]}"
             )
-    model_kinds(config)
+    for name in paths.FIELDS:
+        if name in config:
+            config[name] = paths.expand(f"config.{name}", config[name])
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"config.wandb is {config.wandb}, and the package is not installed: pip install wandb"
+        )
+    check_batch_sizes(config)
     one_of("config.model.dtype", config.model.dtype, ("float32", "bfloat16"))
     one_of("config.model.implementation", config.model.implementation, NAMES)
     one_of("config.optimizer.name", config.optimizer.name, ("rmsprop", "adam"))

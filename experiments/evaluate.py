@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from bnlstm_jax import estimate_population_statistics
 from experiments.metrics import describe, track
 from experiments.parallel import ONE_DEVICE, Parallel
-from experiments.tasks import Adapt, Batch, Metrics, Reading, Task
+from experiments.tasks import Adapt, Batch, Metrics, Reading, Task, batch_size_field
 
 Variables = dict[str, Any]
 Evaluator = Callable[..., dict[str, float]]
@@ -85,7 +85,7 @@ def make_evaluator(task: Task, noise: jax.Array, parallel: Parallel = ONE_DEVICE
             check()
             rows = min(batch_size, examples - index * batch_size)
             by_batch = adapt is not None or not use_running_average
-            if index and rows == 1 and by_batch and "batch_stats" in variables:
+            if rows == 1 and by_batch and "batch_stats" in variables:
                 continue
             split_up = parallel.splits(rows)
             batch = parallel.place(batch, split_up, task.shared)
@@ -160,11 +160,9 @@ def evaluate_all(
     first = task.readings[0]
 
     def rows(statistics: str, values: Variables, reading: Reading) -> Iterator[dict[str, Any]]:
-        size = config.eval_batch_size
-        if reading.continued:
-            size = 1
-        elif statistics in ("batch", BATCH_INPUTS) and reading == first:
-            size = config.batch_size
+        by_batch = statistics in ("batch", BATCH_INPUTS)
+        field = batch_size_field(task, reading) if by_batch else "eval_batch_size"
+        size = 1 if reading.continued else config[field]
         adapt = task.batch_inputs if statistics == BATCH_INPUTS else None
         for split in reading.splits:
             row = reading.row(split, statistics)

@@ -18,10 +18,10 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import cli, compare, config, memory, parallel, processes, train, workdir
+from experiments import cli, compare, config, memory, parallel, paths, processes, train, workdir
 from experiments.errors import UserError, unknown_name
 
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = paths.DEFINE_path(
     "workdir", None, "Folder of the run; by default runs/ and the name of the config file."
 )
 _MODE = flags.DEFINE_enum(
@@ -49,13 +49,21 @@ _PEER_TIMEOUT = flags.DEFINE_float(
 DEFAULT_CONFIG = "configs/digits.py"
 
 
-def option(argv: Sequence[str], name: str) -> str | None:
-    """What the command line gives for a flag, before flags are parsed; None if it does not."""
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        flag, given, value = word.partition("=")
+def take(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """Takes a flag from a command line that is not parsed yet.
+
+    Returns:
+      The last value given for it, None if there is none, and the words without the flag.
+    """
+    value, rest = None, []
+    words = iter(argv)
+    for word in words:
+        flag, given, own = word.partition("=")
         if flag in (f"-{name}", f"--{name}"):
-            return value if given else following
-    return None
+            value = own if given else next(words, "")
+        else:
+            rest.append(word)
+    return value, rest
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -66,19 +74,25 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     Raises:
       UserError: the config file is not there, or has no such variant or field.
     """
-    file = option(argv, "config")
-    if file is not None and not Path(file.partition(":")[0]).is_file():
-        configs = map(str, Path("configs").glob("*.py"))
-        raise UserError(unknown_name("--config", file, configs))
+    file, others = take(argv, "config")
+    if file is not None:
+        file = paths.expand("--config", file)
+        if not Path(file.partition(":")[0]).is_file():
+            configs = map(str, Path("configs").glob("*.py"))
+            raise UserError(unknown_name("--config", file, configs))
+        # ml_collections takes the file once, and before the fields.
+        argv = [others[0], f"--config={file}", *others[1:]]
     described = "Config file; --config.FIELD=VALUE sets its fields."
-    folder = option(argv, "workdir")
+    folder, _ = take(argv, "workdir")
+    mode, _ = take(argv, "mode")
     saved = None
     try:
-        if file is None and folder is not None and option(argv, "mode") == "evaluate":
-            saved = workdir.read_config(Path(folder))
-            config_flags.DEFINE_config_dict("config", saved, described)
+        if file is None and folder is not None and mode == "evaluate":
+            saved = workdir.read_config(Path(paths.expand("--workdir", folder)))
+            config_flags.DEFINE_config_dict("config", saved, described, sys_argv=argv)
         else:
-            config_flags.DEFINE_config_file("config", file or DEFAULT_CONFIG, described)
+            default = file or DEFAULT_CONFIG
+            config_flags.DEFINE_config_file("config", default, described, sys_argv=argv)
         return flags.FLAGS(argv)
     except flags.Error as error:
         if "get_config() takes 0 positional arguments" in str(error):

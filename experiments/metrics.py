@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a progress bar, a plain file of metrics, TensorBoard."""
+"""What a run tells while it goes: a progress bar, a plain file of metrics, and on boards."""
 
 import collections
 import contextlib
@@ -6,7 +6,7 @@ import datetime
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,11 +24,9 @@ from rich.progress import (
 )
 from rich.table import Column
 from rich.text import Text
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from experiments import processes
+from experiments.boards import Board
 from experiments.workdir import write_text
 
 FILE_NAME = "metrics.jsonl"
@@ -92,36 +90,6 @@ def describe(row: dict[str, Any]) -> str:
     return f"{row['split']} ({STATISTICS[row['statistics']]}{reading})"
 
 
-class TensorBoard:
-    """A file of TensorBoard's events.
-
-    Written at once, unlike that of tensorboardX's SummaryWriter: a full disk ends its thread
-    unheard, and whoever writes on then waits for ever.
-    """
-
-    def __init__(self, folder: Path, start: int) -> None:
-        """Opens a new file; what others in `folder` have past update `start` is not shown."""
-        folder.mkdir(exist_ok=True)
-        self._file = EventsWriter(str(folder / "events"), f".{os.getpid()}.{start}")
-        self._write(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
-
-    def write(self, name: str, value: float, update: int) -> None:
-        """Adds a point to a curve."""
-        self._write(Event(step=update, summary=scalar(name, value)))
-
-    def flush(self) -> None:
-        """Has what was written on the disk."""
-        self._file.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-    def _write(self, event: Event) -> None:
-        event.wall_time = time.time()
-        self._file.write_event(event)
-
-
 class Reporter:
     """Shows and writes the metrics of a run that goes on from update `start`.
 
@@ -129,14 +97,22 @@ class Reporter:
     past `start` are dropped, to be written again.
     """
 
-    def __init__(self, workdir: Path, title: str, data: str, start: int, num_updates: int) -> None:
-        """Opens the metrics file and TensorBoard's in `workdir`."""
+    def __init__(
+        self,
+        workdir: Path,
+        title: str,
+        data: str,
+        start: int,
+        num_updates: int,
+        boards: Sequence[Board] = (),
+    ) -> None:
+        """Opens the metrics file in `workdir`; `boards` get every number too."""
         self._data = data
+        self._boards = boards
         rows = [row for row in read_metrics(workdir) if row["update"] <= start]
         path = workdir / FILE_NAME
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a", encoding="utf-8")
-        self._tensorboard = TensorBoard(workdir / "tensorboard", start)
         self.console = Terminal(highlight=False, soft_wrap=True, markup=False)
         self._progress = Progress(
             MofNCompleteColumn(),
@@ -162,7 +138,6 @@ class Reporter:
     def __exit__(self, *_) -> None:
         self._progress.stop()
         self._file.close()
-        self._tensorboard.close()
 
     def due(self) -> bool:
         """Whether it is time to move the progress bar."""
@@ -173,19 +148,25 @@ class Reporter:
         self._progress.update(self._bar, completed=update)
         self._shown = time.monotonic()
 
-    def write(self, row: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Adds metrics to the metrics file and to TensorBoard, and shows them.
+    def write(
+        self, row: dict[str, Any], metrics: dict[str, float], more: dict[str, float] | None = None
+    ) -> None:
+        """Adds metrics to the metrics file and to the boards, and shows them.
 
-        `row` says what they are of: `update`, `split`, `statistics`, `reading` if that has a name.
+        Args:
+          row: what they are of: `update`, `split`, `statistics`, `reading` if that has a name.
+          metrics: by name; a run that was stopped and goes on has the same.
+          more: what is for the boards alone.
         """
         self._file.write(json.dumps(row | metrics) + "\n")
         self._file.flush()
         update, split = row["update"], row["split"]
-        for name, value in metrics.items():
-            self._tensorboard.write(f"{split}/{name}", value, update)
+        scalars = {f"{split}/{name}": v for name, v in {**metrics, **(more or {})}.items()}
+        for board in self._boards:
+            board.write(scalars, update)
         line = f"update {update:>6}  {self._data} {describe(row)}  {format_metrics(metrics)}"
         if split != "train":
-            self._tensorboard.flush()
+            self._flush_boards()
             self.console.print(line)
             return
         self._progress.update(self._bar, completed=update, metrics=format_metrics(metrics))
@@ -197,7 +178,11 @@ class Reporter:
     def sync(self) -> None:
         """Has the metrics on the disk, before a checkpoint that rests on them."""
         os.fsync(self._file.fileno())
-        self._tensorboard.flush()
+        self._flush_boards()
+
+    def _flush_boards(self) -> None:
+        for board in self._boards:
+            board.flush()
 
 
 class Silence:
@@ -219,7 +204,7 @@ class Silence:
     def advance(self, update: int) -> None:
         """Says nothing."""
 
-    def write(self, row: dict[str, Any], metrics: dict[str, float]) -> None:
+    def write(self, *_: Any) -> None:
         """Says nothing."""
 
     def sync(self) -> None:
@@ -232,6 +217,7 @@ class Stopwatch:
     def __init__(self) -> None:
         """Starts with nothing done."""
         self.seconds: dict[str, float] = collections.defaultdict(float)
+        self._lap = 0, 0.0  # updates and seconds when the speed was last taken
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -241,6 +227,17 @@ class Stopwatch:
             yield
         finally:
             self.seconds[name] += time.perf_counter() - start
+
+    def updates_per_second(self, updates: int) -> float | None:
+        """Speed since it was last taken, compilation aside; None if there was nothing else.
+
+        `updates` are all so far but those for which a program was compiled.
+        """
+        seconds = sum(self.seconds.values()) - self.seconds.get("compilation", 0)
+        (updates_before, seconds_before), self._lap = self._lap, (updates, seconds)
+        if updates == updates_before:
+            return None
+        return (updates - updates_before) / (seconds - seconds_before)
 
     def table(self, updates: int) -> str:
         """Time per update, in all and by what it went to."""

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from experiments.config import NO_BATCH_STATISTICS, model_kinds
+from experiments.config import check_rows
 from experiments.errors import UserError
 
 AXES = ("group", "member")
@@ -175,12 +175,12 @@ def check(config: ConfigDict, num_processes: int = 1, num_local_devices: int | N
             f"config.parallel.statistics_devices is {members}: it must divide the {size} devices "
             "(config.parallel.devices), or be 0 for all of them"
         )
-    has_statistics = set(model_kinds(config)) - set(NO_BATCH_STATISTICS)
-    if has_statistics and members and config.batch_size * members == size > 1:
-        raise UserError(
-            f"config.parallel.statistics_devices is {members}, and of config.batch_size "
-            f"{config.batch_size} they have one example, without batch statistics: make one greater"
+    if members:
+        source = (
+            f"config.parallel.statistics_devices is {members}: of config.batch_size "
+            f"{config.batch_size} they have one example"
         )
+        check_rows(config, config.batch_size * members // size, source)
 
 
 def make(config: ConfigDict) -> Parallel:

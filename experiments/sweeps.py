@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
@@ -89,10 +90,25 @@ def load(file: str) -> list[Fields]:
         )
     if not points:
         raise UserError(f"--sweep={file} is empty: get_sweep() returns no point")
+    points = [{field: plain(value) for field, value in point.items()} for point in points]
     for number, point in enumerate(points):
         if point in points[:number]:
             raise UserError(f"--sweep={file} has a point twice: {point}")
     return points
+
+
+def plain(value: Any) -> Any:
+    """A value as a config field has it: NumPy's scalars become Python's, its arrays tuples.
+
+    A float of fewer than 64 bits becomes the one that is written alike: `np.float32(0.1)` 0.1.
+    """
+    if isinstance(value, np.floating):
+        return float(str(value))
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        value = tuple(np.atleast_1d(value))
+    return tuple(map(plain, value)) if isinstance(value, tuple) else value
 
 
 def argument(value: Any) -> str:

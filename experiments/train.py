@@ -10,10 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax.training import train_state
 from ml_collections import ConfigDict
 
 from experiments import (
+    boards,
     evaluate,
     finite,
     layers,
@@ -38,7 +40,8 @@ class TrainState(train_state.TrainState):
 
     Attributes:
       batch_stats: running averages of batch statistics.
-      window: sums and counts of training metrics since they were last written.
+      window: sums and counts of training metrics, and of `gradient_norm` over updates, since they
+        were last written.
       refused: which of the numbers of `watched` were not finite in the update after this state. It
         was not applied, nor is any other.
     """
@@ -56,6 +59,11 @@ def watched(state: TrainState) -> dict[str, Any]:
 def random_keys(seed: int) -> tuple[jax.Array, jax.Array]:
     """The keys of a run: of its initial parameters, and of noise in its updates."""
     return tuple(jax.random.split(jax.random.key(seed)))
+
+
+def gradient_norm(gradients: Any) -> tuple[jax.Array, jax.Array]:
+    """The global norm, as a sum over one update and their number."""
+    return optax.tree.norm(gradients), jnp.ones(())
 
 
 def create_state(task: tasks.Task, config: ConfigDict) -> TrainState:
@@ -77,7 +85,10 @@ def create_state(task: tasks.Task, config: ConfigDict) -> TrainState:
         return task.metrics(outputs, batch)
 
     variables = jax.jit(init)()
-    window = jax.eval_shape(metrics_of, variables, batch)
+    window = {
+        **jax.eval_shape(metrics_of, variables, batch),
+        "gradient_norm": jax.eval_shape(gradient_norm, variables["params"]),
+    }
     state = TrainState.create(
         apply_fn=task.model.apply,
         params=variables["params"],
@@ -125,6 +136,8 @@ def make_train_step(task: tasks.Task, noise: jax.Array, parallel: Parallel = ONE
         gradients, (batch_metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)
         gradients = parallel.total(gradients, split)
         batch_metrics = parallel.total(batch_metrics, split)
+        # Before it is clipped; the optimiser computes it too, and XLA does so once.
+        batch_metrics["gradient_norm"] = gradient_norm(gradients)
         after = state.apply_gradients(
             grads=gradients,
             batch_stats=parallel.mean_of_groups(batch_stats),
@@ -206,6 +219,7 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
         workdir.in_use(folder) if first else contextlib.nullcontext(),
         Interruption() as interruption,
         Checkpoints(folder, task.selection, task.lower_is_better) as checkpoints,
+        contextlib.ExitStack() as stack,
     ):
         evaluator = evaluate.make_evaluator(task, noise, devices)
         if (saved := checkpoints.latest_step()) is not None:
@@ -221,9 +235,10 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
         if first:
             implementation = layers.implementation(config.model, devices.statistics_axis)
             workdir.open_workdir(config, folder, {**task.record, **choice}, implementation)
+        shown = stack.enter_context(boards.opened(folder, config, start)) if first else []
         title = f"{task.data} {config.model.kind}"
         reporting = metrics.Reporter if first else metrics.Silence
-        with reporting(folder, title, task.data, start, config.num_updates) as reporter:
+        with reporting(folder, title, task.data, start, config.num_updates, shown) as reporter:
             parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
             reporter.console.print(
                 f"{title}: {parameters:,} parameters, update {start:,} of {config.num_updates:,}, "
@@ -286,7 +301,10 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
                         window = jax.device_get(state.window)
                         averages = {name: float(s) / float(n) for name, (s, n) in window.items()}
                         row = {"update": done, "split": "train", "statistics": statistics}
-                        reporter.write(row, averages)
+                        more = {"learning_rate": config.optimizer.learning_rate}
+                        if speed := doing.updates_per_second(done - start - compiling):
+                            more["updates_per_second"] = speed
+                        reporter.write(row, averages, more)
                         window = jax.tree.map(jnp.zeros_like, state.window)
                         state = state.replace(window=window)
 
@@ -331,6 +349,8 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
         results = evaluate_best(
             task, config, state, checkpoints, folder, evaluator, devices, interruption
         )
+        for board in shown:
+            board.write_results(boards.final_scalars(results["rows"]), results["update"])
         if first:
             workdir.record_end(folder, config.num_updates)
         return results
@@ -445,9 +465,14 @@ def evaluate_run(config: ConfigDict, folder: Path) -> dict[str, Any]:
         Checkpoints(folder, *choice, read_only=True) as checkpoints,
     ):
         interruption.wait_no_more()
-        return evaluate_best(
+        results = evaluate_best(
             task, config, state, checkpoints, folder, evaluator, devices, interruption
         )
+        if processes.is_first():
+            with boards.opened(folder, config) as shown:
+                for board in shown:
+                    board.write_results(boards.final_scalars(results["rows"]), results["update"])
+        return results
 
 
 def check_record(task: tasks.Task, folder: Path) -> None:

@@ -26,8 +26,8 @@ from ml_collections import ConfigDict
 from experiments.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections", "numpy")
-# May differ between the start of a run and its continuation: where data lie, how far to go, how to
-# evaluate, and how to compute what comes out equal but for rounding.
+# May differ between the start of a run and its continuation: where data lie and curves are shown,
+# how far to go, how to evaluate, and how to compute what comes out equal but for rounding.
 POPULATION_FIELDS = ("population_batch_size", "population_batches", "population_late_steps")
 EVALUATION_FIELDS = (
     "eval_batch_size",
@@ -46,11 +46,13 @@ ADDED_FIELDS = {
     "updates_per_call": 1,
     "parallel.devices": 1,
     "parallel.statistics_devices": 0,
+    "wandb": "",
 }
 ADDED_LAYER_FIELDS = {"model.shared_statistics": False}  # of models that are one recurrent layer
 FREE_FIELDS = (
     "data_dir",
     "text_file",
+    "wandb",
     "num_updates",
     "updates_per_call",
     "model.implementation",

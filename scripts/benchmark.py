@@ -39,7 +39,7 @@ from bnlstm_jax.recurrence import IMPLEMENTATIONS, available
 from bnlstm_jax.recurrence.devices import default_device
 from bnlstm_jax.recurrence.native import cpu
 from bnlstm_jax.recurrence.problem import transpose
-from experiments import cli, memory, metrics, workdir
+from experiments import cli, memory, metrics, paths, workdir
 from experiments.errors import UserError
 from scripts import timing
 from scripts.timing import Program
@@ -87,7 +87,7 @@ def define_flags() -> None:
     flags.DEFINE_list("implementations", None, "Of this project's; by default all for the device.")
     flags.DEFINE_enum("device", None, ["cpu", "gpu", "tpu"], "By default the one JAX chooses.")
     flags.DEFINE_integer("rounds", 7, "Measurements of each.", lower_bound=1)
-    flags.DEFINE_string("output", "benchmark.json", "File for all that is measured.")
+    paths.DEFINE_path("output", "benchmark.json", "File for all that is measured.")
     flags.DEFINE_bool("small", False, "Tiny layers, for a quick look.")
 
 

@@ -31,7 +31,7 @@ from absl import flags
 from bnlstm_jax import BNLSTM, LSTM, recurrence
 from bnlstm_jax.layers import abstract_problem
 from bnlstm_jax.recurrence.devices import default_device
-from experiments import cli, metrics, workdir
+from experiments import cli, metrics, paths, workdir
 from experiments.errors import UserError
 from scripts import timing
 
@@ -113,7 +113,7 @@ def define_flags() -> None:
     flags.DEFINE_list("dtypes", list(DTYPES), f"Of products' operands: {', '.join(DTYPES)}.")
     flags.DEFINE_integer("repeats", 5, "Calls whose bits are compared.", lower_bound=1)
     flags.DEFINE_bool("small", False, "A few small cases.")
-    flags.DEFINE_string("output", "check.json", "File for all results.")
+    paths.DEFINE_path("output", "check.json", "File for all results.")
 
 
 # ---- One case.

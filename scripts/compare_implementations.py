@@ -23,7 +23,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from bnlstm_jax.recurrence import available
-from experiments import cli, metrics, tasks, train, workdir
+from experiments import cli, metrics, paths, tasks, train, workdir
 from experiments import config as configs
 from experiments.errors import UserError
 from scripts import pictures, timing
@@ -38,7 +38,7 @@ def define_flags() -> None:
     flags.DEFINE_float("minutes", None, "Ends earlier, after so long.", lower_bound=0)
     flags.DEFINE_list("implementations", None, "By default all for this device.")
     flags.DEFINE_list("bfloat16", ["xla"], "Implementations to run with such operands too.")
-    flags.DEFINE_string("output", "implementations.json", "File for losses; the picture is beside.")
+    paths.DEFINE_path("output", "implementations.json", "File for losses; the picture is beside.")
 
 
 def named_runs(

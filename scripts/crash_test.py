@@ -27,7 +27,7 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from experiments import checkpoints, cli, config, metrics, tasks, workdir
+from experiments import checkpoints, cli, config, metrics, paths, tasks, workdir
 from experiments.errors import UserError
 from experiments.train import RESULTS_NAME
 
@@ -44,7 +44,7 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "signals", ["KILL", "KILL", "KILL", "TERM", "INT"], "From which each kill draws one."
     )
-    flags.DEFINE_string("output", None, "File to write the outcome to.")
+    paths.DEFINE_path("output", None, "File to write the outcome to.")
 
 
 def command(folder: Path, words: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import cli, evaluate, runs, tasks, train
+from experiments import cli, evaluate, paths, runs, tasks, train
 from experiments.errors import UserError
 from experiments.evaluate import Variables
 from experiments.metrics import STATISTICS, markdown_table
@@ -21,8 +21,8 @@ from experiments.metrics import STATISTICS, markdown_table
 
 def define_flags() -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_string("workdir", None, "Folder of a BN-LSTM's run.", required=True)
-    flags.DEFINE_string("data_dir", None, "Folder of the data; by default that of the run.")
+    paths.DEFINE_path("workdir", None, "Folder of a BN-LSTM's run.", required=True)
+    paths.DEFINE_path("data_dir", None, "Folder of the data; by default that of the run.")
     flags.DEFINE_list("batch_sizes", ["50", "100", "200", "500", "1000"], "Numbers of examples.")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 from flax.traverse_util import flatten_dict
 
-from experiments import cli, workdir
+from experiments import cli, paths, workdir
 from experiments.checkpoints import read_best
 from experiments.errors import UserError
 from experiments.metrics import STATISTICS
@@ -22,8 +22,8 @@ from experiments.metrics import STATISTICS
 
 def define_flags() -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_string("workdir", None, "Folder of a run.", required=True)
-    flags.DEFINE_string("output", None, "File to write; its name ends with .npz.", required=True)
+    paths.DEFINE_path("workdir", None, "Folder of a run.", required=True)
+    paths.DEFINE_path("output", None, "File to write; its name ends with .npz.", required=True)
 
 
 def main(_: list[str]) -> None:

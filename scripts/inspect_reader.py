@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import cli, runs, workdir
+from experiments import cli, paths, runs, workdir
 from experiments.compare import LABELS
 from experiments.datasets.question_arrays import ENTITY, PLACEHOLDER, SPLITS
 from experiments.datasets.questions import SPECIALS
@@ -146,15 +146,15 @@ class Inspection(NamedTuple):
 
 def define_flags() -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_string("workdir", None, "Folder of a reader's run.", required=True)
+    paths.DEFINE_path("workdir", None, "Folder of a reader's run.", required=True)
     flags.DEFINE_integer(
         "example", None, "Number of the question, from 0 on.", required=True, lower_bound=0
     )
     flags.DEFINE_enum("split", "valid", SPLITS, "Where the question is from.")
-    flags.DEFINE_string(
+    paths.DEFINE_path(
         "output", None, "Page to write, by default attention_SPLIT_N.html in the folder of the run."
     )
-    flags.DEFINE_string("data_dir", None, "Folder of the data, if not the one of training.")
+    paths.DEFINE_path("data_dir", None, "Folder of the data, if not the one of training.")
 
 
 def inspect(

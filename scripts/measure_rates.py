@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from bnlstm_jax.recurrence.devices import default_device
-from experiments import cli, metrics, workdir
+from experiments import cli, metrics, paths, workdir
 from scripts import timing
 
 STEPS = 784  # of the scan
@@ -36,7 +36,7 @@ def define_flags() -> None:
     """Defines the flags of the command."""
     flags.DEFINE_bool("small", False, "Small arrays, for a quick look.")
     flags.DEFINE_integer("rounds", 7, "Measurements of each.", lower_bound=1)
-    flags.DEFINE_string("output", "rates.json", "File for the results.")
+    paths.DEFINE_path("output", "rates.json", "File for the results.")
 
 
 def product(size: int, dtype: Any, precision: str) -> Rate:

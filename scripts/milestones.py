@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import cli, milestones, paper, runs, workdir
+from experiments import cli, milestones, paper, paths, runs, workdir
 from experiments.errors import UserError
 from experiments.runs import Experiment, Run
 from scripts.paper_curves import shared_points
@@ -30,7 +30,7 @@ CURVES = {
 
 def define_flags() -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_string("runs", "results/runs", "Folder with runs in it.")
+    paths.DEFINE_path("runs", "results/runs", "Folder with runs in it.")
 
 
 def points_of(experiment: Experiment, there: list[Run]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 from flax.traverse_util import flatten_dict
 
-from experiments import cli, workdir
+from experiments import cli, paths, workdir
 from experiments.checkpoints import read_best
 from experiments.compare import LABELS
 from experiments.errors import UserError
@@ -28,8 +28,8 @@ MOMENTS = {"mean": "mean", "var": "variance"}
 
 def define_flags() -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_string("workdir", None, "Folder of a BN-LSTM's run.", required=True)
-    flags.DEFINE_string(
+    paths.DEFINE_path("workdir", None, "Folder of a BN-LSTM's run.", required=True)
+    paths.DEFINE_path(
         "output", None, f"Picture to write, by default {PICTURE_NAME} in the folder of the run."
     )
     flags.DEFINE_integer("units", 30, "Number of units of each term.", lower_bound=1)

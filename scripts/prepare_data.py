@@ -18,20 +18,21 @@ downloaded, each from the first of its addresses that has it. These are found:
 import json
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from experiments import cli, errors
+from experiments import cli, errors, paths
 from experiments.datasets import prepared
 
 
 def define_flags() -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_string(
+    paths.DEFINE_path(
         "data_dir", None, "Folder to write to, the same that runs are given.", required=True
     )
-    flags.DEFINE_string(
+    paths.DEFINE_path(
         "source_dir", None, "Folder with original files, if not --data_dir; it is only read."
     )
 
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
     given, name = flags.FLAGS, argv[1]
     start = time.perf_counter()
     folder = prepared.folder_of(name, given.data_dir)
-    source_dir = prepared.path_of(given.source_dir or given.data_dir)
+    source_dir = Path(given.source_dir or given.data_dir)
     if given.source_dir and not os.path.isdir(source_dir):
         raise errors.UserError(f"--source_dir is {given.source_dir}, and there is no such folder")
     found = os.path.exists(folder)

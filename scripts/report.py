@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from experiments import cli, runs, workdir
+from experiments import cli, paths, runs, workdir
 from experiments.compare import LABELS
 from experiments.errors import UserError
 from experiments.metrics import markdown_table
@@ -68,9 +68,9 @@ $sections
 
 def define_flags() -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_string("runs", str(ROOT / "results" / "runs"), "Folder with runs in it.")
-    flags.DEFINE_string("output", "report.html", "Page to write.")
-    flags.DEFINE_string("data_dir", "data", "Folder of the data, for figures without runs.")
+    paths.DEFINE_path("runs", str(ROOT / "results" / "runs"), "Folder with runs in it.")
+    paths.DEFINE_path("output", "report.html", "Page to write.")
+    paths.DEFINE_path("data_dir", "data", "Folder of the data, for figures without runs.")
     flags.DEFINE_boolean("readme", False, "Put the summary into README.md.")
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, runs, train, workdir
+from experiments import cli, paths, runs, train, workdir
 from experiments.errors import UserError, unknown_name
 from experiments.sweeps import Point
 from scripts import pictures, sweep, sweep_launchers
@@ -36,9 +36,9 @@ def define_flags() -> None:
     """Defines the flags of the command."""
     flags.DEFINE_enum("budget", "minutes", ["none", "minutes", "full"], "How far runs go.")
     flags.DEFINE_integer("seeds", 1, "Runs of each experiment, with seeds from 1.", lower_bound=1)
-    flags.DEFINE_string("data_dir", "data", "Folder of the data.")
-    flags.DEFINE_string("workdir", "runs/reproduce", "Folder of the runs.")
-    flags.DEFINE_string("output", None, "Folder of table and picture; by default the workdir.")
+    paths.DEFINE_path("data_dir", "data", "Folder of the data.")
+    paths.DEFINE_path("workdir", "runs/reproduce", "Folder of the runs.")
+    paths.DEFINE_path("output", None, "Folder of table and picture; by default the workdir.")
     sweep_launchers.define_flags()
 
 

@@ -21,7 +21,7 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 from jax import Array
 
-from experiments import cli, workdir
+from experiments import cli, paths, workdir
 from experiments.checkpoints import read_best
 from experiments.datasets import corpus
 from experiments.errors import UserError
@@ -34,7 +34,7 @@ COLDEST = 1e-6  # the lowest temperature that is not taken for 0: logits by it d
 
 def define_flags() -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_string("workdir", None, "Folder of a character model's run.", required=True)
+    paths.DEFINE_path("workdir", None, "Folder of a character model's run.", required=True)
     flags.DEFINE_string(
         "prompt", None, "Text to go on from; by default the start of a line, or of a word."
     )

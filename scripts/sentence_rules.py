@@ -12,7 +12,7 @@ import itertools
 import numpy as np
 from absl import flags
 
-from experiments import cli
+from experiments import cli, paths
 from experiments.datasets import questions
 from experiments.datasets.question_arrays import SPLITS
 from experiments.datasets.questions import SENTENCE_RULES, SENTENCE_TIES, Selection
@@ -23,7 +23,7 @@ LENGTH_POWERS = (0.0, 0.5, 1.0)
 
 def define_flags() -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_string("data_dir", None, "Folder of the data, as for runs.", required=True)
+    paths.DEFINE_path("data_dir", None, "Folder of the data, as for runs.", required=True)
     flags.DEFINE_enum("split", "valid", SPLITS, "Whose questions are counted.")
     flags.DEFINE_integer("number", 4, "Sentences that are kept.", lower_bound=1)
 

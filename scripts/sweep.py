@@ -45,7 +45,7 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
-from experiments import cli, metrics, sweeps, workdir
+from experiments import cli, metrics, paths, sweeps, workdir
 from experiments.errors import Stopped, UserError
 from experiments.metrics import rest_of_line, time_left
 from experiments.sweeps import Fields, Point
@@ -62,8 +62,8 @@ def define_flags() -> None:
 
     for flag in list(flags.FLAGS.flags_by_module_dict()[run.__name__]):
         delattr(flags.FLAGS, flag.name)
-    flags.DEFINE_string("sweep", None, "File with the points; see configs/sweeps.", required=True)
-    flags.DEFINE_string(
+    paths.DEFINE_path("sweep", None, "File with the points; see configs/sweeps.", required=True)
+    paths.DEFINE_path(
         "workdir", None, "Folder of the sweep; by default runs/sweeps/ and the sweep file's name."
     )
     sweep_launchers.define_flags()
@@ -78,7 +78,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     from experiments import main as run
 
     words = run.parse_flags(argv)
-    if run.option(argv, "config") is None:
+    if run.take(argv, "config")[0] is None:
         raise UserError("--config is missing: name the config file whose fields are swept")
     return words
 

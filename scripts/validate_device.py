@@ -35,7 +35,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, datasets, workdir
+from experiments import cli, datasets, paths, workdir
 from experiments.errors import UserError
 from scripts import timing, validation_report
 from scripts.validation_report import SHARES
@@ -51,10 +51,10 @@ def define_flags() -> None:
     """Defines the flags of the command."""
     flags.DEFINE_float("minutes", 15, "Time for all steps.", lower_bound=0.1)
     flags.DEFINE_list("only", list(SHARES), f"Steps to run, of {', '.join(SHARES)}.")
-    flags.DEFINE_string("data_dir", "data", "Folder of the data to train on.")
+    paths.DEFINE_path("data_dir", "data", "Folder of the data to train on.")
     flags.DEFINE_bool("small", False, "Tiny layers, and digits to train on: a rehearsal.")
     flags.DEFINE_enum("device", None, list(PLATFORMS), "Which has to be there; else JAX chooses.")
-    flags.DEFINE_string(
+    paths.DEFINE_path(
         "output", None, "Folder for the report and all results; validation, or rehearsal if small."
     )
 

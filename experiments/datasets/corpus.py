@@ -11,7 +11,7 @@ from typing import NoReturn, TypeVar
 
 import numpy as np
 
-from experiments import datasets
+from experiments import datasets, paths
 from experiments.datasets.prepared import folder_of
 from experiments.errors import UserError, unknown_name
 
@@ -164,11 +164,10 @@ def _read(text_file: str) -> str:
     if not text_file:
         raise UserError("config.text_file is empty: give the path of a UTF-8 text file")
     try:
-        data = Path(text_file).expanduser().read_bytes()
-    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
-        problem = getattr(error, "strerror", error)
+        data = Path(paths.expand("config.text_file", text_file)).read_bytes()
+    except OSError as error:
         raise UserError(
-            f"config.text_file is {text_file}, which cannot be read: {problem}"
+            f"config.text_file is {text_file}, which cannot be read: {error.strerror}"
         ) from error
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")  # the byte order mark

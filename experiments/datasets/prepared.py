@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from experiments import paths
 from experiments.errors import UserError, unknown_name
 
 FORMAT = 1  # of the prepared folder; raised when older folders can no longer be read
@@ -63,7 +64,7 @@ def load(name: str, data_dir: str) -> Dataset:
     """
     folder = folder_of(name, data_dir)
     if not os.path.exists(folder):  # unlike its method, no error in a folder that may not be read
-        with making(name, folder, path_of(data_dir), elsewhere=True) as made:
+        with making(name, folder, Path(paths.expand("data_dir", data_dir)), elsewhere=True) as made:
             try:
                 if made:
                     write(folder, *made)
@@ -94,23 +95,11 @@ def folder_of(name: str, data_dir: str) -> Path:
     """The folder of a prepared data set.
 
     Raises:
-        UserError: If there is no data set of this name, or the path begins with an unknown `~user`.
+        UserError: If there is no data set of this name, or `data_dir` is not a path.
     """
     if name not in _modules() or not hasattr(_import(name), "prepare"):
         raise UserError(unknown_name("the data set", name, names()))
-    return path_of(data_dir) / "prepared" / name
-
-
-def path_of(folder: str) -> Path:
-    """A folder as users give it, which may begin with `~`.
-
-    Raises:
-        UserError: If it begins with the `~name` of no user.
-    """
-    try:
-        return Path(folder).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"the folder {folder} cannot be found: {error}") from error
+    return Path(paths.expand("data_dir", data_dir)) / "prepared" / name
 
 
 @contextlib.contextmanager

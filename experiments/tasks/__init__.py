@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from experiments.config import NO_BATCH_STATISTICS
+from experiments.config import check_batch_sizes, check_rows, has_batch_statistics
 from experiments.errors import UserError, unknown_name
 from experiments.parallel import ONE_DEVICE, Parallel
 
@@ -114,7 +114,9 @@ def load(config: ConfigDict, parallel: Parallel = ONE_DEVICE) -> Task:
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     if config.task not in names:
         raise UserError(unknown_name("config.task", config.task, names))
-    return importlib.import_module(f"{__name__}.{config.task}").Task(config, parallel)
+    task = importlib.import_module(f"{__name__}.{config.task}").Task(config, parallel)
+    task.notes = [*task.notes, *check_evaluation(task, config)]
+    return task
 
 
 def check_batch_size(config: ConfigDict, num_examples: int, data: str) -> None:
@@ -129,38 +131,40 @@ def check_batch_size(config: ConfigDict, num_examples: int, data: str) -> None:
             f"config.batch_size is {size}, and {data} has {num_examples} training examples: make "
             "it smaller"
         )
-    if config.model.kind in NO_BATCH_STATISTICS:
-        return
-    for field in ("batch_size", "population_batch_size"):
-        if config[field] == 1:
-            raise UserError(f"config.{field} is 1, which has no batch statistics: make it greater")
+    check_batch_sizes(config)
 
 
-def notes_on_batches(config: ConfigDict, counts: dict[str, int], unit: str) -> list[str]:
-    """What a run says of validation and test batches of one example, without batch statistics.
+def batch_size_field(task: Task, reading: Reading) -> str:
+    """The config field with the size of the batches whose statistics normalise a reading."""
+    return "batch_size" if reading == task.readings[0] else "eval_batch_size"
 
-    Args:
-      config: of the run.
-      counts: number of examples by split.
-      unit: what an example is, in the plural.
+
+def check_evaluation(task: Task, config: ConfigDict) -> list[str]:
+    """Refuses to evaluate in batches of one example where their statistics are taken.
+
+    Returns:
+      What a run says of splits whose last batch has one example.
 
     Raises:
-      UserError: a split has one example in all.
+      UserError: names the field, or the split that has one example in all.
     """
-    if config.model.kind in NO_BATCH_STATISTICS:
+    if not has_batch_statistics(config):
         return []
     notes = []
-    for split, count in counts.items():
-        if count == 1:
-            raise UserError(
-                f"there is one of the {split} {unit}, which has no batch statistics: give more, or "
-                "make config.model.kind lstm"
-            )
-        if count % config.batch_size == 1:
-            notes.append(
-                f"of the {count:,} {split} {unit} the last batch has one, which has no batch "
-                "statistics and counts for nothing under them (config.batch_size)"
-            )
+    for reading in task.readings:
+        if reading.continued:
+            continue
+        field = batch_size_field(task, reading)
+        check_rows(config, config[field], f"config.{field} is {config[field]}")
+        for split in reading.splits:
+            count = task.num_examples(split, reading)
+            examples = f"{split} {reading.name or 'examples'}"
+            check_rows(config, count, f"of the {examples} there is 1")
+            if count % config[field] == 1:
+                notes.append(
+                    f"of the {count:,} {examples} the last batch has one, which has no batch "
+                    f"statistics and counts for nothing under them (config.{field})"
+                )
     return notes
 
 

@@ -26,7 +26,6 @@ from experiments.tasks import (
     Share,
     all_rows,
     check_batch_size,
-    notes_on_batches,
     shuffled_batch,
     shuffled_rows,
     updates_per_epoch,
@@ -66,6 +65,7 @@ class Task:
     """
 
     shown = ("bits_per_character", "accuracy")
+    notes = ()
     shared = ("text", "steps")
     batch_inputs = None
 
@@ -184,8 +184,6 @@ class Task:
                 self.data,
                 validated,
             )
-        counts = {split: self.sizes[split] // length for split in ("valid", "test")}
-        self.notes = notes_on_batches(self.config, counts, "segments")
         for reading in self.readings:
             size = min(self.sizes[split] for split in reading.splits)
             if not reading.continued and reading.length > size:

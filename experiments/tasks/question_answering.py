@@ -36,7 +36,6 @@ from experiments.tasks import (
     all_rows,
     check_batch_size,
     epoch_order,
-    notes_on_batches,
 )
 
 ROUNDING = 8  # padded passages have a multiple of so many words
@@ -135,8 +134,6 @@ class Task:
         self.splits = {split: self._within_limit(split, data.splits[split]) for split in SPLITS}
         counts = {split: len(part.answers) for split, part in self.splits.items()}
         check_batch_size(config, counts["train"], self.data)
-        evaluated = {split: counts[split] for split in ("valid", "test")}
-        self.notes += notes_on_batches(config, evaluated, "questions")
         self.updates_per_epoch = counts["train"] // config.batch_size
         self.train_order = functools.lru_cache(maxsize=1)(self._train_order)
         self.passage_lengths = self._padded_lengths()

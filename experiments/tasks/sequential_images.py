@@ -21,7 +21,6 @@ from experiments.tasks import (
     Share,
     all_rows,
     check_batch_size,
-    notes_on_batches,
     shuffled_batch,
     shuffled_rows,
 )
@@ -54,6 +53,7 @@ class Task:
     selection = "accuracy"
     lower_is_better = False
     shown = ("accuracy", "loss")
+    notes = ()
     shared = ()
     batch_inputs = None
 
@@ -70,8 +70,6 @@ class Task:
         self.images = {split: data.arrays[f"{split}_images"][:, order] for split in splits}
         self.labels = {split: data.arrays[f"{split}_labels"] for split in splits}
         check_batch_size(config, len(self.labels["train"]), self.data)
-        counts = {split: len(self.labels[split]) for split in ("valid", "test")}
-        self.notes = notes_on_batches(config, counts, "images")
         self.model = SequenceClassifier(
             recurrent_layer(config.model, pixels, axis_name=parallel.statistics_axis),
             data.info["num_classes"],

@@ -285,6 +285,10 @@ def test_a_run_refuses_to_go_on_with_other_data(config, tmp_path, change):
         ({"segment_length": 307}, r"the train text of letters\.txt .* it needs 614"),
         ({"batch_size": 61}, r"config\.batch_size is 61, .* has 60 training examples"),
         ({"batch_size": 1}, r"config\.batch_size is 1, which has no batch statistics"),
+        (
+            {"eval_batch_size": 1, "eval_lengths": (20,)},
+            r"config\.eval_batch_size is 1, which has no batch statistics",
+        ),
     ],
     ids=str,
 )
@@ -292,6 +296,15 @@ def test_bad_values_are_refused(config, changes, message):
     config.update(changes)
     with pytest.raises(UserError, match=message):
         tasks.load(config)
+
+
+def test_a_last_batch_of_one_is_told_of_each_reading(config):
+    config.batch_size, config.eval_batch_size, config.eval_lengths = 10, 3, (33, 55)
+    notes = tasks.load(config).notes  # 231 characters to test: 7 segments of 33, 4 of 55
+    assert [note.partition(",")[0] for note in notes] == [
+        "of the 7 test segments of 33 the last batch has one",
+        "of the 4 test segments of 55 the last batch has one",
+    ]
 
 
 def test_a_renamed_text_is_the_same_text(config, tmp_path):

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from experiments import tasks, train
-from experiments.checkpoints import read_best
+from experiments.checkpoints import Checkpoints, read_best
 from experiments.errors import UserError
 
 
@@ -33,6 +33,16 @@ def test_the_best_checkpoint_from_the_folder_alone(small_config, tmp_path, kind)
         assert np.any(averages != variables["batch_stats"]["layer"]["cell_var"])
         (tmp_path / "population_statistics.npz").unlink()
         assert read_best(tmp_path)[2] == "running"
+
+
+def test_a_checkpoint_from_before_a_metric_was_added_is_read(small_config, tmp_path):
+    state = train.create_state(tasks.load(small_config), small_config)
+    window = {name: (np.float32(3), np.float32(2)) for name in state.window}
+    del window["gradient_norm"]
+    with Checkpoints(tmp_path, "accuracy", False) as checkpoints:
+        checkpoints.save(state.replace(step=7, window=window), None)
+        restored = checkpoints.restore(7, state)
+    assert restored.window == {**window, "gradient_norm": (0, 0)}
 
 
 def test_folders_without_a_best_checkpoint(tmp_path):

@@ -46,6 +46,20 @@ def test_a_platform_that_is_not_there_is_one_line():
     assert "Traceback" not in errors
 
 
+def test_flags_may_come_from_files(tmp_path):
+    (tmp_path / "inner").write_text("--mode=evaluate\n")
+    (tmp_path / "outer").write_text(f"# of a test\n--flagfile={tmp_path}/inner\n--workdir=none\n")
+    program = """
+        from experiments import cli, main
+        cli.run(main.main, parse=main.parse_flags)
+    """
+    status, _, errors = run(program, "--workdir=other", f"--flagfile={tmp_path}/outer")
+    assert (status, errors) == (
+        2,
+        "error: --workdir=none is not the folder of a run: none/config.json is missing\n",
+    )
+
+
 def test_other_errors_keep_their_traceback():
     program = """
         from experiments import cli

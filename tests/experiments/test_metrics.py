@@ -2,14 +2,11 @@ import contextlib
 import io
 import json
 import os
-import struct
 
 import pytest
 from rich.console import Console
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from experiments import metrics
-from tests.full_disk import files_of_at_most
 
 
 def test_a_log_file_gets_lines_with_the_time_left(capsys, monkeypatch):
@@ -45,46 +42,6 @@ def test_training_tells_a_log_file_how_far_it_is(capsys, monkeypatch, tmp_path):
     assert rows[1] == row | {"loss": 0.25} and len(rows) == 2
 
 
-def test_tensorboard_gets_every_number_and_drops_those_of_a_stopped_run(tmp_path):
-    for start, values in (0, [1.0, 2.0, 3.0]), (1, [5.0]):
-        with metrics.Reporter(tmp_path, "title", "data", start, 10) as reporter:
-            for update, value in enumerate(values, start + 1):
-                row = {"update": update, "split": "train", "statistics": "batch"}
-                reporter.write(row, {"loss": value})
-            reporter.sync()
-    files = sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.stat().st_size)
-    events = [event for path in reversed(files) for event in read_events(path)]
-    # As TensorBoard has it: a start takes back what is of its step or later.
-    shown = {}
-    for event in events:
-        if event.session_log.status == SessionLog.START:
-            shown = {step: value for step, value in shown.items() if step < event.step}
-        for value in event.summary.value:
-            shown[event.step] = value.tag, value.simple_value
-    assert shown == {1: ("train/loss", 1.0), 2: ("train/loss", 5.0)}
-
-
-def read_events(path):
-    """Records are: length, its checksum, event, its checksum."""
-    content = path.read_bytes()
-    while content:
-        (length,) = struct.unpack("<Q", content[:8])
-        yield Event.FromString(content[12 : 12 + length])
-        content = content[16 + length :]
-
-
-def test_a_disk_that_fills_up_is_told(tmp_path):
-    """TensorBoard's file meets the limit before that of the metrics does."""
-    with (
-        files_of_at_most(3000),
-        pytest.raises(OSError, match="File too large"),
-        metrics.Reporter(tmp_path, "title", "data", 0, 10) as reporter,
-    ):
-        row = {"update": 4, "split": "valid", "statistics": "batch"}
-        reporter.write(row, {f"m{number}": 0.5 for number in range(100)})
-    assert (tmp_path / "metrics.jsonl").stat().st_size < 3000
-
-
 def test_a_run_does_not_need_to_be_heard(monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)  # as of `| tee log`, upon Ctrl-C
@@ -109,3 +66,20 @@ def test_the_stopwatch_adds_up_what_blocks_take(monkeypatch):
     table = doing.table(updates=2)
     assert "| input             | 1500.000 | 50.00%  |" in table
     assert "| in all            | 3000.000 | 100.00% |" in table
+
+
+def test_speed_is_of_the_updates_since_it_was_last_taken_without_compilation(monkeypatch):
+    clock = iter([0, 50, 50, 52, 60, 64, 64, 80])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    doing = metrics.Stopwatch()
+    with doing("compilation"):
+        pass
+    assert doing.updates_per_second(0) is None
+    with doing("input"):
+        pass
+    assert doing.updates_per_second(10) == 5
+    with doing("device"):
+        pass
+    with doing("compilation"):
+        pass
+    assert doing.updates_per_second(12) == 0.5

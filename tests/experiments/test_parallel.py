@@ -69,6 +69,8 @@ def test_global_statistics_make_several_devices_one(config, alone, number):
     task, state = trained(config, devices)
     for part in ("params", "batch_stats", "window"):
         assert_close(getattr(state, part), getattr(alone[1], part), 1e-5 if part != "window" else 1)
+    norms = (s.window["gradient_norm"] for s in (state, alone[1]))
+    np.testing.assert_allclose(*norms, rtol=1e-4)
     assert int(state.step) == 20
 
     # So does evaluation: of 49 segments in batches of 16, the last of one; and of one sequence.
@@ -189,6 +191,10 @@ def test_readers_on_shards_see_the_longest_passage_of_all():
 @pytest.mark.parametrize(
     "fields, message",
     [
+        (
+            {"devices": 8, "statistics_devices": 1, "batch_size": 8},
+            "config.batch_size 8 they have one example, which has no batch statistics",
+        ),
         ({"devices": 3}, "config.batch_size is 32: it must be divisible by the 3 devices"),
         ({"devices": 9}, "config.parallel.devices is 9, and a process has 8 here"),
         (
@@ -199,6 +205,7 @@ def test_readers_on_shards_see_the_longest_passage_of_all():
 )
 def test_devices_that_cannot_share(config, fields, message):
     config = config.copy_and_resolve_references()
+    config.batch_size = fields.pop("batch_size", config.batch_size)
     config.parallel.update(fields)
     with pytest.raises(UserError, match=re.escape(message)):
         parallel.make(config)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 from absl import flags
+from flax.traverse_util import flatten_dict
 from ml_collections import config_flags
 
-from configs import digits
+from configs import digits, ptb
 from experiments import sweeps, workdir
 from experiments.errors import UserError
 from experiments.sweeps import make_points, product, values, zipped
@@ -97,6 +98,48 @@ def test_names_are_short_safe_and_distinct():
     assert len({name.lower() for name in names}) == len(alike)
     for name in names:
         assert re.fullmatch(r"[a-z0-9._=~+-]+", name) and len(name) < 200
+
+
+SWEEP_OF_NUMPY = """
+import numpy as np
+from experiments.sweeps import product, values, zipped
+
+def get_sweep():
+    return product(
+        values("seed", *np.arange(2, 4)),
+        zipped(
+            values("optimizer.learning_rate", np.float32(1e-3), np.float64(0.1)),
+            values("batch_size", np.uint8(50), np.int64(60)),
+            values("model.kind", *np.array(["lstm", "bn_lstm"])),
+            values("model.shared_statistics", np.True_, np.False_),
+            values("eval_lengths", np.arange(100, 300, 100), (np.int32(7),)),
+        ),
+    )
+"""
+
+
+def test_numpy_values_of_a_sweep_file_reach_the_json_of_a_run(tmp_path):
+    (tmp_path / "sweep.py").write_text(SWEEP_OF_NUMPY)
+    points = make_points(ptb.get_config(), sweeps.load(str(tmp_path / "sweep.py")), tmp_path)
+    first = {
+        "seed": 2,
+        "optimizer.learning_rate": 0.001,
+        "batch_size": 50,
+        "model.kind": "lstm",
+        "model.shared_statistics": True,
+        "eval_lengths": [100, 200],
+    }
+    last = (3, 0.1, 60, "bn_lstm", False, [7])
+    for point, wanted in (points[0], first), (points[-1], dict(zip(first, last, strict=True))):
+        words = [f"--config.{field}={sweeps.argument(v)}" for field, v in point.fields.items()]
+        own = flags.FlagValues()
+        argv = ["main", f"--config={ROOT}/configs/ptb.py", *words]
+        config_flags.DEFINE_config_file("config", flag_values=own, sys_argv=argv)
+        own(argv)
+        saved = flatten_dict(json.loads(own.config.to_json()), sep=".")
+        assert {field: saved[field] for field in wanted} == wanted
+        assert own.config.to_dict() == point.config.to_dict()
+    assert points[0].name.startswith("seed=2,learning_rate=0.001,batch_size=50,kind=lstm")
 
 
 def test_values_reach_a_run_as_they_are():

@@ -1,6 +1,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -68,6 +69,34 @@ def test_several_updates_in_one_call(small_config, tmp_path):
     for a, b in zip(several, single, strict=True):
         assert {k: a[k] for k in ("update", "split")} == {k: b[k] for k in ("update", "split")}
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
+        if a["split"] == "train":
+            np.testing.assert_allclose(a["gradient_norm"], b["gradient_norm"], rtol=1e-3)
+
+
+def test_the_gradient_norm_is_that_of_the_whole_gradient_before_it_is_clipped(small_config):
+    small_config.optimizer.clip_norm = 1e-3
+    task = tasks.load(small_config)
+    state = train.create_state(task, small_config)
+    batch = task.train_batch(0)
+
+    def loss(params):
+        logits, _ = task.model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            *task.inputs(batch),
+            use_running_average=False,
+            mutable=["batch_stats"],
+        )
+        own = jnp.take_along_axis(logits, jnp.int32(batch["label"])[:, None], axis=1)[:, 0]
+        return jnp.mean(jax.nn.logsumexp(logits, axis=1) - own)
+
+    leaves = jax.tree.leaves(jax.grad(loss)(state.params))
+    norm = np.sqrt(sum(np.sum(np.asarray(leaf, np.float64) ** 2) for leaf in leaves))
+    assert norm > 0.01
+    total, count = train.make_train_step(task, jax.random.key(0))(state, batch).window[
+        "gradient_norm"
+    ]
+    np.testing.assert_allclose(total, norm, rtol=1e-4)
+    assert count == 1
 
 
 def test_a_continued_run_equals_an_unbroken_one(small_config, tmp_path, monkeypatch):

@@ -220,7 +220,7 @@ def test_text_file_that_cannot_be_read(tmp_path, book):
         path = book(content)
         assert error(text_file=path) == f"config.text_file is {path}, which holds no text"
     message = error(text_file="~nobody-of-this-name/book.txt")
-    assert message.startswith("config.text_file is ~nobody-of-this-name/book.txt, which cannot")
+    assert message.startswith("config.text_file=~nobody-of-this-name/book.txt: there is no user")
 
 
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])

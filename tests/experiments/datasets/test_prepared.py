@@ -211,7 +211,7 @@ def test_folder_that_cannot_be_read(tmp_path, monkeypatch, name):
 
 def test_data_dir_of_an_unknown_user(tmp_path):
     message = load_error("~nobody-of-this-name/data")
-    assert message.startswith("the folder ~nobody-of-this-name/data cannot be found")
+    assert message == "data_dir=~nobody-of-this-name/data: there is no user 'nobody-of-this-name'"
 
 
 @pytest.mark.parametrize("part", ["info", "arrays", "files"])
