@@ -256,8 +256,11 @@ def rest_of_line(text: str) -> TextColumn:
 
 
 def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
-    """The items, under a passing progress bar; in a log file, with a line a minute."""
-    if not processes.is_first():
+    """The items, under a passing progress bar; in a log file, with a line a minute.
+
+    A `total` of 0 is an unknown one: nothing is shown.
+    """
+    if not processes.is_first() or not total:
         yield from items
         return
     console = Console()

@@ -4,9 +4,10 @@ import contextlib
 import csv
 import dataclasses
 import fnmatch
+import functools
 import importlib
+import math
 import os
-import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from absl import logging
 
 from experiments.datasets.prepared import file_sha256
 from experiments.errors import UserError
+from experiments.metrics import track
 
 CONNECT_SECONDS, READ_SECONDS = 5, 60  # for each of a host's addresses; for the next bytes
 ANSWER_SECONDS = 10  # in all, because looking a name up has no timeout of its own
@@ -166,7 +168,9 @@ class Originals:
         for url in urls:
             try:
                 with _open(url) as response, path.open("wb") as file:
-                    shutil.copyfileobj(response.raw, file, BLOCK)
+                    size = int(response.headers.get("Content-Length", 0))
+                    blocks = iter(functools.partial(response.raw.read, BLOCK), b"")
+                    file.writelines(track(blocks, f"Downloading {url}", math.ceil(size / BLOCK)))
             except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
                 problems.append(f"{url} ({_reason(error)})")
                 continue

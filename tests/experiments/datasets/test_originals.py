@@ -11,6 +11,7 @@ import pytest
 import requests
 import tensorflow_datasets as tfds
 
+from experiments import metrics
 from experiments.datasets import babi, mnist, originals, ptb, text8
 from experiments.datasets.originals import Original, Originals
 from experiments.errors import UserError
@@ -209,9 +210,12 @@ def mirrors(monkeypatch):
 
 
 @pytest.mark.parametrize("first", ["404", "503", "other", "broken"])
-def test_next_address_is_tried(tmp_path, mirrors, first):
+def test_next_address_is_tried(tmp_path, mirrors, first, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "SECONDS_LOGGED", -1)
     originals = mirrors(first, "good")
     words, source = read_words(tmp_path, originals)
+    shown = capsys.readouterr().out
+    assert all(f"Downloading {file.urls[1]}: 1 of 1, " in shown for file in originals.files)
     assert words == [b"one", b"two", b"three"]
     assert [file["downloaded_from"] for file in source["files"]] == [
         file.urls[1] for file in originals.files
