@@ -113,7 +113,7 @@ class Reporter:
         path = workdir / FILE_NAME
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a", encoding="utf-8")
-        self.console = Terminal(highlight=False, soft_wrap=True, markup=False)
+        self.console = Terminal(highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._progress = Progress(
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -263,7 +263,7 @@ def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
     if not processes.is_first() or not total:
         yield from items
         return
-    console = Console()
+    console = Console(emoji=False)  # titles have names of files
     if console.is_terminal:
         columns = (
             BarColumn(bar_width=20),
