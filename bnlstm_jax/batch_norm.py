@@ -36,6 +36,9 @@ def check_fields(module: nn.Module) -> None:
     check("initial_hidden_noise", getattr(module, "initial_hidden_noise", 0) >= 0, "at least 0")
     most = getattr(module, "max_steps", None)
     check("max_steps", most is None or most >= 1, "at least 1, or None")
+    dtype = getattr(module, "dtype", None)
+    floating = dtype is None or jnp.issubdtype(dtype, jnp.floating)
+    check("dtype", floating, "a floating-point dtype, or None")
     check("epsilon", getattr(module, "epsilon", 1) > 0, "a number above 0")
     check("momentum", 0 <= getattr(module, "momentum", 0) <= 1, "a number from 0 to 1")
 
@@ -48,7 +51,8 @@ def check_rows(module: nn.Module, rows: int) -> None:
     if rows == 1 and not module.is_initializing() and pooled_axis(module) is None:
         raise ValueError(
             f"{type(module).__name__}: expected a batch of at least 2 under batch statistics, got "
-            "1; write use_running_average=True to normalise by running statistics"
+            "1; leave a last batch of one out, or write use_running_average=True to normalise by "
+            "running statistics"
         )
 
 
@@ -92,7 +96,8 @@ def update_statistics(
       module: has `momentum` and `axis_name`. Nothing happens while it is initialised.
       variables: the running statistics, `[T, F]` or `[F]`.
       batch: statistics of the batch. `[T, F]` are pooled over time for running statistics `[F]`.
-      count: number of rows behind them, `[T]` or `[]`. Where it is zero nothing changes.
+      count: number of rows behind them, `[T]` or `[]`. Where it is below two nothing changes: one
+        row has no variance.
       prefix: of names in the collections.
     """
     if module.is_initializing():
@@ -103,6 +108,7 @@ def update_statistics(
     running = values(variables)
     if batch.mean.ndim > running.mean.ndim:
         batch, count = pool_steps(batch, count), jnp.sum(count)
+    count = jnp.where(count > 1, count, 0)
     reached = (count > 0)[..., None]
     averages = running_average(running, batch, module.momentum, reached)
     for variable, average in zip(variables, averages, strict=True):

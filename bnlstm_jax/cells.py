@@ -147,7 +147,7 @@ def lstm_step(
 
 def check_terms(field: str, terms: Sequence[str]) -> None:
     """Raises a ValueError if a field names other terms than an LSTM has."""
-    if isinstance(terms, str) or set(terms) - set(TERMS):
+    if not isinstance(terms, tuple | list) or set(terms) - set(TERMS):
         raise ValueError(
             f"{field}: expected a tuple of 'input', 'recurrent', 'cell', got {terms!r}"
         )

@@ -116,7 +116,8 @@ class LSTM(RecurrentLayer):
     Attributes:
       features: number of hidden units H.
       vocab_size: number of symbols V, for inputs that are integers in `[0, V)`. A symbol stands for
-        its one-hot vector, whose product with the kernel is a row of it. None for dense inputs.
+        its one-hot vector, whose product with the kernel is a row of it. Any other integer gives
+        NaN. None for dense inputs.
       input_kernel_init, recurrent_kernel_init, bias_init: initialisers of `input_kernel`,
         `[D, 4H]` or `[V, 4H]`, `recurrent_kernel [H, 4H]`, `bias [4H]`.
       initial_hidden_init: initialiser of the learned initial hidden state `[H]`.
@@ -248,8 +249,8 @@ class BNLSTM(RecurrentLayer):
       input_statistics: `per_step`, or `sequence` for input moments `[4H]` of all time steps
         together, in training too.
       mask_statistics: count only valid steps of `seq_lengths` in statistics; names of terms do so
-        for those. The paper's released code counts all steps, finished sequences with their frozen
-        state: so does False.
+        for those. A time step with one valid sequence changes no statistics. The paper's released
+        code counts all steps, finished sequences with their frozen state: so does False.
       vocab_size: number of symbols V, for inputs that are integers in `[0, V)`; see `LSTM`. None
         for dense inputs.
       input_kernel_init, recurrent_kernel_init, bias_init: initialisers of `input_kernel`,
@@ -394,10 +395,7 @@ def _run(layer: RecurrentLayer, inputs: Array, call: _Call) -> Array | tuple[Car
 
     params = lstm_params(layer, layer.vocab_size or inputs.shape[-1], norm.terms)
     kernel = params.pop("recurrent_kernel")
-    variables = {
-        term: statistics_variables(layer, _statistics_shape(layer, term, steps), f"{term}_")
-        for term in norm.batch_terms
-    }
+    variables = {term: _statistics(layer, term, steps) for term in norm.batch_terms}
     carry, key = call.initial_carry, call.init_key
     if carry is None:
         if key is None and layer.initial_hidden_noise > 0:
@@ -448,7 +446,8 @@ def _checked(layer: RecurrentLayer, inputs: Array, call: _Call, training: bool) 
     got = f"got {inputs.dtype}{list(inputs.shape)}"
     axes = "time, batch" if call.time_major else "batch, time"
     if layer.vocab_size is None and inputs.ndim != 3:
-        hint = f"; set vocab_size for symbols [{axes}]" if inputs.ndim == 2 else ""
+        symbols = inputs.ndim == 2 and jnp.issubdtype(inputs.dtype, jnp.integer)
+        hint = f"; set vocab_size for symbols [{axes}]" if symbols else ""
         raise ValueError(f"expected inputs [{axes}, features], {got}{hint}")
     if layer.vocab_size is not None and (
         inputs.ndim != 2 or not jnp.issubdtype(inputs.dtype, jnp.integer)
@@ -510,6 +509,19 @@ def _statistics_shape(layer: RecurrentLayer, term: str, steps: int) -> tuple[int
         raise ValueError("max_steps: expected a number, to initialise by sequences without steps")
     rows = () if whole or layer.shared_statistics else (layer.max_steps or steps,)
     return (*rows, term_size(layer, term))
+
+
+def _statistics(layer: RecurrentLayer, term: str, steps: int) -> list[nn.Variable]:
+    """The running statistics of a term, in a layer that sequences of `steps` steps initialise."""
+    shape = _statistics_shape(layer, term, steps)
+    variables = statistics_variables(layer, shape, f"{term}_")
+    there = variables[0].value.shape
+    if layer.max_steps is not None and there != shape:
+        raise ValueError(
+            f"max_steps: the layer has {layer.max_steps}, batch_stats/{term}_mean has the shape "
+            f"{list(there)} where {list(shape)} was expected"
+        )
+    return variables
 
 
 def _running(

@@ -9,7 +9,7 @@ each time step.
 import functools
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -33,7 +33,7 @@ def estimate_population_statistics(
     *,
     rngs: dict[str, Array] | None = None,
     late_steps: str = "skip",
-    inputs: Callable[[Any], tuple] | None = None,
+    inputs: Callable[[Any], Any] | None = None,
     transform: Callable[[Callable], Callable] = jax.jit,
     **kwargs: Any,
 ) -> dict[str, Any]:
@@ -61,12 +61,14 @@ def estimate_population_statistics(
     Args:
       model: a `flax.linen.Module`.
       variables: its variables, with the parameters to estimate statistics for.
-      batches: training data; each batch is the argument of a call of the model, or a tuple of them.
+      batches: training data; each batch is the argument of a call of the model, or a tuple of all
+        positional arguments. Labels are none of them; see `inputs`.
       rngs: keys of the model's random streams, folded with the number of the batch.
       late_steps: what a batch of shorter sequences contributes to time steps that it does not
         reach: `skip`, nothing; `repeat`, the statistics of its last step, as in the released
         reader.
-      inputs: maps a batch to a tuple of arguments of the model, if it is not one already.
+      inputs: maps a batch to the model's argument or tuple of arguments, if it is not that already;
+        for batches of `(x, labels)` it is `lambda batch: batch[0]`.
       transform: compiles a function of variables, the number of a batch, and the batch. For a model
         with an `axis_name` it also maps that axis.
       **kwargs: arguments that make the model use batch statistics, such as
@@ -74,12 +76,12 @@ def estimate_population_statistics(
 
     Returns:
       `batch_stats`, with every statistic of those modules, `[..., T, F]` or `[..., F]`, replaced by
-      its average over the batches that reach its time step. Steps that no batch reaches take the
-      statistics of the last step that one does. Statistics that no batch reaches at any step stay
-      as they are.
+      its average over the batches that reach its time step, with two sequences or more. Steps that
+      no batch reaches take the statistics of the last step that one does. Statistics that no batch
+      reaches at any step stay as they are.
 
     Raises:
-      TypeError: `model` is not a `flax.linen.Module`.
+      TypeError: `model` is not a `flax.linen.Module`, or `rngs` is not a dict.
       ValueError: there are no batches, no module used batch statistics, a lifted transform does not
         list `current_batch_stats`, or `late_steps` is unknown.
 
@@ -90,15 +92,16 @@ def estimate_population_statistics(
     if late_steps not in ("skip", "repeat"):
         raise ValueError(f"late_steps: expected 'skip' or 'repeat', got {late_steps!r}")
     _check_model(model)
+    if rngs is not None and not isinstance(rngs, Mapping):
+        raise TypeError("rngs: expected a dict of keys, such as {'dropout': key}")
     statistics = flatten_dict(variables.get("batch_stats", {}))
     unlifted: set[Path] = set()
     interceptor = functools.partial(_note_unlifted, unlifted)
 
     def contributions(variables: Any, index: int, batch: Any) -> dict[Path, _Sum]:
-        if inputs is not None:
-            arguments = inputs(batch)
-        else:
-            arguments = batch if isinstance(batch, tuple) else (batch,)
+        arguments = batch if inputs is None else inputs(batch)
+        if not isinstance(arguments, tuple):
+            arguments = (arguments,)
         keys = {name: jax.random.fold_in(key, index) for name, key in (rngs or {}).items()}
         before = flatten_dict(variables.get("batch_stats", {}))
         variables = {**variables, CURRENT_BATCH_STATS: _no_calls(before)}

@@ -40,7 +40,9 @@ class Milestone(NamedTuple):
         values = [self.low, self.high, *([] if self.paper is None else [self.paper])]
         low, high = min(values), max(values)
         margin = max(high - low, MARGIN * high)
-        verdict = "on track" if low - margin <= value <= high + margin else "off"
+        least, most = low - margin, high + margin
+        better = value > most if self.metric == "accuracy" else value < least
+        verdict = "on track" if least <= value <= most else "better" if better else "off"
         paper = "" if self.paper is None else f", the paper {self.paper:.3f}"
         return (
             f"{verdict}: {self.metric.replace('_', ' ')} {value:.3f}, where {self.seeds} runs had "

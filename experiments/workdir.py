@@ -119,12 +119,18 @@ def read_config(workdir: Path) -> ConfigDict:
     """
     path = workdir / "config.json"
     if not path.exists():
-        inside = sorted(str(path.parent) for path in workdir.glob("*/config.json"))
-        problem = f"choose {' or '.join(inside)}" if inside else f"{path} is missing"
+        others = runs_around(workdir)
+        problem = f"choose {' or '.join(map(str, others))}" if others else f"{path} is missing"
         raise UserError(f"--workdir={workdir} is not the folder of a run: {problem}")
     fields = flatten_dict(_tuples(read_json(path)), sep=".")
     added = ADDED_FIELDS | (ADDED_LAYER_FIELDS if "model.input_statistics" in fields else {})
     return ConfigDict(unflatten_dict(added | fields, sep="."))
+
+
+def runs_around(workdir: Path) -> list[Path]:
+    """The folders of runs in a folder, and the folder that it lies in, if that is a run's."""
+    configs = [*sorted(workdir.glob("*/config.json")), workdir.parent / "config.json"]
+    return [path.parent for path in configs if path.exists()]
 
 
 def read_record(workdir: Path) -> dict[str, Any]:
@@ -210,12 +216,18 @@ def check(config: ConfigDict, workdir: Path) -> None:
     """Refuses a folder that cannot be, or must not be, the workdir of this config's run.
 
     Raises:
-      UserError: it holds the run of another config, is not a folder, or cannot hold checkpoints.
+      UserError: it holds the run of another config, or folders of runs; it lies in the folder of a
+        run; it is not a folder, or cannot hold checkpoints.
     """
     check_path(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is not a folder")
     if not (workdir / "config.json").exists():
+        if others := runs_around(workdir):
+            raise UserError(
+                f"--workdir={workdir}: {' and '.join(map(str, others))} hold runs, and runs cannot "
+                "lie within each other; choose another workdir, or one of these"
+            )
         return
     ours, theirs = flat(config), flat(read_config(workdir))
     differing = sorted(

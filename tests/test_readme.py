@@ -29,6 +29,12 @@ def test_the_layer_examples_run():
     assert all(leaf.shape[0] == 784 for leaf in statistics) and len(statistics) == 6
 
     exec(with_nnx, names)
+    for collection, path in (
+        ("params", ("Dense_0", "bias")),
+        ("batch_stats", ("BNLSTM_0", "cell_mean")),
+    ):
+        zero_at_first = names["variables"][collection][path[0]][path[1]]
+        assert np.any(zero_at_first != 0), path
     variables = {**names["variables"], "batch_stats": names["population"]}
     expected = names["model"].apply(variables, names["x"][:1])
     np.testing.assert_allclose(names["logits"], expected, rtol=1e-6)

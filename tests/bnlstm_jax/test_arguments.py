@@ -256,6 +256,8 @@ FIELDS = [
     (BatchNorm, "epsilon", float("nan")),
     (BatchNorm, "momentum", 2.0),
     (LSTM, "initial_hidden_noise", -1.0),
+    (LSTM, "dtype", "int32"),
+    (BNLSTM, "normalize", 7),
 ]
 
 
@@ -294,6 +296,10 @@ def test_other_arguments_out_of_range_raise():
             layer.apply(variables, x, initial_carry=carry, use_running_average=True)
     with pytest.raises(ValueError, match="max_steps: expected a number"):
         initialize(layer, x[:, :0])
+    with pytest.raises(ValueError, match=r"max_steps: the layer has 7, batch_stats/\w+_mean has"):
+        BNLSTM(4, max_steps=7).apply(variables, x, use_running_average=True)
+    with pytest.raises(ValueError, match=r"expected inputs .*, got float32\[3, 5\](?!;)"):
+        layer.apply(variables, x[..., 0], use_running_average=True)
 
 
 def test_a_mask_of_batch_norm_is_broadcast():

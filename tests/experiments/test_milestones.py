@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
         (0.5, 0.6, None, 0.55, "on track"),
         (0.5, 0.6, None, 0.41, "on track"),  # by as much as the others lie apart
         (0.5, 0.6, None, 0.39, "off"),
-        (0.5, 0.6, None, 0.71, "off"),
+        (0.5, 0.6, None, 0.71, "better"),
         (0.5, 0.5, None, 0.476, "on track"),  # one run says little: a twentieth
         (0.5, 0.5, None, 0.474, "off"),
         (0.5, 0.5, 0.6, 0.69, "on track"),  # the paper's counts as one of them
@@ -31,6 +31,12 @@ def test_verdicts(low, high, paper, value, verdict):
     assert told.startswith(f"{verdict}: accuracy ")
     assert f"where 3 runs had {low:.3f} to {high:.3f}" in told
     assert ("the paper" in told) == (paper is not None)
+
+
+@pytest.mark.parametrize("value, verdict", [(1.3, "better"), (1.5, "on track"), (1.7, "off")])
+def test_lower_losses_are_better(value, verdict):
+    told = Milestone("bits_per_character", 1.45, 1.55, 3, None).tell(value)
+    assert told.startswith(f"{verdict}: bits per character ")
 
 
 def test_they_are_for_configs_as_they_are():
