@@ -159,6 +159,7 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"config.wandb is {config.wandb}, and the package is not installed: pip install wandb"
         )
+    model_kinds(config)
     check_batch_sizes(config)
     one_of("config.model.dtype", config.model.dtype, ("float32", "bfloat16"))
     one_of("config.model.implementation", config.model.implementation, NAMES)
