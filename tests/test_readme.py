@@ -10,25 +10,37 @@ import pytest
 from sklearn.datasets import load_digits
 
 from configs import digits
-from experiments import runs, train
+from experiments import datasets, runs, train
 from experiments.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 PROJECT = "bnlstm-jax/bnlstm_jax"
-CODE = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-REPOSITORY = f"^https://(github.com/{PROJECT}/blob|raw.githubusercontent.com/{PROJECT})/main/"
+REPOSITORY = (
+    f"^https://(github.com/{PROJECT}/(blob|tree)|raw.githubusercontent.com/{PROJECT})/main/"
+)
+
+
+def example(word):
+    """The Python example that has a word in it."""
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if word in c)
+    return code
+
+
+def final(results):
+    """The final test results of a BN-LSTM."""
+    rows = {(row["split"], row["statistics"]): row for row in results["rows"]}
+    return rows["test", "population"]
 
 
 def test_the_layer_examples_run():
-    linen, with_nnx, _ = CODE
     names = {}
-    exec(linen, names)
+    exec(example("nn.Module"), names)
     assert names["logits"].shape == (1, 10)
     statistics = jax.tree.leaves(names["variables"]["batch_stats"])
     assert all(leaf.shape[0] == 784 for leaf in statistics) and len(statistics) == 6
 
-    exec(with_nnx, names)
+    exec(example("nnx.bridge"), names)
     for collection, path in (
         ("params", ("Dense_0", "bias")),
         ("batch_stats", ("BNLSTM_0", "cell_mean")),
@@ -48,13 +60,12 @@ def test_a_finished_run_predicts_as_its_results_say(tmp_path, monkeypatch):
     results = train.train(config, tmp_path / "runs/digits/bn_lstm")
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(CODE[2].replace('"test", 5', '"test", 250'), names)
+    exec(example("runs.load").replace('"test", 5', '"test", 250'), names)
     labels = load_digits().target[-250:]
     np.testing.assert_array_equal(names["batch"]["label"], labels)
-    (row,) = (row for row in results["rows"]
-              if (row["split"], row["statistics"]) == ("test", "population"))  # fmt: skip
     log_p = jax.nn.log_softmax(names["logits"])
-    assert -np.mean(log_p[np.arange(250), labels]) == pytest.approx(row["loss"], rel=1e-5)
+    loss = -np.mean(log_p[np.arange(250), labels])
+    assert loss == pytest.approx(final(results)["loss"], rel=1e-5)
     run = names["run"]
     assert (run.update, run.statistics) == (results["update"], "population")
     assert run.config.to_dict() == config.to_dict()
@@ -70,6 +81,18 @@ def test_a_run_on_other_data_is_refused(tmp_path):
     (tmp_path / "run/run.json").write_text(json.dumps(record | {"dataset_sha256": "other"}))
     with pytest.raises(UserError, match="dataset_sha256 is 'other'"):
         runs.load(tmp_path / "run")
+
+
+def test_trained_weights_classify_as_well_as_the_run_did(data_dir, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arrays = datasets.load("mnist", str(data_dir)).arrays
+    names = {"images": arrays["test_images"][:500].reshape(-1, 28, 28)}
+    exec(example("results/weights"), names)
+    accuracy = np.mean(names["logits"].argmax(-1) == arrays["test_labels"][:500])
+    record = ROOT / "results/runs/pmnist/bn_lstm/seed_1/results.json"
+    reported = final(json.loads(record.read_text()))["accuracy"]
+    deviation = (reported * (1 - reported) / 500) ** 0.5  # of the accuracy of 500
+    assert accuracy == pytest.approx(reported, abs=3 * deviation)
 
 
 def links(text):

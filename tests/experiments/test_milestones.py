@@ -72,7 +72,7 @@ def test_the_file_is_of_the_runs_in_results():
 
 
 def test_a_run_tells_them(small_config, tmp_path, capsys, monkeypatch):
-    points = {4: Milestone("accuracy", 0.0, 1.0, 3, None), 8: Milestone("loss", 90, 99, 3, None)}
+    points = {4: Milestone("accuracy", 0.0, 1.0, 3, None), 8: Milestone("loss", 0.1, 0.2, 3, None)}
     monkeypatch.setattr(milestones, "of", lambda _: points)
     train.train(small_config, tmp_path)
     said = capsys.readouterr().out
