@@ -249,7 +249,7 @@ class BNLSTM(RecurrentLayer):
       input_statistics: `per_step`, or `sequence` for input moments `[4H]` of all time steps
         together, in training too.
       mask_statistics: count only valid steps of `seq_lengths` in statistics; names of terms do so
-        for those. A time step with one valid sequence changes no statistics. The paper's released
+        for those. A time step with one valid sequence has variance 0. The paper's released
         code counts all steps, finished sequences with their frozen state: so does False.
       vocab_size: number of symbols V, for inputs that are integers in `[0, V)`; see `LSTM`. None
         for dense inputs.

@@ -76,9 +76,9 @@ def estimate_population_statistics(
 
     Returns:
       `batch_stats`, with every statistic of those modules, `[..., T, F]` or `[..., F]`, replaced by
-      its average over the batches that reach its time step, with two sequences or more. Steps that
-      no batch reaches take the statistics of the last step that one does. Statistics that no batch
-      reaches at any step stay as they are.
+      its average over the batches that reach its time step. Steps that no batch reaches take the
+      statistics of the last step that one does. Statistics that no batch reaches at any step stay
+      as they are.
 
     Raises:
       TypeError: `model` is not a `flax.linen.Module`, or `rngs` is not a dict.

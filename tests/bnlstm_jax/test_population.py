@@ -74,25 +74,6 @@ def test_masked_steps_count_as_not_reached():
         np.testing.assert_allclose(masked[name], cut[name], rtol=1e-5, atol=1e-7, err_msg=name)
 
 
-def test_steps_that_one_sequence_reaches_count_as_not_reached():
-    layer = bnlstm_jax.BNLSTM(5, max_steps=STEPS, momentum=0.3)
-    variables = make(layer)
-    x = jax.random.normal(jax.random.key(1), (4, STEPS, 3))
-    lone, two = jnp.array([4, 2, 6, 1]), jnp.array([4, 2, 4, 1])  # in steps 4 and 5 the third alone
-    training = {"use_running_average": False}
-    _, updated = layer.apply(variables, x, seq_lengths=lone, mutable=["batch_stats"], **training)
-    by_lone, by_two = (
-        bnlstm_jax.estimate_population_statistics(
-            layer, variables, [x], seq_lengths=lengths, **training
-        )
-        for lengths in (lone, two)
-    )
-    for name, running in updated["batch_stats"].items():
-        np.testing.assert_array_equal(running[4:], variables["batch_stats"][name][4:])
-        assert np.any(running[1:4] != variables["batch_stats"][name][1:4], axis=1).all(), name
-        np.testing.assert_array_equal(by_lone[name], by_two[name], err_msg=name)
-
-
 @pytest.mark.parametrize("input_statistics", ["per_step", "sequence"])
 @pytest.mark.parametrize("normalize", [("input", "recurrent", "cell"), ("input",), ("cell",)])
 def test_one_batch_makes_inference_equal_training(input_statistics, normalize):

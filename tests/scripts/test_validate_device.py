@@ -35,7 +35,7 @@ def validate(folder, *arguments):
 
 def test_a_rehearsal_runs_every_step(tmp_path):
     folder = tmp_path / "new" / "folder"
-    done = validate(folder, "--small", f"--data_dir={tmp_path}")
+    done = validate(folder, "--small", "--minutes=60", f"--data_dir={tmp_path}")
     assert (done.returncode, done.stderr) == (0, "")
     files = {"rates.json", "check.json", "benchmark.json", "training.json", "training.png"}
     assert {path.name for path in folder.iterdir()} == files | {"report.md"}
