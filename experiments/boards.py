@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -149,6 +149,13 @@ def opened(folder: Path, config: ConfigDict, start: int | None = None) -> Iterat
         if config.wandb:
             boards.append(stack.enter_context(WeightsAndBiases(folder, config)))
         yield boards
+
+
+def write_results(boards: Iterable[Board], results: dict[str, Any]) -> None:
+    """Shows what `results.json` holds."""
+    scalars = final_scalars(results["rows"])
+    for board in boards:
+        board.write_results(scalars, results["update"])
 
 
 def hyperparameters(config: ConfigDict) -> dict[str, bool | float | str]:

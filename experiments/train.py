@@ -349,8 +349,7 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
         results = evaluate_best(
             task, config, state, checkpoints, folder, evaluator, devices, interruption
         )
-        for board in shown:
-            board.write_results(boards.final_scalars(results["rows"]), results["update"])
+        boards.write_results(shown, results)
         if first:
             workdir.record_end(folder, config.num_updates)
         return results
@@ -470,8 +469,7 @@ def evaluate_run(config: ConfigDict, folder: Path) -> dict[str, Any]:
         )
         if processes.is_first():
             with boards.opened(folder, config) as shown:
-                for board in shown:
-                    board.write_results(boards.final_scalars(results["rows"]), results["update"])
+                boards.write_results(shown, results)
         return results
 
 

@@ -12,7 +12,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from experiments import layers
-from experiments.config import NO_BATCH_STATISTICS, one_of, words
+from experiments.config import has_batch_statistics, one_of, words
 from experiments.datasets import corpus
 from experiments.datasets.corpus import SPLITS, UNKNOWN
 from experiments.errors import UserError
@@ -177,7 +177,7 @@ class Task:
                 )
         check_batch_size(self.config, self.num_segments, self.data)
         validated = self.sizes["valid"] // length
-        if self.config.model.kind not in NO_BATCH_STATISTICS and validated < batch_size:
+        if has_batch_statistics(self.config) and validated < batch_size:
             logging.warning(
                 "The validation text of %s has %d segments, fewer than a batch: their batch "
                 "statistics, by which the best checkpoint is chosen, are noisy",

@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments import checkpoints, finite, metrics, train
+from experiments import checkpoints, finite, metrics, train, workdir
 from experiments.errors import Stopped, UserError
 from experiments.tasks import sequential_images
 from scripts.crash_test import differences
@@ -388,6 +388,17 @@ def test_a_folder_that_is_a_file(config, tmp_path):
         train.train(config, tmp_path / "file")
     with pytest.raises(UserError, match="cannot be written: Not a directory"):
         train.train(config, tmp_path / "file" / "run")
+
+
+def test_runs_do_not_lie_within_each_other(config, unbroken, tmp_path):
+    folder = copy(unbroken, tmp_path / "several" / "bn_lstm")
+    for new in (folder.parent, folder / "lstm"):
+        with pytest.raises(UserError, match=f"{folder} hold runs, and runs cannot lie within"):
+            train.train(config, new)
+        with pytest.raises(UserError, match=f"is not the folder of a run: choose {folder}$"):
+            workdir.read_config(new)
+    assert not (folder / "lstm").exists()
+    assert [path.name for path in folder.parent.iterdir()] == ["bn_lstm"]
 
 
 def test_vanished_data_leave_the_run_as_it_was(config, unbroken, tmp_path):
