@@ -263,7 +263,7 @@ def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
     if not processes.is_first() or not total:
         yield from items
         return
-    console = Console(emoji=False)  # titles have names of files
+    console = Console()
     if console.is_terminal:
         columns = (
             BarColumn(bar_width=20),
