@@ -96,7 +96,8 @@ def update_statistics(
       module: has `momentum` and `axis_name`. Nothing happens while it is initialised.
       variables: the running statistics, `[T, F]` or `[F]`.
       batch: statistics of the batch. `[T, F]` are pooled over time for running statistics `[F]`.
-      count: number of rows behind them, `[T]` or `[]`. Where it is zero nothing changes.
+      count: number of rows behind them, `[T]` or `[]`. Where it is 0 or 1 nothing changes: one row
+        has no variance.
       prefix: of names in the collections.
     """
     if module.is_initializing():
@@ -107,6 +108,7 @@ def update_statistics(
     running = values(variables)
     if batch.mean.ndim > running.mean.ndim:
         batch, count = pool_steps(batch, count), jnp.sum(count)
+    count = jnp.where(count > 1, count, 0)
     reached = (count > 0)[..., None]
     averages = running_average(running, batch, module.momentum, reached)
     for variable, average in zip(variables, averages, strict=True):

@@ -68,7 +68,7 @@ def bn_lstm(
     over: `features` for layer normalisation, each row by its own mean and variance.
 
     The returned statistics are a dict like `statistics`, [time, features] each, or [features] for
-    sequence-wide input statistics. Steps without any row to count have NaN.
+    sequence-wide input statistics. Steps with fewer than two rows to count have NaN.
     """
     x = np.asarray(inputs, np.float64)
     p = {name: np.asarray(value, np.float64) for name, value in params.items()}
@@ -88,8 +88,9 @@ def bn_lstm(
             mean, var = values.mean(-1, keepdims=True), values.var(-1, keepdims=True)
         elif statistics is None:
             mean, var = moments(values, rows)
-            found[f"{term}_mean"].append(mean)
-            found[f"{term}_var"].append(var)
+            has_variance = np.sum(rows) > 1
+            found[f"{term}_mean"].append(np.where(has_variance, mean, np.nan))
+            found[f"{term}_var"].append(np.where(has_variance, var, np.nan))
         else:
             mean, var = (np.asarray(statistics[f"{term}_{kind}"]) for kind in ("mean", "var"))
             if mean.ndim == 2:

@@ -27,7 +27,7 @@ def modules():
     random = np.random.default_rng(0)
     x = random.normal(size=(4, 5, 2)).astype(np.float32)
     symbols = random.integers(0, 6, (4, 5))
-    lengths = {"seq_lengths": np.array([5, 1, 3, 4])}
+    lengths = {"seq_lengths": np.array([5, 1, 5, 5])}
     words, questions = random.integers(0, 7, (4, 6)), random.integers(0, 7, (4, 3))
     asked = words, questions, np.array([5, 1, 3, 4]), np.array([3, 1, 2, 2])
     normalized = dict(passage_steps=5, question_steps=3, momentum=0.9)
