@@ -26,7 +26,8 @@ four sentences, a hundred units, no dropout, all five readers.
 
 from ml_collections import ConfigDict
 
-from experiments.config import READER_KINDS, base_config, one_of
+from experiments.config import READER_KINDS, base_config
+from experiments.runtime.checks import one_of
 from experiments.tasks.question_answering import reader_config
 
 

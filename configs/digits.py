@@ -9,7 +9,7 @@ steps, 1,297 training, 250 validation and 250 test images. Trains both models, o
 from ml_collections import ConfigDict
 
 from experiments.config import base_config
-from experiments.layers import layer_config
+from experiments.models.layers import layer_config
 
 
 def get_config() -> ConfigDict:

@@ -12,7 +12,7 @@ curves (results/README.md). `--config.optimizer.decay=0.5` is as released.
 from ml_collections import ConfigDict
 
 from experiments.config import base_config
-from experiments.layers import layer_config
+from experiments.models.layers import layer_config
 
 
 def get_config() -> ConfigDict:

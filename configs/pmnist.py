@@ -12,7 +12,7 @@ reads every pixel once, as the task is understood elsewhere. The orders are not 
 from ml_collections import ConfigDict
 
 from configs import mnist
-from experiments.config import one_of
+from experiments.runtime.checks import one_of
 
 VARIANTS = {"released": "released_draw", "true": "permutation"}
 

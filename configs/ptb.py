@@ -11,7 +11,8 @@ checkpoint with the best validation accuracy. `configs/ptb.py:small` has 200 uni
 
 from ml_collections import ConfigDict
 
-from experiments.config import base_config, one_of
+from experiments.config import base_config
+from experiments.runtime.checks import one_of
 from experiments.tasks.char_lm import text_config
 
 UPDATES_PER_EPOCH = 791

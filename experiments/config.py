@@ -7,9 +7,10 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from bnlstm_jax.recurrence import NAMES
-from experiments import paths
-from experiments.errors import UserError, unknown_name
 from experiments.models.attentive_reader import FORMS
+from experiments.runtime import paths
+from experiments.runtime.checks import at_least, at_most, one_of
+from experiments.runtime.errors import UserError
 
 MODEL_KINDS = ("lstm", "bn_lstm", "ln_lstm")
 READER_KINDS = tuple(FORMS)  # answer questions
@@ -169,38 +170,3 @@ def check(config: ConfigDict) -> None:
         "config.optimizer.adam_epsilon", config.optimizer.adam_epsilon, ("published", "released")
     )
     one_of("config.population_late_steps", config.population_late_steps, ("skip", "repeat"))
-
-
-def words(field: tuple[str, ...]) -> tuple[str, ...]:
-    """The words of a field: a tuple, or one string with commas, as the command line gives it."""
-    return tuple(word.strip() for part in field for word in str(part).split(",") if word.strip())
-
-
-def at_least(field: str, value: float, bound: float) -> None:
-    """Refuses a number below a bound.
-
-    Raises:
-      UserError: names the field and the bound.
-    """
-    if not value >= bound:  # which NaN is not
-        raise UserError(f"{field} is {value}: it must be at least {bound}")
-
-
-def at_most(field: str, value: float, bound: float) -> None:
-    """Refuses a number above a bound.
-
-    Raises:
-      UserError: names the field and the bound.
-    """
-    if not value <= bound:
-        raise UserError(f"{field} is {value}: it must be at most {bound}")
-
-
-def one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuses a value that is not among those allowed.
-
-    Raises:
-      UserError: names the field, what is allowed, and what comes nearest.
-    """
-    if value not in allowed:
-        raise UserError(unknown_name(field, value, allowed))

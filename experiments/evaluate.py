@@ -10,8 +10,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bnlstm_jax import estimate_population_statistics
-from experiments.metrics import describe, track
 from experiments.parallel import ONE_DEVICE, Parallel
+from experiments.records.metrics import describe
+from experiments.runtime.progress import track
 from experiments.tasks import Adapt, Batch, Metrics, Reading, Task, batch_size_field
 
 Variables = dict[str, Any]

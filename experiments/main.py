@@ -18,8 +18,11 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import cli, compare, config, memory, parallel, paths, processes, train, workdir
-from experiments.errors import UserError, unknown_name
+from experiments import config, parallel, train
+from experiments.records import workdir
+from experiments.reporting import compare
+from experiments.runtime import cli, memory, paths, processes
+from experiments.runtime.errors import UserError, unknown_name
 
 _WORKDIR = paths.DEFINE_path(
     "workdir", None, "Folder of the run; by default runs/ and the name of the config file."

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments.config import check_rows
-from experiments.errors import UserError
+from experiments.runtime.errors import UserError
 
 AXES = ("group", "member")
 STATISTICS_AXIS = "member"

@@ -14,23 +14,15 @@ import optax
 from flax.training import train_state
 from ml_collections import ConfigDict
 
-from experiments import (
-    boards,
-    evaluate,
-    finite,
-    layers,
-    metrics,
-    milestones,
-    parallel,
-    processes,
-    tasks,
-    workdir,
-)
-from experiments.checkpoints import Checkpoints
-from experiments.errors import Stopped, UserError
-from experiments.interruption import Interruption
+from experiments import evaluate, parallel, tasks
+from experiments.models import layers
 from experiments.optimizers import make_optimizer
 from experiments.parallel import ONE_DEVICE, Parallel
+from experiments.records import boards, metrics, milestones, workdir
+from experiments.records.checkpoints import Checkpoints
+from experiments.runtime import files, finite, processes
+from experiments.runtime.errors import Stopped, UserError
+from experiments.runtime.interruption import Interruption
 
 RESULTS_NAME = "results.json"
 
@@ -358,7 +350,7 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
 def finished_results(config: ConfigDict, folder: Path, updates: int) -> dict[str, Any] | None:
     """What `results.json` says, if it is of so many updates and evaluated as `config` has it."""
     path = folder / RESULTS_NAME
-    results = workdir.read_json(path) if path.exists() else {}
+    results = files.read_json(path) if path.exists() else {}
     evaluation = evaluation_fields(config)
     if (results.get("updates"), results.get("evaluation")) != (updates, evaluation):
         return None
@@ -412,7 +404,7 @@ def evaluate_best(
     }
     if processes.is_first():
         results["rows"] += other_rows(folder / RESULTS_NAME, results)
-        workdir.write_json(folder / RESULTS_NAME, results)
+        files.write_json(folder / RESULTS_NAME, results)
     return results
 
 
@@ -426,7 +418,7 @@ def other_rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of an earlier `results.json` that are as good as the new ones, and not among them."""
     if not path.exists():
         return []
-    earlier = workdir.read_json(path)
+    earlier = files.read_json(path)
 
     def model(results: dict[str, Any]) -> tuple[Any, ...]:
         fields = results.get("evaluation", {})

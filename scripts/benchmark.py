@@ -39,10 +39,10 @@ from bnlstm_jax.recurrence import IMPLEMENTATIONS, available
 from bnlstm_jax.recurrence.devices import default_device
 from bnlstm_jax.recurrence.native import cpu
 from bnlstm_jax.recurrence.problem import transpose
-from experiments import cli, memory, metrics, paths, workdir
-from experiments.errors import UserError
-from scripts import timing
-from scripts.timing import Program
+from experiments.benchmarking import timing
+from experiments.benchmarking.timing import Program
+from experiments.runtime import cli, files, markdown, memory, paths, progress
+from experiments.runtime.errors import UserError
 
 
 class Size(NamedTuple):
@@ -329,7 +329,7 @@ def candidates(
     if default_device().platform == "gpu" and kind is None:
         makers["cuDNN LSTM"] = functools.partial(cudnn_lstm, size, is_update)
         may_fail.append("cuDNN LSTM")
-    tracked = metrics.track(makers.items(), "compiling", len(makers))
+    tracked = progress.track(makers.items(), "compiling", len(makers))
     made = {}
     for name, make in tracked:
         try:
@@ -342,7 +342,7 @@ def candidates(
                 raise
             print(f"{name}: {error}")
     if peers is not None:
-        from scripts import torch_peers
+        from experiments.benchmarking import torch_peers
 
         autocast = peers == "cuda" and kind is not None  # on a CPU it is slow
         rate = RATE if is_update else None
@@ -402,7 +402,7 @@ def table(measured: dict[str, dict[str, Any]], steps: int, least: float | None) 
         )
     header = ["candidate", "ms per pass", "spread", "us per time step", f"to {DEFAULT}"]
     header += ["products' share", "of the peak", "memory MB", "compile s"]
-    return metrics.markdown_table(header, rows)
+    return markdown.table(header, rows)
 
 
 def main(_: list[str]) -> None:
@@ -451,7 +451,7 @@ def main(_: list[str]) -> None:
         )
         result = {"size": name, "dtype": dtype, "pass": kind, "candidates": measured}
         record["results"].append(result)
-        workdir.write_json(output, record)
+        files.write_json(output, record)
     print(f"All that was measured: {output}")
 
 

@@ -23,15 +23,16 @@ from ml_collections import ConfigDict
 from bnlstm_jax.cells import look_up
 from bnlstm_jax.initializers import orthogonal_blocks
 from configs import cnn_qa
-from experiments import cli, metrics, tasks, train
-from experiments.compare import LABELS
+from experiments import tasks, train
+from experiments.benchmarking import timing
 from experiments.config import READER_KINDS
 from experiments.datasets import prepared
 from experiments.datasets.question_arrays import SPLITS, Question, pack
 from experiments.datasets.questions import SPECIALS
 from experiments.models.attentive_reader import AttentiveReader, Encoder
 from experiments.models.readout import Readout
-from scripts import timing
+from experiments.reporting.compare import LABELS
+from experiments.runtime import cli, markdown
 
 
 def define_flags() -> None:
@@ -167,7 +168,7 @@ def main(_: list[str]) -> None:
         for kind, times in seconds.items()
     ]
     header = ["reader", "parameters", "ms per update", "spread", "questions per s", "to LSTM"]
-    print(metrics.markdown_table(header, rows))
+    print(markdown.table(header, rows))
 
     for kind in ("lstm", "bn_e_star_star"):
         whole = statistics.median(seconds[kind])
@@ -179,7 +180,7 @@ def main(_: list[str]) -> None:
             for name, times in measured.items()
         ]
         header = [f"part of an update, {LABELS[kind]}", "ms", "spread", "of the whole"]
-        print(f"\n{metrics.markdown_table(header, rows)}")
+        print(f"\n{markdown.table(header, rows)}")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ import numpy as np
 from absl import flags
 
 from configs import ptb
-from experiments import cli, evaluate, metrics, tasks, train
-from experiments.compare import LABELS
+from experiments import evaluate, tasks, train
+from experiments.benchmarking import timing
 from experiments.config import MODEL_KINDS
-from scripts import timing
+from experiments.reporting.compare import LABELS
+from experiments.runtime import cli, markdown, progress
 
 SYMBOLS = 50
 TIMED = 5000  # characters of a measurement
@@ -105,7 +106,7 @@ def main(_: list[str]) -> None:
     device = jax.devices()[0].device_kind
     print(f"{features} units, batch of one, float32, on {device}; {rounds} rounds\n")
     header = ["evaluation of a text", "us per character, median", "spread", "to products"]
-    print(metrics.markdown_table(header, rows))
+    print(markdown.table(header, rows))
 
     lengths = (SHORT, flags.FLAGS.characters)
     rows = []
@@ -113,13 +114,13 @@ def main(_: list[str]) -> None:
         label = LABELS[kind]
         # A process each, as the peak of one is for good.
         peaks = []
-        for length in metrics.track(lengths, f"measuring memory, {label}", len(lengths)):
+        for length in progress.track(lengths, f"measuring memory, {label}", len(lengths)):
             context = multiprocessing.get_context("spawn")
             with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as process:
                 peaks.append(process.submit(peak_memory, kind, features, length).result())
         rows.append((label, *(f"{peak:.0f}" for peak in peaks), f"{peaks[1] / peaks[0]:.3f}"))
     header = ["peak memory of the process, MiB", *(f"{n:,} characters" for n in lengths), "ratio"]
-    print(f"\n{metrics.markdown_table(header, rows)}")
+    print(f"\n{markdown.table(header, rows)}")
 
 
 if __name__ == "__main__":

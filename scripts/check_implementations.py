@@ -31,9 +31,9 @@ from absl import flags
 from bnlstm_jax import BNLSTM, LSTM, recurrence
 from bnlstm_jax.layers import abstract_problem
 from bnlstm_jax.recurrence.devices import default_device
-from experiments import cli, metrics, paths, workdir
-from experiments.errors import UserError
-from scripts import timing
+from experiments.benchmarking import timing
+from experiments.runtime import cli, files, paths, progress
+from experiments.runtime.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 
@@ -384,7 +384,7 @@ def main(_: list[str]) -> None:
         results.append(result)
         record["running"] = None
         print(describe(result), flush=True)
-        workdir.write_json(output, record)
+        files.write_json(output, record)
 
     implementations = []
     for name in given.implementations:  # kernels are compiled once, before all cases
@@ -393,12 +393,12 @@ def main(_: list[str]) -> None:
             implementations.append(name)
         else:
             add({**sizes_of("compilation", ODD), "dtype": "-", "implementation": name, **result})
-    for name in metrics.track(given.cases, "checking", len(given.cases)):
+    for name in progress.track(given.cases, "checking", len(given.cases)):
         sizes = sizes_of(name, known[name])
 
         def starting(dtype: str, implementation: str, sizes: dict[str, Any] = sizes) -> None:
             record["running"] = {**sizes, "dtype": dtype, "implementation": implementation}
-            workdir.write_json(output, record)
+            files.write_json(output, record)
 
         found = check_case(known[name], given.dtypes, implementations, given.repeats, starting)
         try:

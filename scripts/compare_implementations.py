@@ -23,10 +23,12 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from bnlstm_jax.recurrence import available
-from experiments import cli, metrics, paths, tasks, train, workdir
 from experiments import config as configs
-from experiments.errors import UserError
-from scripts import pictures, timing
+from experiments import tasks, train
+from experiments.benchmarking import timing
+from experiments.reporting import pictures
+from experiments.runtime import cli, files, markdown, paths, progress
+from experiments.runtime.errors import UserError
 
 SPANS = (10, 50, 100, 200, 500, 1000)  # updates up to which the table tells differences
 
@@ -107,7 +109,7 @@ class Comparison:
             self.train(update)
         now = time.monotonic()
         expected = min(updates, 2 + (deadline - now) / (now - start))
-        for update in metrics.track(range(2, updates), "training", max(int(expected) - 2, 1)):
+        for update in progress.track(range(2, updates), "training", max(int(expected) - 2, 1)):
             if time.monotonic() > deadline:
                 break
             self.train(update)
@@ -127,7 +129,7 @@ def table(found: dict[str, list[float]]) -> str:
         (name, *(f"{values[:n].max():.1e}" for n in spans))
         for name, values in differences(found).items()
     ]
-    return metrics.markdown_table(["largest difference of losses", *map(str, spans)], rows)
+    return markdown.table(["largest difference of losses", *map(str, spans)], rows)
 
 
 def draw(found: dict[str, list[float]], title: str) -> Any:
@@ -170,7 +172,7 @@ def main(_: list[str]) -> None:
     title = f"{file}, {given.config.model.kind}, seed {given.config.seed}"
     print(f"{title}\n\n{table(found)}\n")
     record = timing.circumstances(jax.devices()[0]) | {"config": title, "losses": found}
-    workdir.write_json(output, record)
+    files.write_json(output, record)
     print(f"Losses: {output}")
     picture = output.with_suffix(".png")
     try:

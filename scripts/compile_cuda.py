@@ -17,8 +17,8 @@ from typing import NamedTuple
 from absl import flags
 
 from bnlstm_jax.recurrence.native import build, cuda
-from experiments import cli, metrics
-from experiments.errors import UserError
+from experiments.runtime import cli, markdown, progress
+from experiments.runtime.errors import UserError
 
 
 class GPU(NamedTuple):
@@ -139,7 +139,7 @@ def main(_: list[str]) -> None:
     try:
         known = known_architectures()
         resources, fits = [], []
-        for name in metrics.track(given.architectures, "compiling", len(given.architectures)):
+        for name in progress.track(given.architectures, "compiling", len(given.architectures)):
             if name not in known:
                 print(f"sm_{name} is left out: this nvcc knows {', '.join(known)}")
                 continue
@@ -160,12 +160,10 @@ def main(_: list[str]) -> None:
     if not resources:
         raise UserError(f"--architectures names none that nvcc knows: {', '.join(known)}")
     header = ["for", "kernels", "registers", "that spill", "most bytes spilled", "static memory"]
-    print(f"nvcc, {version()}\n\n{metrics.markdown_table(header, resources)}\n")
+    print(f"nvcc, {version()}\n\n{markdown.table(header, resources)}\n")
     header = ["GPU", "multiprocessors", "kB a block"]
     header += [f"{dtype}, {batch}" for dtype in ("float32", "bfloat16") for batch in cuda.BATCHES]
-    print(
-        f"Most hidden units that fit, by dtype and batch:\n\n{metrics.markdown_table(header, fits)}"
-    )
+    print(f"Most hidden units that fit, by dtype and batch:\n\n{markdown.table(header, fits)}")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from absl import flags
 
 from bnlstm_jax import BNLSTM
 from bnlstm_jax.recurrence.devices import emulation
-from experiments import cli, metrics
-from experiments.errors import UserError
+from experiments.runtime import cli, markdown, progress
+from experiments.runtime.errors import UserError
 from scripts.benchmark import SIZES, Size
 
 
@@ -126,12 +126,12 @@ def main(_: list[str]) -> None:
         for name in given.implementations
     ]
     rows = []
-    for chip, size, name in metrics.track(todo, "compiling", len(todo)):
+    for chip, size, name in progress.track(todo, "compiling", len(todo)):
         device = topology(chip).devices[0]
         for what, program in programs(SIZES[size], name).items():
             rows.append([device.device_kind, size, what, name, *compiled(device, *program)])
     header = ["chip", "size", "of", "implementation", "outcome", "temporary memory, MiB"]
-    print(f"JAX {jax.__version__}\n\n{metrics.markdown_table(header, rows)}")
+    print(f"JAX {jax.__version__}\n\n{markdown.table(header, rows)}")
 
 
 if __name__ == "__main__":

@@ -27,8 +27,10 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from experiments import checkpoints, cli, config, metrics, paths, tasks, workdir
-from experiments.errors import UserError
+from experiments import config, tasks
+from experiments.records import checkpoints, metrics, workdir
+from experiments.runtime import cli, files, markdown, paths
+from experiments.runtime.errors import UserError
 from experiments.train import RESULTS_NAME
 
 COMPARED = ("metrics.jsonl", RESULTS_NAME, "config.json")
@@ -216,10 +218,10 @@ def run_test(words: list[str]) -> None:
     prepare(flags.FLAGS.config)
     outcome = crash_test(sys.argv)
     rows = [(name, str(count)) for name, count in outcome["moments"].items()]
-    print(f"\n{metrics.markdown_table(['killed by, when', 'times'], rows)}\n")
+    print(f"\n{markdown.table(['killed by, when', 'times'], rows)}\n")
     print(f"{outcome['survived']} survived, {outcome['lost']} lost")
     if flags.FLAGS.output:
-        workdir.write_json(Path(flags.FLAGS.output), outcome)
+        files.write_json(Path(flags.FLAGS.output), outcome)
     if outcome["lost"]:
         raise SystemExit(1)
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import cli, evaluate, paths, runs, tasks, train
-from experiments.errors import UserError
+from experiments import evaluate, tasks, train
 from experiments.evaluate import Variables
-from experiments.metrics import STATISTICS, markdown_table
+from experiments.records import runs
+from experiments.records.metrics import STATISTICS
+from experiments.runtime import cli, markdown, paths
+from experiments.runtime.errors import UserError
 
 
 def define_flags() -> None:
@@ -66,7 +68,7 @@ def main(_: list[str]) -> None:
     sizes = parse_sizes(flags.FLAGS.batch_sizes, examples)
     rows = rows_of(task, run.config, run.variables, sizes)
     header = ["normalised by", "batch", *(f"valid {m.replace('_', ' ')}" for m in task.shown)]
-    table = markdown_table(header, rows)
+    table = markdown.table(header, rows)
     print(f"{task.data}, update {run.update:,}, {examples:,} examples\n\n{table}")
 
 

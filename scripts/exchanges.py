@@ -16,8 +16,8 @@ from absl import flags
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from experiments import cli, config, parallel, tasks, train
-from experiments.metrics import markdown_table
+from experiments import config, parallel, tasks, train
+from experiments.runtime import cli, markdown
 
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1, "f64": 8}
 
@@ -93,7 +93,7 @@ def report(_: list[str]) -> None:
         name = f"a time step, loop {place}" if place else "an update, outside of loops"
         rows.append((name, str(len(sizes)), f"{sum(sizes):,}", f"{max(sizes, default=0):,}"))
     print(f"{devices}, {task.data}, {own.model.kind}, {own.model.features} units\n")
-    print(markdown_table(["in", "all-reduces", "bytes", "largest"], rows))
+    print(markdown.table(["in", "all-reduces", "bytes", "largest"], rows))
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -14,10 +14,10 @@ import numpy as np
 from absl import flags
 from flax.traverse_util import flatten_dict
 
-from experiments import cli, paths, workdir
-from experiments.checkpoints import read_best
-from experiments.errors import UserError
-from experiments.metrics import STATISTICS
+from experiments.records.checkpoints import read_best
+from experiments.records.metrics import STATISTICS
+from experiments.runtime import cli, files, paths
+from experiments.runtime.errors import UserError
 
 
 def define_flags() -> None:
@@ -37,7 +37,7 @@ def main(_: list[str]) -> None:
         for name, array in flatten_dict(variables, sep="/").items()
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    with workdir.replacing(output) as temporary, temporary.open("wb") as file:
+    with files.replacing(output) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
     size = sum(array.size for array in arrays.values())
     print(

@@ -18,12 +18,13 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import cli, paths, runs, workdir
-from experiments.compare import LABELS
 from experiments.datasets.question_arrays import ENTITY, PLACEHOLDER, SPLITS
 from experiments.datasets.questions import SPECIALS
-from experiments.errors import UserError
-from experiments.metrics import STATISTICS
+from experiments.records import runs, workdir
+from experiments.records.metrics import STATISTICS
+from experiments.reporting.compare import LABELS
+from experiments.runtime import cli, files, paths
+from experiments.runtime.errors import UserError
 from experiments.tasks.question_answering import Task
 
 SHOWN = 5  # answers, and entities
@@ -324,7 +325,7 @@ def main(_: list[str]) -> None:
     where = f"{task.data}, {split}, example {example:,}: {name}"
     how = f"{LABELS[config.model.kind]}, update {run.update:,}, {STATISTICS[which]}"
     try:
-        with workdir.replacing(page) as temporary:
+        with files.replacing(page) as temporary:
             html = make_page(found, names, where, how, len(task.vocabulary.words))
             temporary.write_text(html, encoding="utf-8")
     except OSError as error:

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from absl import flags
 
 from bnlstm_jax.recurrence.devices import default_device
-from experiments import cli, metrics, paths, workdir
-from scripts import timing
+from experiments.benchmarking import timing
+from experiments.runtime import cli, files, markdown, paths
 
 STEPS = 784  # of the scan
 
@@ -86,7 +86,7 @@ def table(measured: dict[str, dict[str, Any]]) -> str:
         low, high = min(found["rounds"]), max(found["rounds"])
         spread = f"{low:.4g} to {high:.4g}"
         rows.append((name, f"{found['median']:.4g}", spread, found["unit"]))
-    return metrics.markdown_table(["measured", "median", "lowest to highest", "unit"], rows)
+    return markdown.table(["measured", "median", "lowest to highest", "unit"], rows)
 
 
 def main(_: list[str]) -> None:
@@ -100,7 +100,7 @@ def main(_: list[str]) -> None:
     for name, rate in rates(device, given.small).items():
         rounds = measure(rate, given.rounds)
         measured[name] = {"unit": rate.unit, "median": statistics.median(rounds), "rounds": rounds}
-        workdir.write_json(output, record)
+        files.write_json(output, record)
     print(f"On {device.device_kind}, JAX {jax.__version__}\n\n{table(measured)}")
 
 

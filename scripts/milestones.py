@@ -1,4 +1,4 @@
-"""Makes `experiments/milestones.json` of runs: what a new run is held against.
+"""Makes `experiments/records/milestones.json` of runs: what a new run is held against.
 
     python -m scripts.milestones --runs=results/runs
 
@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import cli, milestones, paper, paths, runs, workdir
-from experiments.errors import UserError
-from experiments.runs import Experiment, Run
-from scripts.paper_curves import shared_points
-from scripts.paper_items import lines_of
+from experiments.records import milestones, runs
+from experiments.records.runs import Experiment, Run
+from experiments.reporting import paper
+from experiments.reporting.curves import shared_points
+from experiments.reporting.items import lines_of
+from experiments.runtime import cli, files, paths
+from experiments.runtime.errors import UserError
 
 POINTS = 6  # of each experiment
 # By config: the metric, and the file of the paper's curve.
@@ -79,7 +81,7 @@ def main(_: list[str]) -> None:
     folder = Path(flags.FLAGS.runs)
     if not folder.is_dir():
         raise UserError(f"--runs={folder} is not a folder")
-    workdir.write_json(milestones.PATH, make(folder))
+    files.write_json(milestones.PATH, make(folder))
     print(milestones.PATH)
 
 

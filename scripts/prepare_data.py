@@ -23,8 +23,8 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, errors, paths
 from experiments.datasets import prepared
+from experiments.runtime import cli, errors, paths
 
 
 def define_flags() -> None:

@@ -19,14 +19,14 @@ from typing import NamedTuple
 
 from absl import flags
 
-from experiments import cli, paths, runs, workdir
-from experiments.compare import LABELS
-from experiments.errors import UserError
-from experiments.metrics import markdown_table
-from experiments.runs import Experiment, Run
-from scripts import markdown, pictures
-from scripts.paper_curves import Found
-from scripts.paper_items import Item, items
+from experiments.records import runs
+from experiments.records.runs import Experiment, Run
+from experiments.reporting import pictures
+from experiments.reporting.compare import LABELS
+from experiments.reporting.curves import Found
+from experiments.reporting.items import Item, items
+from experiments.runtime import cli, files, markdown, paths
+from experiments.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = ROOT / "results" / "figures"
@@ -137,7 +137,7 @@ def summary(known: dict[str, Item], found: Found) -> str:
             metric = head[2].removeprefix("paper, test ").strip()
             header = ["task", "model", "test", "paper", *head[3:]]
             lines += [[row[0], row[1], metric, *row[2:]] for row in rows]
-    return markdown_table(header, lines)
+    return markdown.table(header, lines)
 
 
 class Content(NamedTuple):
@@ -217,7 +217,7 @@ def section(name: str, item: Item, found: Found, folder: Path) -> tuple[str, str
     there = [(e, run) for e, of_it in found.items() for run in of_it]
     if there:
         rows = [map(markdown.escape, run_row(*each)) for each in there]
-        listed = markdown_table(RUN_HEADER, rows)
+        listed = markdown.table(RUN_HEADER, rows)
         commands = "".join(
             f"<p><code>{escape(run.record['starts'][-1]['command'])}</code></p>" for _, run in there
         )
@@ -246,7 +246,7 @@ def into_readme(readme: Path, table: str) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise UserError(f"{readme} has no place for the summary: {BEGIN} and {END}")
-    workdir.write_text(readme, f"{before}{BEGIN}\n\n{table}\n\n{END}{after}")
+    files.write_text(readme, f"{before}{BEGIN}\n\n{table}\n\n{END}{after}")
 
 
 def main(_: list[str]) -> None:
@@ -264,8 +264,8 @@ def main(_: list[str]) -> None:
     )
     texts = ["# The paper, and what was measured here", *(text for _, text in sections.values())]
     try:
-        workdir.write_text(page, html)
-        workdir.write_text(page.with_suffix(".md"), "\n\n".join(texts) + "\n")
+        files.write_text(page, html)
+        files.write_text(page.with_suffix(".md"), "\n\n".join(texts) + "\n")
     except OSError as error:
         raise UserError(f"--output={page} cannot be written: {error.strerror}") from error
     if given.readme:

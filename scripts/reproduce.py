@@ -25,11 +25,14 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, paths, runs, train, workdir
-from experiments.errors import UserError, unknown_name
-from experiments.sweeps import Point
-from scripts import pictures, sweep, sweep_launchers
-from scripts.paper_items import MINUTES, Item, items
+from experiments import train
+from experiments.launching import launchers, runner
+from experiments.launching.sweeps import Point
+from experiments.records import runs, workdir
+from experiments.reporting import pictures
+from experiments.reporting.items import MINUTES, Item, items
+from experiments.runtime import cli, files, paths
+from experiments.runtime.errors import UserError, unknown_name
 
 
 def define_flags() -> None:
@@ -39,7 +42,7 @@ def define_flags() -> None:
     paths.DEFINE_path("data_dir", "data", "Folder of the data.")
     paths.DEFINE_path("workdir", "runs/reproduce", "Folder of the runs.")
     paths.DEFINE_path("output", None, "Folder of table and picture; by default the workdir.")
-    sweep_launchers.define_flags()
+    launchers.define_flags()
 
 
 class PaperRun(Point):
@@ -79,7 +82,7 @@ def make_runs(item: Item, given: Any, folder: Path) -> tuple[list[PaperRun], dic
             short = str(place.relative_to(folder))
             run = PaperRun(short, fields, config, place, {experiment.kind: place})
             made.append(run)
-            commands[short] = sweep.command_of(run, f"configs/{name}.py{colon}{variant}", {})
+            commands[short] = runner.command_of(run, f"configs/{name}.py{colon}{variant}", {})
     return made, commands
 
 
@@ -99,7 +102,7 @@ def write(name: str, item: Item, folder: Path, output: Path) -> str:
         told += f"\n![{item.title}]({picture.name})\n"
     if not table and figure is None:
         told += "\nNot one of its runs has come as far as to show something.\n"
-    workdir.write_text(output / f"{name}.md", told)
+    files.write_text(output / f"{name}.md", told)
     return told
 
 
@@ -119,18 +122,18 @@ def main(argv: list[str]) -> None:
     folder = Path(given.workdir)
     output = Path(given.output or folder)
     points, commands = make_runs(item, given, folder) if given.budget != "none" else ([], {})
-    launcher = sweep_launchers.make_launcher(given, folder)
+    launcher = launchers.make_launcher(given, folder)
     if given.dry_run:
-        sweep.show(points, commands, launcher)
+        runner.show(points, commands, launcher)
         return
     renew = functools.partial(write, name, item, folder, output)
-    runner = sweep.Sweep(points, commands, launcher, given.retries, lambda *_: renew())
+    sweep = runner.Sweep(points, commands, launcher, given.retries, lambda *_: renew())
     if points:
         launcher.check()
         with workdir.in_use(folder):
-            runner.run()
+            sweep.run()
     print(f"{renew()}\nIn {output}/{name}.md")
-    runner.exit_if_failed()
+    sweep.exit_if_failed()
 
 
 if __name__ == "__main__":

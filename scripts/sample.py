@@ -21,11 +21,12 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 from jax import Array
 
-from experiments import cli, paths, workdir
-from experiments.checkpoints import read_best
 from experiments.datasets import corpus
-from experiments.errors import UserError
 from experiments.models.language_model import LanguageModel
+from experiments.records import workdir
+from experiments.records.checkpoints import read_best
+from experiments.runtime import cli, paths
+from experiments.runtime.errors import UserError
 from experiments.tasks import char_lm
 
 Variables = dict[str, Any]

@@ -12,11 +12,10 @@ import itertools
 import numpy as np
 from absl import flags
 
-from experiments import cli, paths
 from experiments.datasets import questions
 from experiments.datasets.question_arrays import SPLITS
 from experiments.datasets.questions import SENTENCE_RULES, SENTENCE_TIES, Selection
-from experiments.metrics import markdown_table
+from experiments.runtime import cli, markdown, paths
 
 LENGTH_POWERS = (0.0, 0.5, 1.0)
 
@@ -40,7 +39,7 @@ def main(_: list[str]) -> None:
         lines.append((rule, str(power), ties, f"{kept:.1%}", f"{words:.0f}"))
     print(f"{data.name}, {len(part.answers):,} {given.split} questions, {given.number} sentences\n")
     header = ("sentence_rule", "sentence_length_power", "sentence_ties", "answers kept", "words")
-    print(markdown_table(header, lines))
+    print(markdown.table(header, lines))
 
 
 if __name__ == "__main__":

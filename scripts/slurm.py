@@ -21,9 +21,11 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cli, config, main, parallel, tasks, workdir
-from scripts import submission
-from scripts.submission import Executor, Job
+from experiments import config, main, parallel, tasks
+from experiments.launching import submission
+from experiments.launching.submission import Executor, Job
+from experiments.records import workdir
+from experiments.runtime import checks, cli
 
 OWN = flags.FlagValues()  # those that are not of experiments.main
 submission.define_flags(OWN)
@@ -52,7 +54,7 @@ def check(base: config.ConfigDict, folder: Path) -> None:
     config.check(base)
     parallel.check(base, OWN.nodes * (OWN.gpus_per_node or 1))
     names = tuple(module.name for module in pkgutil.iter_modules(tasks.__path__))
-    config.one_of("config.task", base.task, names)
+    checks.one_of("config.task", base.task, names)
     importlib.import_module(f"experiments.tasks.{base.task}").check(base)
     kinds = config.model_kinds(base)
     for kind in kinds:

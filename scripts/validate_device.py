@@ -35,10 +35,12 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, datasets, paths, workdir
-from experiments.errors import UserError
-from scripts import timing, validation_report
-from scripts.validation_report import SHARES
+from experiments import datasets
+from experiments.benchmarking import timing
+from experiments.reporting import device_validation
+from experiments.reporting.device_validation import SHARES
+from experiments.runtime import cli, files, paths
+from experiments.runtime.errors import UserError
 
 # Kernels multiply in float32, XLA on a GPU in tf32 unless it is told to.
 ENVIRONMENT = {"training": {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}}
@@ -68,7 +70,7 @@ def command(step: str, given: Any, folder: Path, seconds: float) -> list[str]:
         "training": "compare_implementations",
     }
     words = [sys.executable, "-m", f"scripts.{modules[step]}", f"--output={folder / step}.json"]
-    sound = validation_report.sound(validation_report.read(folder))
+    sound = device_validation.sound(device_validation.read(folder))
     if sound is not None and step in ("benchmark", "training"):
         words.append(f"--implementations={','.join(sound)}")
     if step == "training":
@@ -150,10 +152,10 @@ def write_report(folder: Path, steps: list[tuple[str, str, str]]) -> None:
     """Writes `report.md`. What is wrong with a report does not end the steps."""
     called = shlex.join(["python", "-m", "scripts.validate_device", *sys.argv[1:]])
     try:
-        page = validation_report.page(validation_report.read(folder), steps, called)
+        page = device_validation.page(device_validation.read(folder), steps, called)
     except Exception:
         page = f"The report cannot be made:\n\n```\n{traceback.format_exc()}```\n"
-    workdir.write_text(folder / "report.md", page)
+    files.write_text(folder / "report.md", page)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ import pytest
 from sklearn.datasets import load_digits
 
 from configs import digits
-from experiments import datasets, runs, train
-from experiments.errors import UserError
+from experiments import datasets, train
+from experiments.records import runs
+from experiments.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()

@@ -21,10 +21,11 @@ import requests
 from ml_collections import ConfigDict
 
 from configs import digits
-from experiments import config, workdir
+from experiments import config
 from experiments.datasets import babi, cnn, prepared, text8
 from experiments.datasets.cnn import files
-from experiments.errors import UserError
+from experiments.records import workdir
+from experiments.runtime.errors import UserError
 from scripts import inspect_reader
 from scripts.inspect_reader import IN_PASSAGE, RIGHT, Bar, Inspection, Word
 
@@ -59,12 +60,12 @@ ALLOWED = {
     # Only names of modules beside the code, which were looked for among its files.
     "experiments/tasks/__init__.py": {"import_module"},
     "experiments/datasets/prepared.py": {"import_module"},
-    "experiments/runs.py": {"import_module"},
+    "experiments/records/runs.py": {"import_module"},
     "scripts/slurm.py": {"import_module"},
     # submitit runs on a cluster what it has pickled itself, into a folder of the job. It reads no
     # other pickles, and what belongs to a run is not in that folder.
-    "scripts/submission.py": {"submitit"},
-    "scripts/sweep_launchers.py": {"submitit"},
+    "experiments/launching/submission.py": {"submitit"},
+    "experiments/launching/launchers.py": {"submitit"},
     # Of packages named there.
     "experiments/datasets/originals.py": {"import_module"},
 }

@@ -7,7 +7,7 @@ against the LSTM with the same batches. The paper has batches of 100, 64 and 128
 The last table tells batch statistics, which validation has, from population statistics.
 """
 
-from experiments.sweeps import Fields, product, values
+from experiments.launching.sweeps import Fields, product, values
 
 
 def get_sweep() -> list[Fields]:

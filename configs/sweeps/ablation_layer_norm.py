@@ -8,7 +8,7 @@ one number a step: layer normalisation leaves their input term with the number's
 leaving it unnormalised is a point too. The BN-LSTM is the config's own.
 """
 
-from experiments.sweeps import Fields, product, values
+from experiments.launching.sweeps import Fields, product, values
 
 TERMS = (("input", "recurrent", "cell"), ("recurrent", "cell"))
 

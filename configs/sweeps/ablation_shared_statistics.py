@@ -7,7 +7,7 @@ Training and validation, which have statistics of the batch, are the same: what 
 table, with population statistics. The paper says that averaging over time hurts, without numbers.
 """
 
-from experiments.sweeps import Fields, product, values
+from experiments.launching.sweeps import Fields, product, values
 
 
 def get_sweep() -> list[Fields]:

@@ -9,7 +9,7 @@ normalises all three and shows no other choice. Input statistics of whole sequen
 BN-e* and BN-e** have them, are a point too.
 """
 
-from experiments.sweeps import Fields, product, values
+from experiments.launching.sweeps import Fields, product, values
 
 TERMS = (
     ("input", "recurrent", "cell"),

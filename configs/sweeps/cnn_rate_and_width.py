@@ -11,7 +11,7 @@ BN-everywhere with rate 8e-5, and takes 8e-4 for BN-e* and BN-e**; all on four s
 units, BN-e** on whole passages has 120.
 """
 
-from experiments.sweeps import Fields, product, values
+from experiments.launching.sweeps import Fields, product, values
 
 
 def get_sweep() -> list[Fields]:

@@ -6,7 +6,7 @@
 Not a search of the paper's: the same gammas on other data, with three seeds each.
 """
 
-from experiments.sweeps import Fields, product, values
+from experiments.launching.sweeps import Fields, product, values
 
 
 def get_sweep() -> list[Fields]:

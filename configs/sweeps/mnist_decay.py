@@ -8,7 +8,7 @@ The paper speaks of momentum, its released code has none. The code has 0.5 as it
 had 0.9 when the figures were made. Both models, of which the paper does not say which was searched.
 """
 
-from experiments.sweeps import Fields, product, values
+from experiments.launching.sweeps import Fields, product, values
 
 
 def get_sweep() -> list[Fields]:

@@ -8,7 +8,7 @@ The paper draws cross-entropy with batch statistics over the first 50,000 update
 code's default. Add seeds to see how far runs differ: points may be added to a sweep later.
 """
 
-from experiments.sweeps import Fields, product, values
+from experiments.launching.sweeps import Fields, product, values
 
 
 def get_sweep() -> list[Fields]:

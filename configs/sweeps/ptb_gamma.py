@@ -8,7 +8,7 @@ character there: 1.469 for 0.1 and 0.3, 1.468 for 0.5 and 0.7, 1.466 for 1.0. It
 each; seed 1 is the released code's default. Points may be added to a sweep later.
 """
 
-from experiments.sweeps import Fields, product, values
+from experiments.launching.sweeps import Fields, product, values
 
 
 def get_sweep() -> list[Fields]:

@@ -11,9 +11,10 @@ from typing import NoReturn, TypeVar
 
 import numpy as np
 
-from experiments import datasets, paths
+from experiments import datasets
 from experiments.datasets.prepared import folder_of
-from experiments.errors import UserError, unknown_name
+from experiments.runtime import paths
+from experiments.runtime.errors import UserError, unknown_name
 
 UNKNOWN = "\ufffd"  # stands for characters of validation and test text that training text lacks
 SPLITS = ("train", "valid", "test")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from experiments.datasets.prepared import file_sha256
-from experiments.errors import UserError
+from experiments.runtime.errors import UserError
 
 CONNECT_SECONDS, READ_SECONDS = 5, 60  # for each of a host's addresses; for the next bytes
 ANSWER_SECONDS = 10  # in all, because looking a name up has no timeout of its own
@@ -163,7 +163,7 @@ class Originals:
         import requests
         import urllib3
 
-        from experiments.metrics import track  # here because CNN's processes need no JAX
+        from experiments.runtime.progress import track  # here because CNN's processes need no JAX
 
         problems = []
         for url in urls:

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from experiments import paths
-from experiments.errors import UserError, unknown_name
+from experiments.runtime import paths
+from experiments.runtime.errors import UserError, unknown_name
 
 FORMAT = 1  # of the prepared folder; raised when older folders can no longer be read
 

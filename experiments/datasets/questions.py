@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments import datasets
-from experiments.config import one_of
 from experiments.datasets.question_arrays import ENTITY, PLACEHOLDER, SPLITS
-from experiments.metrics import track
+from experiments.runtime.checks import one_of
+from experiments.runtime.progress import track
 
 NIL, UNKNOWN, NUMBER = SPECIALS = ("<nil>", "<unk>", "<num>")  # padding; rare words; digits
 SENTENCE_ENDS = (".", "!", "?")

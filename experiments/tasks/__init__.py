@@ -15,8 +15,8 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from experiments.config import check_batch_sizes, check_rows, has_batch_statistics
-from experiments.errors import UserError, unknown_name
 from experiments.parallel import ONE_DEVICE, Parallel
+from experiments.runtime.errors import UserError, unknown_name
 
 Batch = Mapping[str, Any]
 # Sums over examples or predictions, and their number, so that averages over batches are exact.

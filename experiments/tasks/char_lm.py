@@ -11,14 +11,15 @@ from absl import logging
 from jax import Array
 from ml_collections import ConfigDict
 
-from experiments import layers
-from experiments.config import has_batch_statistics, one_of, words
+from experiments.config import has_batch_statistics
 from experiments.datasets import corpus
 from experiments.datasets.corpus import SPLITS, UNKNOWN
-from experiments.errors import UserError
-from experiments.layers import layer_config, matmul_dtype, recurrent_layer
+from experiments.models import layers
 from experiments.models.language_model import LanguageModel
+from experiments.models.layers import layer_config, matmul_dtype, recurrent_layer
 from experiments.parallel import ONE_DEVICE, Parallel
+from experiments.runtime.checks import one_of, words
+from experiments.runtime.errors import UserError
 from experiments.tasks import (
     Batch,
     Metrics,

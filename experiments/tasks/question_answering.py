@@ -14,19 +14,19 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from bnlstm_jax import BNLSTM
-from experiments.config import at_least, at_most, one_of
 from experiments.datasets import questions
 from experiments.datasets.question_arrays import SPLITS
 from experiments.datasets.questions import SPECIALS, Selection, Split, Texts
-from experiments.errors import UserError
-from experiments.layers import check_implementation, check_max_steps, matmul_dtype
 from experiments.models.attentive_reader import (
     FORMS,
     AttentiveReader,
     Quirks,
     with_input_statistics,
 )
+from experiments.models.layers import check_implementation, check_max_steps, matmul_dtype
 from experiments.parallel import ONE_DEVICE, Parallel
+from experiments.runtime.checks import at_least, at_most, one_of
+from experiments.runtime.errors import UserError
 from experiments.tasks import (
     Adapt,
     Batch,

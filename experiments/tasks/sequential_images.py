@@ -9,11 +9,13 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from experiments import datasets, layers
-from experiments.config import MAX_SEED, at_least, at_most, one_of
-from experiments.layers import matmul_dtype, recurrent_layer
+from experiments import datasets
+from experiments.config import MAX_SEED
+from experiments.models import layers
+from experiments.models.layers import matmul_dtype, recurrent_layer
 from experiments.models.sequence_classifier import SequenceClassifier
 from experiments.parallel import ONE_DEVICE, Parallel
+from experiments.runtime.checks import at_least, at_most, one_of
 from experiments.tasks import (
     Batch,
     Metrics,

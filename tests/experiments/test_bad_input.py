@@ -12,11 +12,12 @@ from flax.traverse_util import flatten_dict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments import config, main, parallel, tasks, workdir
+from experiments import config, main, parallel, tasks
 from experiments.datasets import prepared
 from experiments.datasets.question_arrays import Question, pack
-from experiments.errors import UserError
 from experiments.optimizers import make_optimizer
+from experiments.records import workdir
+from experiments.runtime.errors import UserError
 from tests.flag_values import fresh_flags
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,8 @@ from flax.traverse_util import flatten_dict
 
 from configs import text
 from experiments import evaluate, parallel, tasks, train
-from experiments.errors import UserError
 from experiments.models.attentive_reader import FORMS, AttentiveReader, Quirks
+from experiments.runtime.errors import UserError
 from scripts.exchanges import compiled_update, exchanges
 
 NOISE = jax.random.key(0)

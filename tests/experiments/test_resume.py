@@ -14,8 +14,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments import checkpoints, finite, metrics, train, workdir
-from experiments.errors import Stopped, UserError
+from experiments import train
+from experiments.records import checkpoints, metrics, workdir
+from experiments.runtime import finite
+from experiments.runtime.errors import Stopped, UserError
 from experiments.tasks import sequential_images
 from scripts.crash_test import differences
 from tests.full_disk import files_of_at_most
@@ -29,7 +31,8 @@ DEATH = """
 import importlib, json, os, signal, sys
 config, folder, place, name, times = json.loads(sys.argv[1])
 from ml_collections import ConfigDict
-from experiments import train, workdir
+from experiments import (train)
+from experiments.records import (workdir)
 from pathlib import Path
 module, _, owner = place.partition(":")
 module = importlib.import_module(module)
@@ -46,7 +49,7 @@ train.train(ConfigDict(json.loads(config, object_hook=workdir._tuples)), Path(fo
 
 # Where: module or module:class, function, and the call of it that is the last.
 DEATHS = {
-    "before it has written anything": ("experiments.workdir", "write_json", 1),
+    "before it has written anything": ("experiments.records.workdir", "write_json", 1),
     "before the first checkpoint": ("experiments.tasks.sequential_images:Task", "train_batch", 4),
     "between a checkpoint's arrays and its name": (
         "orbax.checkpoint._src.path.atomicity:AtomicRenameTemporaryPath",
@@ -59,8 +62,12 @@ DEATHS = {
         5,
     ),
     "in validation": ("experiments.tasks.sequential_images:Task", "batches", 1),
-    "between metrics and their checkpoint": ("experiments.checkpoints:Checkpoints", "save", 1),
-    "in the last evaluation": ("experiments.workdir", "write_statistics", 1),
+    "between metrics and their checkpoint": (
+        "experiments.records.checkpoints:Checkpoints",
+        "save",
+        1,
+    ),
+    "in the last evaluation": ("experiments.records.workdir", "write_statistics", 1),
 }
 
 

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import metrics, tasks, train, workdir
-from experiments.checkpoints import Checkpoints
-from experiments.errors import UserError
+from experiments import tasks, train
+from experiments.records import metrics, workdir
+from experiments.records.checkpoints import Checkpoints
+from experiments.runtime.errors import UserError
 from experiments.tasks import sequential_images
 
 

@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-from experiments import train, workdir
-from experiments.runs import Experiment
+from experiments import train
+from experiments.records.runs import Experiment
+from experiments.runtime import files
 
 # A name that a workdir may have, of what Matplotlib, Rich, glob, Markdown and HTML take for theirs.
 ODD = "_a $x_1$ *|? ~~b~~ `c` :heart: <i>&amp; 'd\" e"
@@ -24,7 +25,7 @@ def write_run(
     config = experiment.get_config()
     validations = validations or {}
     config.seed, config.num_updates = seed, max(validations, default=1)
-    workdir.write_json(run / "config.json", json.loads(config.to_json_best_effort()))
+    files.write_json(run / "config.json", json.loads(config.to_json_best_effort()))
     start = {
         "command": f"python -m experiments.main --workdir={run}",
         "started": "2026-11-23T05:00:00+00:00",
@@ -35,7 +36,7 @@ def write_run(
     }
     if test is not None:
         start |= {"until": config.num_updates, "seconds": 3900}
-    workdir.write_json(run / "run.json", {"starts": [start]})
+    files.write_json(run / "run.json", {"starts": [start]})
     rows = [
         {"update": update, "split": split, "statistics": "batch", **values}
         for update, values in validations.items()
@@ -53,5 +54,5 @@ def write_run(
         evaluation = train.evaluation_fields(config)
         rows = [*others, row]
         results = {"update": update, "updates": update, "evaluation": evaluation, "rows": rows}
-        workdir.write_json(run / "results.json", results)
+        files.write_json(run / "results.json", results)
     return run

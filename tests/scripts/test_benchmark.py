@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from bnlstm_jax import BNLSTM
-from experiments.errors import UserError
-from scripts import benchmark, timing
+from experiments.benchmarking import timing
+from experiments.runtime.errors import UserError
+from scripts import benchmark
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "scripts.benchmark", "--small", "--device=cpu"]
@@ -138,7 +139,7 @@ def test_programs_take_turns():
 @pytest.fixture
 def peers():
     pytest.importorskip("torch", reason="PyTorch is not installed: only benchmarks compare with it")
-    from scripts import torch_peers
+    from experiments.benchmarking import torch_peers
 
     return torch_peers
 

@@ -10,7 +10,7 @@ import pytest
 from bnlstm_jax import LSTM, recurrence
 from bnlstm_jax.recurrence import Implementation, scan
 from bnlstm_jax.recurrence.devices import emulation
-from experiments.errors import UserError
+from experiments.runtime.errors import UserError
 from scripts import check_implementations
 from scripts.check_implementations import ODD, Case
 

@@ -4,8 +4,8 @@ import pytest
 
 from configs import digits
 from experiments import datasets, train
-from experiments.checkpoints import read_best
-from experiments.errors import UserError
+from experiments.records.checkpoints import read_best
+from experiments.runtime.errors import UserError
 from experiments.tasks import load
 from scripts import evaluate_batch_sizes
 

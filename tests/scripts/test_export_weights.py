@@ -8,8 +8,8 @@ from flax.traverse_util import unflatten_dict
 from bnlstm_jax import BNLSTM, LSTM
 from configs import digits
 from experiments import datasets, train
-from experiments.errors import UserError
 from experiments.models.sequence_classifier import SequenceClassifier
+from experiments.runtime.errors import UserError
 from experiments.tasks.sequential_images import pixel_order
 from scripts import export_weights
 

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from configs import babi
-from experiments import train, workdir
-from experiments.checkpoints import Checkpoints, read_best
+from experiments import train
 from experiments.datasets import prepared
 from experiments.datasets.question_arrays import Question, pack
-from experiments.errors import UserError
+from experiments.records import workdir
+from experiments.records.checkpoints import Checkpoints, read_best
+from experiments.runtime.errors import UserError
 from experiments.tasks.question_answering import Task
 from scripts import inspect_reader
 

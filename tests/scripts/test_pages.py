@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.runs import Experiment
+from experiments.records.runs import Experiment
 from scripts import report
 from tests.scripts.made_up import ODD, write_run
 from tests.test_trust import NASTY, page_of

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 from configs import digits
-from experiments import train, workdir
-from experiments.checkpoints import read_best
-from experiments.errors import UserError
-from scripts import pictures, plot_statistics
+from experiments import train
+from experiments.records.checkpoints import read_best
+from experiments.reporting import pictures
+from experiments.reporting.statistics_figure import draw_statistics, find_statistics
+from experiments.runtime import files
+from experiments.runtime.errors import UserError
+from scripts import plot_statistics
 from tests.scripts.made_up import ODD
 
 PNG = b"\x89PNG"
@@ -60,7 +63,7 @@ def test_what_is_drawn_are_the_statistics():
         for term, size in sizes.items()
         for moment in ("mean", "var")
     }
-    shown = panels(plot_statistics.draw_statistics(statistics, 5, 6, "title"))
+    shown = panels(draw_statistics(statistics, 5, 6, "title"))
     for term, size in sizes.items():
         mean = statistics[f"{term}_mean"]
         units = [int(np.flatnonzero(mean[0] == y)[0]) for y in shown[f"{term}_mean"][0]]
@@ -69,7 +72,7 @@ def test_what_is_drawn_are_the_statistics():
         for moment in ("mean", "var"):  # of the same units
             name = f"{term}_{moment}"
             np.testing.assert_array_equal(shown[name], statistics[name][:6, units])
-    again = panels(plot_statistics.draw_statistics(statistics, 5, 6, "title"))
+    again = panels(draw_statistics(statistics, 5, 6, "title"))
     np.testing.assert_array_equal(again["recurrent_mean"], shown["recurrent_mean"])
 
 
@@ -99,8 +102,8 @@ def test_the_picture_of_a_run(finished, draw, tmp_path):
 
 
 def test_names_with_dollar_signs_are_no_formulas(finished, draw, tmp_path):
-    record = workdir.read_json(finished / "run.json") | {"dataset": r"$\no formula$"}
-    workdir.write_json(finished / "run.json", record)
+    record = files.read_json(finished / "run.json") | {"dataset": r"$\no formula$"}
+    files.write_json(finished / "run.json", record)
     figure, output = draw(finished.rename(tmp_path / ODD))
     assert figure.get_suptitle().startswith(r"$\no formula$, BN-LSTM, update 3")
     assert output.endswith(f"{tmp_path / ODD}/population_statistics.png\n")
@@ -122,10 +125,10 @@ def test_layers_are_found_by_their_statistics():
     row = np.ones((3, 2))
     layer = {"recurrent_mean": row, "recurrent_var": row, "input_mean": row, "input_var": row}
     tree = {"decoder": {"rnn": layer}, "encoder": {"rnn": layer, "norm": {"mean": row}}}
-    layers = plot_statistics.find_statistics(tree)
+    layers = find_statistics(tree)
     assert set(layers) == {"decoder/rnn", "encoder/rnn"}
     assert set(layers["decoder/rnn"]) == {"recurrent_mean", "recurrent_var"}
-    figure = plot_statistics.draw_statistics(layers["decoder/rnn"], 30, None, "")
+    figure = draw_statistics(layers["decoder/rnn"], 30, None, "")
     assert [lines(axes).shape for axes in figure.axes] == [(3, 2), (3, 2)]
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from experiments.errors import UserError
-from experiments.runs import Experiment
-from scripts import paper_items, report
+from experiments.records.runs import Experiment
+from experiments.reporting import items
+from experiments.runtime.errors import UserError
+from scripts import report
 from tests.scripts.made_up import ODD, write_run
 from tests.test_trust import Outline
 
@@ -61,7 +62,7 @@ def test_the_page_needs_nothing_but_itself(page):
 
 
 def test_every_item_has_its_place(page):
-    for name, item in paper_items.items("data").items():
+    for name, item in items.items("data").items():
         assert f'<h2 id="{name}">' in page[0] and f'href="#{name}"' in page[0]
         assert f"## {item.title}" in page[1]
 
@@ -98,7 +99,7 @@ def test_without_data_the_committed_picture_is_shown(tmp_path, monkeypatch, is_t
         report.COMMITTED.mkdir()
         (tmp_path / "a b" / "name.png").write_bytes(PNG)
         (tmp_path / "a b" / "name.md").write_text("# Title\n\n| t |\n|---|\n| 7 |\n\n![x](y.png)\n")
-    item = paper_items.Item("Title", show)
+    item = items.Item("Title", show)
     page, text = report.section("name", item, {}, tmp_path / "page")
     assert ("Committed picture and table" in page) == is_there
     assert ("no data" in page) and ("no data" in text)
@@ -118,6 +119,6 @@ def test_the_summary_goes_into_the_readme(tmp_path):
 
 
 def test_the_readme_says_what_the_runs_do():
-    known = paper_items.items("data")
+    known = items.items("data")
     table = report.summary(known, report.find(known, ROOT / "results" / "runs"))
     assert table in (ROOT / "README.md").read_text(), "call python -m scripts.report --readme"

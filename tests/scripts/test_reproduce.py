@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import paper, runs
-from experiments.runs import Experiment
-from scripts import paper_curves, paper_items, reproduce
+from experiments.records import runs
+from experiments.records.runs import Experiment
+from experiments.reporting import curves, items, paper
+from scripts import reproduce
 from tests.scripts.made_up import ODD, write_run
 
 ROOT = Path(__file__).parents[2]
-ITEMS = paper_items.items("data")
+ITEMS = items.items("data")
 
 
 def call(*arguments):
@@ -87,14 +88,14 @@ def test_curves_by_hours(mnist_runs):
 def test_seeds_that_came_as_far_as_one_another(mnist_runs):
     experiment = Experiment("pmnist", "bn_lstm")
     write_run(mnist_runs, experiment, 3, {1000: {"accuracy": 0.5}})
-    line = paper_items.lines_of("pmnist_valid_accuracy", "pmnist", "accuracy")[1]
-    updates, values = paper_curves.points_of(line, found(ITEMS["figure_pmnist"], mnist_runs))
+    line = items.lines_of("pmnist_valid_accuracy", "pmnist", "accuracy")[1]
+    updates, values = curves.points_of(line, found(ITEMS["figure_pmnist"], mnist_runs))
     np.testing.assert_array_equal(updates, [1000])
     np.testing.assert_allclose(values, [[0.65], [0.75], [0.5]])
 
 
 def test_the_paper_counts_thousands_of_updates_from_zero():
-    line = paper_items.reader_lines("cnn_4sentence_error", "cnn_qa:four_sentences", ("lstm",))[0]
+    line = items.reader_lines("cnn_4sentence_error", "cnn_qa:four_sentences", ("lstm",))[0]
     # The validation at plotted x = 203 is after 204,000 updates.
     assert paper.at(line.published, 350_000 + 1000) == pytest.approx(0.603, abs=5e-4)
 
@@ -134,7 +135,7 @@ def test_commands_make_the_runs_and_go_on(tmp_path):
 STAND_IN = """
 import sys
 from pathlib import Path
-from experiments.runs import Experiment
+from experiments.records.runs import (Experiment)
 from tests.scripts.made_up import ODD, write_run
 
 config, kind, folder = sys.argv[1:]
@@ -151,7 +152,7 @@ def test_runs_are_launched_as_those_of_a_sweep(tmp_path, monkeypatch, capsys, ca
         config, kind = Path(config_file).stem, point.fields["model.kind"]
         return [sys.executable, "-c", STAND_IN, config, kind, str(folder)]
 
-    monkeypatch.setattr(reproduce.sweep, "command_of", command_of)
+    monkeypatch.setattr(reproduce.runner, "command_of", command_of)
     given = {"budget": "minutes", "seeds": 1, "data_dir": "data", "workdir": str(folder)}
     given |= {"output": str(tmp_path), "dry_run": False}
     given |= {"launcher": "local", "jobs": 2, "retries": 0}

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import workdir
-from experiments.checkpoints import read_best
 from experiments.datasets.corpus import UNKNOWN, encode
-from experiments.errors import UserError
+from experiments.records import workdir
+from experiments.records.checkpoints import read_best
+from experiments.runtime.errors import UserError
 from experiments.tasks import char_lm
 from scripts import sample
 from tests.scripts import LETTERS

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from experiments.errors import UserError
+from experiments.runtime.errors import UserError
 from scripts import slurm
 from tests.flag_values import fresh_flags
 from tests.scripts.made_up import ODD
@@ -111,7 +111,7 @@ def test_a_dry_run_shows_what_is_submitted(tmp_path, cluster):
     (tmp_path / "submitted").write_text(script.replace("module load cuda", ""))
     environment = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "16"}
     pickled = folder / "slurm" / "7_submitted.pkl"
-    assert b"scripts.submission" in pickled.read_bytes()
+    assert b"experiments.launching.submission" in pickled.read_bytes()
     environment["PYTHONPATH"] = str(wrapper(tmp_path))
     job = subprocess.run(
         ["bash", tmp_path / "submitted"],

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts import submission
-from scripts.submission import Job
+from experiments.launching import submission
+from experiments.launching.submission import Job
 from tests.scripts.locks import is_held
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ class Process:
         self.folder.mkdir()
         job = f"{max_timeouts, [sys.executable, '-c', RUN, str(self.folder)]!r}"
         code = (
-            f"import sys\nfrom scripts.submission import Job\n"
+            f"import sys\nfrom experiments.launching.submission import Job\n"
             f"from submitit.helpers import DelayedSubmission\nlimit, command = {job}\n"
             f"delayed = DelayedSubmission(Job(command))\ndelayed.set_timeout(60, limit)\n"
             f"delayed.dump({str(self.folder / '7_submitted.pkl')!r})"

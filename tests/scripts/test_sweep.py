@@ -17,11 +17,12 @@ import pytest
 from markdown_it import MarkdownIt
 
 from configs import digits
-from experiments import workdir
-from experiments.errors import Stopped, UserError
-from experiments.sweeps import make_points
-from scripts import sweep, sweep_table
-from scripts.sweep_launchers import Slurm
+from experiments.launching import runner, sweep_table
+from experiments.launching.launchers import Slurm
+from experiments.launching.sweeps import make_points
+from experiments.runtime import files
+from experiments.runtime.errors import Stopped, UserError
+from scripts import sweep
 from tests.scripts.locks import is_held
 from tests.scripts.made_up import ODD
 from tests.test_trust import Outline
@@ -39,7 +40,7 @@ SMALL = (
 )
 # The last one fails as soon as it looks for its data.
 POINTS = """
-from experiments.sweeps import product, values
+from experiments.launching.sweeps import (product, values)
 
 def get_sweep():
     good = product(values("optimizer.learning_rate", 0.01, 0.001), values("seed", 1, 2))
@@ -249,7 +250,7 @@ def test_a_folder_is_of_one_sweep(tmp_path):
 
     sweep.check_folder(folder, described({"seed": 1}))
     folder.mkdir()
-    workdir.write_json(folder / sweep.SWEEP_NAME, described({"seed": 1}, {"seed": 2}))
+    files.write_json(folder / sweep.SWEEP_NAME, described({"seed": 1}, {"seed": 2}))
     sweep.check_folder(folder, described({"seed": 2}, {"seed": 1}, {"seed": 3}))  # may be added
     with pytest.raises(UserError, match="holds another sweep, which has a point seed=2"):
         sweep.check_folder(folder, described({"seed": 1}))
@@ -319,8 +320,8 @@ def write_results(point, value, kind="lstm", lower_is_better=False):
             for split, shift in (("valid", 0), ("test", -0.25))
         ],
     }
-    workdir.write_json(run / "results.json", results)
-    workdir.write_json(run / "run.json", {"lower_is_better": lower_is_better})
+    files.write_json(run / "results.json", results)
+    files.write_json(run / "run.json", {"lower_is_better": lower_is_better})
 
 
 def made_up(folder, swept, kind="lstm"):
@@ -340,7 +341,9 @@ def test_points_are_run_so_many_at_once_and_tried_again(tmp_path, capsys, most):
     write_results(points[1], 0.5)
     launcher = Fake(most, fails={"seed=2": 1, "seed=3": 5}, before=["seed=4"])
     launcher.points = {point.name: point for point in points}
-    own = sweep.Sweep(points, {name: [] for name in names}, launcher, 1, table_of(points, tmp_path))
+    own = runner.Sweep(
+        points, {name: [] for name in names}, launcher, 1, table_of(points, tmp_path)
+    )
     own.run()
     assert launcher.at_once == most
     # 1 was finished, 4 was running: neither is started. 2 and 3 fail, and come again at the end.
@@ -359,7 +362,7 @@ def test_a_signal_stops_points_and_starts_no_more(tmp_path, capsys):
     points = made_up(tmp_path, [{"seed": 1}, {"seed": 2}])
     launcher = Fake(2)
     launcher.points = {point.name: point for point in points}
-    own = sweep.Sweep(
+    own = runner.Sweep(
         points, {point.name: [] for point in points}, launcher, 1, table_of(points, tmp_path)
     )
     launcher.start = lambda point, command: (
@@ -374,9 +377,9 @@ def test_a_signal_stops_points_and_starts_no_more(tmp_path, capsys):
 
 
 def test_progress_is_logged(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sweep.metrics, "SECONDS_LOGGED", -1)
+    monkeypatch.setattr(runner.progress, "SECONDS_LOGGED", -1)
     (point,) = points = made_up(tmp_path, [{"seed": 1}])
-    board = sweep.Board(points)
+    board = runner.Board(points)
     point.folder.mkdir()
     rows = [json.dumps({"update": update, "loss": 1.0}) for update in range(0, 300, 20)]
     (point.folder / "metrics.jsonl").write_text("\n".join(rows) + '\n{"update": 3')

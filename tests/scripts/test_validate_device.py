@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from bnlstm_jax import recurrence
-from experiments import workdir
-from experiments.errors import UserError
-from scripts import validate_device, validation_report
+from experiments.reporting import device_validation
+from experiments.runtime import files
+from experiments.runtime.errors import UserError
+from scripts import validate_device
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,29 +44,29 @@ def test_a_rehearsal_runs_every_step(tmp_path):
     assert report in done.stdout
     assert report.startswith("# cpu\n") and "`cpu` was tried with small layers" in report
     assert "VALIDATED_UNITS" not in report and "`xla` " not in report.partition("## Steps")[0]
-    for step in validation_report.SHARES:
+    for step in device_validation.SHARES:
         assert f"| {step} " in report
-    findings = validation_report.read(folder)
-    assert validation_report.sound(findings) == ["xla", "cpu"]
+    findings = device_validation.read(folder)
+    assert device_validation.sound(findings) == ["xla", "cpu"]
     assert set(findings["training"]["losses"]) == {
         "xla",
         "xla, parameters moved by a rounding",
         "cpu",
     }
-    assert validation_report.judge(findings, "cpu").missing == ["training, 200 updates"]
+    assert device_validation.judge(findings, "cpu").missing == ["training, 200 updates"]
 
 
 @pytest.mark.long
 def test_a_whole_validation_of_a_cpu(tmp_path, data_dir):
     """Its benchmark may not come to its end: text8 is large."""
     done = validate(tmp_path, "--minutes=12", f"--data_dir={data_dir}")
-    findings = validation_report.read(tmp_path)
-    assert set(findings) == set(validation_report.SHARES), done.stdout
+    findings = device_validation.read(tmp_path)
+    assert set(findings) == set(device_validation.SHARES), done.stdout
     results = findings["check"]["results"]
     assert {r["case"] for r in results} == set(findings["check"]["cases"])
     assert not [r for r in results if r["outcome"] == "failed"]
-    gains = validation_report.gains(findings)
-    assert gains["cpu"] >= validation_report.LEAST_GAIN * gains["xla"] > 0
+    gains = device_validation.gains(findings)
+    assert gains["cpu"] >= device_validation.LEAST_GAIN * gains["xla"] > 0
     assert {"pmnist", "ptb"} <= {r["size"] for r in findings["benchmark"]["results"]}
 
 
@@ -131,7 +132,7 @@ def test_a_step_that_hangs_is_ended_and_its_results_count(monkeypatch, tmp_path)
 def test_results_of_an_earlier_call_are_kept_for_steps_that_are_not_run(monkeypatch, tmp_path):
     for step in ("rates", "check"):
         record = {**RECORD, "rates": {}, "results": []}
-        workdir.write_json(tmp_path / f"{step}.json", record)
+        files.write_json(tmp_path / f"{step}.json", record)
     assert run_steps(monkeypatch, tmp_path, {"check": "pass"}) == 0
     assert [path.name for path in tmp_path.glob("*.json")] == ["rates.json"]
 
@@ -209,9 +210,9 @@ def test_validated_up_to_the_most_units_that_passed(monkeypatch):
     """text8, which does not fit, need not be measured."""
     findings = make_findings()
     assert "text8" in findings["benchmark"]["sizes"]
-    verdict = validation_report.judge(findings, "gpu")
+    verdict = device_validation.judge(findings, "gpu")
     assert verdict == (1000, [], [])
-    words = validation_report.sentence("gpu", verdict, "Some GPU")
+    words = device_validation.sentence("gpu", verdict, "Some GPU")
     assert '`"Some GPU": 1000,` (not there yet)' in words
     for now, expected in (
         (100, "(now 100)"),
@@ -219,7 +220,7 @@ def test_validated_up_to_the_most_units_that_passed(monkeypatch):
         (2000, "more"),
     ):
         monkeypatch.setitem(recurrence.VALIDATED_UNITS, "Some GPU", now)
-        assert expected in validation_report.sentence("gpu", verdict, "Some GPU")
+        assert expected in device_validation.sentence("gpu", verdict, "Some GPU")
 
 
 LIMITED = {
@@ -233,17 +234,17 @@ LIMITED = {
 
 @pytest.mark.parametrize("changes, units, problem", LIMITED.values(), ids=LIMITED.keys())
 def test_validated_below_what_failed(changes, units, problem):
-    verdict = validation_report.judge(make_findings(**changes), "gpu")
+    verdict = device_validation.judge(make_findings(**changes), "gpu")
     assert verdict.units == units
     assert len(verdict.problems) == 1
-    words = validation_report.sentence("gpu", verdict, "Some GPU")
+    words = device_validation.sentence("gpu", verdict, "Some GPU")
     assert re.search(problem, words)
     assert ('"Some GPU": 100,' in words) == (units == 100)
     assert ("`gpu` is not validated." in words) == (units == 0)
 
 
 def test_as_fast_as_xla_but_for_noise_is_fast_enough():
-    assert validation_report.judge(make_findings(times={"ptb": 1.03}), "gpu") == (1000, [], [])
+    assert device_validation.judge(make_findings(times={"ptb": 1.03}), "gpu") == (1000, [], [])
 
 
 def hang(findings):
@@ -255,8 +256,8 @@ def hang(findings):
 def test_what_was_running_at_the_end_has_failed():
     findings = make_findings()
     hang(findings)
-    assert validation_report.sound(findings) == ["xla"]
-    verdict = validation_report.judge(findings, "gpu")
+    assert device_validation.sound(findings) == ["xla"]
+    verdict = device_validation.judge(findings, "gpu")
     assert verdict.units == 100
     assert verdict.problems == ["Penn Treebank, float32: it was running when its process ended"]
 
@@ -286,9 +287,9 @@ UNFINISHED = {
 def test_not_validated_before_all_was_run(cut, missing):
     findings = make_findings()
     cut(findings)
-    verdict = validation_report.judge(findings, "gpu")
+    verdict = device_validation.judge(findings, "gpu")
     assert verdict.missing == missing
-    words = validation_report.sentence("gpu", verdict, "Some GPU")
+    words = device_validation.sentence("gpu", verdict, "Some GPU")
     assert words.startswith("`gpu` is not validated") and "VALIDATED_UNITS" not in words
     assert all(what in words for what in missing)
 
@@ -298,12 +299,12 @@ def test_findings_of_another_device_or_commit_do_not_count(tmp_path):
     findings["benchmark"]["commit"] = "def"
     findings["training"]["machine"] = {**RECORD["machine"], "device": "Another GPU"}
     for step, record in findings.items():
-        workdir.write_json(tmp_path / f"{step}.json", record)
-    assert set(validation_report.read(tmp_path)) == {"check"}
+        files.write_json(tmp_path / f"{step}.json", record)
+    assert set(device_validation.read(tmp_path)) == {"check"}
 
 
 def test_kernels_that_failed_are_left_out():
-    sound = validation_report.sound
+    sound = device_validation.sound
     assert sound(make_findings()) == ["xla", "gpu"]
     assert sound(make_findings(outcomes={"odd sizes": "failed"})) == ["xla"]
     assert sound({}) is None
@@ -318,9 +319,9 @@ def flags_of(module):
 
 
 @pytest.mark.parametrize("small", [False, True])
-@pytest.mark.parametrize("step", validation_report.SHARES)
+@pytest.mark.parametrize("step", device_validation.SHARES)
 def test_commands_have_flags_that_there_are(step, small, tmp_path):
-    workdir.write_json(tmp_path / "check.json", make_findings()["check"])
+    files.write_json(tmp_path / "check.json", make_findings()["check"])
     given = SimpleNamespace(small=small, data_dir="some/folder")
     words = validate_device.command(step, given, tmp_path, 60.0)
     named = {word[2:].partition("=")[0] for word in words[3:]}
@@ -332,13 +333,13 @@ def test_commands_have_flags_that_there_are(step, small, tmp_path):
 
 def test_a_page_of_whatever_was_found():
     findings = make_findings(outcomes={"odd sizes": "failed"})
-    page = validation_report.page(findings, [("check", "done", "9")], "the command")
+    page = device_validation.page(findings, [("check", "done", "9")], "the command")
     assert page.startswith("# Some GPU\n\n`the command`, commit abc")
     assert "- gpu, odd sizes, float32: failed: a reason" in page
     assert "- gpu, float32, not supported in 1 cases: a reason" in page
     assert "10%, permuted MNIST" in page
     assert "| BN-LSTM, gpu | 500.0" in page and "## Training: pMNIST" in page
-    assert "## Steps" in validation_report.page({}, [("check", "its time was up", "9")], "")
+    assert "## Steps" in device_validation.page({}, [("check", "its time was up", "9")], "")
 
 
 def test_a_report_that_cannot_be_made_does_not_end_the_steps(monkeypatch, tmp_path):

@@ -22,7 +22,7 @@ from typing import Any
 from experiments.datasets.originals import Originals, examples, matching
 from experiments.datasets.prepared import Made
 from experiments.datasets.question_arrays import ENTITY, Question, pack
-from experiments.errors import UserError
+from experiments.runtime.errors import UserError
 
 ORIGINALS = Originals("babi", "bAbI")
 ARCHIVE = "tasks_1-20_v1-2.tar.gz"

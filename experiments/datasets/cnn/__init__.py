@@ -27,7 +27,7 @@ from experiments.datasets.cnn.files import ADDRESS, SUFFIX, Part, damaged, find,
 from experiments.datasets.originals import Originals, examples
 from experiments.datasets.prepared import Made, file_sha256
 from experiments.datasets.question_arrays import SPLITS, Question, pack, pack_words, sorted_words
-from experiments.errors import UserError
+from experiments.runtime.errors import UserError
 
 ORIGINALS = Originals("cnn", "CNN")
 COMPLETE = {"train": 380_298, "valid": 3_924, "test": 3_198}
@@ -77,7 +77,7 @@ def prepare(source_dir: Path, work_dir: Path) -> Made:
 
 def _made(parts: list[Part], path: Path, work_dir: Path) -> list[Path]:
     """Files with the arrays of each part, made where they are not there already."""
-    from experiments.metrics import track  # here because the processes need no JAX
+    from experiments.runtime.progress import track  # here because the processes need no JAX
 
     # The names of its files, which are hashes, tell what a part holds.
     keys = [json.dumps([FORMAT, part.split, *part.places]).encode() for part in parts]
@@ -158,7 +158,7 @@ def _vocabulary(part: Any) -> list[str]:
 
 def _joined(parts: list[Part], made: list[Path], work_dir: Path) -> dict[str, np.ndarray]:
     """The arrays of all parts, one after the other, in words of one vocabulary."""
-    from experiments.metrics import track  # here because the processes need no JAX
+    from experiments.runtime.progress import track  # here because the processes need no JAX
 
     vocabulary: set[str] = set()
     for file in made:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.datasets.originals import matching
-from experiments.errors import UserError
+from experiments.runtime.errors import UserError
 
 ADDRESS = "https://cs.nyu.edu/~kcho/DMQA/"
 FOLDERS = {"train": "training", "valid": "validation", "test": "test"}
@@ -155,7 +155,7 @@ def _in_tar(tar: Path, archive: Path) -> dict[str, Places]:
 
 def _unpacked(archive: Path, work_dir: Path) -> Path:
     """The .tar file of an archive: unlike the archive it can be read from anywhere."""
-    from experiments.metrics import track  # here because the processes need no JAX
+    from experiments.runtime.progress import track  # here because the processes need no JAX
 
     status = archive.stat()
     path = work_dir / f"{archive.stem}-{status.st_size}-{status.st_mtime_ns}.tar"

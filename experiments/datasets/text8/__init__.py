@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments.datasets.originals import Originals, examples, matching
 from experiments.datasets.prepared import Made
-from experiments.errors import UserError
+from experiments.runtime.errors import UserError
 
 ORIGINALS = Originals.beside(__file__, "text8")
 SIZE, MD5 = 100_000_000, "3bea1919949baf155f99411df5fada7e"  # of the unpacked text

@@ -10,7 +10,7 @@ import pytest
 import requests
 
 from experiments.datasets import babi, prepared
-from experiments.errors import UserError
+from experiments.runtime.errors import UserError
 
 ARCHIVE = "tasks_1-20_v1-2.tar.gz"
 STORIES = {"qa1": 2000, "qa2": 2000, "qa4": 10_000, "qa5": 2000}  # of the training texts

@@ -15,7 +15,7 @@ import pytest
 
 from experiments.datasets import cnn, load, prepared
 from experiments.datasets.cnn import files
-from experiments.errors import UserError
+from experiments.runtime.errors import UserError
 
 REPOSITORY = Path(__file__).parents[3]
 FOLDERS = {"train": "training", "valid": "validation", "test": "test"}
@@ -143,9 +143,9 @@ def test_builder_reads_all_splits(archive, tmp_path):
 SMALL_PARTS = """\
 import signal
 import sys
-from experiments import cli
-from experiments.datasets import load
-from experiments.datasets.cnn import files
+from experiments.runtime import (cli)
+from experiments.datasets import (load)
+from experiments.datasets.cnn import (files)
 
 files.PART = 20
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 
 from experiments.datasets import corpus, prepared
 from experiments.datasets.corpus import UNKNOWN
-from experiments.errors import UserError
+from experiments.runtime.errors import UserError
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz"
 

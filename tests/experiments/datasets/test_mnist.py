@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.datasets import load, mnist
-from experiments.errors import UserError
+from experiments.runtime.errors import UserError
 
 REPOSITORY = Path(__file__).parents[3]
 NAMES = [

@@ -11,10 +11,10 @@ import pytest
 import requests
 import tensorflow_datasets as tfds
 
-from experiments import metrics
 from experiments.datasets import babi, mnist, originals, ptb, text8
 from experiments.datasets.originals import Original, Originals
-from experiments.errors import UserError
+from experiments.runtime import progress
+from experiments.runtime.errors import UserError
 
 HOST = "https://example.org/words"
 CONTENTS = {"first.txt": b"one\ntwo\n", "second.txt": b"three\n"}
@@ -211,7 +211,7 @@ def mirrors(monkeypatch):
 
 @pytest.mark.parametrize("first", ["404", "503", "other", "broken"])
 def test_next_address_is_tried(tmp_path, mirrors, first, monkeypatch, capsys):
-    monkeypatch.setattr(metrics, "SECONDS_LOGGED", -1)
+    monkeypatch.setattr(progress, "SECONDS_LOGGED", -1)
     originals = mirrors(first, "good")
     words, source = read_words(tmp_path, originals)
     shown = capsys.readouterr().out

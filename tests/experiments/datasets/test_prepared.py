@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from experiments.datasets import digits, load, prepared
-from experiments.errors import UserError
+from experiments.runtime.errors import UserError
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -228,7 +228,7 @@ def test_killed_preparation_leaves_no_folder(tmp_path):
         """
         import os, sys
         import numpy as np
-        from experiments.datasets import load
+        from experiments.datasets import (load)
 
         save = np.save
         def save_half(path, array, **kwargs):

@@ -6,7 +6,7 @@ import pytest
 from experiments.datasets import questions
 from experiments.datasets.question_arrays import SPLITS, Question, pack
 from experiments.datasets.questions import Selection, Split, Texts
-from experiments.errors import UserError
+from experiments.runtime.errors import UserError
 
 # Shares with the question:      who, met             entity2      entity1, met, entity2
 PASSAGE = "nobody knows who met whom . it rained ! @entity2 slept . @entity1 met @entity2 twice ?"

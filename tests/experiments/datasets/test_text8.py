@@ -13,7 +13,7 @@ import requests
 from experiments.datasets import prepared, text8
 from experiments.datasets.originals import Original, Originals
 from experiments.datasets.text8 import builder
-from experiments.errors import UserError
+from experiments.runtime.errors import UserError
 
 VOCABULARY = " abcdefghijklmnopqrstuvwxyz"
 SIZE = 5_000

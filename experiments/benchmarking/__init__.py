@@ -1,0 +1,1 @@
+"""How programs are timed, and PyTorch's to compare with."""

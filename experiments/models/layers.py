@@ -1,0 +1,139 @@
+"""The recurrent layer that a config describes."""
+
+import flax.linen as nn
+from ml_collections import ConfigDict
+
+import bnlstm_jax
+from bnlstm_jax import initializers, recurrence
+from bnlstm_jax.layers import Layer, abstract_problem
+from bnlstm_jax.recurrence.native import cpu
+from experiments.runtime.checks import at_least, one_of, words
+from experiments.runtime.errors import UserError
+
+
+def matmul_dtype(model: ConfigDict) -> str | None:
+    """The dtype of products' operands, as modules are told: None for that of the parameters."""
+    return None if model.dtype == "float32" else model.dtype
+
+
+def layer_config(config: ConfigDict) -> ConfigDict:
+    """Adds the fields of a model that is one recurrent layer to those that all models share."""
+    config.model.recurrent_init = "orthogonal"  # or identity: the candidate's block alone
+    config.model.initial_hidden_noise = 0.0  # standard deviation; in the BN-LSTM alone
+    config.model.normalize = ("input", "recurrent", "cell")  # ablation: which terms
+    config.model.input_statistics = "per_step"  # or sequence: one for all time steps
+    config.model.shared_statistics = False  # ablation: population statistics of all time steps
+    return config
+
+
+def check(model: ConfigDict) -> None:
+    """Refuses values that no layer can be made with.
+
+    Raises:
+      UserError: names the field and what it may be.
+    """
+    one_of("config.model.recurrent_init", model.recurrent_init, ("orthogonal", "identity"))
+    one_of("config.model.input_statistics", model.input_statistics, ("per_step", "sequence"))
+    if model.shared_statistics and model.max_steps:
+        raise UserError(
+            f"config.model.max_steps is {model.max_steps}, and config.model.shared_statistics are "
+            "of all time steps: make max_steps 0"
+        )
+    for term in words(model.normalize):
+        one_of("config.model.normalize", term, ("input", "recurrent", "cell"))
+    at_least("config.model.initial_hidden_noise", model.initial_hidden_noise, 0)
+
+
+def check_implementation(layer: Layer) -> None:
+    """Refuses an implementation that does not run a layer here.
+
+    Raises:
+      UserError: says what to choose in its place.
+    """
+    name = layer.implementation
+    try:
+        reason = recurrence.why_unsupported(name, abstract_problem(layer))
+    except RuntimeError as error:  # from a compiler
+        raise UserError(f"config.model.implementation is {name}: {error}") from error
+    if reason is not None:
+        pooled = "axis_name" in reason
+        other = ", or config.parallel.statistics_devices 1" if pooled else ""
+        raise UserError(
+            f"config.model.implementation is {name}, which {reason}: make it xla{other}"
+        )
+
+
+def implementation(model: ConfigDict, axis_name: str | None = None) -> str:
+    """What runs the recurrence of `config.model` here, with a CPU kernel's instruction set."""
+    fields = {"dtype": matmul_dtype(model), "implementation": model.implementation}
+    if model.kind == "ln_lstm":
+        layer = bnlstm_jax.LNLSTM(model.features, **fields)
+    else:
+        layer = bnlstm_jax.BNLSTM(model.features, axis_name=axis_name, **fields)
+    name = recurrence.choose(model.implementation, abstract_problem(layer))
+    return f"{name}, {cpu.instruction_set()}" if name == "cpu" else name
+
+
+def check_max_steps(model: ConfigDict, steps: int, sequences: str) -> None:
+    """Refuses statistics of steps that no training sequence has.
+
+    Raises:
+      UserError: says how many steps the training `sequences` have.
+    """
+    if model.max_steps > steps:
+        raise UserError(
+            f"config.model.max_steps is {model.max_steps}, and training {sequences} have "
+            f"{steps} steps: later ones would never have statistics; make it at most "
+            "that, or 0 for all of them"
+        )
+
+
+def recurrent_layer(
+    model: ConfigDict,
+    sequence_length: int,
+    vocab_size: int | None = None,
+    axis_name: str | None = None,
+) -> Layer:
+    """The layer of `config.model`, for training sequences of `sequence_length` steps.
+
+    With `vocab_size` its inputs are symbols. `axis_name`: mapped axis over which batch statistics
+    are taken.
+
+    Raises:
+      UserError: a field won't do, or there are to be statistics of steps that no training sequence
+        has.
+    """
+    check(model)
+    check_max_steps(model, sequence_length, "sequences")
+    shared = {
+        "features": model.features,
+        "vocab_size": vocab_size,
+        "dtype": matmul_dtype(model),
+        "implementation": model.implementation,
+        "recurrent_kernel_init": (
+            initializers.identity_block()
+            if model.recurrent_init == "identity"
+            else initializers.semi_orthogonal()
+        ),
+    }
+    normalized = {
+        "normalize": words(model.normalize),
+        "scale_init": nn.initializers.constant(model.initial_scale),
+    }
+    if model.kind == "lstm":
+        layer = bnlstm_jax.LSTM(**shared)
+    elif model.kind == "ln_lstm":
+        layer = bnlstm_jax.LNLSTM(**shared, **normalized)
+    else:
+        layer = bnlstm_jax.BNLSTM(
+            **shared,
+            **normalized,
+            axis_name=axis_name,
+            max_steps=None if model.shared_statistics else model.max_steps or sequence_length,
+            shared_statistics=model.shared_statistics,
+            input_statistics=model.input_statistics,
+            momentum=model.momentum,
+            initial_hidden_noise=model.initial_hidden_noise,
+        )
+    check_implementation(layer)
+    return layer

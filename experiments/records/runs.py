@@ -1,0 +1,185 @@
+"""Finished runs, and those in progress, as what they have written tells of them."""
+
+import dataclasses
+import functools
+import importlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from experiments import tasks
+from experiments.records import workdir
+from experiments.records.checkpoints import read_best
+from experiments.records.metrics import read_metrics
+from experiments.runtime import files
+from experiments.runtime.errors import UserError
+
+# What runs of one experiment may differ in: their seed, and what runs may change when they go on.
+FREE_FIELDS = ("seed", *workdir.FREE_FIELDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A config, one kind of model, and fields that are set: what one run is of, but for its seed.
+
+    Attributes:
+      config: a file in `configs`, with a variant if it has some: `ptb` or `ptb:small`.
+      kind: of the model.
+      fields: those that are not as the file has them, as pairs of name and value.
+    """
+
+    config: str
+    kind: str
+    fields: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        """Of a folder: `pmnist/bn_lstm` or `pmnist/bn_lstm,initial_scale=0.3`."""
+        fields = "".join(f",{name.split('.')[-1]}={value}" for name, value in self.fields)
+        return f"{self.config.replace(':', '_')}/{self.kind}{fields}"
+
+    def get_config(self) -> ConfigDict:
+        """The whole config, with the paper's number of updates."""
+        name, _, variant = self.config.partition(":")
+        module = importlib.import_module(f"configs.{name}")
+        config = module.get_config(variant) if variant else module.get_config()
+        config.update_from_flattened_dict({**dict(self.fields), "model.kind": self.kind})
+        return config
+
+    @functools.cached_property
+    def _identity(self) -> dict[str, Any]:
+        return identity(self.get_config())
+
+    def is_of(self, config: ConfigDict) -> bool:
+        """Whether a config is this experiment's, but for what runs of it may differ in."""
+        return self._identity == identity(config)
+
+
+def identity(config: ConfigDict) -> dict[str, Any]:
+    """The fields that make runs comparable, as JSON has them."""
+    flat = workdir.flat(config)
+    return {name: value for name, value in flat.items() if name not in FREE_FIELDS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The folder of a run."""
+
+    folder: Path
+
+    @functools.cached_property
+    def config(self) -> ConfigDict:
+        """What it was started with."""
+        return workdir.read_config(self.folder)
+
+    @functools.cached_property
+    def record(self) -> dict[str, Any]:
+        """Its `run.json`."""
+        return workdir.read_record(self.folder)
+
+    @functools.cached_property
+    def results(self) -> dict[str, Any]:
+        """Its `results.json`; empty while the run goes on."""
+        path = self.folder / "results.json"
+        return files.read_json(path) if path.exists() else {}
+
+    @functools.cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """Its metrics, oldest first."""
+        return read_metrics(self.folder)
+
+    @property
+    def updates(self) -> int:
+        """How far it has come, as far as it has told."""
+        return self.rows[-1]["update"] if self.rows else 0
+
+    @property
+    def seconds(self) -> int | None:
+        """How long it took, of all its starts; None if one of them was killed, or goes on."""
+        seconds = [start.get("seconds") for start in self.record["starts"]]
+        return None if None in seconds else sum(seconds)
+
+    def curve(self, split: str, metric: str) -> np.ndarray:
+        """A metric by update, `[2, points]`: update and value, with batch statistics if any."""
+        rows = [row for row in self.rows if row["split"] == split and metric in row]
+        points = [(row["update"], row[metric]) for row in rows]
+        return np.array(points, float).reshape(-1, 2).T
+
+    def curve_by_hours(self, split: str, metric: str) -> np.ndarray:
+        """As `curve`, by hours of the run; no points while it goes on.
+
+        Every update counts as long as one took on average, validations among them.
+        """
+        points = self.curve(split, metric)
+        if not self.seconds or not self.updates:
+            return points[:, :0]
+        return points * [[self.seconds / self.updates / 3600], [1]]
+
+
+class Trained(NamedTuple):
+    """The best model of a run so far, and its task.
+
+    Attributes:
+      config: of the run.
+      task: its data; batches, and what the model takes of them.
+      model: maps `(*task.inputs(batch), use_running_average)` to outputs.
+      variables: parameters, and statistics if the model has any.
+      update: the update whose checkpoint it is.
+      statistics: which there are: `population`, re-estimated; `running`, while the run goes on; or
+        `none`.
+    """
+
+    config: ConfigDict
+    task: tasks.Task
+    model: nn.Module
+    variables: dict[str, Any]
+    update: int
+    statistics: str
+
+
+def load(folder: Path | str, data_dir: str | None = None) -> Trained:
+    """The best model so far of the run in `folder`.
+
+    `data_dir` is the folder of the data, by default that of the run.
+
+    Raises:
+      UserError: there is no run, or no validated checkpoint, or it is damaged; or the data are
+        missing, or others than the run's.
+    """
+    folder = Path(folder)
+    config = workdir.read_config(folder)
+    config.data_dir = data_dir or config.data_dir
+    update, variables, statistics = read_best(folder)
+    task = tasks.load(config)
+    workdir.check_record(task.record, folder)
+    return Trained(config, task, task.model, variables, update, statistics)
+
+
+def find(root: Path) -> list[Run]:
+    """All runs in a folder and in what is in it, by name.
+
+    A run with a file that cannot be read is left out, with a warning that names the file.
+    """
+    found = []
+    for path in sorted(root.rglob("config.json")):
+        run = Run(path.parent)
+        try:
+            run.config, run.record, run.results  # noqa: B018
+            found.append(run)
+        except UserError as error:
+            logging.warning("%s; this run is left out", error)
+    return found
+
+
+def of(experiment: Experiment, runs: list[Run]) -> list[Run]:
+    """Those of an experiment, by seed; of two with the same seed, that which came further."""
+    best: dict[int, Run] = {}
+    for run in runs:
+        if experiment.is_of(run.config):
+            seed = run.config.seed
+            if seed not in best or best[seed].updates < run.updates:
+                best[seed] = run
+    return [best[seed] for seed in sorted(best)]

@@ -1,0 +1,321 @@
+"""A run's folder: whose it is, and the record of how it was made."""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from experiments.runtime.errors import UserError
+from experiments.runtime.files import read_json, replacing, write_json
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections", "numpy")
+# May differ between the start of a run and its continuation: where data lie and curves are shown,
+# how far to go, how to evaluate, and how to compute what comes out equal but for rounding.
+POPULATION_FIELDS = ("population_batch_size", "population_batches", "population_late_steps")
+EVALUATION_FIELDS = (
+    "eval_batch_size",
+    "eval_lengths",
+    "whole_text",
+    "chunk_length",
+    *POPULATION_FIELDS,
+)
+# Fields that configs did not have from the start: what runs before them did.
+ADDED_FIELDS = {
+    "optimizer.clip_rule": "norm",
+    "optimizer.adam_epsilon": "published",
+    "population_batches": 0,
+    "population_late_steps": "skip",
+    "model.implementation": "reference",
+    "updates_per_call": 1,
+    "parallel.devices": 1,
+    "parallel.statistics_devices": 0,
+    "wandb": "",
+}
+ADDED_LAYER_FIELDS = {"model.shared_statistics": False}  # of models that are one recurrent layer
+FREE_FIELDS = (
+    "data_dir",
+    "text_file",
+    "wandb",
+    "num_updates",
+    "updates_per_call",
+    "model.implementation",
+    "parallel.devices",
+    *EVALUATION_FIELDS,
+)
+STATISTICS_NAME = "population_statistics.npz"
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The config of the run in `workdir`.
+
+    Raises:
+      UserError: there is no run, or there are several, in folders inside.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        others = runs_around(workdir)
+        problem = f"choose {' or '.join(map(str, others))}" if others else f"{path} is missing"
+        raise UserError(f"--workdir={workdir} is not the folder of a run: {problem}")
+    fields = flatten_dict(_tuples(read_json(path)), sep=".")
+    added = ADDED_FIELDS | (ADDED_LAYER_FIELDS if "model.input_statistics" in fields else {})
+    return ConfigDict(unflatten_dict(added | fields, sep="."))
+
+
+def runs_around(workdir: Path) -> list[Path]:
+    """The folders of runs in a folder, and the folder that it lies in, if that is a run's."""
+    configs = [*sorted(workdir.glob("*/config.json")), workdir.parent / "config.json"]
+    return [path.parent for path in configs if path.exists()]
+
+
+def read_record(workdir: Path) -> dict[str, Any]:
+    """What `run.json` says of the run in `workdir`: the facts of its task, and its `starts`.
+
+    Raises:
+      UserError: there is no run.
+    """
+    path = workdir / "run.json"
+    if not path.exists():
+        raise UserError(f"--workdir={workdir} is not the folder of a run: {path} is missing")
+    return read_json(path)
+
+
+def check_record(record: dict[str, Any], workdir: Path) -> None:
+    """Refuses to go on with a run on other data, or data read otherwise, than it began with.
+
+    A file may be renamed, though, and batches be padded otherwise.
+
+    Raises:
+      UserError: the record of the run in `workdir` is another.
+    """
+    if not (workdir / "run.json").exists():
+        return
+    theirs = read_record(workdir)
+    ours = json.loads(json.dumps(record))
+    for name, value in ours.items():
+        if theirs.get(name) != value and name not in ("dataset", "padded_lengths"):
+            raise UserError(
+                f"--workdir={workdir} holds the run on other data: there {name} is "
+                f"{_short(theirs.get(name))}, here it is {_short(value)}; choose another workdir, "
+                "or bring back the data it was trained on"
+            )
+
+
+def write_statistics(workdir: Path, step: int, batch_stats: dict[str, Any]) -> None:
+    """Saves re-estimated population statistics, those of the checkpoint of update `step`.
+
+    NumPy reads the file: names as `layer/recurrent_mean`, each `[max_steps, F]` or `[F]`.
+    """
+    with replacing(workdir / STATISTICS_NAME) as temporary, temporary.open("wb") as file:
+        np.savez(file, update=step, **flatten_dict(batch_stats, sep="/"))
+
+
+def read_statistics(workdir: Path, step: int) -> dict[str, Any] | None:
+    """The population statistics of a checkpoint as a collection; None if they were not saved.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    path = workdir / STATISTICS_NAME
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+        if arrays.pop("update") != step:
+            return None
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} is damaged: delete it, and run "
+            f"python -m experiments.main --mode=evaluate --workdir={workdir}"
+        ) from error
+    return unflatten_dict(arrays, sep="/")
+
+
+def check_path(workdir: Path) -> None:
+    """Refuses a folder whose checkpoints could be written, but not read.
+
+    Raises:
+      UserError: its path has a character that TensorStore, below Orbax, takes for a pattern.
+    """
+    path = str(workdir.absolute())
+    for character in "[]\\":
+        if character in path:
+            raise UserError(
+                f"--workdir: checkpoints cannot be read from a path with {character!r}, got "
+                f"{path}; choose another folder, or rename it"
+            )
+
+
+def check(config: ConfigDict, workdir: Path) -> None:
+    """Refuses a folder that cannot be, or must not be, the workdir of this config's run.
+
+    Raises:
+      UserError: it holds the run of another config, or folders of runs; it lies in the folder of a
+        run; it is not a folder, or cannot hold checkpoints.
+    """
+    check_path(workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is not a folder")
+    if not (workdir / "config.json").exists():
+        if others := runs_around(workdir):
+            raise UserError(
+                f"--workdir={workdir}: {' and '.join(map(str, others))} hold runs, and runs cannot "
+                "lie within each other; choose another workdir, or one of these"
+            )
+        return
+    ours, theirs = flat(config), flat(read_config(workdir))
+    differing = sorted(
+        name
+        for name in ours.keys() | theirs.keys()
+        if ours.get(name) != theirs.get(name) and name not in FREE_FIELDS
+    )
+    if differing:
+        name = differing[0]
+        more = f" (and {len(differing) - 1} more fields)" if len(differing) > 1 else ""
+        raise UserError(
+            f"--workdir={workdir} holds the run of another config: there config.{name} is "
+            f"{theirs.get(name)}, here it is {ours.get(name)}{more}; choose another workdir"
+        )
+
+
+@contextlib.contextmanager
+def in_use(workdir: Path) -> Iterator[None]:
+    """Makes the folder, and keeps it for this process alone, for the time of a context.
+
+    Raises:
+      UserError: another process has it; or a file in it can not be written, at any time.
+    """
+    with errors_told(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        # The system gives the lock back when the process ends, however it does.
+        with (workdir / "lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise UserError(
+                    f"--workdir={workdir} is in use by {file.read().strip() or 'another run'}: "
+                    "wait for it to end, or choose another workdir"
+                ) from error
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+                logging.warning(
+                    "%s is on a file system without locks: see to it that no two runs use it",
+                    workdir,
+                )
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield
+
+
+@contextlib.contextmanager
+def errors_told(workdir: Path) -> Iterator[None]:
+    """Tells in a line of what the system refuses.
+
+    Raises:
+      UserError: a file cannot be read or written, in `workdir` or elsewhere.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # of the output, say
+        raise
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        place = str(error.filename or workdir)
+        if not place.startswith(str(workdir)):
+            raise UserError(f"{place}: {error.strerror}") from error
+        inside = f" ({place})" if place != str(workdir) else ""
+        raise UserError(
+            f"--workdir={workdir} cannot be written: {error.strerror}{inside}"
+        ) from error
+
+
+def open_workdir(
+    config: ConfigDict, workdir: Path, record: dict[str, Any], implementation: str
+) -> None:
+    """Saves the config and how, with what and when the run was started.
+
+    Call `check` first, and do it while `in_use`. `run.json` has an entry for each start, the first
+    and those that went on, and the `record`. `implementation` is what runs the recurrence.
+    """
+    start = {
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": current_commit(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "devices": [device.device_kind for device in jax.devices()],
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "implementation": implementation,
+    }
+    path = workdir / "run.json"
+    earlier = read_json(path).get("starts", []) if path.exists() else []
+    write_json(path, {"starts": [*earlier, start], **record})
+    write_json(workdir / "config.json", json.loads(config.to_json_best_effort()))
+
+
+def record_end(workdir: Path, update: int) -> None:
+    """Adds to the latest start in `run.json` how far it came, and how many seconds that took.
+
+    A start that was killed lacks both.
+    """
+    record = read_json(workdir / "run.json")
+    latest = record["starts"][-1]
+    taken = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(latest["started"])
+    latest |= {"until": update, "seconds": round(taken.total_seconds())}
+    write_json(workdir / "run.json", record)
+
+
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """The fields of a config by their whole names, as JSON has them."""
+    return flatten_dict(json.loads(config.to_json_best_effort()), sep=".")
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that config fields are."""
+    if isinstance(value, dict):
+        return {name: _tuples(field) for name, field in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _short(value: Any) -> str:
+    """A value for a message of one line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:70]}... ({len(value)} in all)"
+
+
+def current_commit() -> str | None:
+    """The commit of the code, with a + if files differ from it; None outside a repository."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,47 @@
+"""What the paper published: the numbers of its tables, and its curves."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+FOLDER = Path(__file__).parent / "paper_curves"
+
+# Test results by config and kind of model: accuracy, bits per character, or error.
+TABLES = {
+    "mnist": {"lstm": 0.989, "bn_lstm": 0.990},
+    "pmnist": {"lstm": 0.902, "bn_lstm": 0.954},
+    "ptb": {"lstm": 1.38, "bn_lstm": 1.32},
+    "text8": {"lstm": 1.43, "bn_lstm": 1.36},
+    "cnn_qa": {"lstm": 0.450, "bn_e_star_star": 0.363},
+}
+# Of the figure on the derivative of tanh: standard deviations and means; and with them, quartiles.
+TANH_MEANS = np.array(
+    [
+        [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
+        [0.990, 0.963, 0.923, 0.877, 0.826, 0.778, 0.727, 0.685, 0.643, 0.608],
+    ]
+)
+TANH_QUARTILES = (
+    (0.25, 0.923, 0.994),
+    (0.5, 0.728, 0.974),
+    (0.75, 0.515, 0.945),
+    (1.0, 0.335, 0.907),
+)
+
+
+def curves(name: str) -> dict[tuple[str, ...], np.ndarray]:
+    """The lines of a figure, each `[2, points]`, x and y; by what its first columns say.
+
+    `name` is that of a file in `paper_curves`: its last two columns are x and y.
+    """
+    lines: dict[tuple[str, ...], list[tuple[float, float]]] = {}
+    with (FOLDER / f"{name}.csv").open(encoding="utf-8") as file:
+        for *line, x, y in list(csv.reader(file))[1:]:
+            lines.setdefault(tuple(line), []).append((float(x), float(y)))
+    return {line: np.array(points).T for line, points in lines.items()}
+
+
+def at(curve: np.ndarray, x: float) -> float:
+    """A curve's y at x, between points on a straight line; NaN beyond its ends."""
+    return float(np.interp(x, *curve, left=np.nan, right=np.nan))

@@ -1,0 +1,1 @@
+"""What every command runs in: flags, user errors, signals, devices and processes."""

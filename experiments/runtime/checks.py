@@ -1,0 +1,38 @@
+"""Checks of values that a user sets, each naming the field."""
+
+from experiments.runtime.errors import UserError, unknown_name
+
+
+def one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuses a value that is not among those allowed.
+
+    Raises:
+      UserError: names the field, what is allowed, and what comes nearest.
+    """
+    if value not in allowed:
+        raise UserError(unknown_name(field, value, allowed))
+
+
+def at_least(field: str, value: float, bound: float) -> None:
+    """Refuses a number below a bound.
+
+    Raises:
+      UserError: names the field and the bound.
+    """
+    if not value >= bound:  # which NaN is not
+        raise UserError(f"{field} is {value}: it must be at least {bound}")
+
+
+def at_most(field: str, value: float, bound: float) -> None:
+    """Refuses a number above a bound.
+
+    Raises:
+      UserError: names the field and the bound.
+    """
+    if not value <= bound:
+        raise UserError(f"{field} is {value}: it must be at most {bound}")
+
+
+def words(field: tuple[str, ...]) -> tuple[str, ...]:
+    """The words of a field: a tuple, or one string with commas, as the command line gives it."""
+    return tuple(word.strip() for part in field for word in str(part).split(",") if word.strip())

@@ -1,0 +1,111 @@
+"""How the commands run: their flags, their help, and mistakes reported in one line."""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import app, flags
+
+from experiments import end_at_once
+from experiments.runtime.errors import Stopped, UserError
+
+PACKAGES = ("experiments", "scripts")
+
+
+class HelpFlag(flags.BooleanFlag):
+    """`--help`: the docstring of the command, and all flags that this repository defines for it."""
+
+    def __init__(self) -> None:
+        super().__init__("help", False, "Show this help.", short_name="h")
+
+    def parse(self, argument: Any) -> None:
+        """Prints the help and ends the program, if the flag is given."""
+        super().parse(argument)
+        if self.value:
+            print(help_text())
+            sys.exit()
+
+
+def help_text() -> str:
+    """What `--help` prints."""
+    modules = flags.FLAGS.flags_by_module_dict()
+    others = sorted(name for name in modules if name.split(".")[0] in PACKAGES)
+    others.remove(__name__)
+    listed = [flags.FLAGS.module_help(name) for name in (sys.argv[0], *others) if name in modules]
+    return "\n".join([(sys.modules["__main__"].__doc__ or "").rstrip(), *listed])
+
+
+def run(
+    main: Callable[[list[str]], Any],
+    define_flags: Callable[[], None] | None = None,
+    parse: Callable[[Sequence[str]], Any] = flags.FLAGS,
+    argv: Sequence[str] | None = None,
+) -> NoReturn:
+    """Runs a command: absl's `app.run`, with user errors reported plainly.
+
+    A `UserError`, or a flag that cannot be parsed, becomes one line `error: ...` on stderr and exit
+    status 2. A run that was stopped tells how to go on. An output that is closed, as by `head`,
+    ends the command quietly. Any other exception keeps its traceback. Warnings are logged, and more
+    on request by `--verbosity`.
+
+    Args:
+      main: called with what `parse` returns.
+      define_flags: defines the flags of the command, so that importing its module defines none.
+      parse: called with the command line; parses `flags.FLAGS`.
+      argv: the command line, program name first; `sys.argv` if None.
+    """
+
+    def parse_flags(argv: Sequence[str]) -> Any:
+        delattr(flags.FLAGS, "help")  # absl's, which leaves out flags of other modules
+        flags.DEFINE_flag(HelpFlag())
+        if define_flags is not None:
+            define_flags()
+        return parse([argv[0], *flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)])
+
+    if signal.getsignal(signal.SIGINT) is end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack a character
+        stream.reconfigure(errors="replace")
+    words = list(sys.argv if argv is None else argv)
+    if not any(word.lstrip("-").startswith(("verbosity", "v=")) for word in words):
+        words.insert(1, "--verbosity=-1")  # warnings; Orbax tells of every save otherwise
+    app.run(_reported(main), argv=words, flags_parser=_reported(parse_flags))
+
+
+def _from_backend(error: BaseException) -> bool:
+    """Whether JAX raised an error while it looked for devices."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename).name == "xla_bridge.py"
+
+
+def _reported(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def call(arguments: Any) -> Any:
+        try:
+            return function(arguments)
+        except (UserError, flags.Error) as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(getattr(error, "status", 2))
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            sys.exit(stopped.status)
+        except KeyboardInterrupt:
+            end_at_once()  # JAX may crash where it is ended in the middle of something
+        except (AssertionError, RuntimeError) as error:
+            platforms = os.environ.get("JAX_PLATFORMS")
+            if not platforms or not _from_backend(error):
+                raise
+            print(
+                f"error: JAX_PLATFORMS={platforms}: JAX finds no such device; unset it, or install "
+                "JAX for the device",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+        except BrokenPipeError:  # the reader, such as head, has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left
+            sys.exit(141)
+
+    return call

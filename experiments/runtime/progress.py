@@ -1,0 +1,56 @@
+"""Progress bars; in a log file, lines."""
+
+import datetime
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+from experiments.runtime import processes
+
+SECONDS_AVERAGED = 300  # for the time left; updates may be waited for in bursts
+SECONDS_LOGGED = 60  # between lines that take its place in a log file
+T = TypeVar("T")
+
+
+def rest_of_line(text: str) -> TextColumn:
+    """A column that takes the space which the others leave, and is cut off where that is little."""
+    return TextColumn(text, markup=False, table_column=Column(ratio=1, no_wrap=True))
+
+
+def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
+    """The items, under a passing progress bar; in a log file, with a line a minute.
+
+    A `total` of 0 is an unknown one: nothing is shown.
+    """
+    if not processes.is_first() or not total:
+        yield from items
+        return
+    console = Console()
+    if console.is_terminal:
+        columns = (
+            BarColumn(bar_width=20),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            rest_of_line("{task.description}"),
+        )
+        with Progress(*columns, console=console, expand=True, transient=True) as progress:
+            yield from progress.track(items, total, description=title)
+        return
+    start = logged = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - logged > SECONDS_LOGGED:
+            left = time_left((now - start) / done * (total - done))
+            print(f"{title}: {done:,} of {total:,}, {left}", flush=True)
+            logged = now
+
+
+def time_left(seconds: float | None) -> str:
+    """A time as people read it: `0:12:30 left`."""
+    return f"{datetime.timedelta(seconds=round(seconds)) if seconds is not None else '?'} left"

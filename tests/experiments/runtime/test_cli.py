@@ -1,0 +1,91 @@
+"""How commands run, whatever they do."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+def run(program, *arguments, **environment):
+    """Exit status, output and errors of a command with this code."""
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return result.returncode, result.stdout, result.stderr
+
+
+def test_a_terminal_that_lacks_a_character_gets_another():
+    program = """
+        from experiments.runtime import (cli)
+        cli.run(lambda _: print("mean \\xb1 deviation"))
+    """
+    assert run(program, PYTHONIOENCODING="ascii") == (0, "mean ? deviation\n", "")
+
+
+def test_a_platform_that_is_not_there_is_one_line():
+    program = """
+        import jax
+        from experiments.runtime import (cli)
+        cli.run(lambda _: print(jax.devices()))
+    """
+    status, _, errors = run(program, JAX_PLATFORMS="cuda")
+    assert status == 2
+    assert errors.splitlines()[-1].startswith("error: JAX_PLATFORMS=cuda: JAX finds no such device")
+    assert "Traceback" not in errors
+
+
+def test_flags_may_come_from_files(tmp_path):
+    (tmp_path / "inner").write_text("--mode=evaluate\n")
+    (tmp_path / "outer").write_text(f"# of a test\n--flagfile={tmp_path}/inner\n--workdir=none\n")
+    program = """
+        from experiments.runtime import (cli)
+        from experiments import (main)
+        cli.run(main.main, parse=main.parse_flags)
+    """
+    status, _, errors = run(program, "--workdir=other", f"--flagfile={tmp_path}/outer")
+    assert (status, errors) == (
+        2,
+        "error: --workdir=none is not the folder of a run: none/config.json is missing\n",
+    )
+
+
+def test_other_errors_keep_their_traceback():
+    program = """
+        from experiments.runtime import (cli)
+        cli.run(lambda _: [].pop())
+    """
+    status, _, errors = run(program, JAX_PLATFORMS="cpu")
+    assert status == 1
+    assert "IndexError: pop from empty list" in errors and "Traceback" in errors
+
+
+@pytest.mark.parametrize("command", ["experiments.main", "scripts.sample"])
+def test_ctrl_c_while_modules_load_shows_no_traceback(command, tmp_path):
+    process = subprocess.Popen(
+        # A test in the background may ignore the signal, and its processes with it.
+        ["env", "--default-signal=INT", *(sys.executable, "-m", command, f"--workdir={tmp_path}")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    maps = Path(f"/proc/{process.pid}/maps")
+    deadline = time.monotonic() + 60
+    while "libjax" not in maps.read_text() and "jaxlib" not in maps.read_text():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output, errors) == (130, "", "stopped\n")

@@ -1,0 +1,304 @@
+"""Jobs of several processes, as a user starts them: the same command in each."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from experiments.records import checkpoints, metrics
+
+ROOT = Path(__file__).parents[3]
+TIMEOUT = 10  # seconds after which a silent process is lost
+
+COMMAND = (
+    "--config=configs/text.py",
+    "--config.split=4000,1000,1000",
+    "--config.segment_length=20",
+    "--config.batch_size=32",
+    "--config.model.kind=bn_lstm",
+    "--config.model.features=12",
+    "--config.num_updates=20",
+    "--config.eval_every=10",
+    "--config.checkpoint_every=5",
+    "--config.log_every=5",
+    "--config.population_batch_size=64",
+    "--config.parallel.devices=0",
+)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    path.write_text("".join(np.random.default_rng(0).choice(list("one, two."), 6000)))
+    return f"--config.text_file={path}"
+
+
+STARTED = []  # all processes, to be killed by whom a test that fails leaves them to
+
+
+@pytest.fixture(autouse=True)
+def killed():
+    yield
+    while STARTED:
+        STARTED.pop().kill()
+
+
+class Job:
+    """Processes that train together, each with so many virtual devices."""
+
+    def __init__(self, processes, devices, folder, *arguments, own=(), timeout=60):
+        self.folder, address = folder, f"127.0.0.1:{free_port()}"
+        joining = [f"--coordinator_address={address}", f"--num_processes={processes}"]
+        joining = joining if processes > 1 else []
+        self.members = []
+        for number in range(processes):
+            command = [sys.executable, "-m", "experiments.main", *COMMAND, *arguments, *joining]
+            command += [f"--process_id={number}", f"--peer_timeout={timeout}"] if joining else []
+            command += own[number] if own else []
+            # A folder of its own for all but the first, to see that nobody else writes.
+            command.append(f"--workdir={folder if number == 0 else f'{folder}_{number}'}")
+            environment = os.environ | {
+                "JAX_PLATFORMS": "cpu",
+                "JAX_NUM_CPU_DEVICES": str(devices),
+                "PYTHONUNBUFFERED": "1",
+                # On many clusters. Nobody listens there.
+                "http_proxy": "http://127.0.0.1:9",
+                "https_proxy": "http://127.0.0.1:9",
+            }
+            self.members.append(
+                subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+            STARTED.append(self.members[-1])
+
+    def end(self, seconds=240):
+        """Exit status and output of each."""
+        outputs = []
+        try:
+            for member in self.members:
+                outputs.append(member.communicate(timeout=seconds)[0])
+        finally:
+            for member in self.members:
+                member.kill()
+        return [(m.returncode, output) for m, output in zip(self.members, outputs, strict=True)]
+
+    def wait_for_checkpoint(self, seconds=180):
+        deadline = time.monotonic() + seconds
+        saved = self.folder / "checkpoints"
+        while not (saved.is_dir() and checkpoints.steps_in(saved)):
+            assert time.monotonic() < deadline
+            assert all(member.poll() is None for member in self.members), self.end()
+            time.sleep(0.1)
+
+
+def assert_finished(ended):
+    assert [status for status, _ in ended] == [0] * len(ended), "\n".join(o for _, o in ended)
+
+
+def assert_equal(ours, theirs, atol=1e-5):
+    """Checkpoints, metrics and results; measured differences are 2e-7."""
+    a, b = (
+        flatten_dict(checkpoints.read_checkpoint(run / "checkpoints", 20)[0], sep="/")
+        for run in (ours, theirs)
+    )
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], atol=atol, rtol=0, err_msg=name)
+    for one, other in zip(*map(metrics.read_metrics, (ours, theirs)), strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+    one, other = (json.loads((run / "results.json").read_text()) for run in (ours, theirs))
+    for row, expected in zip(one["rows"], other["rows"], strict=True):
+        # An argmax may fall otherwise where two characters are as likely but for rounding.
+        assert row == pytest.approx(expected, abs=5e-3)
+
+
+@pytest.fixture(scope="module")
+def alone(book, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert_finished(Job(1, 1, folder, book).end())
+    return folder
+
+
+def test_two_processes_of_four_devices_are_one_device(book, alone, tmp_path):
+    ended = Job(2, 4, tmp_path / "run", book).end()
+    assert_finished(ended)
+    assert "8 x cpu, in 2 processes" in ended[0][1]
+    assert "| BN-LSTM " in ended[0][1] and "BN-LSTM" not in ended[1][1]  # one speaks for all
+    assert_equal(tmp_path / "run", alone)
+    assert not (tmp_path / "run_1").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes, devices", [(1, 8), (8, 1)])
+def test_other_processes_and_devices_are_one_device(book, alone, tmp_path, processes, devices):
+    assert_finished(Job(processes, devices, tmp_path / "run", book).end(600))
+    assert_equal(tmp_path / "run", alone)
+
+
+@pytest.mark.long
+def test_a_lost_peer_ends_the_job_which_then_goes_on_elsewhere(book, alone, tmp_path):
+    """Killed on two processes, resumed on one device, which is stopped, and on two again."""
+    folder = tmp_path / "run"
+    job = Job(2, 2, folder, book, "--config.num_updates=100000", timeout=TIMEOUT)
+    job.wait_for_checkpoint()
+    job.members[1].kill()
+    start = time.monotonic()
+    (status, said), _ = job.end()
+    assert time.monotonic() - start < 3 * TIMEOUT
+    assert status == 75
+    line = said.splitlines()[-1]
+    assert re.match(r"error: process 0 ends: process 1 .*; start the job again, and it goes", line)
+
+    # What it had done is more than the 20 updates that are compared: begin with those.
+    for step in checkpoints.steps_in(folder / "checkpoints"):
+        if step > 5:
+            path = folder / "checkpoints" / str(step)
+            path.rename(tmp_path / path.name)
+    (folder / "results.json").unlink(missing_ok=True)
+    if not checkpoints.steps_in(folder / "checkpoints"):
+        pytest.skip("this machine was too fast to be killed after five updates")
+    stopped = Job(1, 1, folder, book, "--config.num_updates=10")
+    assert_finished(stopped.end())
+    assert_finished(Job(2, 2, folder, book).end())
+    assert_equal(folder, alone)
+
+
+def test_a_lost_first_process_ends_the_others(book, tmp_path):
+    job = Job(2, 1, tmp_path / "run", book, "--config.num_updates=100000", timeout=TIMEOUT)
+    job.wait_for_checkpoint()
+    job.members[0].kill()
+    _, (status, said) = job.end()
+    assert status != 0
+    line = said.splitlines()[-1]
+    assert re.match(r"error: process 1 end.* start the job again, and it goes on from", line), said
+
+
+def test_a_sigterm_to_one_stops_all_after_one_call(book, tmp_path):
+    endless = ["--config.num_updates=100000", "--config.updates_per_call=5"]
+    job = Job(2, 1, tmp_path / "run", book, *endless)
+    job.wait_for_checkpoint()
+    job.members[1].send_signal(signal.SIGTERM)
+    ended = job.end()
+    assert [status for status, _ in ended] == [128 + signal.SIGTERM] * 2
+    said = [re.search(r"stopped after update ([\d,]+) of", output)[1] for _, output in ended]
+    assert said[0] == said[1]
+    saved = checkpoints.steps_in(tmp_path / "run" / "checkpoints")
+    assert f"{saved[0]:,}" == said[0]
+
+
+def test_a_sigterm_in_the_last_evaluation_stops_all(book, tmp_path):
+    slow = ["--config.num_updates=5", "--config.eval_batch_size=1", "--config.chunk_length=2"]
+    job = Job(2, 1, tmp_path / "run", book, *slow)
+    job.wait_for_checkpoint()
+    job.members[1].send_signal(signal.SIGTERM)
+    ended = job.end()
+    assert [status for status, _ in ended] == [128 + signal.SIGTERM] * 2, ended
+    assert all("stopped by SIGTERM; the same command goes on" in said for _, said in ended)
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_processes_that_are_not_alike(book, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("".join(np.random.default_rng(1).choice(list("one, two."), 6000)))
+    for own, difference in (
+        (["--config.seed=2"], "config.seed is 2 here and 1 there"),
+        (["--mode=evaluate"], "--mode is evaluate here and train there"),
+        ([f"--config.text_file={other}"], "data: dataset is other.txt"),
+    ):
+        ended = Job(2, 1, tmp_path / "run", book, own=([], own)).end()
+        assert [status for status, _ in ended] == [2, 2], ended
+        assert "the processes are not alike: number 1 differs from process 0" in ended[0][1]
+        assert f"process 1 is not like process 0: {difference}" in ended[1][1]
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_mistake_of_one_process_ends_all(book, tmp_path, number):
+    own = [[], []]
+    own[number] = ["--config.text_file=/nowhere/book.txt"]
+    start = time.monotonic()
+    ended = Job(2, 1, tmp_path / "run", book, own=own, timeout=TIMEOUT).end()
+    assert time.monotonic() - start < 6 * TIMEOUT
+    status, said = ended[number]
+    assert status == 2 and said.splitlines()[-1].startswith("error: ") and "/nowhere" in said
+    status, said = ended[1 - number]
+    assert status == 75, said
+    assert f"process {number} failed: " in said.splitlines()[-1]
+    assert "Fatal" not in ended[0][1] + ended[1][1]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--coordinator_address=127.0.0.1:{free}", "--process_id=1"], "wants --num_processes"),
+        (["--process_id=1", "--num_processes=2"], "want --coordinator_address=HOST:PORT too"),
+        (
+            ["--coordinator_address=127.0.0.1:{free}", "--num_processes=2", "--process_id=2"],
+            "--process_id is 2: of 2 processes",
+        ),
+        (
+            ["--coordinator_address=nowhere", "--num_processes=2", "--process_id=1"],
+            "--coordinator_address is 'nowhere': it is to be HOST:PORT",
+        ),
+        (
+            ["--coordinator_address=no.such.host.invalid:1", "--num_processes=2", "--process_id=1"],
+            "there is no host no.such.host.invalid",
+        ),
+        (
+            ["--coordinator_address=127.0.0.1:{free}", "--num_processes=2", "--process_id=1"],
+            "cannot be reached within 2 seconds",
+        ),
+        (["--distributed"], "--distributed: there is no cluster here that JAX knows"),
+        (
+            [
+                "--coordinator_address=127.0.0.1:{free}",
+                "--num_processes=3",
+                "--process_id=0",
+                "--config.parallel.devices=1",
+            ],
+            "config.batch_size is 32: it must be divisible by the 3 devices",
+        ),
+    ],
+)
+def test_jobs_that_cannot_be_joined(book, tmp_path, arguments, message):
+    arguments = [argument.format(free=free_port()) for argument in arguments]
+    hidden = ("SLURM", "OMPI", "TPU", "CLOUD", "KUBERNETES")  # no cluster is to be found
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
+    start = time.monotonic()
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "experiments.main", *COMMAND, book),
+            *("--peer_timeout=2", f"--workdir={tmp_path / 'run'}", *arguments),
+        ],
+        cwd=ROOT,
+        env=environment | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    expected = 75 if "within" in message else 2  # the others may come yet, when all start again
+    assert done.returncode == expected, done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0], done.stderr
+    assert time.monotonic() - start < 60
+    assert not (tmp_path / "run").exists()

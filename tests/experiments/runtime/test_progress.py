@@ -1,0 +1,25 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from experiments.runtime import progress
+
+
+def test_a_log_file_gets_lines_with_the_time_left(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 25))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    assert list(progress.track("abcdefg", "reading", 7)) == list("abcdefg")
+    # A step takes 25 seconds by this clock: a line after every third of them.
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["reading: 3 of 7, 0:01:40 left", "reading: 6 of 7, 0:00:25 left"]
+
+
+@pytest.mark.parametrize("title", ["reading", "reading [red]" + 20 * " a very long name"])
+def test_a_narrow_terminal_has_room_for_the_numbers(monkeypatch, title):
+    terminal = Console(width=60, file=io.StringIO(), force_terminal=True, color_system=None)
+    monkeypatch.setattr(progress, "Console", lambda: terminal)
+    assert list(progress.track("abcd", title, 4)) == list("abcd")
+    last = terminal.file.getvalue().split("\r")[-2]
+    assert " 100% " in last and " left reading" in last
+    assert ("[red]" in last) == ("[red]" in title)

@@ -1,0 +1,112 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bnlstm_jax.recurrence.devices import emulation
+from experiments import datasets, tasks
+from experiments.models import layers
+from experiments.runtime.errors import UserError
+from experiments.tasks.sequential_images import pixel_order
+
+
+def test_pixel_orders():
+    np.testing.assert_array_equal(pixel_order("in_order", 784, 1), np.arange(784))
+    assert sorted(pixel_order("permutation", 784, 1)) == list(range(784))
+    released = pixel_order("released_draw", 784, 1)
+    assert len(released) == 784 and len(set(released)) == 501  # the paper's released code: 501
+    assert np.any(pixel_order("permutation", 784, 1) != pixel_order("permutation", 784, 2))
+
+
+def test_every_epoch_holds_every_example_once():
+    epochs = [
+        np.concatenate([tasks.shuffled_batch(10, 4, 1, 3 * epoch + n) for n in range(3)])
+        for epoch in range(2)
+    ]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 2
+    assert np.any(epochs[0] != epochs[1])
+    assert [len(tasks.shuffled_batch(10, 4, 1, n)) for n in range(4)] == [4, 4, 2, 4]
+
+
+def test_an_example_left_over_alone_is_left_out_of_its_epoch():
+    epochs = [
+        np.concatenate([tasks.shuffled_batch(9, 4, 1, 2 * epoch + n) for n in range(2)])
+        for epoch in range(20)
+    ]
+    assert all(len(np.unique(examples)) == 8 for examples in epochs)
+    assert len({(set(range(9)) - set(examples.tolist())).pop() for examples in epochs}) > 3
+    assert [tasks.shuffled_rows(9, 4, n) for n in range(3)] == [4, 4, 4]
+    assert [len(tasks.shuffled_batch(3, 1, 1, n)) for n in range(3)] == [1, 1, 1]
+
+
+def test_order_is_a_pure_function_of_seed_and_update():
+    np.testing.assert_array_equal(
+        tasks.shuffled_batch(1000, 50, 7, 33), tasks.shuffled_batch(1000, 50, 7, 33)
+    )
+    assert np.any(tasks.shuffled_batch(1000, 50, 7, 33) != tasks.shuffled_batch(1000, 50, 8, 33))
+
+
+def test_batches_are_the_data_in_the_order_of_pixels(small_config):
+    task = tasks.load(small_config)
+    data = datasets.load("digits", small_config.data_dir).arrays
+    order = np.random.RandomState(1).permutation(64)
+    batch = task.train_batch(4)
+    indices = tasks.shuffled_batch(1297, 500, small_config.seed, 4)
+    (inputs,) = task.inputs(batch)
+    assert inputs.shape == (500, 64, 1)
+    np.testing.assert_allclose(inputs[..., 0], data["train_images"][indices][:, order] / 16)
+    np.testing.assert_array_equal(batch["label"], data["train_labels"][indices])
+    together = np.concatenate([b["label"] for b in task.batches("valid", 100, task.readings[0])])
+    np.testing.assert_array_equal(together, data["valid_labels"])
+    assert task.record["pixel_order"] == order.tolist()
+
+
+def test_metrics_are_sums_over_examples(small_config):
+    task = tasks.load(small_config)
+    logits = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.25, 0.5, 0.25]]))
+    metrics = task.metrics(logits, {"label": np.array([0, 1, 1], np.uint8)})
+    np.testing.assert_allclose(metrics["loss"], (-np.log(0.7 * 0.3 * 0.5), 3), rtol=1e-6)
+    assert jax.device_get(metrics["accuracy"]) == (2, 3)
+
+
+def test_bad_fields_are_named(small_config):
+    small_config.batch_size = 1298
+    with pytest.raises(UserError, match=r"config\.batch_size is 1298.*1297 training examples"):
+        tasks.load(small_config)
+    small_config.batch_size = 10
+    small_config.pixel_order = "permuted"
+    with pytest.raises(UserError, match=r"config\.pixel_order.*did you mean permutation"):
+        tasks.load(small_config)
+    small_config.pixel_order = "permutation"
+    small_config.model.max_steps = 65
+    with pytest.raises(UserError, match=r"config\.model\.max_steps is 65.*64 steps"):
+        tasks.load(small_config)
+    small_config.batch_size = 1
+    with pytest.raises(UserError, match=r"config\.batch_size is 1, which has no batch stat"):
+        tasks.load(small_config)
+    small_config.batch_size = 10
+    small_config.model.max_steps = 4
+    small_config.model.shared_statistics = True
+    with pytest.raises(UserError, match=r"config\.model\.max_steps is 4.*make max_steps 0"):
+        tasks.load(small_config)
+    small_config.model.max_steps = 0
+    small_config.model.implementation = "tpu"
+    with pytest.raises(UserError, match=r"implementation is tpu, which needs .*cpu.*make it xla"):
+        tasks.load(small_config)
+    small_config.task = "sequential_image"
+    with pytest.raises(UserError, match=r"config\.task.*did you mean sequential_images"):
+        tasks.load(small_config)
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, why",
+    [("ln_lstm", "float32", "layer normalisation"), ("lstm", "float16", "dtype float16")],
+)
+def test_implementations_that_cannot_run_the_layer_are_refused(small_config, kind, dtype, why):
+    model = small_config.model
+    model.kind, model.dtype, model.implementation = kind, dtype, "gpu"
+    with (
+        emulation(),
+        pytest.raises(UserError, match=f"implementation is gpu, which .*{why}.*: make it xla"),
+    ):
+        layers.recurrent_layer(model, 16)
