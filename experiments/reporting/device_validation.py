@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bnlstm_jax.recurrence import IMPLEMENTATIONS, VALIDATED_UNITS
-from experiments.runtime import markdown
+from experiments.runtime import files, markdown
 from scripts import compare_implementations, measure_rates
 
 SHARES = {"rates": 2, "check": 5, "benchmark": 6, "training": 4}  # of the time, by step
@@ -38,8 +38,8 @@ def read(folder: Path) -> Findings:
 
     That is the device and commit of the check, or of the first step that there is.
     """
-    files = {step: folder / f"{step}.json" for step in SHARES}
-    found = {step: files.read_json(file) for step, file in files.items() if file.exists()}
+    paths = {step: folder / f"{step}.json" for step in SHARES}
+    found = {step: files.read_json(file) for step, file in paths.items() if file.exists()}
 
     def origin(record: dict[str, Any]) -> tuple[str, str | None]:
         return record["machine"]["device"], record["commit"]

@@ -423,7 +423,7 @@ def test_two_runs_in_one_folder(config, unbroken, tmp_path):
     folder = copy(unbroken, tmp_path / "run")
     before = {path: path.read_bytes() for path in files_of(folder)}
     code = (
-        "import sys, time; from pathlib import Path; from experiments import workdir\n"
+        "import sys, time; from pathlib import Path; from experiments.records import workdir\n"
         "with workdir.in_use(Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen(

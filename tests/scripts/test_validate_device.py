@@ -38,8 +38,8 @@ def test_a_rehearsal_runs_every_step(tmp_path):
     folder = tmp_path / "new" / "folder"
     done = validate(folder, "--small", "--minutes=60", f"--data_dir={tmp_path}")
     assert (done.returncode, done.stderr) == (0, "")
-    files = {"rates.json", "check.json", "benchmark.json", "training.json", "training.png"}
-    assert {path.name for path in folder.iterdir()} == files | {"report.md"}
+    names = {"rates.json", "check.json", "benchmark.json", "training.json", "training.png"}
+    assert {path.name for path in folder.iterdir()} == names | {"report.md"}
     report = (folder / "report.md").read_text()
     assert report in done.stdout
     assert report.startswith("# cpu\n") and "`cpu` was tried with small layers" in report
