@@ -44,6 +44,7 @@ class Local:
         """Starts the command of a point."""
         log = self.log(point)
         log.parent.mkdir(parents=True, exist_ok=True)
+        log.unlink(missing_ok=True)  # a process of a killed sweep may still write to it
         with log.open("wb") as file:
             self._processes[point.name] = subprocess.Popen(
                 command,

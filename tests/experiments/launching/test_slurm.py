@@ -43,9 +43,9 @@ def stop(*_):
     sys.exit(143)
 signal.signal(signal.SIGTERM, stop)
 while True:
-    os.kill(os.getppid(), number)
     if number == signal.SIGUSR2:
         os.kill(os.getpid(), number)
+    os.kill(os.getppid(), number)
     time.sleep(1)
 """
 
