@@ -70,7 +70,6 @@ def define_flags() -> None:
 def run_step(step: str, given: Any, folder: Path, minutes: float) -> None:
     """Runs a step on a device; exits with status 1 if a check failed."""
     device, output = timing.use_device(given.device), folder / f"{step}.json"
-    timing.check_output(output)
     if step == "rates":
         rates.run(given.small, output)
     elif step == "check":
@@ -186,6 +185,7 @@ def main(_: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output={folder} cannot be made: {error.strerror}") from error
+    timing.check_output(folder / "report.md")
     if given.step:
         run_step(given.step, given, folder, given.minutes)
         return

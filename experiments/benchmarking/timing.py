@@ -75,7 +75,9 @@ def use_device(kind: str | None) -> jax.Device:
     except RuntimeError as error:
         if kind is None:
             raise
-        raise UserError(f"--device={kind}: JAX finds no such device here") from error
+        raise UserError(
+            f"--device={kind}: JAX finds no such device here; install JAX for the device"
+        ) from error
     jax.config.update("jax_default_device", device)
     return device
 

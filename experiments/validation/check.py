@@ -297,14 +297,14 @@ def check_case(
     # For a GPU, programs are compiled side by side; for a CPU, one alone takes all cores.
     workers = 1 if default_device().platform == "cpu" else None
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        expected = pool.submit(expect, case, arrays)
+        expecting = pool.submit(expect, case, arrays)
         programs = {
             key: pool.submit(compile_call, layer, arrays)
             for key, layer in layers.items()
             if refused[key] is None
         }
     refused |= {key: failure(error) for key, p in programs.items() if (error := p.exception())}
-    expected = expected.result()
+    expected = expecting.result()
     arrays = jax.device_put(arrays)
     for dtype in dtypes:
         yield {"dtype": dtype, "implementation": "reference", "outcome": "running"}
