@@ -1,22 +1,24 @@
-"""Validates the implementations of the recurrence on the device at hand, in one call.
+"""Validates the implementations of the recurrence on a device, with one command.
 
     python -m scripts.validate_device --device=gpu --data_dir=data
     python -m scripts.validate_device --device=gpu --minutes=15 --only=check,benchmark
     python -m scripts.validate_device --small      # a rehearsal, a minute on a CPU
 
-Four commands run one after the other, each in a process of its own:
+Four steps run one after the other, each in a process of its own:
 
-    rates      scripts.measure_rates: what the device can do
-    check      scripts.check_implementations: every implementation against float64
-    benchmark  scripts.benchmark: the paper's four sizes, and other libraries' layers
-    training   scripts.compare_implementations: permuted MNIST
+    rates      what the device can do: products, copies, steps of a scan
+    check      every implementation against float64
+    benchmark  the paper's four sizes, beside other libraries' layers
+    training   permuted MNIST by each implementation
 
 Kernels that failed a check are left out of the last two.
 
-`--minutes` is shared out among them; time that one leaves goes to the next. One that fails, hangs
-or runs out of time does not end the others, and what it has written counts. `report.md` in the
-output folder is renewed after each: a verdict for each kernel, and the line for `VALIDATED_UNITS`,
-from which `implementation="auto"` knows the devices that a kernel may run on.
+The steps share `--minutes`; time that one leaves goes to the next. A step that fails, hangs or runs
+out of time does not end the others, and its results so far count. `report.md` in the output folder
+is renewed after each step. It has a verdict for each kernel, and the line for `VALIDATED_UNITS`,
+which lists the devices where `implementation="auto"` takes a kernel.
+
+`--step=check` runs one step in this process, as for compute-sanitizer.
 
 The exit status is 1 if a step failed, a check among them, or if time was up before all was checked.
 """
@@ -33,64 +35,97 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 
+from configs import digits, pmnist
 from experiments import datasets
-from experiments.benchmarking import timing
-from experiments.reporting import device_validation
-from experiments.reporting.device_validation import SHARES
+from experiments.benchmarking import benchmark, programs, timing
 from experiments.runtime import cli, files, paths
 from experiments.runtime.errors import UserError
+from experiments.validation import check, rates, report, training, verdict
+from experiments.validation.verdict import SHARES
 
-# Kernels multiply in float32, XLA on a GPU in tf32 unless it is told to.
-ENVIRONMENT = {"training": {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}}
-# Without the device named, no step runs on another. The CPU computes what is expected.
-PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
-SECONDS_TO_END = 10  # after a step was asked to end
+SECONDS_TO_END = 10  # for a step that was asked to end
+USER_ERROR = UserError.status
 
 
 def define_flags() -> None:
     """Defines the flags of the command."""
     flags.DEFINE_float("minutes", 15, "Time for all steps.", lower_bound=0.1)
     flags.DEFINE_list("only", list(SHARES), f"Steps to run, of {', '.join(SHARES)}.")
+    flags.DEFINE_enum("step", None, list(SHARES), "Runs this step alone, in this process.")
+    flags.DEFINE_list("cases", None, f"Cases to check; by default all: {', '.join(check.CASES)}.")
     paths.DEFINE_path("data_dir", "data", "Folder of the data to train on.")
     flags.DEFINE_bool("small", False, "Tiny layers, and digits to train on: a rehearsal.")
-    flags.DEFINE_enum("device", None, list(PLATFORMS), "Which has to be there; else JAX chooses.")
+    flags.DEFINE_enum("device", None, timing.DEVICES, "By default the one JAX chooses.")
     paths.DEFINE_path(
         "output", None, "Folder for the report and all results; validation, or rehearsal if small."
     )
 
 
-def command(step: str, given: Any, folder: Path, seconds: float) -> list[str]:
-    """The command of a step that is to take at most so many seconds."""
-    modules = {
-        "rates": "measure_rates",
-        "check": "check_implementations",
-        "benchmark": "benchmark",
-        "training": "compare_implementations",
-    }
-    words = [sys.executable, "-m", f"scripts.{modules[step]}", f"--output={folder / step}.json"]
-    sound = device_validation.sound(device_validation.read(folder))
-    if sound is not None and step in ("benchmark", "training"):
-        words.append(f"--implementations={','.join(sound)}")
-    if step == "training":
-        # The rest of the time is for compiling and the picture.
-        words += [f"--minutes={0.8 * seconds / 60:.2f}", "--bfloat16="]
-        words += [f"--config=configs/{'digits' if given.small else 'pmnist'}.py"]
-        words += [f"--config.data_dir={given.data_dir}", "--config.model.kind=bn_lstm"]
-        words += [f"--updates={20 if given.small else 100_000}"]
-    elif given.small:
-        words.append("--small")
-    if step == "benchmark":
-        words.append("--passes=update")
-        words += ["--dtypes=float32", "--rounds=2"] if given.small else []
-    return words
+# ---- One step, in its own process.
 
 
-def run(words: Sequence[str], environment: dict[str, str], seconds: float) -> str:
-    """Runs a step; what became of it."""
+def run_step(step: str, given: Any, folder: Path, minutes: float) -> None:
+    """Runs a step on a device; exits with status 1 if a check failed."""
+    device, output = timing.use_device(given.device), folder / f"{step}.json"
+    if step == "rates":
+        rates.run(given.small, output)
+    elif step == "check":
+        known = check.SMALL_CASES if given.small else check.CASES
+        cases = {name: known[name] for name in given.cases or known}
+        sys.exit(1 if check.run(cases, given.small, output) else 0)
+    elif step == "benchmark":
+        run_benchmark(given.small, sound(folder, device), output)
+    else:
+        run_training(given, sound(folder, device), 60 * minutes, output)
+
+
+def sound(folder: Path, device: jax.Device) -> list[str]:
+    """The implementations that failed no check."""
+    return verdict.sound(verdict.read(folder), device.platform)
+
+
+def run_benchmark(small: bool, implementations: list[str], output: Path) -> None:
+    """Times an update at the paper's sizes."""
+    sizes = {name: size.small() if small else size for name, size in programs.SIZES.items()}
+    dtypes = ["float32"] if small else list(programs.DTYPES)
+    recorded = {"dtypes": dtypes, "passes": ["update"], "small": small}
+    rounds = 2 if small else 7
+    benchmark.run(sizes, dtypes, ["update"], implementations, rounds, output, recorded)
+
+
+def run_training(given: Any, implementations: list[str], seconds: float, output: Path) -> None:
+    """Trains a BN-LSTM by each implementation."""
+    # Kernels multiply in float32, XLA on a GPU in tf32 unless it is told otherwise.
+    jax.config.update("jax_default_matmul_precision", "highest")
+    config, name = (digits, "digits") if given.small else (pmnist, "pmnist")
+    config = config.get_config()
+    config.data_dir, config.model.kind = given.data_dir, "bn_lstm"
+    title = f"configs/{name}.py, bn_lstm, seed {config.seed}"
+    updates = 20 if given.small else 100_000
+    # The rest of the time is for loading and compiling.
+    training.run(config, title, implementations, updates, 0.8 * seconds, output)
+
+
+# ---- All steps.
+
+
+def command(step: str, folder: Path, seconds: float) -> list[str]:
+    """The command of a step that is to take at most so many seconds: this one with more flags."""
+    more = [f"--step={step}", f"--output={folder}", f"--minutes={max(seconds / 60, 0.1)}"]
+    return [sys.executable, "-m", "scripts.validate_device", *sys.argv[1:], *more]
+
+
+def run(words: Sequence[str], seconds: float) -> str:
+    """Runs a step; returns its outcome.
+
+    Raises:
+      SystemExit: the user made a mistake, which the step has reported.
+    """
     print(f"\n$ {shlex.join(words)}\n", flush=True)
-    process = subprocess.Popen(words, env=os.environ | environment, start_new_session=True)
+    process = subprocess.Popen(words, start_new_session=True)
     try:
         status = process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -99,6 +134,8 @@ def run(words: Sequence[str], environment: dict[str, str], seconds: float) -> st
     except BaseException:
         end(process)
         raise
+    if status == USER_ERROR:
+        sys.exit(status)
     if status < 0:
         return f"ended by {signal.Signals(-status).name}"
     return "done" if status == 0 else f"failed, exit status {status}"
@@ -113,49 +150,58 @@ def end(process: subprocess.Popen) -> None:
             process.wait(SECONDS_TO_END)
 
 
+def write_report(folder: Path, steps: list[tuple[str, str, str]]) -> None:
+    """Writes `report.md`. A fault of the report does not end the steps."""
+    called = shlex.join(["python", "-m", "scripts.validate_device", *sys.argv[1:]])
+    try:
+        page = report.page(verdict.read(folder), steps, called)
+    except Exception:
+        page = f"The report cannot be made:\n\n```\n{traceback.format_exc()}```\n"
+    files.write_text(folder / "report.md", page)
+
+
+def run_steps(names: Sequence[str], folder: Path, minutes: float) -> list[tuple[str, str, str]]:
+    """Name, outcome and seconds of each step; writes the report after each."""
+    deadline = time.monotonic() + 60 * minutes
+    steps: list[tuple[str, str, str]] = []
+    for index, step in enumerate(names):
+        start = time.monotonic()
+        share = SHARES[step] / sum(SHARES[each] for each in names[index:])
+        limit = max(share * (deadline - start), 1)
+        outcome = run(command(step, folder, limit), limit)
+        steps.append((step, outcome, f"{time.monotonic() - start:.0f}"))
+        write_report(folder, steps)
+    return steps
+
+
 def main(_: list[str]) -> None:
-    """Runs the steps, and writes the report after each."""
+    """Runs the steps and prints the report."""
     given = flags.FLAGS
     timing.check_names("only", given.only, SHARES)
+    if given.cases:
+        timing.check_names("cases", given.cases, check.SMALL_CASES if given.small else check.CASES)
     folder = Path(given.output or ("rehearsal" if given.small else "validation"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output={folder} cannot be made: {error.strerror}") from error
+    timing.check_output(folder / "report.md")
+    if given.step:
+        run_step(given.step, given, folder, given.minutes)
+        return
     if "training" in given.only and not given.small:
         datasets.load("mnist", given.data_dir)  # downloads it, or says why not, before all else
     for step in given.only:
         (folder / f"{step}.json").unlink(missing_ok=True)  # of an earlier call
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # and the step, too
-    platforms = {"JAX_PLATFORMS": PLATFORMS[given.device]} if given.device else {}
-    deadline = time.monotonic() + 60 * given.minutes
-    steps: list[tuple[str, str, str]] = []
-    todo = [step for step in SHARES if step in given.only]
-    for index, step in enumerate(todo):
-        start = time.monotonic()
-        share = SHARES[step] / sum(SHARES[each] for each in todo[index:])
-        limit = max(share * (deadline - start), 1)
-        environment = platforms | ENVIRONMENT.get(step, {})
-        outcome = run(command(step, given, folder, limit), environment, limit)
-        steps.append((step, outcome, f"{time.monotonic() - start:.0f}"))
-        write_report(folder, steps)
-    report = folder / "report.md"
-    print(f"\n{report.read_text(encoding='utf-8')}\nReport: {report}")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the step too
+    steps = run_steps([step for step in SHARES if step in given.only], folder, given.minutes)
+    path = folder / "report.md"
+    print(f"\n{path.read_text(encoding='utf-8')}\nReport: {path}")
     is_whole = all(
         outcome == "done" or (step != "check" and outcome == "its time was up")
         for step, outcome, _ in steps
     )
-    sys.exit(not is_whole)
-
-
-def write_report(folder: Path, steps: list[tuple[str, str, str]]) -> None:
-    """Writes `report.md`. What is wrong with a report does not end the steps."""
-    called = shlex.join(["python", "-m", "scripts.validate_device", *sys.argv[1:]])
-    try:
-        page = device_validation.page(device_validation.read(folder), steps, called)
-    except Exception:
-        page = f"The report cannot be made:\n\n```\n{traceback.format_exc()}```\n"
-    files.write_text(folder / "report.md", page)
+    sys.exit(0 if is_whole else 1)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""How programs are timed, and PyTorch's to compare with."""
+"""How fast layers are, beside those of Flax and PyTorch."""

@@ -1,4 +1,4 @@
-"""How benchmarks time programs against each other, and what they write with the times."""
+"""How programs are timed against each other, and on what machine that was."""
 
 import datetime
 import importlib.metadata
@@ -7,62 +7,99 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from experiments.records import workdir
-from experiments.runtime import errors, progress
+from experiments.runtime import checks, memory, progress
 from experiments.runtime.errors import UserError
 
+DEVICES = ("cpu", "gpu", "tpu")
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "numpy")
 
 
 class Program(NamedTuple):
-    """What can be run over and over, and what is known of it; None is unknown."""
+    """What is timed.
 
-    run: Callable[[], None]
-    memory: int | None = None  # bytes that a run needs beside its arguments
+    Attributes:
+      run: runs it to its end.
+      memory: bytes that a run needs beside its arguments; None if unknown.
+      compile_seconds: time of compilation; None if unknown.
+    """
+
+    run: Callable[[], Any]
+    memory: int | None = None
     compile_seconds: float | None = None
 
 
 def measure(
-    programs: dict[str, Callable[[], None]], title: str, rounds: int
+    programs: Mapping[str, Callable[[], Any]], title: str, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of each program in each round; each runs once before, unmeasured.
+    """Seconds of each program in each round; each must have run before.
 
-    They take turns, so that what else the machine does falls on all.
+    Programs take turns, so that other work on the machine slows all of them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for program in programs.values():
-        program()  # compiles
     for _ in progress.track(range(rounds), title, rounds):
-        for name, program in programs.items():
+        for name, run in programs.items():
             start = time.perf_counter()
-            program()
+            run()
             seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
-def spread(seconds: list[float], unit: float = 1e-3) -> tuple[str, str]:
-    """Median, and lowest and highest, in units of so many seconds: milliseconds by default."""
-    low, middle, high = (f(seconds) / unit for f in (min, statistics.median, max))
-    return f"{middle:.1f}", f"{low:.1f} to {high:.1f}"
+def spread(values: list[float], digits: str = ".1f") -> tuple[str, str]:
+    """Median, and lowest to highest."""
+    low, middle, high = (format(f(values), digits) for f in (min, statistics.median, max))
+    return middle, f"{low} to {high}"
+
+
+# ---- What a command is given, and what it records.
+
+
+def use_device(kind: str | None) -> jax.Device:
+    """Makes the first device of a kind the default, for measurements; None keeps JAX's choice.
+
+    To be called before JAX starts. Freed memory is kept, and GPU memory is left to PyTorch.
+
+    Raises:
+      UserError: JAX finds no such device.
+    """
+    memory.keep_freed()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    try:
+        device = jax.devices(kind)[0]
+    except RuntimeError as error:
+        if kind is None:
+            raise
+        raise UserError(
+            f"--device={kind}: JAX finds no such device here; install JAX for the device"
+        ) from error
+    jax.config.update("jax_default_device", device)
+    return device
 
 
 def check_names(flag: str, given: list[str], known: Iterable[str]) -> None:
-    """Refuses names that are not among those known, and none at all."""
+    """Refuses unknown names, and an empty list.
+
+    Raises:
+      UserError: names the flag and the known names.
+    """
     if not given:
         raise UserError(f"--{flag} is empty: there are {', '.join(known)}")
     for name in given:
-        if name not in known:
-            raise UserError(errors.unknown_name(f"--{flag}", name, known))
+        checks.one_of(f"--{flag}", name, tuple(known))
 
 
 def check_output(path: Path) -> None:
-    """Refuses a file that cannot be written."""
+    """Refuses a file that cannot be written.
+
+    Raises:
+      UserError: names the file and the reason.
+    """
     if path.is_dir():
         raise UserError(f"--output={path} cannot be written: it is a folder")
     try:
@@ -72,7 +109,7 @@ def check_output(path: Path) -> None:
 
 
 def circumstances(device: jax.Device) -> dict[str, Any]:
-    """On what, with what and when all is measured."""
+    """The machine, versions, commit and date of a measurement."""
 
     def version(package: str) -> str | None:
         try:

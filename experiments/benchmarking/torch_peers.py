@@ -1,10 +1,11 @@
-"""What `scripts.benchmark` compares with in PyTorch: BN-LSTM as an eager loop, and torch.nn.LSTM.
+"""PyTorch's layers for the benchmark: BN-LSTM as an eager loop, and `torch.nn.LSTM`.
 
-Nothing else here needs PyTorch: this is imported only where it is installed.
+Imported only where PyTorch is installed.
 """
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,11 +26,11 @@ def flip_sequences(x: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 class BNLSTM(torch.nn.Module):
-    """`bnlstm_jax.BNLSTM` in training, as one writes it in PyTorch: a loop over time steps.
+    """`bnlstm_jax.BNLSTM` in training, as a plain PyTorch loop over time steps.
 
     Parameters and statistics have the same names and shapes. With lengths, finished rows keep their
-    state and count in all statistics, as by `mask_statistics=False`: PyTorch's batch normalisation
-    has no mask. That is cheaper than counting valid rows alone.
+    state but count in all statistics, as with `mask_statistics=False`: PyTorch's batch
+    normalisation has no mask. That is cheaper than counting valid rows only.
 
     Args:
       features: number of hidden units H.
@@ -94,84 +95,112 @@ class BNLSTM(torch.nn.Module):
         return (flip_sequences(y, lengths) if self.reverse else y).transpose(0, 1)
 
 
-def programs(
-    features: int,
-    inputs: np.ndarray,
-    lengths: np.ndarray | None,
-    vocab_size: int | None,
-    rate: float | None,
-    device: str,
-    autocast: bool,
-) -> dict[str, Program]:
-    """A training pass of each peer.
+class Pass(NamedTuple):
+    """A training pass.
 
-    Args:
-      features: number of hidden units H.
+    Attributes:
+      features: hidden units H.
       inputs: `[B, T, D]`, or with `vocab_size` symbols `[B, T]`.
       lengths: valid steps `[B]`, for layers in both directions; None for one direction.
       vocab_size: number of symbols.
-      rate: learning rate of an update by gradient descent; None for the forward pass alone. Dense
-        inputs of several features are updated too.
+      rate: learning rate of an update; None for the forward pass alone. An update changes dense
+        inputs of several features too.
       device: `cpu` or `cuda`.
-      autocast: let PyTorch choose what is bfloat16; else all is float32.
+      autocast: PyTorch chooses what is bfloat16; else all is float32.
     """
-    cuda = device == "cuda"
+
+    features: int
+    inputs: np.ndarray
+    lengths: np.ndarray | None
+    vocab_size: int | None
+    rate: float | None
+    device: str
+    autocast: bool
+
+
+def candidates(given: Pass) -> dict[str, Callable[[], Program]]:
+    """What makes each layer's program, by name."""
+    precision = "autocast" if given.autocast else "float32"
+    return {
+        f"PyTorch BN-LSTM, eager, {precision}": functools.partial(eager_bn_lstm, given),
+        f"torch.nn.LSTM, {precision}": functools.partial(own_lstm, given),
+    }
+
+
+def eager_bn_lstm(given: Pass) -> Program:
+    """A pass of `BNLSTM`, or of one for each direction."""
+    torch.manual_seed(0)
+    x, dense = batch_tensors(given)
+    lengths = None if given.lengths is None else torch.from_numpy(given.lengths).to(given.device)
+    layers = torch.nn.ModuleList(
+        BNLSTM(given.features, dense.shape[2], x.shape[1], given.vocab_size is not None, reverse)
+        for reverse in ((False,) if lengths is None else (False, True))
+    ).to(given.device)
+
+    def outputs() -> Tensor:
+        return torch.cat([layer(x, lengths) for layer in layers], -1)
+
+    return make_program(given, outputs, layers, x)
+
+
+def own_lstm(given: Pass) -> Program:
+    """A pass of `torch.nn.LSTM`."""
+    torch.manual_seed(0)
+    x, dense = batch_tensors(given)
+    both = given.lengths is not None
+    layer = torch.nn.LSTM(dense.shape[2], given.features, batch_first=True, bidirectional=both)
+    layer.to(given.device)
+
+    def outputs() -> Tensor:
+        if not both:
+            return layer(dense)[0]
+        packed = rnn.pack_padded_sequence(
+            dense, torch.from_numpy(given.lengths), batch_first=True, enforce_sorted=False
+        )
+        y, _ = rnn.pad_packed_sequence(layer(packed)[0], batch_first=True, total_length=x.shape[1])
+        return y
+
+    return make_program(given, outputs, layer, x)
+
+
+def batch_tensors(given: Pass) -> tuple[Tensor, Tensor]:
+    """Inputs as they are, and dense: symbols as one-hot vectors."""
+    x = torch.from_numpy(given.inputs).to(given.device)
+    if given.vocab_size is None:
+        return x, x
+    return x, functional.one_hot(x.long(), given.vocab_size).float()
+
+
+def make_program(
+    given: Pass, outputs: Callable[[], Tensor], layer: torch.nn.Module, x: Tensor
+) -> Program:
+    """The program that computes outputs and, with a learning rate, updates what is learned."""
+    cuda = given.device == "cuda"
     if cuda:
         torch.set_float32_matmul_precision("high")  # TF32, which is XLA's default too
-    torch.manual_seed(0)
-    both = lengths is not None
-    steps = inputs.shape[1]
-    x = torch.from_numpy(inputs).to(device)
-    dense = functional.one_hot(x.long(), vocab_size).float() if vocab_size else x
-    size = dense.shape[2]
-    lengths_here = torch.from_numpy(lengths).to(device) if both else None
-    eager = torch.nn.ModuleList(
-        BNLSTM(features, size, steps, vocab_size is not None, reverse)
-        for reverse in ((False, True) if both else (False,))
-    ).to(device)
-    own = torch.nn.LSTM(size, features, batch_first=True, bidirectional=both).to(device)
-    learned = [x.requires_grad_()] if vocab_size is None and size > 1 else []
+    learned = list(layer.parameters())
+    if given.vocab_size is None and x.shape[2] > 1:
+        learned.append(x.requires_grad_())
 
-    def run_eager() -> Tensor:
-        return torch.cat([layer(x, lengths_here) for layer in eager], -1)
-
-    def run_own() -> Tensor:
-        if not both:
-            return own(dense)[0]
-        packed = rnn.pack_padded_sequence(
-            dense, torch.from_numpy(lengths), batch_first=True, enforce_sorted=False
-        )
-        return rnn.pad_packed_sequence(own(packed)[0], batch_first=True, total_length=steps)[0]
-
-    def train(outputs: Callable[[], Tensor], parameters: list[Tensor]) -> None:
+    def run() -> None:
         with (
-            torch.set_grad_enabled(rate is not None),
-            torch.autocast(device, torch.bfloat16, enabled=autocast),
+            torch.set_grad_enabled(given.rate is not None),
+            torch.autocast(given.device, torch.bfloat16, enabled=given.autocast),
         ):
             y = outputs()
-        if rate is not None:
-            gradients = torch.autograd.grad(y.float().square().mean(), parameters)
+        if given.rate is not None:
+            gradients = torch.autograd.grad(y.float().square().mean(), learned)
             with torch.no_grad():
-                for parameter, gradient in zip(parameters, gradients, strict=True):
-                    parameter.add_(gradient, alpha=-rate)
+                for parameter, gradient in zip(learned, gradients, strict=True):
+                    parameter.add_(gradient, alpha=-given.rate)
         if cuda:
             torch.cuda.synchronize()
 
-    peers = {
-        "PyTorch BN-LSTM, eager": functools.partial(
-            train, run_eager, [*eager.parameters(), *learned]
-        ),
-        "torch.nn.LSTM": functools.partial(train, run_own, [*own.parameters(), *learned]),
-    }
-    precision = "autocast" if autocast else "float32"
-    return {
-        f"{name}, {precision}": Program(run, peak_memory(run) if cuda else None)
-        for name, run in peers.items()
-    }
+    return Program(run, peak_memory(run) if cuda else None)
 
 
 def peak_memory(run: Callable[[], None]) -> int:
-    """Bytes of the GPU that a run needs beside what was there before."""
+    """Bytes of GPU memory that a run needs beside what was allocated before."""
     run()  # what libraries keep from their first use on
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -4,6 +4,7 @@ Gradients of all kinds of layers are compared in test_implementations.py. On a m
 NVIDIA GPU the same tests run on it.
 """
 
+import re
 from types import SimpleNamespace
 
 import jax
@@ -17,7 +18,7 @@ from bnlstm_jax.cells import Variant
 from bnlstm_jax.layers import abstract_problem
 from bnlstm_jax.normalization import Normalization, Statistics
 from bnlstm_jax.recurrence.devices import emulation
-from bnlstm_jax.recurrence.native import cuda
+from bnlstm_jax.recurrence.native import build, cuda
 from bnlstm_jax.recurrence.problem import Problem
 from bnlstm_jax.recurrence.scan import reference
 
@@ -260,3 +261,34 @@ def test_tells_what_fits(units, batch, dtype, fits):
     """What blocks keep is to fit their shared memory, and all of them the device at once."""
     problem = abstract_problem(bnlstm_jax.BNLSTM(units, dtype=dtype), batch)
     assert (cuda.why_unsupported(problem) is None) == fits
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="emulates another GPU")
+def test_a_smaller_gpu_fits_fewer_units():
+    library = cuda.load("cpu")
+    assert library.BnlstmFits(1000, 64, False)
+    library.BnlstmEmulate(82, 99 * 1024)  # a GeForce RTX 3090
+    try:
+        assert library.BnlstmFits(328, 64, False) and not library.BnlstmFits(330, 64, False)
+    finally:
+        library.BnlstmEmulate(132, 227 * 1024)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", ["80", "86", "89", "90", "100", "120"])
+def test_compiles_for_other_gpus(architecture, tmp_path):
+    """With nearly all values in registers."""
+    try:
+        command = build.nvcc_command(cuda.SOURCE, architecture)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    if f"sm_{architecture}" not in build.run([command[0], "--list-gpu-code"]).stdout.split():
+        pytest.skip(f"this nvcc does not know sm_{architecture}")
+    done = build.run([*command, "-Xptxas=-v", "-o", str(tmp_path / "kernel.so")])
+    assert done.returncode == 0, done.stderr
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
+    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", done.stderr)]
+    # Both passes and dtypes; 2, 4 and 8 units of a block; 32, 64 and 128 sequences.
+    assert len(registers) == len(spilled) == 36
+    # Blocks of 512 threads have 128 registers a thread: some are written to memory there.
+    assert max(registers) <= 255 and max(spilled) <= 160

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import bnlstm_jax
+from bnlstm_jax.jax_experimental import topologies
 from bnlstm_jax.recurrence.devices import emulation
 from bnlstm_jax.recurrence.pallas_tpu import kernel_scan
 
@@ -100,30 +101,65 @@ LOWERED = {
 }
 
 
-@pytest.mark.parametrize("kind, options", LOWERED.values(), ids=LOWERED.keys())
-def test_is_lowered_for_a_tpu(kind, options):
-    """What a kernel may not do on a TPU, such as indexing by arrays, is refused when it is lowered.
-
-    That needs no TPU. To compile it, without one too: `python -m scripts.compile_tpu`.
-    """
+def training_and_inference(kind, options, units=100, batch=7, steps=3, inputs=1):
+    """A function that runs both passes of a layer, and its arguments."""
     options = dict(options)
-    lengths = jnp.full(7, 3) if options.pop("lengths", False) else None
-    layer = kind(100, implementation="tpu", **options)
-    x, weights = jnp.ones((7, 3, 1)), jnp.ones((7, 3, 100))
+    lengths = jnp.full(batch, steps) if options.pop("lengths", False) else None
+    layer = kind(units, implementation="tpu", **options)
+    x, weights = jnp.ones((batch, steps, inputs)), jnp.ones((batch, steps, units))
     if layer.vocab_size:
-        x = jnp.ones((7, 3), int)
-    variables = layer.init(jax.random.key(0), x, use_running_average=True)
+        x = jnp.ones((batch, steps), int)
+    variables = layer.clone(implementation="xla").init(
+        jax.random.key(0), x, use_running_average=True
+    )
 
     def both(variables, x):
         gradients = train(layer, variables, x, weights, lengths)
         return gradients, layer.apply(variables, x, seq_lengths=lengths, use_running_average=True)
 
+    return both, (variables, x)
+
+
+@pytest.mark.parametrize("kind, options", LOWERED.values(), ids=LOWERED.keys())
+def test_is_lowered_for_a_tpu(kind, options):
+    """Lowering refuses what a TPU cannot do, such as indexing by arrays, and needs no TPU."""
+    both, arguments = training_and_inference(kind, options)
     device = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-        lowered = jax.jit(both).trace(variables, x).lower(lowering_platforms=("tpu",))
+        lowered = jax.jit(both).trace(*arguments).lower(lowering_platforms=("tpu",))
     # Forward, backward, and inference.
     assert lowered.as_text().count("tpu_custom_call") >= 3
+
+
+COMPILED = {  # at the paper's sizes
+    "pMNIST": ({"max_steps": 784}, {"batch": 100, "steps": 784}),
+    "PTB": (
+        {"max_steps": 99, "vocab_size": 50, "dtype": jnp.bfloat16},
+        {"units": 1000, "batch": 64, "steps": 99},
+    ),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("chip", ["v5e:2x2", "v6e:2x2"])
+@pytest.mark.parametrize("options, sizes", COMPILED.values(), ids=COMPILED.keys())
+def test_compiles_for_tpus_that_are_not_there(options, sizes, chip, monkeypatch):
+    """Within their vector memory."""
+    pytest.importorskip("libtpu", reason="needs the version of libtpu that jax[tpu] names")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # or libtpu looks for its cloud, for minutes
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    both, arguments = training_and_inference(bnlstm_jax.BNLSTM, options, **sizes)
+    device = topologies.get_topology_desc(platform="tpu", topology_name=chip).devices[0]
+    mesh = jax.sharding.Mesh(np.array([device]), ("device",))
+    there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), arguments
+    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        compiled = jax.jit(both).lower(*shapes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes > 0
 
 
 def test_needs_the_batch_on_one_device():

@@ -12,7 +12,6 @@ from configs import text
 from experiments import evaluate, parallel, tasks, train
 from experiments.models.attentive_reader import FORMS, AttentiveReader, Quirks
 from experiments.runtime.errors import UserError
-from scripts.exchanges import compiled_update, exchanges
 
 NOISE = jax.random.key(0)
 
@@ -136,23 +135,43 @@ def test_groups_take_statistics_of_their_own(config, members):
     assert difference > 1e-6
 
 
-def test_the_backward_recurrence_exchanges_no_kernel_gradient(config):
-    own, devices = on(config, 8)
-    task = tasks.load(own, devices)
-    found = exchanges(compiled_update(task, own, devices))
-    # A step exchanges means and deviations, then two sums of gradients; terms have 4H, 4H and H
-    # units. The kernel's gradient, 4 H^2, is exchanged once.
-    units, size = 9 * config.model.features, 4
-    steps = [sum(e.size for e in found if e.place == place) for place in (1, 2)]
-    assert sorted(steps) == [2 * units * size, 3 * units * size]
-    kernel = 4 * config.model.features**2 * size
-    assert max(e.size for e in found if e.place == 0) > kernel > max(steps)
-    assert {e.place for e in found} == {0, 1, 2}
+def subprograms(equation):
+    """The jaxprs in the parameters of an equation."""
+    values = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "jaxpr"))
+    jaxprs = (getattr(value, "jaxpr", value) for value in values)
+    return [jaxpr for jaxpr in jaxprs if hasattr(jaxpr, "eqns")]
 
-    # Devices with statistics of their own exchange nothing in time steps.
-    own, devices = on(config, 8, 1)
-    task = tasks.load(own, devices)
-    assert {e.place for e in exchanges(compiled_update(task, own, devices))} == {0}
+
+def sums_over_devices(jaxpr, in_scan=False):
+    """Whether each sum over devices is in a scan over time, and its size in numbers."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "psum":
+            yield in_scan, sum(variable.aval.size for variable in equation.invars)
+        for inner in subprograms(equation):
+            yield from sums_over_devices(inner, in_scan or equation.primitive.name == "scan")
+
+
+def sums_in_an_update(config, devices):
+    """Sizes of the sums over devices in one update: within a time step, and outside."""
+    task = tasks.load(config, devices)
+    state = jax.eval_shape(lambda: train.create_state(task, config))
+    batch = devices.place(task.train_batch(0), True, task.shared)
+    step = train.make_train_step(task, NOISE, devices)
+    program = jax.make_jaxpr(lambda s, b: step(s, b, split=True))(state, batch).jaxpr
+    found = list(sums_over_devices(program))
+    return [[size for in_scan, size in found if in_scan == each] for each in (True, False)]
+
+
+def test_time_steps_exchange_statistics_and_no_gradient_of_the_kernel(config):
+    in_steps, outside = sums_in_an_update(*on(config, 8))
+    # A step exchanges means and deviations, and in the backward pass two sums of gradients. The
+    # normalised terms have 4H, 4H and H units. The kernel's gradient has 4 H^2.
+    units = config.model.features
+    assert sum(in_steps) == (3 + 2) * 9 * units
+    assert max(outside) == 4 * units**2
+
+    in_steps, _ = sums_in_an_update(*on(config, 8, statistics_devices=1))
+    assert in_steps == []
 
 
 def test_readers_on_shards_see_the_longest_passage_of_all():

@@ -1,0 +1,1 @@
+"""The steps that validate kernels on a device, and the report of what they found."""

@@ -1,0 +1,147 @@
+"""What the steps of a validation found of each kernel, and what follows from it."""
+
+import itertools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bnlstm_jax.recurrence import IMPLEMENTATIONS
+from experiments.runtime import files
+
+SHARES = {"rates": 2, "check": 5, "benchmark": 6, "training": 4}  # of the time, by step
+SLOWER = 0.95  # a kernel is slower if `xla` takes less than this part of the kernel's time
+SHORTEST_TRAINING = 200  # updates: earlier, rounding alone moves losses as far as they fall
+LEAST_GAIN = 0.8  # of what the loss of `xla` falls by
+
+Findings = dict[str, dict[str, Any]]  # the content of the steps' files, by step
+
+
+class Verdict(NamedTuple):
+    """What was found of a kernel.
+
+    Attributes:
+      units: hidden units up to which it is validated; 0 if it is not.
+      problems: what failed.
+      missing: what was not run to its end.
+    """
+
+    units: int
+    problems: list[str]
+    missing: list[str]
+
+
+def read(folder: Path) -> Findings:
+    """The files of a folder that are of one device and one commit.
+
+    That is the device and commit of the check, or of the first step that there is.
+    """
+    paths = {step: folder / f"{step}.json" for step in SHARES}
+    found = {step: files.read_json(path) for step, path in paths.items() if path.exists()}
+
+    def origin(record: dict[str, Any]) -> tuple[str, str | None]:
+        return record["machine"]["device"], record["commit"]
+
+    if not found:
+        return {}
+    first = origin(found.get("check") or next(iter(found.values())))
+    return {step: record for step, record in found.items() if origin(record) == first}
+
+
+def kernels(platform: str) -> list[str]:
+    """The implementations for one platform only."""
+    return [name for name, each in IMPLEMENTATIONS.items() if each.platform == platform]
+
+
+def checks(findings: Findings, name: str, outcome: str) -> list[dict[str, Any]]:
+    """The checks of an implementation with an outcome.
+
+    One that was running when its process ended has failed.
+    """
+    check = findings.get("check", {})
+    results = list(check.get("results", []))
+    if check.get("running"):
+        problem = "it was running when its process ended"
+        results.append({**check["running"], "outcome": "failed", "problem": problem})
+    return [r for r in results if (r["implementation"], r["outcome"]) == (name, outcome)]
+
+
+def sound(findings: Findings, platform: str) -> list[str]:
+    """`xla`, and the kernels of a platform. Checks, once there are any, leave out what failed."""
+    names = kernels(platform)
+    if "check" in findings:
+        names = [n for n in names if checks(findings, n, "passed")]
+        names = [n for n in names if not checks(findings, n, "failed")]
+    return ["xla", *names]
+
+
+def medians(result: dict[str, Any]) -> dict[str, float]:
+    """The median seconds of each candidate of a benchmark's result."""
+    return {label: each["median"] for label, each in result["candidates"].items()}
+
+
+def speedups(findings: Findings, name: str) -> dict[tuple[str, str], float]:
+    """By size and dtype: how many times as long an update of BN-LSTM takes by `xla`."""
+    found = {}
+    for result in findings.get("benchmark", {}).get("results", []):
+        times = medians(result)
+        if result["pass"] == "update" and f"BN-LSTM, {name}" in times:
+            ratio = times["BN-LSTM, xla"] / times[f"BN-LSTM, {name}"]
+            found[result["size"], result["dtype"]] = ratio
+    return found
+
+
+def gains(findings: Findings) -> dict[str, float]:
+    """How far the training loss fell from its first tenth to its last, by run, if long enough."""
+    losses = findings.get("training", {}).get("losses", {})
+    found = {}
+    for name, values in losses.items():
+        tenth = len(values) // 10
+        if len(values) >= SHORTEST_TRAINING:
+            found[name] = float(np.mean(values[:tenth]) - np.mean(values[-tenth:]))
+    return found
+
+
+def limits(findings: Findings, name: str) -> list[tuple[int, str]]:
+    """Numbers of hidden units from which on a kernel is not validated, and why."""
+    found = [
+        (each["units"], f"{each['case']}, {each['dtype']}: {each['problem']}")
+        for each in checks(findings, name, "failed")
+    ]
+    sizes = findings.get("benchmark", {}).get("sizes", {})
+    for (size, dtype), ratio in speedups(findings, name).items():
+        if ratio < SLOWER:
+            problem = f"{size}, {dtype}: an update by xla takes {ratio:.2f} of its time"
+            found.append((sizes[size]["features"], problem))
+    gain = gains(findings)
+    if name in gain and not gain[name] >= LEAST_GAIN * gain["xla"]:
+        problem = f"in training its loss fell by {gain[name]:.3f}, that of xla by {gain['xla']:.3f}"
+        found.append((0, problem))
+    return found
+
+
+def missing(findings: Findings, name: str, units: int) -> list[str]:
+    """What of a kernel's validation up to so many units was not run, or not to its end."""
+    found = []
+    if check := findings.get("check"):
+        done = [(r["case"], r["dtype"]) for r in check["results"] if r["implementation"] == name]
+        wanted = itertools.product(check["cases"], check["dtypes"])
+        found += [f"check of {', '.join(each)}" for each in wanted if each not in done]
+    else:
+        found.append("check")
+    if benchmark := findings.get("benchmark"):
+        done = [(r["size"], r["dtype"]) for r in benchmark["results"]]
+        sizes = [size for size, each in benchmark["sizes"].items() if each["features"] <= units]
+        wanted = itertools.product(sizes, benchmark["flags"]["dtypes"])
+        found += [f"benchmark of {', '.join(each)}" for each in wanted if each not in done]
+    else:
+        found.append("benchmark")
+    return found + ([] if name in gains(findings) else [f"training, {SHORTEST_TRAINING} updates"])
+
+
+def judge(findings: Findings, name: str) -> Verdict:
+    """The verdict on a kernel."""
+    bad = limits(findings, name)
+    passed = [each["units"] for each in checks(findings, name, "passed")]
+    units = max((n for n in passed if all(n < limit for limit, _ in bad)), default=0)
+    return Verdict(units, [problem for _, problem in bad], missing(findings, name, units))

@@ -1,0 +1,182 @@
+"""Verdicts and the report, from results that are made up."""
+
+import re
+
+import numpy as np
+import pytest
+
+from bnlstm_jax import recurrence
+from experiments.runtime import files
+from experiments.validation import report, verdict
+
+RECORD = {
+    "machine": {"device": "Some GPU", "platform": "gpu", "processor": "Some CPU", "cores": 16},
+    "versions": {"jax": "0.11.2", "torch": None},
+    "commit": "abc",
+    "date": "2026-11-27T00:00:00+00:00",
+}
+UNITS = {"odd sizes": 7, "permuted MNIST": 100, "Penn Treebank": 1000, "text8": 2000}
+SIZES = {"pmnist": 100, "ptb": 1000, "text8": 2000}
+
+
+def make_findings(outcomes=(), times=(), gain=1.0, updates=300):
+    """Findings of a kernel that passes all but text8, which does not fit, and is twice as fast."""
+    outcomes = {"text8": "not supported", **dict(outcomes)}
+    results = [
+        {
+            "case": case,
+            "units": units,
+            "batch": 64,
+            "steps": 9,
+            "dtype": "float32",
+            "implementation": name,
+            "outcome": outcomes.get(case, "passed") if name == "gpu" else "passed",
+            "problem": "a reason",
+            "share": 0.1,
+            "nearest": "outputs",
+        }
+        for case, units in UNITS.items()
+        for name in ("xla", "gpu")
+    ]
+    times = {"pmnist": 0.5, "ptb": 0.5, **dict(times)}
+    benchmark = [
+        {
+            "size": size,
+            "dtype": "float32",
+            "pass": "update",
+            "candidates": {"BN-LSTM, xla": {"median": 1.0}, "BN-LSTM, gpu": {"median": seconds}},
+        }
+        for size, seconds in times.items()
+    ]
+    sizes = {size: {"features": units} for size, units in SIZES.items()}
+    falling = np.linspace(2, 1, updates)
+    losses = {"xla": falling, "xla, moved": falling, "gpu": 2 - gain * (2 - falling)}
+    planned = {"cases": list(UNITS), "dtypes": ["float32"], "running": None}
+    return {
+        "check": {**RECORD, **planned, "results": results},
+        "benchmark": {
+            **RECORD,
+            "sizes": sizes,
+            "results": benchmark,
+            "flags": {"dtypes": ["float32"]},
+        },
+        "training": {
+            **RECORD,
+            "config": "pMNIST",
+            "losses": {name: list(values) for name, values in losses.items()},
+        },
+    }
+
+
+def test_validated_up_to_the_most_units_that_passed(monkeypatch):
+    """text8, which does not fit, need not be measured."""
+    findings = make_findings()
+    assert "text8" in findings["benchmark"]["sizes"]
+    found = verdict.judge(findings, "gpu")
+    assert found == (1000, [], [])
+    words = report.sentence("gpu", found, "Some GPU")
+    assert '`"Some GPU": 1000,` (not there yet)' in words
+    for now, expected in (
+        (100, "(now 100)"),
+        (1000, "has that value"),
+        (2000, "more"),
+    ):
+        monkeypatch.setitem(recurrence.VALIDATED_UNITS, "Some GPU", now)
+        assert expected in report.sentence("gpu", found, "Some GPU")
+
+
+LIMITED = {
+    "fails at 1000": ({"outcomes": {"Penn Treebank": "failed"}}, 100, "Penn Treebank, float32: a "),
+    "fails at 7": ({"outcomes": {"odd sizes": "failed"}}, 0, "odd sizes, float32: a reason"),
+    "slower at 1000": ({"times": {"ptb": 1.25}}, 100, "ptb, float32: .* takes 0.80 of its time"),
+    "hardly learns": ({"gain": 0.5}, 0, "its loss fell by 0.45., that of xla by 0.90"),
+    "trains to NaN": ({"gain": float("nan")}, 0, "its loss fell by nan"),
+}
+
+
+@pytest.mark.parametrize("changes, units, problem", LIMITED.values(), ids=LIMITED.keys())
+def test_validated_below_what_failed(changes, units, problem):
+    found = verdict.judge(make_findings(**changes), "gpu")
+    assert found.units == units
+    assert len(found.problems) == 1
+    words = report.sentence("gpu", found, "Some GPU")
+    assert re.search(problem, words)
+    assert ('"Some GPU": 100,' in words) == (units == 100)
+    assert ("`gpu` is not validated." in words) == (units == 0)
+
+
+def test_as_fast_as_xla_but_for_noise_is_fast_enough():
+    assert verdict.judge(make_findings(times={"ptb": 1.03}), "gpu") == (1000, [], [])
+
+
+def hang(findings):
+    check = findings["check"]
+    check["running"] = check["results"].pop()
+    check["running"].update(case="Penn Treebank", units=1000)
+
+
+def test_what_was_running_at_the_end_has_failed():
+    findings = make_findings()
+    hang(findings)
+    assert verdict.sound(findings, "gpu") == ["xla"]
+    found = verdict.judge(findings, "gpu")
+    assert found.units == 100
+    assert found.problems == ["Penn Treebank, float32: it was running when its process ended"]
+
+
+UNFINISHED = {
+    "no checks": (lambda f: f.pop("check"), ["check"]),
+    "checks cut off": (lambda f: f["check"]["cases"].append("masks"), ["check of masks, float32"]),
+    "no benchmark": (lambda f: f.pop("benchmark"), ["benchmark"]),
+    "benchmark cut off": (
+        lambda f: f["benchmark"]["results"].pop(),
+        ["benchmark of ptb, float32"],
+    ),
+    "a dtype is missing": (
+        lambda f: f["benchmark"]["flags"]["dtypes"].append("bfloat16"),
+        ["benchmark of pmnist, bfloat16", "benchmark of ptb, bfloat16"],
+    ),
+    "no training": (lambda f: f.pop("training"), ["training, 200 updates"]),
+    "not trained": (lambda f: f["training"]["losses"].pop("gpu"), ["training, 200 updates"]),
+    "trained shortly": (
+        lambda f: f.update(training=make_findings(updates=100)["training"]),
+        ["training, 200 updates"],
+    ),
+}
+
+
+@pytest.mark.parametrize("cut, missing", UNFINISHED.values(), ids=UNFINISHED.keys())
+def test_not_validated_before_all_was_run(cut, missing):
+    findings = make_findings()
+    cut(findings)
+    found = verdict.judge(findings, "gpu")
+    assert found.missing == missing
+    words = report.sentence("gpu", found, "Some GPU")
+    assert words.startswith("`gpu` is not validated") and "VALIDATED_UNITS" not in words
+    assert all(what in words for what in missing)
+
+
+def test_findings_of_another_device_or_commit_do_not_count(tmp_path):
+    findings = make_findings()
+    findings["benchmark"]["commit"] = "def"
+    findings["training"]["machine"] = {**RECORD["machine"], "device": "Another GPU"}
+    for step, record in findings.items():
+        files.write_json(tmp_path / f"{step}.json", record)
+    assert set(verdict.read(tmp_path)) == {"check"}
+
+
+def test_kernels_that_failed_are_left_out():
+    assert verdict.sound(make_findings(), "gpu") == ["xla", "gpu"]
+    assert verdict.sound(make_findings(outcomes={"odd sizes": "failed"}), "gpu") == ["xla"]
+    assert verdict.sound({}, "gpu") == ["xla", "gpu"]
+
+
+def test_the_report_has_a_part_for_each_step_that_ran():
+    findings = make_findings(outcomes={"odd sizes": "failed"})
+    page = report.page(findings, [("check", "done", "9")], "the command")
+    assert page.startswith("# Some GPU\n\n`the command`, commit abc")
+    assert "- gpu, odd sizes, float32: failed: a reason" in page
+    assert "- gpu, float32, not supported in 1 cases: a reason" in page
+    assert "10%, permuted MNIST" in page
+    assert "| BN-LSTM, gpu | 500.0" in page and "## Training: pMNIST" in page
+    assert "## Steps" in report.page({}, [("check", "its time was up", "9")], "")
