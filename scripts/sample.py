@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from flax.traverse_util import flatten_dict
 from jax import Array
 
 from experiments.datasets import corpus
@@ -74,29 +73,6 @@ def check_prompt(prompt: str | None, vocabulary: str) -> str:
             f"--prompt has {strange!r}, not among the characters of the training text: {hint}"
         )
     return prompt
-
-
-def check_fits(model: LanguageModel, variables: Variables, folder: Path) -> None:
-    """Refuses variables that are not those of the model.
-
-    Raises:
-      UserError: names the first that differs.
-    """
-
-    def init() -> Variables:
-        return model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32), use_running_average=True)
-
-    ours, theirs = (
-        {name: leaf.shape for name, leaf in flatten_dict(tree, sep="/").items()}
-        for tree in (jax.eval_shape(init), variables)
-    )
-    for name in sorted(ours.keys() | theirs.keys()):
-        here, there = ours.get(name, "missing"), theirs.get(name, "missing")
-        if here != there:
-            raise UserError(
-                f"--workdir={folder}: the checkpoint is not of the model that config.json and "
-                f"run.json describe: {name} is {there} in the one, {here} in the other"
-            )
 
 
 def draw(logits: Array, excluded: np.ndarray, key: Array, temperature: float) -> Array:
@@ -155,7 +131,6 @@ def main(_: list[str]) -> None:
     prompt = check_prompt(given.prompt, vocabulary)
     model = char_lm.make_model(config, len(vocabulary))
     update, variables, statistics = read_best(folder)
-    check_fits(model, variables, folder)
     if statistics == "running":
         print(
             f"no re-estimated population statistics of update {update} yet: using the running "
