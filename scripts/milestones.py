@@ -16,7 +16,6 @@ from experiments.records import milestones, runs
 from experiments.records.runs import Experiment, Run
 from experiments.reporting import paper
 from experiments.reporting.curves import shared_points
-from experiments.reporting.items import lines_of
 from experiments.runtime import cli, files, paths
 from experiments.runtime.errors import UserError
 
@@ -39,13 +38,7 @@ def points_of(experiment: Experiment, there: list[Run]) -> list[dict[str, Any]]:
     """Lowest and highest validation over seeds, at no more than `POINTS` updates."""
     metric, curve = CURVES[experiment.config]
     updates, values = shared_points(there, "valid", metric)
-    published = None
-    if curve is not None:
-        (published,) = (
-            line.published
-            for line in lines_of(curve, experiment.config, metric)
-            if line.experiment == experiment
-        )
+    published = None if curve is None else paper.curves(curve)[(experiment.kind,)]
     points = []
     places = np.geomspace(1, len(updates), POINTS) if len(updates) else ()  # dense early
     for column in np.unique(np.rint(places).astype(int)) - 1:

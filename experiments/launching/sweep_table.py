@@ -76,7 +76,7 @@ def as_markdown(points: list[Point], table: list[Row], errors: dict[str, str]) -
     groups: dict[tuple[str, ...], list[Row]] = {}
     names = [field for field in points[0].fields if field not in (SEED, KIND)]
     for row in table:
-        key = (LABELS[row["kind"]], *(markdown.escape(argument(row[field])) for field in names))
+        key = (LABELS[row["kind"]], *(argument(row[field]) for field in names))
         groups.setdefault(key, []).append(row)
     shown = _shown(points)
     finished = [row for row in table if row["status"] == "finished"]
