@@ -1,10 +1,9 @@
-"""Shows what a reader attends to, and what it answers: one question, as a page of HTML.
+"""Shows what a reader attends to and answers: one question, as a page of HTML.
 
     python -m scripts.inspect_reader --workdir=runs/babi_1/bn_e_star --example=3
 
-The page needs no network. It is of the best checkpoint so far, with re-estimated population
-statistics where the run is finished. A run that trained several kinds of model has a folder for
-each.
+The page needs no network. It shows the best checkpoint so far, with re-estimated population
+statistics if the run is finished. A run that trained several kinds of model has a folder for each.
 """
 
 import collections
@@ -44,7 +43,7 @@ class Word(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """A word, its share of something, and what is to be said of it."""
+    """A word, its share of the whole, and remarks."""
 
     word: str
     share: float
@@ -59,9 +58,9 @@ class Inspection(NamedTuple):
       answer: the right one, a word of the data.
       attention: the weight of each word of the passage, float `[words]`.
       answers: the likeliest words of the model's vocabulary, the likeliest first.
-      entities: those of the passage to which most attention is paid, summed over their mentions.
+      entities: those of the passage with most attention, summed over their mentions.
       right: whether the likeliest word is the answer.
-      verdict: that in words, with how likely the answer was if it is another word.
+      verdict: the same in words, with the answer's probability if another word is likelier.
     """
 
     passage: list[Word]

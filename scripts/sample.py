@@ -2,9 +2,9 @@
 
     python -m scripts.sample --workdir=runs/ptb_bn_lstm --prompt="the " --length=500
 
-It needs the folder of the run alone, not the data, and draws from the best checkpoint so far, with
-re-estimated population statistics where the run is finished. A run that trained two kinds of model
-has a folder for each, as runs/ptb_small/bn_lstm.
+It needs the folder of the run alone, not the data. It draws from the best checkpoint so far, with
+re-estimated population statistics if the run is finished. A run that trained two kinds of model has
+a folder for each, as runs/ptb_small/bn_lstm.
 """
 
 import itertools
@@ -29,7 +29,7 @@ from experiments.runtime.errors import UserError
 from experiments.tasks import char_lm
 
 Variables = dict[str, Any]
-COLDEST = 1e-6  # the lowest temperature that is not taken for 0: logits by it do not overflow
+COLDEST = 1e-6  # lower temperatures count as 0, because logits divided by them overflow
 
 
 def define_flags() -> None:
@@ -53,10 +53,10 @@ def define_flags() -> None:
 
 
 def check_prompt(prompt: str | None, vocabulary: str) -> str:
-    """The text to begin with: what is asked for, or a character that most texts have.
+    """The text to begin with: `prompt`, or a character that most texts have.
 
     Raises:
-      UserError: it is empty, or has characters that the model does not know.
+      UserError: the prompt is empty, or has characters that the model does not know.
     """
     known = vocabulary.replace(corpus.UNKNOWN, "")
     if prompt is None:

@@ -28,9 +28,9 @@ class Line(NamedTuple):
     """A line of a figure.
 
     Attributes:
-      file: of the paper's figure, in `paper_curves`.
-      key: the paper's line, as the first columns of the file name it.
       split, metric: of our runs.
+      file: of the paper's figure, in `paper_curves`.
+      name: of the paper's line in its file.
     """
 
     experiment: Experiment
@@ -40,7 +40,7 @@ class Line(NamedTuple):
     split: str
     metric: str
     file: str
-    key: tuple[str, ...]
+    name: str
 
     @property
     def axis(self) -> str:
@@ -51,7 +51,8 @@ class Line(NamedTuple):
     @property
     def published(self) -> np.ndarray:
         """The paper's line, `[2, points]`: updates and values."""
-        return paper.curves(self.file)[self.key]
+        curves, key = paper.curves(self.file), (self.name, self.split)
+        return curves[key if key in curves else key[:1]]  # some files have validation alone
 
     def measured(self, found: Found) -> tuple[np.ndarray, np.ndarray]:
         """Our runs' points, as `shared_points` gives them."""
@@ -59,12 +60,12 @@ class Line(NamedTuple):
 
 
 def by_kind(
-    file: str, config: str, metric: str, kinds: tuple[str, ...] = ("lstm", "bn_lstm"), *fold: str
+    file: str, config: str, metric: str, kinds: tuple[str, ...] = ("lstm", "bn_lstm")
 ) -> list[Line]:
-    """Validation lines by kind of model. `fold` names validation in files with several splits."""
+    """Validation lines by kind of model."""
     return [
-        Line(Experiment(config, k), LABELS[k], *STYLES[k], "valid", metric, file, (k, *fold))
-        for k in kinds
+        Line(Experiment(config, kind), LABELS[kind], *STYLES[kind], "valid", metric, file, kind)
+        for kind in kinds
     ]
 
 
@@ -78,7 +79,7 @@ def by_gamma(file: str, config: str, metric: str, split: str) -> list[Line]:
             split,
             metric,
             file,
-            (str(gamma), split),
+            str(gamma),
         )
         for gamma, style in GAMMAS.items()
     ]

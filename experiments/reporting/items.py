@@ -83,13 +83,13 @@ ITEMS: dict[str, Item] = {
     ),
     "figure_cnn_four_sentences": LearningCurves(
         "CNN questions on four sentences, validation error",
-        [by_kind("cnn_4sentence_error", "cnn_qa:four_sentences", "error", READER_KINDS, "valid")],
+        [by_kind("cnn_4sentence_error", "cnn_qa:four_sentences", "error", READER_KINDS)],
         updates=800_000,
         ylim=(0.3, 1),
     ),
     "figure_cnn": LearningCurves(
         "CNN questions, validation error",
-        [by_kind("cnn_full_error", "cnn_qa", "error", ("lstm", "bn_e_star_star"), "valid")],
+        [by_kind("cnn_full_error", "cnn_qa", "error", ("lstm", "bn_e_star_star"))],
         updates=400_000,
         ylim=(0.1, 1),
     ),
