@@ -6,7 +6,7 @@
 
 The settings of the paper's released code, but for RMSProp's decay: 0.9, as the paper's text has it
 and its code had until shortly before it was released with 0.5. It also comes nearer to the paper's
-curves (results/README.md). `--config.optimizer.decay=0.5` is as released.
+curves (results/findings.md). `--config.optimizer.decay=0.5` is as released.
 """
 
 from ml_collections import ConfigDict

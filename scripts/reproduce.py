@@ -20,6 +20,7 @@ scripts/report.py makes a page of everything.
 """
 
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +129,10 @@ def main(argv: list[str]) -> None:
         runner.show(points, commands, launcher)
         return
     renew = functools.partial(write, name, folder, output, given.data_dir)
-    sweep = runner.Sweep(points, commands, launcher, given.retries, lambda *_: renew())
-    if points:
-        launcher.check()
-        with workdir.in_use(folder):
-            sweep.run()
+    errors = runner.run(points, commands, launcher, lambda _: renew()) if points else {}
     print(f"{renew()}\nIn {output}/{name}.md")
-    sweep.exit_if_failed()
+    if errors:
+        sys.exit(f"error: {len(errors)} of {len(points)} points failed")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The page of the library's interface: a command in CONTRIBUTING.md builds it from docstrings."""
 
+import html
 import inspect
 import re
 import shlex
@@ -72,3 +73,9 @@ def test_members_of_every_flax_module_are_left_out(page):
     shown = set(re.findall(r'id="BNLSTMCell\.(\w+)"', page))
     assert shown == {"__init__", "__call__", "initialize_carry"}
     assert "::" not in re.sub(r"(?s)<(style|script).*?</\1>", "", page)
+
+
+def test_default_values_read_as_they_are_written(page):
+    text = html.unescape(re.sub(r"<[^>]+>", "", re.sub(r"(?s)<(style|script).*?</\1>", "", page)))
+    assert "scale_init: Initializer = constant(...)" in text and "= jax.jit," in text
+    assert not re.search(r"<(function|class)\b", text)

@@ -61,10 +61,10 @@ ALLOWED = {
     "experiments/tasks/__init__.py": {"import_module"},
     "experiments/datasets/prepared.py": {"import_module"},
     "experiments/records/runs.py": {"import_module"},
-    "scripts/slurm.py": {"import_module"},
+    "experiments/launching/sweeps.py": {"import_module"},
     # submitit runs on a cluster what it has pickled itself, into a folder of the job. It reads no
     # other pickles, and what belongs to a run is not in that folder.
-    "experiments/launching/submission.py": {"submitit"},
+    "experiments/launching/slurm.py": {"submitit"},
     "experiments/launching/launchers.py": {"submitit"},
     # Of packages named there.
     "experiments/datasets/originals.py": {"import_module"},

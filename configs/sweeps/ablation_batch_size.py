@@ -1,10 +1,10 @@
-"""How small a batch may be whose statistics normalise: 2 to 128 examples, with and without them.
+"""Batches of 2 to 128 examples: how small a batch can be for batch statistics.
 
     python -m scripts.sweep --config=configs/digits.py --sweep=configs/sweeps/ablation_batch_size.py
 
-All points make the same number of updates, so that small batches see fewer examples: hold BN-LSTM
-against the LSTM with the same batches. The paper has batches of 100, 64 and 128, and no others.
-The last table tells batch statistics, which validation has, from population statistics.
+All points make the same number of updates, so small batches see fewer examples: compare the BN-LSTM
+with the LSTM at the same batch size. The paper uses batches of 100, 64 and 128 only. Final results
+have both batch statistics, which validation uses, and population statistics.
 """
 
 from experiments.launching.sweeps import Fields, product, values

@@ -1,11 +1,11 @@
-"""Layer normalisation in batch normalisation's place: statistics of an example, not of a batch.
+"""Layer normalisation instead of batch normalisation: statistics of an example, not of a batch.
 
     python -m scripts.sweep --config=configs/digits.py \
         --sweep=configs/sweeps/ablation_layer_norm.py
 
-Of the same terms, with the same initial gamma, and with gamma 1, which is usual there. Images give
-one number a step: layer normalisation leaves their input term with the number's sign alone, so that
-leaving it unnormalised is a point too. The BN-LSTM is the config's own.
+It normalises the same terms, with the same initial gamma and with gamma 1, its usual value. Images
+have one number per step, of whose input term layer normalisation keeps only the sign. Other points
+therefore leave the input term unnormalised. The BN-LSTM is the config's own.
 """
 
 from experiments.launching.sweeps import Fields, product, values

@@ -1,10 +1,10 @@
-"""Population statistics of all time steps together, in place of one for each.
+"""Population statistics shared by all time steps, instead of statistics per time step.
 
     python -m scripts.sweep --config=configs/digits.py \
         --sweep=configs/sweeps/ablation_shared_statistics.py
 
-Training and validation, which have statistics of the batch, are the same: what differs is the last
-table, with population statistics. The paper says that averaging over time hurts, without numbers.
+Training and validation use batch statistics and are the same. Final results with population
+statistics differ. The paper says that averaging over time hurts, without numbers.
 """
 
 from experiments.launching.sweeps import Fields, product, values

@@ -1,12 +1,12 @@
-"""Which of the three terms has to be normalised: each alone, each pair, and all of them.
+"""Which of the three terms must be normalised: each alone, each pair, and all of them.
 
     python -m scripts.sweep --config=configs/digits.py --sweep=configs/sweeps/ablation_terms.py
     python -m scripts.sweep --config=configs/pmnist.py --sweep=configs/sweeps/ablation_terms.py \
         --workdir=runs/sweeps/pmnist_terms --config.num_updates=10000
 
-`input` is W_x x_t, `recurrent` W_h h_{t-1}, `cell` what goes into the output's tanh. The paper
-normalises all three and shows no other choice. Input statistics of whole sequences, as its readers
-BN-e* and BN-e** have them, are a point too.
+`input` is W_x x_t, `recurrent` is W_h h_{t-1}, `cell` is the argument of the output's tanh. The
+paper normalises all three and shows no other choice. One more point has input statistics of whole
+sequences, as the paper's readers BN-e* and BN-e** do.
 """
 
 from experiments.launching.sweeps import Fields, product, values

@@ -1,4 +1,4 @@
-"""Learning rate and width of the readers of CNN news: the grid that the paper's appendix lists.
+"""Learning rate and width of the CNN readers: the grid in the paper's appendix.
 
     python -m scripts.sweep --config=configs/cnn_qa.py:four_sentences \
         --sweep=configs/sweeps/cnn_rate_and_width.py --config.model.kind=bn_e_star_star
@@ -6,9 +6,9 @@
         --sweep=configs/sweeps/cnn_rate_and_width.py --config.model.kind=lstm \
         --workdir=runs/sweeps/cnn_rate_and_width_lstm
 
-The same grid for the LSTM and for the normalised readers. The paper trains LSTM, BN-LSTM and
-BN-everywhere with rate 8e-5, and takes 8e-4 for BN-e* and BN-e**; all on four sentences have 240
-units, BN-e** on whole passages has 120.
+The grid is the same for the LSTM and for the normalised readers. The paper trains LSTM, BN-LSTM and
+BN-everywhere with rate 8e-5, BN-e* and BN-e** with 8e-4. Readers of four sentences have 240 units,
+BN-e** on whole passages has 120.
 """
 
 from experiments.launching.sweeps import Fields, product, values

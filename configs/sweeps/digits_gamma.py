@@ -3,7 +3,7 @@
     python -m scripts.sweep --config=configs/digits.py --sweep=configs/sweeps/digits_gamma.py \
         --config.model.kind=bn_lstm
 
-Not a search of the paper's: the same gammas on other data, with three seeds each.
+The paper searches these gammas on other data. Each has three seeds here.
 """
 
 from experiments.launching.sweeps import Fields, product, values

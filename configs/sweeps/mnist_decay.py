@@ -4,8 +4,9 @@
     python -m scripts.sweep --config=configs/pmnist.py --sweep=configs/sweeps/mnist_decay.py \
         --workdir=runs/sweeps/pmnist_decay
 
-The paper speaks of momentum, its released code has none. The code has 0.5 as it was released, and
-had 0.9 when the figures were made. Both models, of which the paper does not say which was searched.
+The paper mentions momentum, which its released code does not have. The code was released with 0.5,
+and had 0.9 when the figures were made. The paper does not say which model was searched: both are
+here.
 """
 
 from experiments.launching.sweeps import Fields, product, values

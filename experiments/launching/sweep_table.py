@@ -1,9 +1,10 @@
-"""What a sweep came to: a row for each run as CSV, and means over seeds as Markdown."""
+"""Results of a sweep: a row for each run as CSV, and means over seeds as Markdown."""
 
 import csv
 import io
 import math
 import statistics
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -14,54 +15,55 @@ from experiments.runtime import files, markdown
 
 CSV_NAME, MARKDOWN_NAME = "results.csv", "results.md"
 SEED, KIND = "seed", "model.kind"
-VALIDATION = ("batch", "none")  # how validation normalises, that chooses checkpoints
-FINAL = ("population", "none")  # how final numbers do
+KEYS = ("split", "statistics", "reading")  # of rows of results.json; all else are metrics
+VALIDATION = ("batch", "none")  # statistics that normalise validation, which chooses checkpoints
+FINAL = ("population", "none")  # statistics that normalise final results
 
 Row = dict[str, Any]
 
 
-def rows(points: list[Point], statuses: dict[str, str], folder: Path) -> list[Row]:
-    """A row for each run.
+def rows(points: list[Point], errors: dict[str, str], folder: Path) -> list[Row]:
+    """A row for each run of a sweep in `folder`.
 
-    `statuses` are those of unfinished points, by name. Metrics are named as
-    `test/population/accuracy`, or `test/population/one sequence/accuracy` where the reading has a
-    name. Workdirs are relative to the sweep's `folder`.
+    `errors` are those of points that failed, by name. Metrics are named `test/population/accuracy`,
+    or `test/population/one sequence/accuracy` if the reading has a name.
     """
     made = []
     for point in points:
         for kind, run in point.runs.items():
             fields = {field: value for field, value in point.fields.items() if field != KIND}
             results = point.results(kind)
-            status = "finished" if results else statuses.get(point.name, "waiting")
+            status = "failed" if point.name in errors else "unfinished"
             row = {**fields, "kind": kind, SEED: point.config.seed, "status": status}
             if results:
-                chosen = results["selection"]
-                found = {
-                    "/".join((*_way(r), metric)): value
-                    for r in results["rows"]
-                    for metric, value in r.items()
-                    if metric not in ("split", "statistics", "reading")
-                }
-                row |= {
-                    "selection": chosen,
-                    "validation": _first(results, "valid", VALIDATION)[chosen],
-                    "update": results["update"],
-                    **found,
-                }
+                row |= {"status": "finished", **_found(results)}
             made.append(row | {"workdir": str(run.relative_to(folder))})
     return made
 
 
-def _way(row: Row) -> list[str]:
-    return [row[key] for key in ("split", "statistics", "reading") if key in row]
+def _found(results: Row) -> Row:
+    """The columns of a finished run."""
+    chosen = results["selection"]
+    validation = next(
+        row[chosen]
+        for row in results["rows"]
+        if row["split"] == "valid" and row["statistics"] in VALIDATION
+    )
+    found = {"selection": chosen, "validation": validation, "update": results["update"]}
+    for row in results["rows"]:
+        for metric, value in row.items():
+            if metric not in KEYS:
+                found[_column(row, metric)] = value
+    return found
 
 
-def _first(results: Row, split: str, ways: tuple[str, ...]) -> Row:
-    return next(r for r in results["rows"] if r["split"] == split and r["statistics"] in ways)
+def _column(row: Row, metric: str) -> str:
+    """The CSV column of a metric of a row of `results.json`."""
+    return "/".join([*(row[key] for key in KEYS if key in row), metric])
 
 
 def as_csv(table: list[Row]) -> str:
-    """The rows; columns are in the order in which they come up, and the workdir is the last."""
+    """The rows as CSV; the workdir is the last column."""
     columns = dict.fromkeys(column for row in table for column in row)
     columns["workdir"] = columns.pop("workdir")
     file = io.StringIO()
@@ -72,64 +74,53 @@ def as_csv(table: list[Row]) -> str:
 
 
 def as_markdown(points: list[Point], table: list[Row], errors: dict[str, str]) -> str:
-    """Means over seeds, the best by validation first, then what is missing and why."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
+    """Means over seeds, best validation first, and the errors of failed points."""
     names = [field for field in points[0].fields if field not in (SEED, KIND)]
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in table:
         key = (LABELS[row["kind"]], *(argument(row[field]) for field in names))
-        groups.setdefault(key, []).append(row)
-    shown = _shown(points)
-    finished = [row for row in table if row["status"] == "finished"]
-    selection = finished[0]["selection"] if finished else "metric"
-    header = ["model", *names, "seeds", f"valid {selection}", *(title for title, _ in shown)]
-    ranked, lines = [], []
+        groups[key].append(row)
+    columns = _shown(points)
     sign = 1 if _lower_is_better(points) else -1
+    ranked = []
     for key, members in groups.items():
-        there = [row for row in members if row["status"] == "finished"]
-        cells = [_spread([row["validation"] for row in there])]
-        for _, columns in shown:
-            cells.append(_spread([row[c] for row in there for c in columns if c in row]))
-        line = [*key, f"{len(there)} of {len(members)}", *cells]
-        best = statistics.fmean(row["validation"] for row in there) if there else math.inf * sign
-        ranked.append((sign * best, line))
-    lines = [line for _, line in sorted(ranked, key=lambda each: each[0])]
-    counts = {
-        status: sum(row["status"] == status for row in table)
-        for status in dict.fromkeys(row["status"] for row in table)
-    }
+        done = [row for row in members if row["status"] == "finished"]
+        cells = [_spread(done, sources) for sources in columns.values()]
+        best = statistics.fmean(row["validation"] for row in done) if done else math.inf * sign
+        ranked.append((sign * best, [*key, f"{len(done)} of {len(members)}", *cells]))
+    ranked.sort(key=lambda each: each[0])
+    lines = markdown.table(["model", *names, "seeds", *columns], [line for _, line in ranked])
+    counts = Counter(row["status"] for row in table)
     told = ", ".join(f"{count} {status}" for status, count in counts.items())
     text = (
-        f"{markdown.table(header, lines)}\n\n"
-        f"Runs: {len(table)}, of which {told}. Mean ± sample standard deviation over seeds, of "
-        "finished runs alone. Validation, by which rows are sorted and each run's checkpoint was "
-        "chosen, normalises with batch statistics, test with re-estimated population statistics; "
-        "an LSTM has neither.\n"
+        f"{lines}\n\n"
+        f"{len(table)} runs: {told}. Mean ± sample standard deviation over seeds, of finished "
+        "runs. Rows are sorted by validation, which also chose each run's checkpoint. Validation "
+        "uses batch statistics, test re-estimated population statistics; an LSTM has neither.\n"
     )
     for name, error in errors.items():
         text += f"\n- `{name}` failed: {markdown.escape(error)}"
     return text + "\n" * bool(errors)
 
 
-def _shown(points: list[Point]) -> list[tuple[str, list[str]]]:
-    """The test columns: titles, and which columns of rows they are of, whatever normalises."""
-    titles: dict[str, list[str]] = {}
-    for point in points:
-        for kind in point.runs:
-            results = point.results(kind)
-            for row in results["rows"] if results else ():
-                if row["split"] != "test" or row["statistics"] not in FINAL:
-                    continue
+def _shown(points: list[Point]) -> dict[str, set[str]]:
+    """Metrics of the Markdown table by title, each with the CSV columns that may hold it."""
+    columns: dict[str, set[str]] = {}
+    for results in (point.results(kind) for point in points for kind in point.runs):
+        if results is None:
+            continue
+        columns[f"valid {results['selection']}"] = {"validation"}
+        for row in results["rows"]:
+            if row["split"] == "test" and row["statistics"] in FINAL:
+                reading = f", {row['reading']}" if "reading" in row else ""
                 for metric in results["shown"]:
-                    reading = f", {row['reading']}" if "reading" in row else ""
-                    columns = titles.setdefault(f"test {metric}{reading}", [])
-                    column = "/".join((*_way(row), metric))
-                    if column not in columns:
-                        columns.append(column)
-    return list(titles.items())
+                    sources = columns.setdefault(f"test {metric}{reading}", set())
+                    sources.add(_column(row, metric))
+    return columns
 
 
 def _lower_is_better(points: list[Point]) -> bool:
-    """Which way the metric goes that chooses checkpoints; any way while no run is finished."""
+    """Whether the metric that chooses checkpoints is better if lower."""
     for point in points:
         for kind, run in point.runs.items():
             if point.results(kind) is not None:
@@ -137,19 +128,18 @@ def _lower_is_better(points: list[Point]) -> bool:
     return True
 
 
-def _spread(found: list[float]) -> str:
-    """Mean and sample standard deviation, which needs two."""
+def _spread(done: list[Row], sources: set[str]) -> str:
+    """Mean and sample standard deviation of values, each in one of the `sources` columns."""
+    found = [row[source] for row in done for source in sources & row.keys()]
     if not found:
         return "-"
     mean = f"{statistics.fmean(found):.4f}"
     return f"{mean} ± {statistics.stdev(found):.4f}" if len(found) > 1 else mean
 
 
-def write(
-    points: list[Point], statuses: dict[str, str], errors: dict[str, str], folder: Path
-) -> str:
+def write(points: list[Point], errors: dict[str, str], folder: Path) -> str:
     """Writes both files into the sweep's folder; returns the Markdown."""
-    table = rows(points, statuses, folder)
+    table = rows(points, errors, folder)
     text = as_markdown(points, table, errors)
     files.write_text(folder / CSV_NAME, as_csv(table))
     files.write_text(folder / MARKDOWN_NAME, text)

@@ -1,16 +1,17 @@
-"""Sweeps: many runs of one config that differ in a few of its fields.
+"""Sweeps: runs of one config that differ in a few fields.
 
-A sweep file's `get_sweep()` returns the points, each a `{config field: value}`. It is Python, and
-loading it runs it. Points are made with the functions here:
+The function `get_sweep()` of a sweep file returns a list of points, each a `{config field: value}`:
 
     def get_sweep():
         return product(values("model.initial_scale", 0.1, 0.3), values("seed", 1, 2, 3))
 """
 
 import hashlib
-import importlib.util
+import importlib
 import itertools
+import pkgutil
 import re
+import runpy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +21,9 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from experiments import config as shared
-from experiments.models import layers
+from experiments import parallel, tasks
 from experiments.records import workdir
-from experiments.runtime import files
+from experiments.runtime import checks, files
 from experiments.runtime.errors import UserError, unknown_name
 from experiments.train import RESULTS_NAME
 
@@ -39,12 +40,12 @@ def values(field: str, *given: Any) -> list[Fields]:
 
 
 def product(*lists: list[Fields]) -> list[Fields]:
-    """Every point of one list with every point of the others; those of the first change last."""
+    """All combinations of the points of several lists; the last list varies fastest."""
     return [_joined(points) for points in itertools.product(*lists)]
 
 
 def zipped(*lists: list[Fields]) -> list[Fields]:
-    """The first points of all lists as one, the second ones, and so on."""
+    """Joins the first points of all lists, the second ones, and so on."""
     lengths = [len(points) for points in lists]
     if len(set(lengths)) > 1:
         raise UserError(
@@ -64,34 +65,23 @@ def _joined(points: Iterable[Fields]) -> Fields:
 
 
 def load(file: str) -> list[Fields]:
-    """The points of a sweep file, which is run for that.
+    """Runs a sweep file and returns its points.
 
     Raises:
-      UserError: the file is not there, or does not return points, each but once.
+      UserError: the file is missing, or does not return distinct points.
     """
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(
-            unknown_name("--sweep", file, map(str, Path("configs/sweeps").glob("*.py")))
-        )
-    spec = importlib.util.spec_from_file_location(f"sweep_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--sweep={file} is not a Python file: its name must end in .py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_sweep"):
+    if not Path(file).is_file():
+        others = map(str, Path("configs/sweeps").glob("*.py"))
+        raise UserError(unknown_name("--sweep", file, others))
+    get_sweep = runpy.run_path(file).get("get_sweep")
+    if get_sweep is None:
         raise UserError(f"--sweep={file} has no function get_sweep(): let it return the points")
-    points = module.get_sweep()
-    if not isinstance(points, list) or not all(
-        isinstance(point, dict) and point and all(isinstance(field, str) for field in point)
-        for point in points
-    ):
+    points = get_sweep()
+    if not (isinstance(points, list) and points and all(map(_is_point, points))):
         raise UserError(
-            f"--sweep={file}: get_sweep() must return a list of {{config field: value}}, none of "
-            "them empty"
+            f"--sweep={file}: get_sweep() must return a list of {{config field: value}}; neither "
+            "the list nor a point may be empty"
         )
-    if not points:
-        raise UserError(f"--sweep={file} is empty: get_sweep() returns no point")
     points = [{field: plain(value) for field, value in point.items()} for point in points]
     for number, point in enumerate(points):
         if point in points[:number]:
@@ -99,10 +89,14 @@ def load(file: str) -> list[Fields]:
     return points
 
 
-def plain(value: Any) -> Any:
-    """A value as a config field has it: NumPy's scalars become Python's, its arrays tuples.
+def _is_point(point: Any) -> bool:
+    return isinstance(point, dict) and point and all(isinstance(field, str) for field in point)
 
-    A float of fewer than 64 bits becomes the one that is written alike: `np.float32(0.1)` 0.1.
+
+def plain(value: Any) -> Any:
+    """Converts NumPy's scalars to Python's, and its arrays to tuples.
+
+    `np.float32(0.1)` becomes 0.1, not 0.10000000149.
     """
     if isinstance(value, np.floating):
         return float(str(value))
@@ -114,18 +108,18 @@ def plain(value: Any) -> Any:
 
 
 def argument(value: Any) -> str:
-    """A value as the command line gives it."""
+    """A value as it is written on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     return value if isinstance(value, str) else repr(value)
 
 
 def name(point: Fields, swept: Iterable[str]) -> str:
-    """A name for a point, and for its folder: `initial_scale=0.1,normalize=input+cell,seed=2`.
+    """The name of a point and of its folder: `initial_scale=0.1,normalize=input+cell,seed=2`.
 
-    It depends on nothing but the point and which fields are `swept`. Fields go by their last name
-    where no other swept one shares it. What a file system may not take, or not tell apart, is
-    replaced, and then a hash tells values apart.
+    It depends on the point and the `swept` fields alone. Fields appear by their last name if that
+    is unique among the swept ones. Characters that a file system may refuse or confuse are
+    replaced; a hash then keeps names distinct.
     """
     last = [field.rpartition(".")[2] for field in swept]
     parts = []
@@ -147,14 +141,14 @@ def _hash(text: str) -> str:
 
 
 class Point(NamedTuple):
-    """A point, checked: a run, or one for each kind of model if the config names several.
+    """A point of a sweep: a run, or one for each kind of model if the config names several.
 
     Attributes:
       name: of the point, and of its folder.
-      fields: what is swept, by name.
-      config: the whole of it.
-      folder: its workdir, as it is given to `experiments.main`.
-      runs: workdirs of runs, by kind of model; of several kinds they are in that folder.
+      fields: values of all swept fields.
+      config: the whole config.
+      folder: `--workdir` of the point's command.
+      runs: workdirs by kind of model: `folder`, or folders in it for several kinds.
     """
 
     name: str
@@ -164,7 +158,7 @@ class Point(NamedTuple):
     runs: dict[str, Path]
 
     def results(self, kind: str) -> dict[str, Any] | None:
-        """What the finished run of a kind came to; None if it is not finished."""
+        """Results of the run of a kind of model; None if it has not finished."""
         path = self.runs[kind] / RESULTS_NAME
         if not path.exists():
             return None
@@ -172,36 +166,56 @@ class Point(NamedTuple):
         return results if results["updates"] == self.config.num_updates else None
 
     def finished(self) -> bool:
-        """Whether all of its runs are."""
+        """Whether all runs have finished."""
         return all(self.results(kind) is not None for kind in self.runs)
 
 
 def make_points(base: ConfigDict, swept: list[Fields], folder: Path) -> list[Point]:
-    """The points of a sweep of the config `base`, whose workdirs are in `folder`; writes nothing.
+    """Makes and checks the points of a sweep of the config `base`, with workdirs in `folder`.
 
     Raises:
-      UserError: a point has a field that the config has not, or a value that it cannot take, or its
+      UserError: a point sets an unknown field or an invalid value, equals another point, or its
         workdir holds another run.
     """
-    # Of all points, in the order in which they come; a point without one has the config's value.
     names = list(dict.fromkeys(field for point in swept for field in point))
     configs = [_with(base, given) for given in swept]
     points: list[Point] = []
-    for given, point_config in zip(swept, configs, strict=True):
-        flat = flatten_dict(point_config.to_dict(), sep=".")
-        fields = {field: flat[field] for field in names}
+    for given, config in zip(swept, configs, strict=True):
+        flat = flatten_dict(config.to_dict(), sep=".")
         own = name({field: flat[field] for field in given}, names)
-        kinds = _check(own, point_config)
-        runs = {kind: folder / own / kind if len(kinds) > 1 else folder / own for kind in kinds}
-        for kind, run in runs.items():
-            run_config = point_config.copy_and_resolve_references()
-            run_config.model.kind = kind
-            workdir.check(run_config, run)
+        fields = {field: flat[field] for field in names}
         for other in points:
             if other.fields == fields:
                 raise UserError(f"a sweep has one run twice, as {other.name} and as {own}")
-        points.append(Point(own, fields, point_config, folder / own, runs))
+        try:
+            runs = check_run(config, folder / own)
+        except UserError as error:
+            raise UserError(f"{own}: {error}") from error
+        points.append(Point(own, fields, config, folder / own, runs))
     return points
+
+
+def check_run(config: ConfigDict, folder: Path, processes: int = 1) -> dict[str, Path]:
+    """Checks all that a run of `processes` processes checks at its start without data.
+
+    Returns:
+      The workdirs of its runs by kind of model.
+
+    Raises:
+      UserError: the config or a workdir is invalid.
+    """
+    shared.check(config)
+    parallel.check(config, processes)
+    names = tuple(module.name for module in pkgutil.iter_modules(tasks.__path__))
+    checks.one_of("config.task", config.task, names)
+    importlib.import_module(f"experiments.tasks.{config.task}").check(config)
+    kinds = shared.model_kinds(config)
+    runs = {kind: folder / kind if len(kinds) > 1 else folder for kind in kinds}
+    for kind, run in runs.items():
+        own = config.copy_and_resolve_references()
+        own.model.kind = kind
+        workdir.check(own, run)
+    return runs
 
 
 def _with(base: ConfigDict, point: Fields) -> ConfigDict:
@@ -212,7 +226,7 @@ def _with(base: ConfigDict, point: Fields) -> ConfigDict:
         if field not in known:
             raise UserError(unknown_name("a swept field", field, known))
         kind = type(known[field])
-        # Which a ConfigDict would let pass, or turn into numbers.
+        # A ConfigDict would accept None, and convert booleans to numbers.
         wrong = value is None or (isinstance(value, bool) and kind is not bool)
         try:
             if not wrong:
@@ -222,18 +236,3 @@ def _with(base: ConfigDict, point: Fields) -> ConfigDict:
         if wrong:
             raise UserError(f"config.{field} is swept and is {value!r}: it must be {kind.__name__}")
     return made
-
-
-def _check(own: str, config: ConfigDict) -> list[str]:
-    """The kinds of model of a point, whose values are checked as far as they can be without data.
-
-    Raises:
-      UserError: names the point too.
-    """
-    try:
-        shared.check(config)
-        if "recurrent_init" in config.model:
-            layers.check(config.model)
-        return shared.model_kinds(config)
-    except UserError as error:
-        raise UserError(f"{own}: {error}") from error

@@ -1,68 +1,49 @@
-"""Is this run healthy? Validations of runs that were, to hold a new one against.
+"""Is a run on track? Committed runs of the same config, to compare its validations with.
 
-`milestones.json` has them, by config and kind of model; scripts/milestones.py makes it of runs.
-They are for configs as they are: where any other field is set, there is nothing to compare with.
+They are read from `results/runs` beside the code. An installed package has none.
 """
 
-import functools
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from experiments.records import runs
 
-PATH = Path(__file__).with_suffix(".json")
-MARGIN = 0.05  # of the value, at least, to both sides of what few seeds gave
+RUNS = Path(__file__).parents[2] / "results" / "runs"
+MARGIN = 0.1  # of the value, at least, on both sides of the range: a few seeds say little of it
 
 
 class Milestone(NamedTuple):
-    """What healthy runs had after some updates.
-
-    Attributes:
-      metric: of validation, with batch statistics if any.
-      low, high: over `seeds` runs.
-      paper: what the paper's curve has there; None where it has none.
-    """
+    """The range of a validation metric, with batch statistics if any, over earlier runs."""
 
     metric: str
     low: float
     high: float
     seeds: int
-    paper: float | None
 
     def tell(self, value: float) -> str:
-        """Whether a value is as it should be, in a line.
-
-        It may lie beyond those of a few seeds by as much as they lie apart, or by a twentieth.
-        """
-        values = [self.low, self.high, *([] if self.paper is None else [self.paper])]
-        low, high = min(values), max(values)
-        margin = max(high - low, MARGIN * high)
-        least, most = low - margin, high + margin
-        better = value > most if self.metric == "accuracy" else value < least
-        verdict = "on track" if least <= value <= most else "better" if better else "off"
-        paper = "" if self.paper is None else f", the paper {self.paper:.3f}"
+        """One line: whether `value` is within the range, or beyond it by no more than its width."""
+        margin = max(self.high - self.low, MARGIN * self.high)
+        better = value > self.high if self.metric == "accuracy" else value < self.low
+        on_track = self.low - margin <= value <= self.high + margin
+        verdict = "on track" if on_track else "better" if better else "off"
         return (
-            f"{verdict}: {self.metric.replace('_', ' ')} {value:.3f}, where {self.seeds} runs had "
-            f"{self.low:.3f} to {self.high:.3f}{paper}"
+            f"{verdict}: {self.metric} {value:.3f}, in earlier runs {self.low:.3f} to "
+            f"{self.high:.3f} (seeds: {self.seeds})"
         )
 
 
 def of(config: ConfigDict) -> dict[int, Milestone]:
-    """The milestones of a run, by update; none if its config is not one that has some."""
-    for known in _known():
-        if runs.Experiment(known["config"], known["kind"]).is_of(config):
-            return {
-                point["update"]: Milestone(
-                    known["metric"], *(point[name] for name in ("low", "high", "seeds", "paper"))
-                )
-                for point in known["points"]
-            }
-    return {}
-
-
-@functools.cache
-def _known() -> list[dict[str, Any]]:
-    return json.loads(PATH.read_text(encoding="utf-8")) if PATH.exists() else []
+    """Milestones by update: the 1st, 2nd, 4th, 8th, ... validation that all earlier runs have."""
+    fields = runs.identity(config)
+    same = [run for run in runs.find(RUNS) if runs.identity(run.config) == fields]
+    metric = "error" if config.task == "question_answering" else "accuracy"
+    curves = [dict(run.curve("valid", metric).T.tolist()) for run in same]
+    shared = sorted(set.intersection(*map(set, curves))) if curves else []
+    milestones = {}
+    for doubling in range(len(shared).bit_length()):
+        update = shared[2**doubling - 1]
+        values = [curve[update] for curve in curves]
+        milestones[int(update)] = Milestone(metric, min(values), max(values), len(values))
+    return milestones

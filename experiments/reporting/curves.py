@@ -5,11 +5,12 @@ highest seed. Both have the same dashes, so that lines differ in grey print.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.records.runs import Experiment, Run
+from experiments.records.runs import Experiment
 from experiments.reporting import paper, pictures
 from experiments.reporting.compare import LABELS, LONG_DASHES, STYLES
 from experiments.reporting.item import Found, Item, Shown, Table, spread
@@ -55,8 +56,13 @@ class Line(NamedTuple):
         return curves[key if key in curves else key[:1]]  # some files have validation alone
 
     def measured(self, found: Found) -> tuple[np.ndarray, np.ndarray]:
-        """Our runs' points, as `shared_points` gives them."""
-        return shared_points(found[self.experiment], self.split, self.metric)
+        """Updates at which all our runs have the metric, `[n]`, and its values `[runs, n]`."""
+        curves = [run.curve(self.split, self.metric) for run in found[self.experiment]]
+        curves = [curve for curve in curves if curve.size]
+        if not curves:
+            return np.zeros(0), np.zeros((0, 0))
+        shared = functools.reduce(np.intersect1d, [updates for updates, _ in curves])
+        return shared, np.array([values[np.isin(updates, shared)] for updates, values in curves])
 
 
 def by_kind(
@@ -175,18 +181,6 @@ class CurvesByHours(Item):
             latest = [[v for c in of_line for v in c[1, c[0] <= hours][-1:]] for of_line in curves]
             rows.append([f"{hours:.2f}", *map(spread, latest)])
         return Shown(Table(["hours", *(line.label for line in self.lines)], rows), figure)
-
-
-def shared_points(runs: list[Run], split: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Updates at which all runs have a metric, `[n]`, and its values `[runs, n]`."""
-    curves = [run.curve(split, metric) for run in runs]
-    curves = [curve for curve in curves if curve.size]
-    if not curves:
-        return np.zeros(0), np.zeros((0, 0))
-    shared = curves[0][0]
-    for updates, _ in curves:
-        shared = np.intersect1d(shared, updates)
-    return shared, np.array([values[np.isin(updates, shared)] for updates, values in curves])
 
 
 def draw(axes: Any, line: Line, found: Found) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import inspect
 import re
 from pathlib import Path
 
@@ -27,7 +28,7 @@ MODULES = [
 def test_modules_list_and_document_all_of_their_fields(module):
     fields = {field.name for field in dataclasses.fields(module)} - {"parent", "name"}
     assert fields <= set(vars(module)["__annotations__"])
-    documented = re.findall(r"^ {6}(\w+(?:, \w+)*): ", module.__doc__, re.MULTILINE)
+    documented = re.findall(r"^ {2}(\w+(?:, \w+)*): ", inspect.getdoc(module), re.MULTILINE)
     assert {name for names in documented for name in names.split(", ")} == fields
     ours = [base for base in module.__mro__[1:] if base.__module__.startswith("bnlstm_jax")]
     assert len(ours) <= 1

@@ -13,6 +13,12 @@ SOURCES = {
     for path in (ROOT / "experiments" / "main.py", *sorted((ROOT / "scripts").glob("*.py")))
 }
 COMMANDS = [name for name, source in SOURCES.items() if "__main__" in source]
+FROM_OTHER_MODULES = {
+    "scripts.slurm": ("config", "workdir", "time", "dry_run"),
+    "scripts.sweep": ("config", "launcher", "jobs", "time"),
+    "scripts.reproduce": ("launcher", "jobs", "time"),
+    "scripts.crash_test": ("config",),
+}
 
 # Imports what takes long once, then forks for each command.
 PROGRAM = """
@@ -55,15 +61,5 @@ def test_help_has_an_example_and_every_flag(name, answers):
     assert (status, errors) == ("0", "")
     assert f"python -m {name}" in output
     own = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', SOURCES[name])
-    if "main.parse_flags" in SOURCES[name] or "run.parse_flags" in SOURCES[name]:
-        own.append("config")
-    if "submission.define_flags" in SOURCES[name]:
-        own += ["time", "partition"]
-    if "sweep_launchers.define_flags" in SOURCES[name]:
-        own += ["launcher", "jobs", "time", "partition"]
-    for flag in own:
+    for flag in (*own, *FROM_OTHER_MODULES.get(name, ())):
         assert re.search(rf"^  (-\w,)?--(\[no\])?{flag}: ", output, re.M), flag
-
-
-def test_there_are_commands_with_flags_of_several_modules():
-    assert {"scripts.sweep", "scripts.slurm", "scripts.crash_test"} < set(COMMANDS)

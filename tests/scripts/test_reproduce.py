@@ -23,7 +23,7 @@ shutil.copytree(*sys.argv[1:])
 def call(call_main, tmp_path):
     """Runs the command in this process; what it prints."""
     given = {"budget": "minutes", "seeds": 1, "data_dir": "data", "output": None, "dry_run": False}
-    given |= {"workdir": str(tmp_path / ODD), "launcher": "local", "jobs": 2, "retries": 0}
+    given |= {"workdir": str(tmp_path / ODD), "launcher": "local", "jobs": 2}
     return lambda *arguments, **others: call_main(reproduce, *arguments, **given | others).out
 
 
@@ -58,12 +58,11 @@ def test_runs_are_launched_as_those_of_a_sweep(call, tmp_path, monkeypatch, caps
     monkeypatch.setattr(reproduce.runner, "command_of", command_of)
     with pytest.raises(SystemExit) as caught:
         call("table_mnist", output=str(tmp_path))
-    assert caught.value.code == 1
+    assert caught.value.code == "error: 2 of 4 points failed"
     said = capsys.readouterr()
-    assert said.err == "error: 2 of 4 points failed\n"
-    assert "mnist/bn_lstm/seed_1: finished\n" in said.out
-    log = folder / "jobs/pmnist/lstm/seed_1"
-    assert f"pmnist/lstm/seed_1: failed: error: made up ({log}/" in said.out
+    assert "mnist/bn_lstm/seed_1: finished, " in said.out
+    log = folder / "jobs/pmnist/lstm/seed_1.log"
+    assert f"pmnist/lstm/seed_1: failed: error: made up ({log})" in said.out
     table = (tmp_path / "table_mnist.md").read_text()
     assert table in said.out and re.sub(" +", " ", table).count("| 0.7000 | 500 of 100,000 |") == 2
 

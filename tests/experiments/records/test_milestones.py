@@ -1,80 +1,58 @@
-import json
-from pathlib import Path
-
 import pytest
 
-from configs import digits
 from experiments import train
 from experiments.records import milestones
 from experiments.records.milestones import Milestone
 from experiments.records.runs import Experiment
-from scripts import milestones as maker
 from tests.scripts.made_up import write_run
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize(
-    "low, high, paper, value, verdict",
+    "metric, low, high, value, verdict",
     [
-        (0.5, 0.6, None, 0.55, "on track"),
-        (0.5, 0.6, None, 0.41, "on track"),  # by as much as the others lie apart
-        (0.5, 0.6, None, 0.39, "off"),
-        (0.5, 0.6, None, 0.71, "better"),
-        (0.5, 0.5, None, 0.476, "on track"),  # one run says little: a twentieth
-        (0.5, 0.5, None, 0.474, "off"),
-        (0.5, 0.5, 0.6, 0.69, "on track"),  # the paper's counts as one of them
-        (0.5, 0.6, None, float("nan"), "off"),
+        ("accuracy", 0.4, 0.6, 0.55, "on track"),
+        ("accuracy", 0.4, 0.6, 0.21, "on track"),  # below by less than the others lie apart
+        ("accuracy", 0.4, 0.6, 0.19, "off"),
+        ("accuracy", 0.4, 0.6, 0.81, "better"),
+        ("accuracy", 0.5, 0.5, 0.46, "on track"),  # below a single run by less than a tenth
+        ("accuracy", 0.5, 0.5, 0.44, "off"),
+        ("accuracy", 0.4, 0.6, float("nan"), "off"),
+        ("error", 0.4, 0.6, 0.19, "better"),
+        ("error", 0.4, 0.6, 0.81, "off"),
     ],
 )
-def test_verdicts(low, high, paper, value, verdict):
-    told = Milestone("accuracy", low, high, 3, paper).tell(value)
-    assert told.startswith(f"{verdict}: accuracy ")
-    assert f"where 3 runs had {low:.3f} to {high:.3f}" in told
-    assert ("the paper" in told) == (paper is not None)
+def test_verdicts(metric, low, high, value, verdict):
+    told = Milestone(metric, low, high, 3).tell(value)
+    assert told.startswith(f"{verdict}: {metric} ")
 
 
-@pytest.mark.parametrize("value, verdict", [(1.3, "better"), (1.5, "on track"), (1.7, "off")])
-def test_lower_losses_are_better(value, verdict):
-    told = Milestone("bits_per_character", 1.45, 1.55, 3, None).tell(value)
-    assert told.startswith(f"{verdict}: bits per character ")
-
-
-def test_they_are_for_configs_as_they_are():
-    config = digits.get_config()
-    config.model.kind = "bn_lstm"
-    points = milestones.of(config)
-    assert points and max(points) <= config.num_updates
+def test_milestones_are_the_range_of_runs_of_the_same_config(tmp_path, monkeypatch):
+    monkeypatch.setattr(milestones, "RUNS", tmp_path)
+    experiment = Experiment("pmnist", "bn_lstm")
+    for seed, values in ((1, [0.5, 0.6, 0.7, 0.8]), (2, [0.53, 0.58, 0.7, 0.7])):
+        points = {500 * (n + 1): {"accuracy": value} for n, value in enumerate(values)}
+        points |= {500 * seed + 100: {"accuracy": 0.99}}  # which the other run lacks
+        write_run(tmp_path, experiment, seed, points)
+    write_run(tmp_path, Experiment("pmnist", "lstm"), 1, {500: {"accuracy": 0.1}})
+    config = experiment.get_config()
     config.seed, config.num_updates, config.data_dir = 7, 100, "elsewhere"
-    assert milestones.of(config) == points
-    config.model.kind = "lstm"
-    assert milestones.of(config) != points
+    assert milestones.of(config) == {
+        500: Milestone("accuracy", 0.5, 0.53, 2),
+        1000: Milestone("accuracy", 0.58, 0.6, 2),
+        2000: Milestone("accuracy", 0.7, 0.8, 2),
+    }
     config.model.initial_scale = 0.2
     assert milestones.of(config) == {}
 
 
-def test_they_are_what_runs_had(tmp_path):
-    experiment = Experiment("pmnist", "bn_lstm")
-    for seed, value in ((1, 0.5), (2, 0.53), (3, 0.52)):
-        points = {500: {"accuracy": value}, 1000: {"accuracy": value + 0.1}}
-        points |= {1500: {"accuracy": 0.7}} if seed == 1 else {}  # not all have come so far
-        write_run(tmp_path, experiment, seed, points)
-    (made,) = maker.make(tmp_path)
-    assert (made["config"], made["kind"], made["metric"]) == ("pmnist", "bn_lstm", "accuracy")
-    assert made["points"] == [
-        {"update": 500, "low": 0.5, "high": 0.53, "seeds": 3, "paper": 0.5448},
-        {"update": 1000, "low": 0.6, "high": 0.63, "seeds": 3, "paper": 0.656},
-    ]
+def test_without_committed_runs_there_are_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(milestones, "RUNS", tmp_path / "results")
+    assert milestones.of(Experiment("pmnist", "bn_lstm").get_config()) == {}
 
 
-def test_the_file_is_of_the_runs_in_results():
-    made = maker.make(ROOT / "results" / "runs")
-    assert made == json.loads(milestones.PATH.read_text()), "call python -m scripts.milestones"
-
-
-def test_a_run_tells_them(small_config, tmp_path, capsys, monkeypatch):
-    points = {4: Milestone("accuracy", 0.0, 1.0, 3, None), 8: Milestone("loss", 0.1, 0.2, 3, None)}
-    monkeypatch.setattr(milestones, "of", lambda _: points)
-    train.train(small_config, tmp_path)
-    said = capsys.readouterr().out
-    assert "\n  on track: accuracy " in said and "\n  off: loss " in said
+def test_a_run_reports_them(small_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(milestones, "RUNS", tmp_path / "runs")
+    train.train(small_config, tmp_path / "runs" / "first")
+    assert "on track" not in capsys.readouterr().out
+    train.train(small_config, tmp_path / "second")
+    assert "\n  on track: accuracy " in capsys.readouterr().out

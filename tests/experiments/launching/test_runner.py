@@ -1,0 +1,128 @@
+"""Points run here, by stand-ins for a run."""
+
+import os
+import signal
+import sys
+
+import pytest
+
+from configs import digits
+from experiments.launching import runner
+from experiments.launching.launchers import Local
+from experiments.launching.sweeps import make_points
+from experiments.records import workdir
+from experiments.runtime import files
+from experiments.runtime.errors import Stopped, UserError
+
+# Finishes a run in the folder, or fails.
+RUN = """
+import json, pathlib, sys, time
+folder, fails = pathlib.Path(sys.argv[1]), sys.argv[2] == "True"
+time.sleep(0.2)
+if fails:
+    sys.exit("error: made up")
+folder.mkdir()
+(folder / "results.json").write_text(json.dumps({"updates": 600}))
+"""
+# Sends a signal to the sweep, and saves when it is told to stop.
+ENDLESS = """
+import os, pathlib, signal, sys, time
+folder, number = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+def stop(*_):
+    time.sleep(0.2)
+    (folder / "saved").touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+(folder / "started").touch()
+time.sleep(0.2)
+if number:
+    os.kill(os.getppid(), number)
+time.sleep(60)
+"""
+
+
+class Observed(Local):
+    """Records what is started, and how many points run at once."""
+
+    interval = 0.02
+
+    def __init__(self, folder, at_once):
+        super().__init__(folder, at_once)
+        self.started, self.most = [], 0
+
+    def start(self, point, command):
+        super().start(point, command)
+        self.started.append(point.name)
+        self.most = max(self.most, sum(p.poll() is None for p in self._processes.values()))
+
+
+def make(folder, seeds):
+    config = digits.get_config()
+    config.model.kind = "lstm"
+    return make_points(config, [{"seed": seed} for seed in seeds], folder)
+
+
+def python(code, *arguments):
+    return [sys.executable, "-c", code, *map(str, arguments)]
+
+
+def test_points_run_so_many_at_once_and_failed_ones_again(tmp_path, capsys):
+    points = make(tmp_path, range(4))
+    points[1].folder.mkdir()
+    files.write_json(points[1].folder / "results.json", {"updates": 600})
+    commands = {p.name: python(RUN, p.folder, p.name == "seed=2") for p in points}
+    written = []
+    launcher = Observed(tmp_path, 2)
+    errors = runner.run(points, commands, launcher, lambda errors: written.append({*errors}))
+    assert launcher.started == ["seed=0", "seed=2", "seed=3"] and launcher.most == 2
+    assert errors == {"seed=2": f"error: made up ({tmp_path}/jobs/seed=2.log)"}
+    assert len(written) == 3 and written[-1] == {"seed=2"}
+    said = capsys.readouterr().out
+    assert "4 points: 1 finished" in said and "seed=2: failed: error: made up" in said
+
+    again = Observed(tmp_path, 2)
+    commands["seed=2"] = python(RUN, points[2].folder, False)
+    assert runner.run(points, commands, again, lambda _: None) == {}
+    assert again.started == ["seed=2"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_points_which_save(tmp_path, number):
+    points = make(tmp_path, range(2))
+    commands = {p.name: python(ENDLESS, tmp_path, int(number)) for p in points}
+    launcher = Observed(tmp_path, 1)
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped) as caught:
+        runner.run(points, commands, launcher, lambda _: None)
+    assert caught.value.status == 128 + number
+    assert launcher.started == ["seed=0"] and (tmp_path / "saved").exists()
+    assert signal.getsignal(number) == before
+
+
+def test_an_error_stops_points_which_save(tmp_path):
+    class Refuses(Observed):
+        def start(self, point, command):
+            if self.started:
+                while not (tmp_path / "started").exists():
+                    pass
+                raise UserError("made up")
+            super().start(point, command)
+
+    points = make(tmp_path, range(2))
+    commands = {p.name: python(ENDLESS, tmp_path, 0) for p in points}
+    with pytest.raises(UserError, match="made up"):
+        runner.run(points, commands, Refuses(tmp_path, 2), lambda _: None)
+    assert (tmp_path / "saved").exists()
+
+
+def test_two_sweeps_in_one_folder_are_refused(tmp_path):
+    with workdir.in_use(tmp_path), pytest.raises(UserError, match="--workdir"):
+        runner.run(make(tmp_path, [1]), {}, Local(tmp_path, 1), lambda _: None)
+
+
+def test_runs_get_gpus_and_settings_of_the_sweep(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    (point,) = points = make(tmp_path, [1])
+    command = ["bash", "-c", "echo error: $CUDA_VISIBLE_DEVICES; exit 1"]
+    errors = runner.run(points, {point.name: command}, Observed(tmp_path, 1), lambda _: None)
+    assert errors[point.name].startswith("error: 3 ") and os.environ["CUDA_VISIBLE_DEVICES"] == "3"

@@ -1,0 +1,198 @@
+"""SLURM jobs without SLURM: stand-ins for its commands."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import submitit
+from submitit.helpers import DelayedSubmission
+
+from configs import digits
+from experiments.launching import launchers, runner, slurm
+from experiments.launching.launchers import Slurm
+from experiments.launching.slurm import Job
+from experiments.launching.sweeps import make_points
+from experiments.runtime.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+FLAGS = dict.fromkeys((*slurm.PARAMETERS, "mem_gb"), None)
+FLAGS |= {"time": "5", "time_to_save": 120, "extra": [], "setup": [], "dry_run": False}
+
+
+@pytest.mark.parametrize(
+    "time, expected", [("90", 90), ("02:30:59", 150), ("1-01:00:00", 1500), ("0:10:00", 10)]
+)
+def test_time_limits(time, expected):
+    assert slurm.minutes(time, 120) == expected
+
+
+# ---- What a job does on a node.
+
+# Stands for a run: has SLURM signal the job, and saves when it is told to stop.
+RUN = """
+import os, pathlib, signal, sys, time
+folder, number = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+def stop(*_):
+    with (folder / "told").open("a") as file:
+        file.write("x")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+while True:
+    if number == signal.SIGUSR2:
+        os.kill(os.getpid(), number)
+    os.kill(os.getppid(), number)
+    time.sleep(1)
+"""
+
+
+@pytest.fixture
+def handlers():
+    numbers = (signal.SIGTERM, signal.SIGUSR2)
+    earlier = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in earlier.items():
+        signal.signal(number, handler)
+
+
+def test_a_job_fails_as_its_command_does(handlers):
+    Job(["true"])()
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        Job(["bash", "-c", "exit 3"])()
+    assert caught.value.returncode == 3
+
+
+@pytest.mark.parametrize("number, requeued", [(signal.SIGTERM, 0), (signal.SIGUSR2, 1)])
+def test_a_signal_stops_the_command(handlers, tmp_path, number, requeued):
+    called = []
+    signal.signal(signal.SIGUSR2, lambda *_: called.append((tmp_path / "told").exists()))
+    job = Job([sys.executable, "-c", RUN, str(tmp_path), str(int(number))])
+    if requeued:
+        job()
+    else:
+        with pytest.raises(subprocess.CalledProcessError):
+            job()
+    assert (tmp_path / "told").read_text() == "x" and called == [True] * requeued
+
+
+# Loads the job as it was submitted, and runs it as submitit does on a node.
+PROCESS = "import sys; from submitit.core.submission import process_job; process_job(sys.argv[1])"
+
+
+def test_submitit_requeues_a_job_in_its_first_process(tmp_path, cluster):
+    processes = []
+    for number in ("0", "1"):
+        folder = tmp_path / number
+        folder.mkdir()
+        command = [sys.executable, "-c", RUN, str(folder), str(int(signal.SIGUSR2))]
+        delayed = DelayedSubmission(Job(command))
+        delayed.set_timeout(60, 3)
+        delayed.dump(folder / "7_submitted.pkl")
+        environment = {"SLURM_JOB_ID": "7", "SLURM_PROCID": number, "SUBMITIT_EXECUTOR": "slurm"}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", PROCESS, folder], cwd=ROOT, env=os.environ | environment
+            )
+        )
+    first, other = (process.wait(60) for process in processes)
+    assert first != 0 and other == 0  # an error of the other would end the job
+    assert (cluster / "scontrol.called").read_text() == "requeue 7\n"
+    for number in ("0", "1"):
+        assert (tmp_path / number / "told").read_text() == "x"
+    again = DelayedSubmission.load(tmp_path / "0" / "7_submitted.pkl")
+    assert isinstance(again.function, Job) and not (tmp_path / "0/7_0_result.pkl").exists()
+
+
+# ---- What a sweep asks of a cluster.
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """A folder with stand-ins for SLURM's commands: jobs run at once, unless `wait` exists."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    commands = {
+        "sbatch": f"""cd {folder}
+            if [ -e refuse ]; then echo "sbatch: error: invalid partition" >&2; exit 1; fi
+            id=$((101 + $(ls scripts.* 2>/dev/null | wc -l))); cp $1 scripts.$id
+            cd {ROOT}; export SLURM_JOB_ID=$id SLURM_NTASKS=1
+            if [ ! -e {folder}/wait ]; then bash {folder}/scripts.$id >/dev/null 2>&1 & fi
+            echo "Submitted batch job $id" """,
+        "srun": """out=${3//%j/$SLURM_JOB_ID} err=${5//%j/$SLURM_JOB_ID}; shift 5
+            exec "$@" >> ${out//%t/0} 2>> ${err//%t/0}""",
+        "sacct": f"cat {folder}/states",
+        "scontrol": f'echo "$@" >>{folder}/scontrol.called',
+    }
+    for name, text in commands.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    (folder / "states").touch()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setattr(submitit.SlurmJob, "watcher", type(submitit.SlurmJob.watcher)())
+    return folder
+
+
+def make(folder):
+    config = digits.get_config()
+    config.model.kind = "lstm"
+    return make_points(config, [{"seed": seed} for seed in (1, 2)], folder)
+
+
+def test_points_run_as_jobs(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(Slurm, "interval", 0.1)
+    monkeypatch.setattr(launchers, "FILES_ARRIVE_S", 0)
+    folder = tmp_path / "sweep"
+    points = make(folder)
+    finish = (
+        f"mkdir {points[0].folder}; echo '{{\"updates\": 600}}' >{points[0].folder}/results.json"
+    )
+    commands = [finish, "echo 'error: made up' >&2; exit 2"]
+    commands = {p.name: ["bash", "-c", c] for p, c in zip(points, commands, strict=True)}
+    launcher = Slurm(folder, SimpleNamespace(**FLAGS))
+    errors = runner.run(points, commands, launcher, lambda _: None)
+    assert errors == {"seed=2": f"error: made up ({folder}/jobs/seed=2/102_0_log.err)"}
+    assert points[0].finished()
+    assert (cluster / "scripts.101").read_text() in launcher.describe(points[0], ["true"])
+
+
+def test_a_later_sweep_finds_jobs_in_the_queue(cluster, tmp_path, capsys):
+    (cluster / "wait").touch()
+    first, second = make(tmp_path)
+    launcher = Slurm(tmp_path, SimpleNamespace(**FLAGS))
+    assert not launcher.find(first)
+    launcher.start(first, ["true"])
+    launcher.stop()
+    assert "scancel 101" in capsys.readouterr().err
+    for state, running in (("", True), ("PENDING", True), ("CANCELLED by 7", False)):
+        (cluster / "states").write_text(f"JobID|State|NodeList\n101|{state}|\n" if state else "")
+        again = Slurm(tmp_path, SimpleNamespace(**FLAGS))
+        assert again.find(first) == running and not again.find(second)
+
+
+def test_results_may_arrive_after_the_end_of_a_job(cluster, tmp_path, monkeypatch):
+    (cluster / "wait").touch()
+    (point, _) = make(tmp_path)
+    launcher = Slurm(tmp_path, SimpleNamespace(**FLAGS))
+    launcher.start(point, ["true"])
+    (cluster / "states").write_text("JobID|State|NodeList\n101|COMPLETED|\n")
+    assert launcher.running(point)
+    later = time.monotonic() + launchers.FILES_ARRIVE_S
+    monkeypatch.setattr(launchers.time, "monotonic", lambda: later)
+    assert not launcher.running(point)
+
+
+def test_errors_of_a_cluster_are_one_line(cluster, tmp_path, monkeypatch):
+    (cluster / "refuse").touch()
+    launcher = Slurm(tmp_path, SimpleNamespace(**FLAGS))
+    with pytest.raises(UserError, match="invalid partition") as caught:
+        launcher.start(make(tmp_path)[0], ["true"])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="--workdir"):
+        Slurm(tmp_path / "a%b", SimpleNamespace(**FLAGS))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="sbatch"):
+        Slurm(tmp_path, SimpleNamespace(**FLAGS))
