@@ -15,8 +15,8 @@ the batch", for the released code evaluates so; see docs/differences.md.
 `configs/cnn_qa.py:four_sentences` cuts each passage to the four sentences most like its question.
 Validation error in the paper: LSTM 50.3, BN-LSTM 49.5, BN-everywhere 50.0, BN-e* 47.1, BN-e** 43.9,
 on sentences that hold 57% of the answers. How they were chosen was never released; the rule here
-is among those of scripts/sentence_rules.py that come nearest to it, and a run says how many answers
-its sentences hold when it starts. BN-e* ran with
+is one of those that come nearest to it (results/README.md compares them), and a run says how many
+answers its sentences hold when it starts. BN-e* ran with
 
     --config.batch_size=40 --config.optimizer.learning_rate=8e-4
 

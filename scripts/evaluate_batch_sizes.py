@@ -2,9 +2,9 @@
 
     python -m scripts.evaluate_batch_sizes --workdir=runs/pmnist_bn_lstm --batch_sizes=50,100,1000
 
-Statistics of a small batch are noisy, and the model then seems worse than it is. The table shows by
-how much, on the validation split. It is of the best checkpoint so far, of a run in progress too.
-Population statistics are re-estimated, as at the end of training.
+Statistics of a small batch are noisy, which makes the model seem worse than it is. The table shows
+by how much, on the validation split, for the best checkpoint so far. Population statistics are
+re-estimated, as at the end of training.
 """
 
 from collections.abc import Iterator, Sequence

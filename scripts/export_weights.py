@@ -2,10 +2,10 @@
 
     python -m scripts.export_weights --workdir=runs/pmnist_bn_lstm --output=pmnist_bn_lstm.npz
 
-The file holds the model's variables in float32, compressed, under names such as
-`params/layer/recurrent_kernel`; `flax.traverse_util.unflatten_dict(..., sep="/")` nests them again.
-The statistics of a BN-LSTM are the population statistics once the run is finished, and its running
-averages before.
+It needs the folder of the run alone, not the data. The file holds the model's variables in float32,
+compressed, under names such as `params/layer/recurrent_kernel`;
+`flax.traverse_util.unflatten_dict(..., sep="/")` nests them again. The statistics of a BN-LSTM are
+the population statistics once the run is finished, and its running averages before.
 """
 
 from pathlib import Path

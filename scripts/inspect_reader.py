@@ -1,17 +1,15 @@
-"""Shows what a reader attends to, and what it answers: one question, as a page of HTML.
+"""Shows what a reader attends to and answers: one question, as a page of HTML.
 
     python -m scripts.inspect_reader --workdir=runs/babi_1/bn_e_star --example=3
 
-The page needs no network. It is of the best checkpoint so far, with re-estimated population
-statistics where the run is finished. A run that trained several kinds of model has a folder for
-each.
+The page needs no network. It shows the best checkpoint so far, with re-estimated population
+statistics if the run is finished. A run that trained several kinds of model has a folder for each.
 """
 
+import collections
+import functools
 import sys
-from collections.abc import Sequence
-from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +20,7 @@ from experiments.datasets.question_arrays import ENTITY, PLACEHOLDER, SPLITS
 from experiments.datasets.questions import SPECIALS
 from experiments.records import runs, workdir
 from experiments.records.metrics import STATISTICS
+from experiments.reporting import pages
 from experiments.reporting.compare import LABELS
 from experiments.runtime import cli, files, paths
 from experiments.runtime.errors import UserError
@@ -30,82 +29,6 @@ from experiments.tasks.question_answering import Task
 SHOWN = 5  # answers, and entities
 IN_PASSAGE, RIGHT = "in passage", "right"
 
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$where</title>
-<style>
-:root {
-  color-scheme: light dark;
-  --ground: #ffffff; --text: #1b1f24; --muted: #57606a; --line: #d8dee4; --bar: #0969da;
-  --right: #1a7f37; --wrong: #b3261e; --heat: 255 166 43;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --ground: #12161b; --text: #e9edf1; --muted: #9aa4ae; --line: #30363d; --bar: #58a6ff;
-    --right: #56d364; --wrong: #ff8a80; --heat: 150 76 0;
-  }
-}
-body {
-  max-width: 72rem; margin: 0 auto; padding: 2rem 1.5rem;
-  background: var(--ground); color: var(--text); font: 1rem/1.5 system-ui, sans-serif;
-  overflow-wrap: anywhere;
-}
-main { display: grid; grid-template-columns: minmax(0, 1fr) 20rem; gap: 0 3rem; }
-@media (max-width: 48rem) { main { grid-template-columns: minmax(0, 1fr); } }
-h1 { margin: .75rem 0; font-size: 1.6rem; font-weight: 600; line-height: 1.35; }
-h2 { margin: 2rem 0 .5rem; font-size: 1rem; font-weight: 600; }
-p { margin: 0; }
-small, .muted { color: var(--muted); font-size: .85rem; font-weight: 400; }
-h1 small { font-size: 1rem; }
-mark { padding: 0 .3em; border-radius: .25em; background: var(--bar); color: var(--ground); }
-.passage { font-size: 1.125rem; line-height: 1.9; }
-.passage span {
-  padding: .1em .15em; border-radius: .2em; background: rgb(var(--heat) / var(--a));
-  -webkit-box-decoration-break: clone; box-decoration-break: clone;
-}
-.passage .answer { box-shadow: 0 .15em var(--right); }
-.passage small { color: inherit; font-size: .7em; }
-.unknown { text-decoration: underline dotted; text-underline-offset: .2em; }
-.scale { display: inline-block; width: 6rem; height: .7em; margin: 0 .3em; border-radius: .2em;
-  background: linear-gradient(to right, rgb(var(--heat) / 0), rgb(var(--heat))); }
-.right { color: var(--right); font-weight: 600; } .wrong { color: var(--wrong); }
-ol { margin: 0; padding: 0; list-style: none; }
-li { display: grid; grid-template-columns: 1fr auto; margin-bottom: .6rem; }
-li b { font-weight: 500; }
-li data { font-variant-numeric: tabular-nums; }
-li div { grid-column: 1 / -1; height: .35rem; border-radius: .2rem; background: var(--line); }
-li i { display: block; height: 100%; border-radius: inherit; background: var(--bar); }
-</style>
-<header>
-<p class="muted">$where</p>
-<h1>$question</h1>
-<p><b class="$kind">$verdict</b></p>
-<p class="muted">$how</p>
-</header>
-<main>
-<section>
-<h2>Attention to the passage</h2>
-<p class="passage">
-$passage
-</p>
-<p class="muted">0 <i class="scale"></i> $top<br>$legend</p>
-</section>
-<aside>
-<h2>Best answers <small>of $size words</small></h2>
-<ol class="answers">
-$answers
-</ol>
-<h2>Attention by entity <small>all mentions</small></h2>
-<ol class="entities">
-$entities
-</ol>
-</aside>
-</main>
-</html>
-""")
-
 
 class Word(NamedTuple):
     """A word of the data, and what the model reads in its place."""
@@ -113,9 +36,14 @@ class Word(NamedTuple):
     text: str
     read: str
 
+    @property
+    def unknown(self) -> bool:
+        """Whether the model does not know the word."""
+        return self.text != self.read
+
 
 class Bar(NamedTuple):
-    """A word, its share of something, and what is to be said of it."""
+    """A word, its share of the whole, and remarks."""
 
     word: str
     share: float
@@ -130,9 +58,9 @@ class Inspection(NamedTuple):
       answer: the right one, a word of the data.
       attention: the weight of each word of the passage, float `[words]`.
       answers: the likeliest words of the model's vocabulary, the likeliest first.
-      entities: those of the passage to which most attention is paid, summed over their mentions.
+      entities: those of the passage with most attention, summed over their mentions.
       right: whether the likeliest word is the answer.
-      verdict: that in words, with how likely the answer was if it is another word.
+      verdict: the same in words, with the answer's probability if another word is likelier.
     """
 
     passage: list[Word]
@@ -158,61 +86,57 @@ def define_flags() -> None:
     paths.DEFINE_path("data_dir", None, "Folder of the data, if not the one of training.")
 
 
+def predict(
+    task: Task, variables: dict[str, Any], batch: dict[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Attention to the words of a batch's first passage, and log-probabilities of its answers."""
+    options: dict[str, Any] = {"use_running_average": True, "mutable": ["intermediates"]}
+    apply = jax.jit(functools.partial(task.model.apply, **options))
+    logits, sown = apply(variables, *task.inputs(batch))
+    (attention,) = sown["intermediates"]["attention"]
+    words = attention[0, : batch["passage_length"][0]]
+    return np.asarray(words, np.float32), np.asarray(jax.nn.log_softmax(logits[0]))
+
+
 def inspect(
     task: Task, variables: dict[str, Any], split: str, example: int, names: dict[str, str]
 ) -> Inspection:
     """Applies the model to one question of a split, with the statistics among its variables."""
     part, vocabulary = task.splits[split], task.vocabulary
     batch = task.make_batch(split, np.array([example]), vocabulary.table)
-
-    @jax.jit
-    def apply(variables: dict[str, Any], *inputs: np.ndarray) -> tuple[jax.Array, dict[str, Any]]:
-        return task.model.apply(
-            variables, *inputs, use_running_average=True, mutable=["intermediates"]
-        )
-
-    logits, sown = apply(variables, *task.inputs(batch))
-    (attention,) = sown["intermediates"]["attention"]
-    attention = np.asarray(attention[0, : batch["passage_length"][0]], np.float32)
-    p = np.asarray(jax.nn.softmax(logits[0]))
-    order = np.argsort(-np.asarray(logits[0]), kind="stable")
-
-    def words(indices: Sequence[int]) -> list[Word]:
-        return [
-            Word(task.questions.words[i], vocabulary.words[vocabulary.table[i]]) for i in indices
-        ]
-
-    passage, (answer,) = words(part.passages[example]), words([part.answers[example]])
-    target = int(batch["answer"][0])
-    known = target >= len(SPECIALS)
-    inside = {word.read for word in passage if ENTITY in word.read}
-    sums: dict[str, float] = {}
+    attention, log_p = predict(task, variables, batch)
+    passage, question, (answer,) = (
+        [Word(task.questions.words[i], vocabulary.words[vocabulary.table[i]]) for i in indices]
+        for indices in (part.passages[example], part.questions[example], [part.answers[example]])
+    )
+    order = np.argsort(-log_p, kind="stable")
+    likeliest = [(vocabulary.words[i], float(np.exp(log_p[i]))) for i in order[:SHOWN]]
+    entities: collections.Counter[str] = collections.Counter()
     for word, weight in zip(passage, attention, strict=True):
         if ENTITY in word.text:
-            sums[word.text] = sums.get(word.text, 0.0) + float(weight)
+            entities[word.text] += float(weight)
+    mentioned = {word.read for word in passage if ENTITY in word.read}
 
-    def bar(word: str, share: float, *marks: str) -> Bar:
-        return Bar(word, share, [*marks, *[RIGHT] * (word == answer.text)])
-
-    likeliest = ((vocabulary.words[i], float(p[i])) for i in order[:SHOWN])
-    most = sorted(sums, key=sums.get, reverse=True)[:SHOWN]
-    right = known and target == order[0]
-    verdict = f"{'Right' if right else 'Wrong'}: the answer is {name_of(answer.text, names)}"
-    if not known:
+    target = int(batch["answer"][0])
+    rank = 1 + int(np.flatnonzero(order == target)[0]) if target >= len(SPECIALS) else None
+    verdict = f"{'Right' if rank == 1 else 'Wrong'}: the answer is {name_of(answer.text, names)}"
+    if rank is None:
         verdict += ", a word that the model does not know"
-    elif not right:
-        rank = 1 + int(np.flatnonzero(order == target)[0])
-        verdict += f", at place {rank:,} with probability {p[target]:.2g}"
+    elif rank > 1:
+        verdict += f", at place {rank:,} with probability {np.exp(log_p[target]):.2g}"
     if answer not in passage:
         verdict += "; the passage as the model reads it lacks it"
     return Inspection(
         passage,
-        words(part.questions[example]),
+        question,
         answer.text,
         attention,
-        [bar(word, share, *[IN_PASSAGE] * (word in inside)) for word, share in likeliest],
-        [bar(word, sums[word]) for word in most],
-        right,
+        [
+            Bar(w, p, [IN_PASSAGE] * (w in mentioned) + [RIGHT] * (w == answer.text))
+            for w, p in likeliest
+        ],
+        [Bar(w, share, [RIGHT] * (w == answer.text)) for w, share in entities.most_common(SHOWN)],
+        rank == 1,
         verdict,
     )
 
@@ -223,60 +147,17 @@ def name_of(word: str, names: dict[str, str]) -> str:
 
 
 def make_page(found: Inspection, names: dict[str, str], where: str, how: str, size: int) -> str:
-    """The page. `where` and `how` tell question and model, `size` is that of the vocabulary."""
-
-    def show(word: str) -> str:
-        if word == PLACEHOLDER:
-            return f"<mark>{word}</mark>"
-        if names.get(word):
-            return f"<small>{escape(word)}</small> {escape(names[word])}"
-        return escape(word)
-
-    def mark(mark: str) -> str:
-        return f' <small class="{mark.replace(" ", "-")}">{mark}</small>'
-
-    def bars(bars: list[Bar]) -> str:
-        return "\n".join(
-            f"<li><b>{show(word)}{''.join(map(mark, marks))}</b>"
-            f'<data value="{share:.4g}">{share:.1%}</data>'
-            f'<div><i style="width: {share:.2%}"></i></div></li>'
-            for word, share, marks in bars
-        )
-
-    def unknown(word: Word) -> list[str]:
-        return ["unknown"] * (word.text != word.read)
-
-    def weighed(word: Word, weight: float) -> str:
-        kinds = " ".join([*unknown(word), *["answer"] * (word.text == found.answer)])
-        title = f"{weight:.4g}{f', read as {word.read}' if unknown(word) else ''}"
-        return (
-            f'<span class="{kinds}" style="--a: {weight / top:.3f}" title="{escape(title)}">'
-            f"{show(word.text)}</span>"
-        )
-
-    top = found.attention.max(initial=np.finfo(np.float32).tiny)
-    passage = "\n".join(map(weighed, found.passage, found.attention))
-    question = " ".join(
-        f'<span class="{"".join(unknown(word))}">{show(word.text)}</span>'
-        for word in found.question
-    )
-    legend = []
-    if any(word.text == found.answer for word in found.passage):
-        legend.append("green line: the answer")
-    if any(map(unknown, found.passage + found.question)):
-        legend.append("dotted line: a word that the model does not know")
-    return PAGE.substitute(
-        where=escape(where),
-        how=escape(how),
-        kind="right" if found.right else "wrong",
-        verdict=escape(found.verdict),
-        question=question,
-        passage=passage,
-        top=f"{top:.4g}",
-        legend="; ".join(legend),
-        size=f"{size:,}",
-        answers=bars(found.answers),
-        entities=bars(found.entities),
+    """The page. `where` and `how` name question and model, `size` is that of the vocabulary."""
+    return pages.render(
+        "attention.html",
+        found=found,
+        names=names,
+        where=where,
+        how=how,
+        size=size,
+        weighed=list(zip(found.passage, found.attention, strict=True)),
+        top=found.attention.max(initial=np.finfo(np.float32).tiny),
+        placeholder=PLACEHOLDER,
     )
 
 
@@ -324,10 +205,9 @@ def main(_: list[str]) -> None:
     found = inspect(task, run.variables, split, example, names)
     where = f"{task.data}, {split}, example {example:,}: {name}"
     how = f"{LABELS[config.model.kind]}, update {run.update:,}, {STATISTICS[which]}"
+    html = make_page(found, names, where, how, len(task.vocabulary.words))
     try:
-        with files.replacing(page) as temporary:
-            html = make_page(found, names, where, how, len(task.vocabulary.words))
-            temporary.write_text(html, encoding="utf-8")
+        files.write_text(page, html)
     except OSError as error:
         raise UserError(f"--output={page} cannot be written: {error.strerror}") from error
     sys.stdout.reconfigure(errors="replace")  # where the terminal lacks a character

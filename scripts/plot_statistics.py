@@ -2,9 +2,9 @@
 
     python -m scripts.plot_statistics --workdir=runs/ptb_bn_lstm
 
-Mean and variance of the recurrent term and of the cell, each line a unit, a random few of them: of
-the best checkpoint so far of any BN-LSTM, re-estimated where the run is finished, else its running
-averages. It needs the folder of the run alone, not the data.
+It draws mean and variance of the recurrent term and of the cell, a line for each of a few random
+units. They are those of the best checkpoint so far, re-estimated if the run is finished, else its
+running averages. It needs the folder of the run alone, not the data.
 """
 
 from pathlib import Path

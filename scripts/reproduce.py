@@ -31,9 +31,13 @@ from experiments.launching import launchers, runner
 from experiments.launching.sweeps import Point
 from experiments.records import runs, workdir
 from experiments.reporting import pictures
-from experiments.reporting.items import MINUTES, Item, items
-from experiments.runtime import cli, files, paths
+from experiments.reporting.item import Item, find
+from experiments.reporting.items import ITEMS
+from experiments.runtime import cli, files, markdown, paths
 from experiments.runtime.errors import UserError, unknown_name
+
+# Updates of an experiment that take minutes on a CPU.
+MINUTES = {"mnist": 500, "pmnist": 500, "ptb": 100, "text8": 10, "cnn_qa": 100}
 
 
 def define_flags() -> None:
@@ -87,47 +91,44 @@ def make_runs(item: Item, given: Any, folder: Path) -> tuple[list[PaperRun], dic
     return made, commands
 
 
-def write(name: str, item: Item, folder: Path, output: Path) -> str:
-    """Writes the table and the picture of an item; returns what to tell of it."""
-    every = runs.find(folder) if folder.is_dir() else []
-    table, figure = item.show({e: runs.of(e, every) for e in item.experiments})
+def write(name: str, folder: Path, output: Path, data_dir: str) -> str:
+    """Writes the table and the picture of an item; returns the Markdown."""
+    item = ITEMS[name]
+    table, figure = item.show(find([item], folder), data_dir)
     output.mkdir(parents=True, exist_ok=True)
-    told = f"# {item.title}\n"
-    if item.remark:
-        told += f"\n{item.remark}\n"
-    if table:
-        told += f"\n{table}\n"
+    title = markdown.escape(item.title)
+    parts = [f"# {title}", *filter(None, [markdown.escape(item.remark)])]
+    if table is not None:
+        parts.append(markdown.table(*table))
     if figure is not None:
-        picture = output / f"{name}.png"
-        pictures.save(figure, picture)
-        told += f"\n![{item.title}]({picture.name})\n"
-    if not table and figure is None:
-        told += "\nNot one of its runs has come as far as to show something.\n"
-    files.write_text(output / f"{name}.md", told)
-    return told
+        pictures.save(figure, output / f"{name}.png")
+        parts.append(f"![{title}]({name}.png)")
+    if table is None and figure is None:
+        parts.append("No run has come far enough to show anything.")
+    text = "\n\n".join(parts) + "\n"
+    files.write_text(output / f"{name}.md", text)
+    return text
 
 
 def main(argv: list[str]) -> None:
     """Makes the runs, then the table or figure."""
     given = flags.FLAGS
-    known = items(given.data_dir)
     if len(argv) == 1:
-        for name, item in known.items():
+        for name, item in ITEMS.items():
             print(f"{name:30} {item.title}")
         return
     if len(argv) > 2:
         raise UserError(f"one at a time: {argv[1]} or {argv[2]}")
-    if argv[1] not in known:
-        raise UserError(unknown_name("the table or figure", argv[1], tuple(known)))
-    name, item = argv[1], known[argv[1]]
-    folder = Path(given.workdir)
+    name, folder = argv[1], Path(given.workdir)
+    if name not in ITEMS:
+        raise UserError(unknown_name("the table or figure", name, ITEMS))
     output = Path(given.output or folder)
-    points, commands = make_runs(item, given, folder) if given.budget != "none" else ([], {})
+    points, commands = make_runs(ITEMS[name], given, folder) if given.budget != "none" else ([], {})
     launcher = launchers.make_launcher(given, folder)
     if given.dry_run:
         runner.show(points, commands, launcher)
         return
-    renew = functools.partial(write, name, item, folder, output)
+    renew = functools.partial(write, name, folder, output, given.data_dir)
     errors = runner.run(points, commands, launcher, lambda _: renew()) if points else {}
     print(f"{renew()}\nIn {output}/{name}.md")
     if errors:

@@ -448,7 +448,7 @@ NASTY = (
     "</span></title><img src=x onerror=alert(1)>",
     "a&b;&lt;&#60;script&#62;",
     "]]><!--",
-    "$where ${question} $$",
+    "{{ where }} {% endblock %}",
     "javascript:alert(1)",
 )
 

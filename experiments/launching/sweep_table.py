@@ -78,7 +78,7 @@ def as_markdown(points: list[Point], table: list[Row], errors: dict[str, str]) -
     names = [field for field in points[0].fields if field not in (SEED, KIND)]
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in table:
-        key = (LABELS[row["kind"]], *(markdown.escape(argument(row[field])) for field in names))
+        key = (LABELS[row["kind"]], *(argument(row[field]) for field in names))
         groups[key].append(row)
     columns = _shown(points)
     sign = 1 if _lower_is_better(points) else -1

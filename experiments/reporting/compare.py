@@ -6,7 +6,9 @@ from typing import Any
 from absl import logging
 
 from experiments.records.metrics import STATISTICS, read_metrics
+from experiments.reporting import pictures
 from experiments.runtime import markdown
+from experiments.runtime.errors import UserError
 
 PICTURE_NAME = "comparison.png"
 LABELS = {
@@ -17,13 +19,14 @@ LABELS = {
     "bn_e_star": "BN-e*",
     "bn_e_star_star": "BN-e**",
 }
-STYLES = {
+LONG_DASHES = (0, (12, 3))
+STYLES = {  # colour and dashes
     "lstm": ("tab:gray", "--"),
     "bn_lstm": ("tab:blue", "-"),
     "ln_lstm": ("tab:olive", "-."),
-    "bn_everywhere": ("tab:orange", "-"),
-    "bn_e_star": ("tab:green", "-"),
-    "bn_e_star_star": ("tab:red", "-"),
+    "bn_everywhere": ("tab:orange", ":"),
+    "bn_e_star": ("tab:green", "-."),
+    "bn_e_star_star": ("tab:red", LONG_DASHES),
 }
 
 
@@ -66,29 +69,24 @@ def draw_curves(runs: dict[str, Path], data: str, metric: str, picture: Path) ->
       Whether it did: not without matplotlib, of which a line is logged.
     """
     try:
-        import matplotlib
-    except ImportError:
-        logging.warning("no picture: matplotlib is not installed")
+        figure = pictures.new_figure(data, 9, 3.4)
+    except UserError as error:
+        logging.warning("no picture: %s", error)
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (loss, validation) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    loss, validation = figure.subplots(1, 2)
     for kind, folder in runs.items():
         rows = read_metrics(folder)
-        color, style = STYLES[kind]
+        color, dashes = STYLES[kind]
         for axes, split, name in ((loss, "train", "loss"), (validation, "valid", metric)):
             points = [(r["update"], r[name]) for r in rows if r["split"] == split]
-            axes.plot(*zip(*points, strict=True), style, color=color, label=LABELS[kind])
-    figure.suptitle(data, fontsize="medium", parse_math=False)  # of files, with any name
+            style = {"color": color, "linestyle": dashes, "label": LABELS[kind]}
+            axes.plot(*zip(*points, strict=True), **style)
     loss.set(xlabel="update", ylabel="training loss (nats)", ylim=(0, None))
     validation.set(xlabel="update", ylabel=f"validation {metric.replace('_', ' ')}")
     if metric in ("accuracy", "error"):
         validation.set_ylim(0, None)
     for axes in (loss, validation):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        pictures.tidy(axes)
     validation.legend(loc="best")
-    figure.savefig(picture, dpi=150)
-    pyplot.close(figure)
+    pictures.save(figure, picture)
     return True

@@ -1,29 +1,37 @@
 """Learning curves beside the paper's.
 
 The paper's lines are thin and black, ours thick and coloured, with a band from the lowest to the
-highest seed. A kind of model has the same dashes in both, so that print in grey tells them apart.
+highest seed. Both have the same dashes, so that lines differ in grey print.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.records.runs import Experiment, Run
+from experiments.records.runs import Experiment
 from experiments.reporting import paper, pictures
-from experiments.runtime import markdown
+from experiments.reporting.compare import LABELS, LONG_DASHES, STYLES
+from experiments.reporting.item import Found, Item, Shown, Table, spread
 
-Found = dict[Experiment, list[Run]]
-PAPER_STYLE = {"color": "black", "linewidth": 0.8}
+PAPER_STYLE: dict[str, Any] = {"color": "black", "linewidth": 0.8}
+GAMMAS = {  # of the paper's figures, with colour and dashes
+    0.1: ("tab:blue", "-"),
+    0.3: ("tab:orange", "--"),
+    0.5: ("tab:green", "-."),
+    0.7: ("tab:red", ":"),
+    1.0: ("tab:purple", LONG_DASHES),
+}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Line:
-    """A line of the paper, and of which experiment and metric it is.
+class Line(NamedTuple):
+    """A line of a figure.
 
     Attributes:
-      published: `[2, points]`, updates and values.
+      split, metric: of our runs.
+      file: of the paper's figure, in `paper_curves`.
+      name: of the paper's line in its file.
     """
 
     experiment: Experiment
@@ -32,114 +40,164 @@ class Line:
     dashes: Any
     split: str
     metric: str
-    published: np.ndarray
+    file: str
+    name: str
+
+    @property
+    def axis(self) -> str:
+        """What its y axis says."""
+        metric = "cross-entropy (nats)" if self.metric == "loss" else self.metric.replace("_", " ")
+        return f"{'training' if self.split == 'train' else 'validation'} {metric}"
+
+    @property
+    def published(self) -> np.ndarray:
+        """The paper's line, `[2, points]`: updates and values."""
+        curves, key = paper.curves(self.file), (self.name, self.split)
+        return curves[key if key in curves else key[:1]]  # some files have validation alone
+
+    def measured(self, found: Found) -> tuple[np.ndarray, np.ndarray]:
+        """Updates at which all our runs have the metric, `[n]`, and its values `[runs, n]`."""
+        curves = [run.curve(self.split, self.metric) for run in found[self.experiment]]
+        curves = [curve for curve in curves if curve.size]
+        if not curves:
+            return np.zeros(0), np.zeros((0, 0))
+        shared = functools.reduce(np.intersect1d, [updates for updates, _ in curves])
+        return shared, np.array([values[np.isin(updates, shared)] for updates, values in curves])
 
 
-def learning_curves(
-    title: str, columns: dict[str, list[Line]], whole: int, ylim: tuple[float, float]
-) -> Callable[[Found], tuple[str, Any]]:
-    """Makes a figure of learning curves, and a table of points at which both have values.
+def by_kind(
+    file: str, config: str, metric: str, kinds: tuple[str, ...] = ("lstm", "bn_lstm")
+) -> list[Line]:
+    """Validation lines by kind of model."""
+    return [
+        Line(Experiment(config, kind), LABELS[kind], *STYLES[kind], "valid", metric, file, kind)
+        for kind in kinds
+    ]
 
-    `columns` are lines by what the y axis says. The figure has the paper's axes, up to update
-    `whole` and from `ylim[0]` to `ylim[1]`; where ours have not come far, more panels show the
-    first updates alone.
+
+def by_gamma(file: str, config: str, metric: str, split: str) -> list[Line]:
+    """Lines of BN-LSTMs by initial gamma, which configs have at 0.1."""
+    return [
+        Line(
+            Experiment(config, "bn_lstm", (("model.initial_scale", gamma),) * (gamma != 0.1)),
+            f"gamma {gamma}",
+            *style,
+            split,
+            metric,
+            file,
+            str(gamma),
+        )
+        for gamma, style in GAMMAS.items()
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class LearningCurves(Item):
+    """Learning curves on the paper's axes, and a table of updates at which both have values.
+
+    Where ours have not come far, more panels show the first updates alone.
+
+    Attributes:
+      panels: the lines of each.
+      updates: the end of the x axis.
+      ylim: both ends of the y axis.
     """
 
-    def show(found: Found) -> tuple[str, Any]:
-        every = [line for lines in columns.values() for line in lines]
-        last = max(points_of(line, found)[0].max(initial=0) for line in every)
-        limits = [whole, 1.1 * last] if 0 < last < 0.5 * whole else [whole]
-        shape = (1, len(limits)) if len(columns) == 1 else (len(limits), len(columns))
-        figure = pictures.new_figure(title, 4.8 * shape[1], 3.4 * shape[0])
-        panels = figure.subplots(*shape, squeeze=False).reshape(len(limits), len(columns))
-        for row, limit in zip(panels, limits, strict=True):
-            for axes, (label, lines) in zip(row, columns.items(), strict=True):
+    panels: list[list[Line]]
+    updates: int
+    ylim: tuple[float, float]
+
+    @property
+    def lines(self) -> list[Line]:
+        """The lines of all panels."""
+        return [line for lines in self.panels for line in lines]
+
+    @property
+    def experiments(self) -> tuple[Experiment, ...]:
+        """Those of the lines."""
+        return tuple(dict.fromkeys(line.experiment for line in self.lines))
+
+    def show(self, found: Found, data_dir: str) -> Shown:
+        """The figure and the table."""
+        last = max(line.measured(found)[0].max(initial=0) for line in self.lines)
+        limits = [self.updates, 1.1 * last] if 0 < last < 0.5 * self.updates else [self.updates]
+        grid = (1, len(limits)) if len(self.panels) == 1 else (len(limits), len(self.panels))
+        figure = pictures.new_figure(self.title, 4.8 * grid[1], 3.4 * grid[0])
+        axes = figure.subplots(*grid, squeeze=False).reshape(len(limits), len(self.panels))
+        for column, lines in zip(axes.T, self.panels, strict=True):
+            label = lines[0].axis
+            for panel, limit in zip(column, limits, strict=True):
                 for line in lines:
-                    draw(axes, line, found)
-                axes.set(xlim=(0, limit), ylim=ylim, xlabel="update", ylabel=label)
-                axes.locator_params(axis="x", nbins=5)
-                axes.xaxis.set_major_formatter("{x:,.0f}")
-                if limit != whole:
-                    axes.set_ylim(*range_of(lines, found, limit))
-                    axes.set_title("as far as measured here", fontsize="small")
-                pictures.tidy(axes)
-        legend(panels[0, -1], every, found)
-        return curve_table(every, found), figure
-
-    return show
+                    draw(panel, line, found)
+                panel.set(xlim=(0, limit), ylim=self.ylim, xlabel="update", ylabel=label)
+                panel.locator_params(axis="x", nbins=5)
+                panel.xaxis.set_major_formatter("{x:,.0f}")
+                pictures.tidy(panel)
+            for panel in column[1:]:
+                panel.set_ylim(*range_of(lines, found, limits[1]))
+                panel.set_title("as far as measured here", fontsize="small")
+        legend(axes[0, -1], self.lines, found)
+        return Shown(curve_table(self.lines, found), figure)
 
 
-def curves_by_hours(
-    title: str, label: str, lines: list[Line], points: int = 6
-) -> Callable[[Found], tuple[str, Any]]:
-    """Makes a figure of our learning curves by hours of training, and a table of some hours.
+@dataclasses.dataclass(frozen=True)
+class CurvesByHours(Item):
+    """Our validation curves by hours of training, on the machines of the runs.
 
-    The table has the latest value at each of `points` times, up to the end of the run that took
-    least. Machines are those of the runs.
+    The table has the latest values at six times, up to the end of the run that took least.
+
+    Attributes:
+      lines: what is drawn.
     """
 
-    def show(found: Found) -> tuple[str, Any]:
-        curves = {
-            line: [run.curve_by_hours(line.split, line.metric) for run in found[line.experiment]]
-            for line in lines
-        }
-        curves = {line: [c for c in of_line if c.size] for line, of_line in curves.items()}
-        every = [curve for of_line in curves.values() for curve in of_line]
-        if not every:
-            return "", None
-        figure = pictures.new_figure(title, 6, 4)
+    lines: list[Line]
+
+    @property
+    def experiments(self) -> tuple[Experiment, ...]:
+        """Those of the lines."""
+        return tuple(line.experiment for line in self.lines)
+
+    def show(self, found: Found, data_dir: str) -> Shown:
+        """The figure and the table, once a run has finished."""
+        curves = [
+            [run.curve_by_hours(line.split, line.metric) for run in found[line.experiment]]
+            for line in self.lines
+        ]
+        curves = [[curve for curve in of_line if curve.size] for of_line in curves]
+        ends = [curve[0, -1] for of_line in curves for curve in of_line]
+        if not ends:
+            return Shown()
+        figure = pictures.new_figure(self.title, 6, 4)
         axes = figure.subplots()
-        for line, of_line in curves.items():
-            style = {"color": line.color, "linestyle": line.dashes, "linewidth": 1.5}
+        for line, of_line in zip(self.lines, curves, strict=True):
             for seed, curve in enumerate(of_line):
-                axes.plot(*curve, label=None if seed else line.label, **style)
-        axes.set(xlabel="hours", ylabel=label, xlim=(0, None))
+                label = None if seed else line.label
+                axes.plot(*curve, color=line.color, linestyle=line.dashes, label=label)
+        axes.set(xlabel="hours", ylabel=self.lines[0].axis, xlim=(0, None))
         axes.legend(fontsize="small")
         pictures.tidy(axes)
         rows = []
-        for hours in np.linspace(0, min(curve[0, -1] for curve in every), points + 1)[1:]:
-            values = [
-                [value for curve in of_line for value in curve[1, curve[0] <= hours][-1:]]
-                for of_line in curves.values()
-            ]
-            rows.append([f"{hours:.2f}", *map(spread, values)])
-        return markdown.table(["hours", *(line.label for line in lines)], rows), figure
-
-    return show
-
-
-def points_of(line: Line, found: Found) -> tuple[np.ndarray, np.ndarray]:
-    """Of our runs, as `shared_points` has them."""
-    return shared_points(found[line.experiment], line.split, line.metric)
-
-
-def shared_points(runs: list[Run], split: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Updates at which all runs have a metric, `[n]`, and its values `[runs, n]`."""
-    curves = [run.curve(split, metric) for run in runs]
-    curves = [curve for curve in curves if curve.size]
-    if not curves:
-        return np.zeros(0), np.zeros((0, 0))
-    shared = curves[0][0]
-    for updates, _ in curves:
-        shared = np.intersect1d(shared, updates)
-    return shared, np.array([values[np.isin(updates, shared)] for updates, values in curves])
+        for hours in np.linspace(0, min(ends), 7)[1:]:
+            latest = [[v for c in of_line for v in c[1, c[0] <= hours][-1:]] for of_line in curves]
+            rows.append([f"{hours:.2f}", *map(spread, latest)])
+        return Shown(Table(["hours", *(line.label for line in self.lines)], rows), figure)
 
 
 def draw(axes: Any, line: Line, found: Found) -> None:
     """Draws the paper's line, and ours: the mean of seeds and their range."""
     axes.plot(*line.published, linestyle=line.dashes, **PAPER_STYLE)
-    updates, values = points_of(line, found)
+    updates, values = line.measured(found)
     if updates.size:
-        style = {"color": line.color, "linestyle": line.dashes, "linewidth": 2}
         marker = "o" if updates.size < 10 else None  # a single point is no line
-        axes.plot(updates, values.mean(0), marker=marker, **style)
+        style = {"color": line.color, "linestyle": line.dashes, "linewidth": 2, "marker": marker}
+        axes.plot(updates, values.mean(0), **style)
         axes.fill_between(updates, values.min(0), values.max(0), color=line.color, alpha=0.25)
 
 
 def range_of(lines: list[Line], found: Found, limit: float) -> tuple[float, float]:
     """From the lowest to the highest value up to an update, with some space around."""
     values = [line.published[1][line.published[0] <= limit] for line in lines]
-    values += [points_of(line, found)[1].ravel() for line in lines]
+    values += [line.measured(found)[1].ravel() for line in lines]
     low, high = np.min(np.concatenate(values)), np.max(np.concatenate(values))
     return low - 0.04 * (high - low), high + 0.04 * (high - low)
 
@@ -158,29 +216,17 @@ def legend(axes: Any, lines: list[Line], found: Found) -> None:
     axes.legend(handles=[*handles.values(), thin], fontsize="small", handlelength=3)
 
 
-def curve_table(lines: list[Line], found: Found, points: int = 6) -> str:
-    """Where both have values: at most so many updates of each line, the last among them."""
+def curve_table(lines: list[Line], found: Found) -> Table | None:
+    """Where both have values: at most six updates of each line, the last among them."""
     rows = []
     for line in lines:
-        updates, values = points_of(line, found)
-        if not len(updates):
+        updates, values = line.measured(found)
+        if not updates.size:
             continue
-        for column in np.unique(np.linspace(0, len(updates) - 1, points).round().astype(int)):
+        for column in np.unique(np.linspace(0, len(updates) - 1, 6).round().astype(int)):
             theirs = paper.at(line.published, updates[column])
-            if np.isnan(theirs):
-                continue
-            ours = spread(list(values[:, column]))
-            at = f"{updates[column]:,.0f}"
-            rows.append([line.label, line.split, at, f"{theirs:.4f}", ours, str(len(values))])
+            if not np.isnan(theirs):
+                point = [f"{updates[column]:,.0f}", f"{theirs:.4f}", spread(values[:, column])]
+                rows.append([line.label, line.split, *point, str(len(values))])
     header = ["line", "split", "update", "paper", "here", "seeds"]
-    return markdown.table(header, rows) if rows else ""
-
-
-def spread(values: list[float], digits: int = 4) -> str:
-    """The mean over seeds, and their range."""
-    if not values:
-        return "-"
-    mean = f"{np.mean(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return Table(header, rows) if rows else None

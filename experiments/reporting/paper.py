@@ -1,6 +1,7 @@
 """What the paper published: the numbers of its tables, and its curves."""
 
 import csv
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,13 @@ FOLDER = Path(__file__).parent / "paper_curves"
 
 # Test results by config and kind of model: accuracy, bits per character, or error.
 TABLES = {
-    "mnist": {"lstm": 0.989, "bn_lstm": 0.990},
-    "pmnist": {"lstm": 0.902, "bn_lstm": 0.954},
-    "ptb": {"lstm": 1.38, "bn_lstm": 1.32},
-    "text8": {"lstm": 1.43, "bn_lstm": 1.36},
-    "cnn_qa": {"lstm": 0.450, "bn_e_star_star": 0.363},
+    "mnist": {"lstm": "0.989", "bn_lstm": "0.990"},
+    "pmnist": {"lstm": "0.902", "bn_lstm": "0.954"},
+    "ptb": {"lstm": "1.38", "bn_lstm": "1.32"},
+    "text8": {"lstm": "1.43", "bn_lstm": "1.36"},
+    "cnn_qa": {"lstm": "0.450", "bn_e_star_star": "0.363"},
 }
-# Of the figure on the derivative of tanh: standard deviations and means; and with them, quartiles.
+# The derivative of tanh: standard deviations and means; then standard deviations and quartiles.
 TANH_MEANS = np.array(
     [
         [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
@@ -30,18 +31,22 @@ TANH_QUARTILES = (
 )
 
 
+@functools.cache
 def curves(name: str) -> dict[tuple[str, ...], np.ndarray]:
-    """The lines of a figure, each `[2, points]`, x and y; by what its first columns say.
+    """The lines of a figure, each `[2, points]`, x and y, by the first columns of its file.
 
-    `name` is that of a file in `paper_curves`: its last two columns are x and y.
+    `name` is that of a file in `paper_curves`, whose last two columns are x and y. Thousands of
+    updates, which the paper counts from 0 at the first, become updates.
     """
-    lines: dict[tuple[str, ...], list[tuple[float, float]]] = {}
     with (FOLDER / f"{name}.csv").open(encoding="utf-8") as file:
-        for *line, x, y in list(csv.reader(file))[1:]:
-            lines.setdefault(tuple(line), []).append((float(x), float(y)))
+        header, *rows = csv.reader(file)
+    lines: dict[tuple[str, ...], list[tuple[float, float]]] = {}
+    for *line, x, y in rows:
+        update = 1000 * (float(x) + 1) if header[-2] == "thousand_updates" else float(x)
+        lines.setdefault(tuple(line), []).append((update, float(y)))
     return {line: np.array(points).T for line, points in lines.items()}
 
 
 def at(curve: np.ndarray, x: float) -> float:
-    """A curve's y at x, between points on a straight line; NaN beyond its ends."""
+    """A curve's y at x, linear between points; NaN beyond its ends."""
     return float(np.interp(x, *curve, left=np.nan, right=np.nan))

@@ -1,4 +1,4 @@
-"""How scripts make figures and write them."""
+"""How figures are made and written, with Matplotlib."""
 
 import io
 from pathlib import Path
@@ -11,9 +11,9 @@ DPI = 150
 
 
 def new_figure(title: str, width: float, height: float, math: bool = False) -> Any:
-    """A figure of so many inches, with a title.
+    """A figure with a title; `width` and `height` are in inches.
 
-    `math` is whether `$...$` in the title is a formula: names of files may have dollar signs.
+    `math` reads `$...$` in the title as a formula. File names may contain dollar signs.
 
     Raises:
       UserError: matplotlib is not installed.
@@ -28,27 +28,27 @@ def new_figure(title: str, width: float, height: float, math: bool = False) -> A
 
 
 def tidy(axes: Any) -> None:
-    """Gives axes a grid, and takes their upper and right lines away."""
+    """Adds a grid and removes the upper and right spines."""
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def png(figure: Any) -> bytes:
-    """A figure as the content of a PNG file."""
+    """The content of a figure's PNG file."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=DPI)
     return content.getvalue()
 
 
 def save(figure: Any, picture: Path) -> None:
-    """Writes a figure, in the format of the file's ending, whole or not at all.
+    """Writes a figure, in the format of the file's suffix, whole or not at all.
 
     Raises:
-      UserError: it cannot be written there, or not so.
+      UserError: the file cannot be written, or its format is unknown.
     """
     try:
         with files.replacing(picture) as temporary:
             figure.savefig(temporary, format=picture.suffix[1:], dpi=DPI)
-    except (OSError, ValueError) as error:  # ValueError: an unknown ending
+    except (OSError, ValueError) as error:  # ValueError: an unknown suffix
         problem = getattr(error, "strerror", None) or error
-        raise UserError(f"--output={picture} cannot be written: {problem}") from error
+        raise UserError(f"{picture} cannot be written: {problem}") from error

@@ -5,17 +5,18 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from experiments.records import workdir
+from experiments.records.metrics import STATISTICS
+from experiments.records.runs import Experiment
 from experiments.reporting import pictures
+from experiments.reporting.item import Found, Item, Shown
 
 TERMS = {"recurrent": "recurrent term $h_{t-1} W_h$", "cell": "cell $c_t$"}
 MOMENTS = {"mean": "mean", "var": "variance"}
 
 
 def find_statistics(batch_stats: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
-    """What there is of `TERMS`, each `[max_steps, F]`, under names as `recurrent_mean`, by layer.
-
-    Layers are found by these names, whatever their own are.
-    """
+    """The statistics of `TERMS`, each `[max_steps, F]`, by name (`recurrent_mean`) and by layer."""
     names = [f"{term}_{moment}" for term in TERMS for moment in MOMENTS]
     layers: dict[str, dict[str, np.ndarray]] = {}
     for (*layer, name), value in flatten_dict(batch_stats).items():
@@ -29,7 +30,7 @@ def draw_statistics(
 ) -> Any:
     """A figure of a layer's statistics: a row for each moment, a column for each term.
 
-    Shows the first `steps` time steps of some `units`, always the same ones.
+    Shows the first `steps` time steps of a fixed random choice of `units`.
 
     Raises:
       UserError: matplotlib is not installed.
@@ -53,3 +54,20 @@ def draw_statistics(
             pictures.tidy(axes)
         column[-1].set_ylim(0, None)  # of the variance
     return figure
+
+
+class PopulationStatistics(Item):
+    """Population statistics by time step, of Penn Treebank's BN-LSTM that came furthest."""
+
+    experiments = (Experiment("ptb", "bn_lstm"),)
+
+    def show(self, found: Found, data_dir: str) -> Shown:
+        """The figure."""
+        for run in sorted(found[self.experiments[0]], key=lambda run: -run.updates):
+            update = run.results.get("update")
+            statistics = update and workdir.read_statistics(run.folder, update)
+            if statistics:
+                _, values = min(find_statistics(statistics).items())
+                title = f"Penn Treebank, BN-LSTM, update {update:,}\n{STATISTICS['population']}"
+                return Shown(figure=draw_statistics(values, units=30, steps=49, title=title))
+        return Shown()

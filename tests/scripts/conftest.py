@@ -1,9 +1,12 @@
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ml_collections import ConfigDict
 
+from configs import digits
 from experiments import train
 from tests.scripts import text_config
 
@@ -15,6 +18,18 @@ def runs(tmp_path_factory) -> Path:
     for kind in ("lstm", "bn_lstm"):
         train.train(text_config(folder, kind), folder / "runs" / kind)
     return folder / "runs"
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory) -> tuple[Path, ConfigDict, dict[str, Any]]:
+    """A finished BN-LSTM on digits: its folder, config and results. It is only read."""
+    folder = tmp_path_factory.mktemp("digits")
+    config = digits.get_config()
+    config.data_dir = str(folder)
+    config.num_updates = config.eval_every = 2
+    config.model.kind = "bn_lstm"
+    config.model.features = 4
+    return folder / "run", config, train.train(config, folder / "run")
 
 
 @pytest.fixture

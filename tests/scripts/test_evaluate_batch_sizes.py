@@ -2,8 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import digits
-from experiments import datasets, train
+from experiments import datasets
 from experiments.records.checkpoints import read_best
 from experiments.runtime.errors import UserError
 from experiments.tasks import load
@@ -22,20 +21,8 @@ def show(call_main):
     return show
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run on digits, its config and its results."""
-    folder = tmp_path_factory.mktemp("digits")
-    config = digits.get_config()
-    config.data_dir = str(folder)
-    config.num_updates = config.eval_every = 2
-    config.model.kind = "bn_lstm"
-    config.model.features = 4
-    return folder / "run", config, train.train(config, folder / "run")
-
-
-def test_rows_are_of_each_batch_size_and_of_population_statistics(run, show):
-    folder, config, results = run
+def test_rows_are_of_each_batch_size_and_of_population_statistics(digits_run, show):
+    folder, config, results = digits_run
     header, _, fifty, all_of_them, population = show(folder, ["50", "250"])
     assert header == ["normalised by", "batch", "valid accuracy", "valid loss"]
     assert [fifty[1], all_of_them[1], population[1]] == ["50", "250", "any"]
@@ -63,10 +50,10 @@ def test_rows_are_of_each_batch_size_and_of_population_statistics(run, show):
 
 
 @pytest.mark.parametrize("size", ["1", "251", "many", "-5"])
-def test_batch_sizes_that_cannot_be_are_refused(size, run, show):
-    folder, _, _ = run
-    with pytest.raises(UserError, match=f"--batch_sizes has '{size}': give numbers from 2 to 250"):
-        show(folder, ["50", size])
+def test_batch_sizes_that_cannot_be_are_refused(size):
+    with pytest.raises(UserError, match=f"--batch_sizes.*{size}.* 250"):
+        evaluate_batch_sizes.parse_sizes(["50", size], examples=250)
+    assert evaluate_batch_sizes.parse_sizes(["2", "250"], examples=250) == [2, 250]
 
 
 def test_a_model_without_batch_statistics_is_refused(runs, show):

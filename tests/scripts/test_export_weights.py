@@ -5,9 +5,8 @@ import optax
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from bnlstm_jax import BNLSTM, LSTM
-from configs import digits
-from experiments import datasets, train
+from bnlstm_jax import BNLSTM
+from experiments import datasets
 from experiments.models.sequence_classifier import SequenceClassifier
 from experiments.runtime.errors import UserError
 from experiments.tasks.sequential_images import pixel_order
@@ -22,35 +21,21 @@ def export(call_main):
     )
 
 
-@pytest.mark.parametrize(
-    "kind, layer, statistics, shown",
-    [
-        ("lstm", LSTM(4), "none", "no batch statistics"),
-        ("bn_lstm", BNLSTM(4, max_steps=64), "population", "population statistics, re-estimated"),
-    ],
-)
-def test_a_model_with_exported_weights_repeats_the_results(
-    kind, layer, statistics, shown, export, tmp_path
-):
-    config = digits.get_config()
-    config.data_dir = str(tmp_path)
-    config.num_updates = config.eval_every = 2
-    config.model.kind = kind
-    config.model.features = 4
-    results = train.train(config, tmp_path / "run")
-    assert shown in export(tmp_path / "run", tmp_path / "new" / "weights.npz")
+def test_a_model_with_exported_weights_repeats_the_results(digits_run, export, tmp_path):
+    folder, config, results = digits_run
+    output = export(folder, tmp_path / "new" / "weights.npz")
+    assert "population statistics, re-estimated" in output
 
     variables = unflatten_dict(dict(np.load(tmp_path / "new" / "weights.npz")), sep="/")
     assert {array.dtype for array in jax.tree.leaves(variables)} == {np.dtype("float32")}
-    data = datasets.load("digits", str(tmp_path))
+    data = datasets.load("digits", config.data_dir)
     pixels = data.arrays["test_images"][:, pixel_order(config.pixel_order, 64, 1), None]
-    logits = SequenceClassifier(layer, num_classes=10).apply(
+    logits = SequenceClassifier(BNLSTM(4, max_steps=64), num_classes=10).apply(
         variables, pixels / jnp.float32(data.info["max_pixel"]), use_running_average=True
     )
     labels = data.arrays["test_labels"]
-    (row,) = (
-        row for row in results["rows"] if (row["split"], row["statistics"]) == ("test", statistics)
-    )
+    rows = {(row["split"], row["statistics"]): row for row in results["rows"]}
+    row = rows["test", "population"]
     assert np.mean(logits.argmax(-1) == labels) == pytest.approx(row["accuracy"])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels.astype(int))
     assert np.mean(losses) == pytest.approx(row["loss"], rel=1e-5)

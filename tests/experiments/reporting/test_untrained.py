@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import datasets
-from experiments.reporting import items, paper, untrained
+from experiments.reporting import paper, untrained
 
 
 def finite_difference_norms(pixels, labels, gamma, parameters, steps):
@@ -55,7 +55,7 @@ def test_gradient_norms_are_finite_differences():
     steps = (5, 3, 0)
     expected = finite_difference_norms(np.float64(pixels), labels, 0.4, parameters, steps)
     # Float32 through six steps, in which near-zero variances divide by up to 3e-3.
-    np.testing.assert_allclose(found[list(steps)], expected, rtol=2e-3)
+    np.testing.assert_allclose(np.take(found, steps), expected, rtol=2e-3)
 
 
 def test_the_smallest_gradients_are_not_lost_in_their_squares():
@@ -75,7 +75,8 @@ def mnist(data_dir):
 
 @pytest.fixture(scope="module")
 def norms(mnist):
-    return items.gradient_norms(mnist, (0.1, 0.2, 0.3, 0.4, 0.5), draws=10)
+    gammas = (0.1, 0.2, 0.3, 0.4, 0.5)
+    return {gamma: untrained.draws_of_gradient_norms(mnist, gamma, draws=10) for gamma in gammas}
 
 
 def test_gradient_norms_are_the_papers(norms):
@@ -101,7 +102,7 @@ def test_gradient_norms_are_the_papers(norms):
 
 def test_the_figure_is_of_permuted_pixels(mnist, norms):
     """Near the end draws hardly differ, and tell the two orders apart."""
-    in_order = items.gradient_norms(mnist, (0.1,), draws=5, order="in_order")[0.1]
+    in_order = untrained.draws_of_gradient_norms(mnist, 0.1, draws=5, order="in_order")
     theirs = paper.at(paper.curves("tanh_rnn_gradient_norm")[("0.1",)], 750)
     assert np.all(in_order[:, 750] > 1.6 * theirs)
     assert np.all(np.abs(norms[0.1][:, 750] / theirs - 1) < 0.25)

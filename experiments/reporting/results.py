@@ -1,0 +1,119 @@
+"""Final test results beside the paper's: as a table, and by length of segments."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from experiments.records.runs import Experiment, Run
+from experiments.reporting import paper, pictures
+from experiments.reporting.compare import LABELS, STYLES
+from experiments.reporting.curves import PAPER_STYLE
+from experiments.reporting.item import Found, Item, Shown, Table, spread
+
+FINAL = ("population", "none")  # the statistics of final results; an LSTM has none
+
+# The lines by length: the paper's name, our model and statistics, label and dashes.
+LENGTH_LINES = {
+    "lstm": ("lstm", "none", "LSTM", "--"),
+    "bn_lstm_population_statistics": ("bn_lstm", "population", "BN-LSTM, population", "-"),
+    "bn_lstm_batch_statistics": ("bn_lstm", "batch", "BN-LSTM, batch statistics", ":"),
+}
+
+
+def test_values(
+    runs: list[Run], metric: str, statistics: tuple[str, ...] = FINAL, reading: str | None = None
+) -> list[float]:
+    """A metric of final test results with one of `statistics`, of each run that has it."""
+    rows = [row for run in runs for row in run.results.get("rows", []) if row["split"] == "test"]
+    rows = [row for row in rows if row.get("reading") == reading]
+    return [row[metric] for row in rows if row["statistics"] in statistics]
+
+
+@dataclasses.dataclass(frozen=True)
+class ResultsTable(Item):
+    """Test results with re-estimated population statistics, a row for each experiment.
+
+    Where runs have results with input terms normalised by the batch, these have a second row.
+
+    Attributes:
+      metric: of the results.
+      tasks: their names by config. The kinds of model are those in `paper.TABLES`.
+      reading: how the test split is read, where there are several ways.
+    """
+
+    metric: str
+    tasks: dict[str, str]
+    reading: str | None = None
+
+    @property
+    def experiments(self) -> tuple[Experiment, ...]:
+        """Each kind of model on each task."""
+        return tuple(Experiment(task, kind) for task in self.tasks for kind in paper.TABLES[task])
+
+    @property
+    def measured(self) -> str:
+        """The metric in words."""
+        return self.metric.replace("_", " ")
+
+    def rows(self, found: Found) -> Iterator[list[str]]:
+        """Task, model, the paper's result, ours, updates of the run behind the others, seeds."""
+        ways = {"": FINAL, ", input terms by the batch": ("population_batch_inputs",)}
+        for experiment in self.experiments:
+            updates = f"{experiment.get_config().num_updates:,}"
+            for way, statistics in ways.items():
+                key = self.metric, statistics, self.reading
+                there = [run for run in found[experiment] if test_values([run], *key)]
+                if there or not way:
+                    yield [
+                        self.tasks[experiment.config],
+                        LABELS[experiment.kind] + way,
+                        paper.TABLES[experiment.config][experiment.kind],
+                        spread(test_values(there, *key)),
+                        f"{min(r.updates for r in there):,} of {updates}" if there else "not run",
+                        str(len(there)),
+                    ]
+
+    def show(self, found: Found, data_dir: str) -> Shown:
+        """The table."""
+        header = ["task", "model", f"paper, test {self.measured}"]
+        return Shown(Table([*header, "here", "measured at update", "seeds"], [*self.rows(found)]))
+
+
+class ResultsByLength(Item):
+    """Bits per character on Penn Treebank by length of the test segments."""
+
+    experiments = (Experiment("ptb", "lstm"), Experiment("ptb", "bn_lstm"))
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """The paper's lengths."""
+        return {"eval_lengths": tuple(range(100, 1001, 100))}
+
+    def show(self, found: Found, data_dir: str) -> Shown:
+        """The figure, and its points as a table."""
+        figure = pictures.new_figure(self.title, 6, 4)
+        axes = figure.subplots()
+        rows = []
+        for name, (kind, statistics, label, dashes) in LENGTH_LINES.items():
+            lengths, published = paper.curves("ptb_test_bpc_by_length")[(name,)]
+            axes.plot(lengths, published, linestyle=dashes, **PAPER_STYLE)
+            runs = found[Experiment("ptb", kind)]
+            ours = [
+                test_values(runs, "bits_per_character", (statistics,), f"segments of {length:.0f}")
+                for length in lengths
+            ]
+            points = [(x, np.mean(y)) for x, y in zip(lengths, ours, strict=True) if y]
+            if points:
+                style: dict[str, Any] = {"color": STYLES[kind][0], "linestyle": dashes}
+                axes.plot(*zip(*points, strict=True), marker="o", linewidth=2, label=label, **style)
+            rows += [
+                [label, f"{length:.0f}", f"{theirs:.4f}", spread(values)]
+                for length, theirs, values in zip(lengths, published, ours, strict=True)
+            ]
+        axes.plot([], [], label="thin: the paper's", **PAPER_STYLE)
+        axes.legend(fontsize="small")
+        axes.set(xlabel="characters", ylabel="bits per character")
+        pictures.tidy(axes)
+        return Shown(Table(["line", "length", "paper", "here"], rows), figure)

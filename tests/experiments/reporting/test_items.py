@@ -1,0 +1,125 @@
+"""Tables and figures of runs that nobody ran."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.records.runs import Experiment
+from experiments.reporting import paper
+from experiments.reporting.item import find
+from experiments.reporting.items import ITEMS
+from tests.scripts.made_up import write_run
+
+
+def show(name, folder):
+    return ITEMS[name].show(find([ITEMS[name]], folder), "data")
+
+
+@pytest.fixture
+def mnist_runs(tmp_path):
+    """Three of the four runs of the table, one of them with two seeds."""
+    for seed, value in ((1, 0.75), (2, 0.85)):
+        points = {500: {"accuracy": value - 0.2}, 1000: {"accuracy": value - 0.1}}
+        write_run(tmp_path, Experiment("pmnist", "bn_lstm"), seed, points, {"accuracy": value})
+    points = {500: {"accuracy": 0.2}}
+    write_run(tmp_path, Experiment("pmnist", "lstm"), 1, points, {"accuracy": 0.25})
+    write_run(tmp_path, Experiment("mnist", "lstm"), 1, points)  # goes on
+    return tmp_path
+
+
+def test_table_of_final_results(mnist_runs):
+    table, figure = show("table_mnist", mnist_runs)
+    assert figure is None and table.header[2] == "paper, test accuracy"
+    pmnist = "pMNIST (released draw)"
+    several = "0.8000 (0.7500 to 0.8500)"
+    assert table.rows == [
+        ["MNIST", "LSTM", "0.989", "-", "not run", "0"],
+        ["MNIST", "BN-LSTM", "0.990", "-", "not run", "0"],
+        [pmnist, "LSTM", "0.902", "0.2500", "500 of 100,000", "1"],
+        [pmnist, "BN-LSTM", "0.954", several, "1,000 of 100,000", "2"],
+    ]
+
+
+def test_results_with_input_terms_by_the_batch_have_their_own_row(tmp_path):
+    experiment = Experiment("cnn_qa", "bn_e_star_star")
+    run = write_run(tmp_path, experiment, 1, {500: {"error": 0.5}}, {"error": 0.4})
+    results = json.loads((run / "results.json").read_text())
+    row = {"split": "test", "statistics": "population_batch_inputs", "error": 0.37}
+    results["rows"] += [row, row | {"split": "valid", "error": 0.9}]
+    (run / "results.json").write_text(json.dumps(results))
+    updates = f"500 of {experiment.get_config().num_updates:,}"
+    assert show("table_cnn", tmp_path).table.rows == [
+        ["CNN", "LSTM", "0.450", "-", "not run", "0"],
+        ["CNN", "BN-e**", "0.363", "0.4000", updates, "1"],
+        ["CNN", "BN-e**, input terms by the batch", "0.363", "0.3700", updates, "1"],
+    ]
+
+
+def test_curves_lie_over_the_papers(mnist_runs):
+    write_run(mnist_runs, Experiment("pmnist", "bn_lstm"), 3, {1000: {"accuracy": 0.5}})
+    table, figure = show("figure_pmnist", mnist_runs)
+    whole, first = figure.axes
+    assert whole.get_xlim() == (0, 100_000) and first.get_xlim() == (0, 1100)
+    drawn = [line.get_xydata().T for line in first.lines]
+    published = paper.curves("pmnist_valid_accuracy")[("bn_lstm",)]
+    assert any(np.array_equal(line, published) for line in drawn)
+    # The third seed has the second of two updates alone.
+    mean = (0.65 + 0.75 + 0.5) / 3
+    assert any(line.shape == (2, 1) and np.allclose(line, [[1000], [mean]]) for line in drawn)
+    theirs = f"{published[1, list(published[0]).index(1000)]:.4f}"
+    ours = "0.6333 (0.5000 to 0.7500)"
+    assert table.rows[-1] == ["BN-LSTM", "valid", "1,000", theirs, ours, "3"]
+    low, high = first.get_ylim()
+    assert low < 0.2 and high > 0.75
+
+
+def test_curves_by_hours(mnist_runs):
+    """3,900 seconds are for 1,000 updates of the BN-LSTM, and for 500 of the LSTM."""
+    table, figure = show("figure_pmnist_hours", mnist_runs)
+    hours = 3900 / 3600
+    drawn = [line.get_xydata().T for line in figure.axes[0].lines]
+    np.testing.assert_allclose(drawn[0], [[hours], [0.2]])
+    np.testing.assert_allclose(drawn[1], [[hours / 2, hours], [0.55, 0.65]])
+    assert table.header == ["hours", "LSTM", "BN-LSTM"] and len(table.rows) == 6
+    assert table.rows[-1] == ["1.08", "0.2000", "0.7000 (0.6500 to 0.7500)"]
+    assert table.rows[2] == ["0.54", "-", "0.6000 (0.5500 to 0.6500)"]
+
+
+def test_results_by_length(tmp_path):
+    run = write_run(tmp_path, Experiment("ptb", "bn_lstm"), 1, {791: {"bits_per_character": 1.6}})
+    row = {"split": "test", "reading": "segments of 300"}
+    values = {"batch": 1.5, "population": 1.4, "running": 3.0}
+    rows = [row | {"statistics": s, "bits_per_character": v} for s, v in values.items()]
+    (run / "results.json").write_text(json.dumps({"rows": rows}))
+    table, figure = show("figure_ptb_lengths", tmp_path)
+    measured = {row[0]: row[1:] for row in table.rows if row[3] != "-"}
+    published = {name[0]: dict(points.T) for name, points in
+                 paper.curves("ptb_test_bpc_by_length").items()}  # fmt: skip
+    assert measured == {
+        f"BN-LSTM, {label}": ["300", f"{published[f'bn_lstm_{name}'][300]:.4f}", value]
+        for label, name, value in (
+            ("population", "population_statistics", "1.4000"),
+            ("batch statistics", "batch_statistics", "1.5000"),
+        )
+    }
+    assert [[300, 1.4]] in [line.get_xydata().tolist() for line in figure.axes[0].lines]
+
+
+def test_the_paper_counts_thousands_of_updates_from_zero():
+    # The validation at plotted x = 203 is after 204,000 updates.
+    published = paper.curves("cnn_4sentence_error")[("lstm", "valid")]
+    assert paper.at(published, 350_000 + 1000) == pytest.approx(0.603, abs=5e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in ITEMS if name != "figure_gradient_norm"])
+def test_items_without_runs_show_the_papers_lines_or_nothing(name, tmp_path):
+    table, figure = show(name, tmp_path)
+    if name.endswith("_hours") or name == "figure_population_statistics":
+        assert (table, figure) == (None, None)
+    elif name.startswith("figure_"):
+        assert all(axes.lines for axes in figure.axes)
+    else:
+        assert all(row[3] == "-" for row in table.rows)
+    for experiment in ITEMS[name].experiments:
+        assert experiment.get_config().num_updates > 1000
