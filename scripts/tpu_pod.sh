@@ -166,9 +166,11 @@ watch() {
     done
 }
 
-# Whether runs ended because a worker was lost to the others: these say 75, and it was killed.
+# Whether runs ended because a worker was lost: JAX then aborts the others (134), unless they fail
+# first (1) in a collective operation.
 lost_a_worker() {
-    [[ $1 =~ ^"ended with status"(' '(75|134|137|143))+$ && $1 =~ ' '75 ]]
+    [[ $1 =~ ^"ended with status"(' '(134|137|143))+$ && $1 =~ ' '134 ||
+        $1 = "ended with status 1 137" ]]
 }
 
 # What the runs of a node do that is READY.

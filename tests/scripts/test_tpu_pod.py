@@ -216,7 +216,7 @@ def test_watch_resumes_until_the_run_has_finished(machine):
             "t1v-0: running\\nt1v-1: running",
             both(143),
             "!255",
-            both(75),  # which says that a worker was lost to the others
+            both(134),  # JAX aborts the others when a worker is lost
             "t1v-0: running\\nt1v-1: ended with status 0",
             both(0),
         ],
@@ -234,7 +234,7 @@ def test_watch_resumes_until_the_run_has_finished(machine):
         "MISSING",
         "CREATING",
         "cannot be reached",
-        "ended with status 75",
+        "ended with status 134",
         "running",
         "ended with status 0",
     ]
@@ -242,7 +242,14 @@ def test_watch_resumes_until_the_run_has_finished(machine):
 
 @pytest.mark.parametrize(
     "statuses, again",
-    [("75 137", True), ("134 75", True), ("75 2", False), ("137", False), ("75 0", False)],
+    [
+        ("134 137", True),
+        ("1 137", True),
+        ("1 134", False),
+        ("134 2", False),
+        ("137", False),
+        ("134 0", False),
+    ],
 )
 def test_watch_starts_again_what_has_lost_a_worker(machine, statuses, again):
     """The lost one says 137 or the like itself. A mistake, 2, would be made again."""
