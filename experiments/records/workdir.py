@@ -37,19 +37,6 @@ EVALUATION_FIELDS = (
     "chunk_length",
     *POPULATION_FIELDS,
 )
-# Fields that configs did not have from the start: what runs before them did.
-ADDED_FIELDS = {
-    "optimizer.clip_rule": "norm",
-    "optimizer.adam_epsilon": "published",
-    "population_batches": 0,
-    "population_late_steps": "skip",
-    "model.implementation": "reference",
-    "updates_per_call": 1,
-    "parallel.devices": 1,
-    "parallel.statistics_devices": 0,
-    "wandb": "",
-}
-ADDED_LAYER_FIELDS = {"model.shared_statistics": False}  # of models that are one recurrent layer
 FREE_FIELDS = (
     "data_dir",
     "text_file",
@@ -74,9 +61,8 @@ def read_config(workdir: Path) -> ConfigDict:
         others = runs_around(workdir)
         problem = f"choose {' or '.join(map(str, others))}" if others else f"{path} is missing"
         raise UserError(f"--workdir={workdir} is not the folder of a run: {problem}")
-    fields = flatten_dict(_tuples(read_json(path)), sep=".")
-    added = ADDED_FIELDS | (ADDED_LAYER_FIELDS if "model.input_statistics" in fields else {})
-    return ConfigDict(unflatten_dict(added | fields, sep="."))
+    # Early runs lack `wandb`.
+    return ConfigDict({"wandb": "", **_tuples(read_json(path))})
 
 
 def runs_around(workdir: Path) -> list[Path]:

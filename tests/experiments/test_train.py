@@ -165,20 +165,11 @@ def test_evaluate_gives_what_training_gave(small_config, tmp_path):
     assert train.train(small_config, tmp_path) == train.evaluate_run(small_config, tmp_path)
 
 
-def test_runs_from_before_a_field_was_added_go_on(small_config, tmp_path):
-    results = train.train(small_config, tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text())
-    del saved["population_batches"], saved["population_late_steps"], saved["optimizer"]["clip_rule"]
-    del (
-        saved["optimizer"]["adam_epsilon"],
-        saved["updates_per_call"],
-        saved["model"]["implementation"],
-    )
+def test_runs_from_before_a_field_was_added_continue(small_config, tmp_path):
+    saved = json.loads(small_config.to_json_best_effort())
+    del saved["wandb"]
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    config = workdir.read_config(tmp_path)
-    small_config.model.implementation = "reference"  # the only one there was
-    assert config.to_dict() == small_config.to_dict()
-    assert train.evaluate_run(config, tmp_path) == results
+    assert workdir.read_config(tmp_path).to_dict() == small_config.to_dict()
 
 
 def test_the_workdir_of_another_config_stays_as_it_is(small_config, tmp_path):
