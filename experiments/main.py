@@ -31,7 +31,7 @@ _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "evaluate"], "Train and evaluate, or evaluate the best checkpoint."
 )
 _PROFILE = flags.DEFINE_boolean(
-    "profile", False, "Say where the time of updates went, without that of compilation."
+    "profile", False, "Trace the updates by JAX's profiler, into the folder profile of the run."
 )
 
 _DISTRIBUTED = flags.DEFINE_boolean(
