@@ -196,7 +196,7 @@ def test_readers_on_shards_see_the_longest_passage_of_all():
             "config.batch_size 8 they have one example, which has no batch statistics",
         ),
         ({"devices": 3}, "config.batch_size is 32: it must be divisible by the 3 devices"),
-        ({"devices": 9}, "config.parallel.devices is 9, and a process has 8 here"),
+        ({"devices": 9}, "config.parallel.devices is 9: it must be at most 8"),
         (
             {"devices": 8, "statistics_devices": 3},
             "config.parallel.statistics_devices is 3: it must divide the 8 devices",
