@@ -31,7 +31,9 @@ _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "evaluate"], "Train and evaluate, or evaluate the best checkpoint."
 )
 _PROFILE = flags.DEFINE_boolean(
-    "profile", False, "Trace the updates by JAX's profiler, into the folder profile of the run."
+    "profile",
+    False,
+    "Trace the updates, which should be few, by JAX's profiler into WORKDIR/profile.",
 )
 
 _DISTRIBUTED = flags.DEFINE_boolean(

@@ -234,6 +234,10 @@ class Setup:
     """What a run is made of, apart from its state.
 
     Attributes:
+      config: all its fields.
+      folder: the workdir.
+      devices: those that share its batches.
+      task: data, model and metrics.
       noise: the key of noise in updates and evaluations.
       evaluator: see `evaluate.make_evaluator`.
     """

@@ -203,7 +203,7 @@ def test_readers_on_shards_see_the_longest_passage_of_all():
         ),
     ],
 )
-def test_devices_that_cannot_share(config, fields, message):
+def test_devices_that_cannot_share_a_batch_raise(config, fields, message):
     config = config.copy_and_resolve_references()
     config.batch_size = fields.pop("batch_size", config.batch_size)
     config.parallel.update(fields)

@@ -5,7 +5,7 @@ import os
 from experiments.records import metrics
 
 
-def test_training_tells_a_log_file_how_far_it_is(capsys, monkeypatch, tmp_path):
+def test_a_log_file_shows_progress(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(metrics, "SECONDS_LOGGED", 0)
     with metrics.Reporter(tmp_path, "title", "data", 0, 10) as reporter:
         reporter.write({"update": 4, "split": "train", "statistics": "batch"}, {"loss": 0.5})
@@ -19,7 +19,7 @@ def test_training_tells_a_log_file_how_far_it_is(capsys, monkeypatch, tmp_path):
     assert rows[1] == row | {"loss": 0.25} and len(rows) == 2
 
 
-def test_a_run_does_not_need_to_be_heard(monkeypatch):
+def test_a_closed_pipe_does_not_stop_a_run(monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)  # as of `| tee log`, upon Ctrl-C
     with contextlib.suppress(BrokenPipeError), os.fdopen(writer, "w") as closed:

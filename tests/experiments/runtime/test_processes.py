@@ -50,7 +50,7 @@ def book(tmp_path_factory):
     return f"--config.text_file={path}"
 
 
-STARTED = []  # all processes, to be killed by whom a test that fails leaves them to
+STARTED = []  # all processes, to be killed if a test fails
 
 
 @pytest.fixture(autouse=True)
@@ -72,13 +72,13 @@ class Job:
             command = [sys.executable, "-m", "experiments.main", *COMMAND, *arguments, *joining]
             command += [f"--process_id={number}", f"--peer_timeout={timeout}"] if joining else []
             command += own[number] if own else []
-            # A folder of its own for all but the first, to see that nobody else writes.
+            # The others have another folder, to see that only the first writes.
             command.append(f"--workdir={folder if number == 0 else f'{folder}_{number}'}")
             environment = os.environ | {
                 "JAX_PLATFORMS": "cpu",
                 "JAX_NUM_CPU_DEVICES": str(devices),
                 "PYTHONUNBUFFERED": "1",
-                # On many clusters. Nobody listens there.
+                # As on many clusters; nothing listens there.
                 "http_proxy": "http://127.0.0.1:9",
                 "https_proxy": "http://127.0.0.1:9",
             }
@@ -142,18 +142,18 @@ def alone(book, tmp_path_factory):
     return folder
 
 
-def test_two_processes_of_four_devices_are_one_device(book, alone, tmp_path):
+def test_two_processes_of_four_devices_equal_one_device(book, alone, tmp_path):
     ended = Job(2, 4, tmp_path / "run", book).end()
     assert_finished(ended)
     assert "8 x cpu, in 2 processes" in ended[0][1]
-    assert "| BN-LSTM " in ended[0][1] and "BN-LSTM" not in ended[1][1]  # one speaks for all
+    assert "| BN-LSTM " in ended[0][1] and "BN-LSTM" not in ended[1][1]  # only the first prints
     assert_equal(tmp_path / "run", alone)
     assert not (tmp_path / "run_1").exists()
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("processes, devices", [(1, 8), (8, 1)])
-def test_other_processes_and_devices_are_one_device(book, alone, tmp_path, processes, devices):
+def test_other_numbers_of_processes_equal_one_device(book, alone, tmp_path, processes, devices):
     assert_finished(Job(processes, devices, tmp_path / "run", book).end(600))
     assert_equal(tmp_path / "run", alone)
 
@@ -167,7 +167,7 @@ def test_a_lost_peer_ends_the_job_which_then_goes_on_elsewhere(book, alone, tmp_
     job.members[1].kill()
     assert job.end(6 * TIMEOUT)[0][0] != 0
 
-    # What it had done is more than the 20 updates that are compared: begin with those.
+    # The comparison is of 20 updates: remove later checkpoints.
     for step in checkpoints.steps_in(folder / "checkpoints"):
         if step > 5:
             path = folder / "checkpoints" / str(step)
@@ -213,7 +213,7 @@ def test_a_sigterm_in_the_last_evaluation_stops_all(book, tmp_path):
     assert not (tmp_path / "run" / "results.json").exists()
 
 
-def test_processes_that_are_not_alike(book, tmp_path):
+def test_different_flags_or_data_raise_on_all_processes(book, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("".join(np.random.default_rng(1).choice(list("one, two."), 6000)))
     for own, difference in (
@@ -228,7 +228,7 @@ def test_processes_that_are_not_alike(book, tmp_path):
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_mistake_of_one_process_ends_all(book, tmp_path, number):
+def test_a_user_error_in_one_process_ends_all(book, tmp_path, number):
     own = [[], []]
     own[number] = ["--config.text_file=/nowhere/book.txt"]
     ended = Job(2, 1, tmp_path / "run", book, own=own, timeout=TIMEOUT).end()
