@@ -165,7 +165,7 @@ def message(*arguments) -> str:
         (["--time=9", "--gpus_per_node=many"], "flag --gpus_per_node=many"),
         (["--time=9", "--gpus=8"], "Unknown command line flag 'gpus'"),
         (["--time=9", "--node=2"], "Unknown command line flag 'node'. Did you mean: nodes ?"),
-        (["--time=9", "--config.sed=2"], "config.sed: the config has no field sed; did you mean"),
+        (["--time=9", "--config.sed=2"], "config.sed: the config has no such field; did you mean"),
         (["--time=9", "--config.batch_size=0"], "config.batch_size is 0: it must be at least 1"),
         (["--time=9", "--config.pixel_order=x"], "config.pixel_order is 'x', which is unknown"),
         (["--time=9", "--config.model.normalize=x"], "config.model.normalize is 'x'"),

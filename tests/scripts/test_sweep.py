@@ -226,7 +226,7 @@ def test_dry_run_for_slurm_prints_the_scripts(command, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--config.sed=1"], "config.sed: the config has no field sed; did you mean seed?"),
+        (["--config.sed=1"], "config.sed: the config has no such field; did you mean config.seed?"),
         (["--config.seed=3"], "--config.seed is set by each point"),
         (["--mode=evaluate"], "Unknown command line flag 'mode'"),
         (["--launcher=slurm", "--time=9"], "there is no sbatch here"),
