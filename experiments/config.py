@@ -1,4 +1,4 @@
-"""The config fields that every experiment shares, and what is asked of their values."""
+"""The config fields that all experiments share, and the values that they accept."""
 
 import importlib.util
 import math
@@ -17,9 +17,40 @@ READER_KINDS = tuple(FORMS)  # answer questions
 NO_BATCH_STATISTICS = ("lstm", "ln_lstm")
 MAX_SEED = 2**32 - 1  # JAX takes no more bits of it
 
+# The values that `check` accepts, by field.
+LOWEST = {
+    "seed": 0,
+    "batch_size": 1,
+    "num_updates": 1,
+    "updates_per_call": 1,
+    "log_every": 1,
+    "eval_every": 1,
+    "checkpoint_every": 1,
+    "eval_batch_size": 1,
+    "population_batch_size": 1,
+    "population_batches": 0,
+    "parallel.devices": 0,
+    "parallel.statistics_devices": 0,
+    "model.features": 1,
+    "model.max_steps": 0,
+    "model.momentum": 0,
+    "optimizer.learning_rate": 0,
+    "optimizer.decay": 0,
+    "optimizer.clip_norm": 0,
+}
+HIGHEST = {"seed": MAX_SEED, "model.momentum": 1, "optimizer.decay": 1}
+CHOICES = {
+    "model.dtype": ("float32", "bfloat16"),
+    "model.implementation": NAMES,
+    "optimizer.name": ("rmsprop", "adam"),
+    "optimizer.clip_rule": ("norm", "released_reader"),
+    "optimizer.adam_epsilon": ("published", "released"),
+    "population_late_steps": ("skip", "repeat"),
+}
+
 
 def base_config() -> ConfigDict:
-    """The shared fields. A config file starts from these and adds what its task needs."""
+    """The shared fields. A config file starts from these and adds those of its task."""
     config = ConfigDict()
     config.task = ""  # a module of experiments.tasks
     config.seed = 1  # of parameters, order of examples and noise
@@ -52,16 +83,17 @@ def base_config() -> ConfigDict:
     # Devices that take batch statistics together: 0: all, over the whole batch; 1: each its own.
     config.parallel.statistics_devices = 0
 
-    # In updates. Validation uses batch statistics, and selects the best checkpoint.
+    # In updates. Validation uses batch statistics and chooses the best checkpoint.
     config.log_every = 50
     config.eval_every = 500
     config.checkpoint_every = 500
     config.eval_batch_size = 1000  # with population statistics
-    # Whole batches, over whose statistics is averaged. Make it smaller where memory is: 5,000
-    # examples of 784 steps and 100 units have float32 hidden states of 1.6 GB.
+    # Population statistics average over whole batches of this size. Reduce it if memory is short:
+    # 5,000 examples of 784 steps and 100 units have float32 hidden states of 1.6 GB.
     config.population_batch_size = 5000
     config.population_batches = 0  # at most so many; 0: one pass of the training data
-    # What a batch says of time steps that it does not reach: skip (nothing), or repeat its last.
+    # What a batch contributes to time steps that it does not reach: skip (nothing), or repeat (the
+    # statistics of its last step).
     config.population_late_steps = "skip"
     return config
 
@@ -85,10 +117,10 @@ def has_batch_statistics(config: ConfigDict) -> bool:
 
 
 def check_rows(config: ConfigDict, rows: int, source: str) -> None:
-    """Refuses a batch of one example, which has no statistics, where a model takes them.
+    """Refuses a batch of one example, which has no statistics, if a model takes them.
 
     Raises:
-      UserError: `rows` is 1; the message begins with `source`, which says where the batch is from.
+      UserError: `rows` is 1; the message begins with `source`, the origin of the batch.
     """
     if rows == 1 and has_batch_statistics(config):
         raise UserError(
@@ -107,46 +139,27 @@ def check_batch_sizes(config: ConfigDict) -> None:
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses values that no experiment can run with, and expands `~` in paths.
+    """Refuses values that no experiment can run with.
 
     Raises:
       UserError: names the field and what it may be.
     """
-    lowest = {
-        "seed": 0,
-        "batch_size": 1,
-        "num_updates": 1,
-        "updates_per_call": 1,
-        "log_every": 1,
-        "eval_every": 1,
-        "checkpoint_every": 1,
-        "eval_batch_size": 1,
-        "population_batch_size": 1,
-        "population_batches": 0,
-        "parallel.devices": 0,
-        "parallel.statistics_devices": 0,
-        "model.features": 1,
-        "model.max_steps": 0,
-        "model.momentum": 0,
-        "optimizer.learning_rate": 0,
-        "optimizer.decay": 0,
-        "optimizer.clip_norm": 0,
-    }
-    highest = {"seed": MAX_SEED, "model.momentum": 1, "optimizer.decay": 1}
     flat = flatten_dict(config.to_dict(), sep=".")
     for name, value in flatten_dict(base_config().to_dict(), sep=".").items():
-        # The command line sees to types; a run's config.json may say anything.
+        # The command line checks types; a run's config.json may hold anything.
         kinds = (int, float) if isinstance(value, float) else type(value)
         if not isinstance(flat.get(name), kinds):
             given = repr(flat[name]) if name in flat else "missing"
             raise UserError(f"config.{name} is {given}: it must be of type {type(value).__name__}")
-    for name, bound in lowest.items():
+    for name, bound in LOWEST.items():
         at_least(f"config.{name}", flat[name], bound)
-    for name, bound in highest.items():
+    for name, bound in HIGHEST.items():
         at_most(f"config.{name}", flat[name], bound)
     for name in ("model.initial_scale", "optimizer.learning_rate"):
         if not math.isfinite(flat[name]):
             raise UserError(f"config.{name} is {flat[name]}: it must be a finite number")
+    for name, allowed in CHOICES.items():
+        one_of(f"config.{name}", flat[name], allowed)
     for name in ("log_every", "eval_every", "checkpoint_every"):
         if config.updates_per_call > flat[name]:
             raise UserError(
@@ -155,18 +168,10 @@ def check(config: ConfigDict) -> None:
             )
     for name in paths.FIELDS:
         if name in config:
-            config[name] = paths.expand(f"config.{name}", config[name])
+            paths.expand(f"config.{name}", config[name])  # as it is where the path is used
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError(
             f"config.wandb is {config.wandb}, and the package is not installed: pip install wandb"
         )
     model_kinds(config)
     check_batch_sizes(config)
-    one_of("config.model.dtype", config.model.dtype, ("float32", "bfloat16"))
-    one_of("config.model.implementation", config.model.implementation, NAMES)
-    one_of("config.optimizer.name", config.optimizer.name, ("rmsprop", "adam"))
-    one_of("config.optimizer.clip_rule", config.optimizer.clip_rule, ("norm", "released_reader"))
-    one_of(
-        "config.optimizer.adam_epsilon", config.optimizer.adam_epsilon, ("published", "released")
-    )
-    one_of("config.population_late_steps", config.population_late_steps, ("skip", "repeat"))

@@ -1,9 +1,10 @@
 """Evaluation: with the batch's statistics, with running averages, with population statistics."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,50 +22,68 @@ Check = Callable[[], None]  # is called between batches, and may raise
 BATCH_INPUTS = "population_batch_inputs"  # see `Task.batch_inputs`
 
 
+class Options(NamedTuple):
+    """How a batch is evaluated.
+
+    Attributes:
+      use_running_average: whether `batch_stats` of the variables normalise, not the batch's own.
+      continued: whether the batch continues the one before it, from the model's carry.
+      split: whether devices have rows of their own.
+      adapt: changes the variables for the batch, such as `Task.batch_inputs`.
+    """
+
+    use_running_average: bool
+    continued: bool
+    split: bool
+    adapt: Adapt | None
+
+
 def nothing() -> None:
     """Does nothing."""
+
+
+def evaluate_batch(
+    task: Task,
+    noise: jax.Array,
+    parallel: Parallel,
+    options: Options,
+    variables: Variables,
+    carry: Any,
+    index: int,
+    batch: Batch,
+) -> tuple[Any, Metrics]:
+    """The carry after a batch, None unless `continued`, and its metrics, on every device."""
+    key = parallel.fold_in(jax.random.fold_in(noise, index), options.split)
+    inputs = task.inputs(batch, carry)
+    if options.adapt is not None:
+        variables = options.adapt(variables, inputs)
+    outputs, _ = task.model.apply(
+        variables,
+        *inputs,
+        use_running_average=options.use_running_average,
+        rngs={"noise": key},
+        mutable=["batch_stats"],  # so that batch statistics may be taken; they are dropped
+        **({"return_carry": True} if options.continued else {}),
+    )
+    carry, outputs = outputs if options.continued else (None, outputs)
+    return carry, parallel.total(task.metrics(outputs, batch), options.split)
 
 
 def make_evaluator(task: Task, noise: jax.Array, parallel: Parallel = ONE_DEVICE) -> Evaluator:
     """A function of variables, reading, split, batch size and `use_running_average`: averages.
 
-    With a `title` it shows a progress bar; before each batch it calls `check`. `adapt`, such as
-    `Task.batch_inputs`, changes the variables for each batch. Every example counts the same, also
-    those of a short last batch; but one example alone has no batch statistics, and counts for
-    nothing under them. The key `noise` feeds noise on initial hidden states, which is drawn anew
-    for each batch and the same in each evaluation.
+    With a `title` it shows a progress bar; before each batch it calls `check`. For `adapt` see
+    `Options`. All examples have equal weight, those of a short last batch too. A last batch of one
+    example is left out under batch statistics, which it does not have. The key `noise` feeds noise
+    on initial hidden states; each batch has its own, the same in each evaluation.
     """
 
-    @jax.jit(static_argnames=("use_running_average", "continued", "split", "adapt"))
+    @functools.partial(jax.jit, static_argnums=0)
     def run(
-        variables: Variables,
-        carry: Any,
-        index: int,
-        batch: Batch,
-        use_running_average: bool,
-        continued: bool,
-        split: bool,
-        adapt: Adapt | None,
+        options: Options, variables: Variables, carry: Any, index: int, batch: Batch
     ) -> tuple[Any, Metrics]:
-        def on_device(
-            variables: Variables, carry: Any, index: int, batch: Batch
-        ) -> tuple[Any, Metrics]:
-            key = parallel.fold_in(jax.random.fold_in(noise, index), split)
-            inputs = task.inputs(batch, carry)
-            if adapt is not None:
-                variables = adapt(variables, inputs)
-            outputs, _ = task.model.apply(
-                variables,
-                *inputs,
-                use_running_average=use_running_average,
-                rngs={"noise": key},
-                mutable=["batch_stats"],  # so that batch statistics may be taken; they are dropped
-                **({"return_carry": True} if continued else {}),
-            )
-            carry, outputs = outputs if continued else (None, outputs)
-            return carry, parallel.total(task.metrics(outputs, batch), split)
-
-        return parallel.run(on_device, split, task.shared)(variables, carry, index, batch)
+        function = functools.partial(evaluate_batch, task, noise, parallel, options)
+        return parallel.run(function, options.split, task.shared)(variables, carry, index, batch)
 
     def evaluate(
         variables: Variables,
@@ -88,10 +107,9 @@ def make_evaluator(task: Task, noise: jax.Array, parallel: Parallel = ONE_DEVICE
             by_batch = adapt is not None or not use_running_average
             if rows == 1 and by_batch and "batch_stats" in variables:
                 continue
-            split_up = parallel.splits(rows)
-            batch = parallel.place(batch, split_up, task.shared)
-            options = use_running_average, reading.continued, split_up, adapt
-            carry, metrics = run(variables, carry, index, batch, *options)
+            options = Options(use_running_average, reading.continued, parallel.splits(rows), adapt)
+            batch = parallel.place(batch, options.split, task.shared)
+            carry, metrics = run(options, variables, carry, index, batch)
             for name, sum_and_count in metrics.items():
                 sums[name] = sums.get(name, 0) + np.asarray(sum_and_count, np.float64)
         return {name: float(total / count) for name, (total, count) in sums.items()}
@@ -109,10 +127,9 @@ def population_statistics(
 ) -> Variables:
     """The collection `batch_stats`, re-estimated over one pass of the training data.
 
-    Whole batches of `config.population_batch_size` are averaged with equal weight, at most
-    `config.population_batches` of them; what is left over after the last whole one is not used.
-    A batch is normalised as a whole, whatever share of it a device has. Before each, `check` is
-    called.
+    Averages over whole batches of `config.population_batch_size`, at most
+    `config.population_batches` of them; the examples after the last whole one are not used.
+    Statistics are those of the whole batch, also if devices share it. Calls `check` before each.
     """
     size, reading = config.population_batch_size, task.readings[0]
     examples = task.num_examples("train", reading)

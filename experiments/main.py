@@ -3,7 +3,8 @@
     python -m experiments.main --config=configs/pmnist.py --workdir=runs/pmnist
     python -m experiments.main --mode=evaluate --workdir=runs/pmnist
 
-Any field of the config can be set: --config.model.kind=lstm --config.batch_size=50
+Any field of the config can be set: --config.model.kind=lstm --config.batch_size=50. The shared
+fields are listed and explained in experiments/config.py, others in the file of the config's task.
 """
 
 import contextlib
@@ -12,7 +13,6 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from absl import flags
@@ -31,7 +31,9 @@ _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "evaluate"], "Train and evaluate, or evaluate the best checkpoint."
 )
 _PROFILE = flags.DEFINE_boolean(
-    "profile", False, "Say where the time of updates went, without that of compilation."
+    "profile",
+    False,
+    "Trace the updates, which should be few, by JAX's profiler into WORKDIR/profile.",
 )
 
 _DISTRIBUTED = flags.DEFINE_boolean(
@@ -42,7 +44,7 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of those processes.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this one among them, from 0.")
-_PEER_TIMEOUT = flags.DEFINE_float(
+_PEER_TIMEOUT = flags.DEFINE_integer(
     "peer_timeout",
     60,
     "Seconds to wait for other processes; one that is silent for so long ends the job.",
@@ -52,79 +54,55 @@ _PEER_TIMEOUT = flags.DEFINE_float(
 DEFAULT_CONFIG = "configs/digits.py"
 
 
-def take(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
-    """Takes a flag from a command line that is not parsed yet.
-
-    Returns:
-      The last value given for it, None if there is none, and the words without the flag.
-    """
-    value, rest = None, []
-    words = iter(argv)
-    for word in words:
-        flag, given, own = word.partition("=")
-        if flag in (f"-{name}", f"--{name}"):
-            value = own if given else next(words, "")
-        else:
-            rest.append(word)
-    return value, rest
-
-
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses the command line.
 
     The config is that of `--config`; without it, of the run to evaluate; else of the digits.
 
     Raises:
-      UserError: the config file is not there, or has no such variant or field.
+      UserError: the config file does not exist, or has no such variant or field.
     """
-    file, others = take(argv, "config")
-    if file is not None:
-        file = paths.expand("--config", file)
-        if not Path(file.partition(":")[0]).is_file():
+    # These determine the config, whose fields are flags. ml_collections defines them once, so
+    # that it can be given one --config alone, and as its default.
+    early = flags.FlagValues()
+    for name in ("config", "workdir"):
+        paths.DEFINE_path(name, None, "", flag_values=early)
+    flags.DEFINE_string("mode", None, "", flag_values=early)
+    early.set_gnu_getopt()
+    others = early(argv, known_only=True)
+    given = [early[name].serialize() for name in ("workdir", "mode") if early[name].present]
+    argv = [others[0], *given, *others[1:]]
+
+    if early.config is None and early.workdir is not None and early.mode == "evaluate":
+        define, source = config_flags.DEFINE_config_dict, workdir.read_config(Path(early.workdir))
+    else:
+        define, source = config_flags.DEFINE_config_file, early.config or DEFAULT_CONFIG
+        if not Path(source.partition(":")[0]).is_file():
             configs = map(str, Path("configs").glob("*.py"))
-            raise UserError(unknown_name("--config", file, configs))
-        # ml_collections takes the file once, and before the fields.
-        argv = [others[0], f"--config={file}", *others[1:]]
-    described = "Config file; --config.FIELD=VALUE sets its fields."
-    folder, _ = take(argv, "workdir")
-    mode, _ = take(argv, "mode")
-    saved = None
+            raise UserError(unknown_name("--config", source, configs))
     try:
-        if file is None and folder is not None and mode == "evaluate":
-            saved = workdir.read_config(Path(paths.expand("--workdir", folder)))
-            config_flags.DEFINE_config_dict("config", saved, described, sys_argv=argv)
-        else:
-            default = file or DEFAULT_CONFIG
-            config_flags.DEFINE_config_file("config", default, described, sys_argv=argv)
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        if "get_config() takes 0 positional arguments" in str(error):
-            raise UserError(f"--config={file}: this config has no variants") from error
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of ml_collections
-        known = (
-            saved
-            or config_flags.DEFINE_config_file(
-                "config", file or DEFAULT_CONFIG, flag_values=flags.FlagValues(), sys_argv=[]
-            ).default
-        )
-        for word in argv:
-            path = word.partition("=")[0].lstrip("-")
-            if path.startswith("config.") and (unknown := unknown_field(known, path)):
-                raise UserError(f"{path}: the config has no field {unknown}") from error
-        raise
+        config = define("config", source, "", flag_values=flags.FlagValues(), sys_argv=[]).default
+    except flags.Error as error:  # with a traceback
+        raise UserError(f"--config={source}: {str(error).strip().splitlines()[-1]}") from error
+    check_fields(argv, config)
+    define("config", source, "Config file; --config.FIELD=VALUE sets its fields.", sys_argv=argv)
+    flags.FLAGS["config"].present = early["config"].present
+    return flags.FLAGS(argv)
 
 
-def unknown_field(known: ConfigDict, path: str) -> str | None:
-    """What of a path `config.FIELD` a config does not know, and what may be meant; else None."""
-    fields: Any = known
-    for name in path.split(".")[1:]:
-        if not isinstance(fields, ConfigDict) or name not in fields:
-            names = fields if isinstance(fields, ConfigDict) else []
-            nearest = difflib.get_close_matches(name, names, n=1)
-            return f"{name}; did you mean {nearest[0]}?" if nearest else name or repr(name)
-        fields = fields[name]
-    return None
+def check_fields(argv: Sequence[str], config: ConfigDict) -> None:
+    """Refuses flags `--config.FIELD` for fields that a config does not have.
+
+    Raises:
+      UserError: names the field, and the nearest one that the config has.
+    """
+    known = [f"config.{name}" for name in workdir.flat(config)]
+    for word in argv:
+        name = word.partition("=")[0].lstrip("-")
+        if name.startswith("config.") and name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise UserError(f"{name}: the config has no such field{hint}")
 
 
 def default_workdir() -> str:

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """The optimiser of `config.optimizer`: the global norm is clipped, then comes the rule."""
+    """The optimiser of `config.optimizer`: clips the global norm, then applies the rule."""
     released_reader = config.clip_rule == "released_reader"
     clip = clip_by_root_of_norm if released_reader else optax.clip_by_global_norm
     if config.name == "rmsprop":
@@ -24,11 +24,10 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def scale_by_floored_rms(decay: float, floor: float = 1e-5) -> optax.GradientTransformation:
-    """RMSProp as the paper's experiments ran it: `g / max(sqrt(v), floor)`, v starting from zero.
+    """RMSProp of the paper's experiments: `g / max(sqrt(v), floor)`, with v = 0 at the start.
 
-    `optax.scale_by_rms` adds a constant to the root where this rule bounds it from below. The two
-    part for gradients of the size of the floor, which an LSTM's are when 784 steps have shrunk
-    them.
+    `optax.scale_by_rms` adds a constant to the root; this rule bounds it from below. The two differ
+    for gradients of the size of the floor, as an LSTM's are after 784 steps.
     """
 
     def init(params: optax.Params) -> optax.Updates:
@@ -50,11 +49,11 @@ def scale_by_floored_rms(decay: float, floor: float = 1e-5) -> optax.GradientTra
 def scale_by_released_adam(
     b1: float = 0.9, b2: float = 0.999, epsilon: float = 1e-8
 ) -> optax.GradientTransformation:
-    """Adam as the paper's code ran it: epsilon is added to the root before the bias is corrected.
+    """Adam of the paper's code, which adds epsilon to the root before it corrects the bias.
 
-    `optax.scale_by_adam`, as published, adds it after. At update t the difference is that of an
-    epsilon divided by `sqrt(1 - b2 ** t)`: 3.2e-7 at the first. It shows where gradients are as
-    small: with one of 1e-7 the first step is 0.24 of the learning rate, as published 0.91.
+    Published Adam (`optax.scale_by_adam`) adds it after. At update t this rule has the larger
+    epsilon `epsilon / sqrt(1 - b2 ** t)`, 3.2e-7 at the first. That matters for gradients of the
+    same size: for 1e-7 the first step is 0.24 of the learning rate, in published Adam 0.91.
     """
 
     def update(gradients, state, params=None):
@@ -70,7 +69,7 @@ def scale_by_released_adam(
 
 
 def clip_by_root_of_norm(clip_norm: float) -> optax.GradientTransformation:
-    """Clipping as the released reader has it, which takes the norm for its square.
+    """Clipping of the released reader, which mistakes the norm for its square.
 
     A gradient of norm n above `clip_norm ** 2` is multiplied by `clip_norm / sqrt(n)`, to the norm
     `clip_norm * sqrt(n)`; one below it stays as it is.

@@ -1,8 +1,8 @@
-"""Data parallelism: every device computes its share of each batch, and all do the same update.
+"""Data parallelism: every device computes its share of each batch, and all apply the same update.
 
-Devices form a mesh of groups. Those of a group take batch statistics together, and all add up their
-gradients. Nothing but batches is split, and a batch that devices cannot share evenly, such as the
-short last one of an epoch, is computed whole by each of them.
+Devices form a mesh of groups. The devices of a group take batch statistics together; all devices
+add up their gradients. Only batches are split. Every device computes the whole of a batch that
+cannot be shared evenly, such as the short last one of an epoch.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ EVERYWHERE, BY_ROWS = PartitionSpec(), PartitionSpec(AXES)
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """Devices that share the work; without a mesh, the one there is.
+    """Devices that share the work; without a mesh, the single default device.
 
     Attributes:
       mesh: the devices, `[groups, members]`.
@@ -54,7 +54,7 @@ class Parallel:
         return None if self.mesh is None else STATISTICS_AXIS
 
     def in_one_group(self) -> "Parallel":
-        """The same devices, taking batch statistics all together."""
+        """The same devices in one group, which takes batch statistics together."""
         if self.mesh is None:
             return self
         return Parallel(Mesh(self.mesh.devices.reshape(1, -1), AXES))
@@ -62,13 +62,13 @@ class Parallel:
     # ---- Batches and state, from the host to the devices.
 
     def splits(self, rows: int) -> bool:
-        """Whether devices share a batch of so many rows, rather than computing it whole each."""
+        """Whether devices share a batch of so many rows; otherwise each computes all of it."""
         if self.mesh is None or rows % self.size:
             return False
         return rows > self.mesh.shape["group"]  # one row has no batch statistics
 
     def share(self, rows: int) -> slice:
-        """Which rows of a batch this process is to read."""
+        """The rows of a batch that this process reads."""
         if jax.process_count() == 1 or not self.splits(rows):
             return slice(None)
         own = rows // jax.process_count()
@@ -77,7 +77,7 @@ class Parallel:
     def place(self, batch: Any, split: bool, shared: Collection[str] = ()) -> Any:
         """Puts this process' share of a batch, a dictionary, on its devices.
 
-        `shared` names what belongs to all rows, and is on all devices.
+        `shared` names entries that belong to all rows and go to all devices.
         """
         if self.mesh is None:
             return batch
@@ -87,7 +87,7 @@ class Parallel:
         }
 
     def replicate(self, tree: Any) -> Any:
-        """Puts arrays that every process has on all devices."""
+        """Puts arrays, which every process has, on all devices."""
         if self.mesh is None:
             return jax.tree.map(jax.device_put, tree)
         return jax.tree.map(lambda x: self._put(x, EVERYWHERE), tree)
@@ -95,15 +95,15 @@ class Parallel:
     def _put(self, value: Any, spec: PartitionSpec) -> jax.Array:
         sharding = NamedSharding(self.mesh, spec)
         if isinstance(value, jax.Array) and value.sharding == sharding:
-            return value  # a text, which has been put there once
+            return value  # a text, put there before
         return jax.make_array_from_process_local_data(sharding, np.asarray(value))
 
     # ---- Within a function that every device runs.
 
     def run(self, function: Callable, split: bool, shared: Collection[str] = ()) -> Callable:
-        """`function(*arguments, batch)` as every device runs it, on its rows if `split`.
+        """`function(*arguments, batch)` run by every device, on its own rows if `split`.
 
-        Arguments and results are the same on all devices. To be called under `jit`.
+        Arguments and results are the same on all devices. Call it under `jit`.
         """
         if self.mesh is None:
             return function
@@ -118,26 +118,26 @@ class Parallel:
                 mesh=self.mesh,
                 in_specs=(*[EVERYWHERE] * len(others), specs),
                 out_specs=EVERYWHERE,
-                # The library's own gradients sum over the axis; JAX must not do it again.
+                # The library's own gradients sum over the axis; JAX must not sum again.
                 check_vma=False,
             )(*arguments)
 
         return spread
 
     def total(self, tree: Any, split: bool) -> Any:
-        """The sum over the whole batch, of sums over a device's rows."""
+        """The sums over the whole batch, given those over a device's rows."""
         if self.mesh is None:
             return tree
         return jax.lax.psum(tree, AXES) if split else jax.lax.pmean(tree, AXES)
 
     def mean_of_groups(self, tree: Any) -> Any:
-        """The mean over groups, of what is the same within a group."""
+        """The mean over groups of values that are equal within a group."""
         if self.mesh is None or self.mesh.shape["group"] == 1:
             return tree
         return jax.lax.pmean(tree, "group")
 
     def fold_in(self, key: jax.Array, split: bool) -> jax.Array:
-        """A key of the device's own, where devices have rows of their own."""
+        """A key for this device if devices have rows of their own, else the same for all."""
         if self.mesh is None or not split:
             return key
         return jax.random.fold_in(key, jax.lax.axis_index(AXES))
@@ -147,7 +147,7 @@ ONE_DEVICE = Parallel()
 
 
 def check(config: ConfigDict, num_processes: int = 1, num_local_devices: int | None = None) -> None:
-    """Refuses devices that there are not, and batches or groups that they cannot share.
+    """Refuses devices that do not exist, and batches or groups that they cannot share.
 
     Raises:
       UserError: names the field and what it may be.
@@ -156,12 +156,12 @@ def check(config: ConfigDict, num_processes: int = 1, num_local_devices: int | N
     if num_local_devices is not None:
         if own > num_local_devices:
             raise UserError(
-                f"config.parallel.devices is {own}, and a process has {num_local_devices} here: "
-                "make it at most that, or 0 for all"
+                f"config.parallel.devices is {own}: it must be at most {num_local_devices}, the "
+                "devices of a process here, or 0 for all of them"
             )
         own = own or num_local_devices
     elif own == 0:
-        return  # the rest shows when the devices are known
+        return  # the rest is checked when the devices are known
     size, members = own * num_processes, config.parallel.statistics_devices
     if config.batch_size % size:
         shared = math.gcd(size, config.batch_size)
@@ -184,10 +184,10 @@ def check(config: ConfigDict, num_processes: int = 1, num_local_devices: int | N
 
 
 def make(config: ConfigDict) -> Parallel:
-    """The devices that `config.parallel` asks for, of all processes.
+    """The devices of all processes that `config.parallel` asks for.
 
     Raises:
-      UserError: there are not as many, or they cannot share batches evenly.
+      UserError: there are fewer, or they cannot share batches evenly.
     """
     check(config, jax.process_count(), jax.local_device_count())
     own = config.parallel.devices or jax.local_device_count()

@@ -1,9 +1,11 @@
 """The training loop: one for every task, read from top to bottom."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +30,14 @@ RESULTS_NAME = "results.json"
 
 
 class TrainState(train_state.TrainState):
-    """Parameters, optimiser and step, with what else a run goes on from.
+    """Parameters, optimiser and step, and what else a run needs to continue.
 
     Attributes:
       batch_stats: running averages of batch statistics.
-      window: sums and counts of training metrics, and of `gradient_norm` over updates, since they
-        were last written.
-      refused: which of the numbers of `watched` were not finite in the update after this state. It
-        was not applied, nor is any other.
+      window: sums and counts of training metrics, and of `gradient_norm` over updates, since the
+        last log.
+      refused: which values of `watched` were not finite in the update after this state. That update
+        was not applied, and no later one is.
     """
 
     batch_stats: Any
@@ -44,7 +46,7 @@ class TrainState(train_state.TrainState):
 
 
 def watched(state: TrainState) -> dict[str, Any]:
-    """The names of what has to stay finite; see `finite.watched`."""
+    """The values that must stay finite, by name; see `finite.watched`."""
     return finite.watched(state.params, state.batch_stats, state.params, state.step)
 
 
@@ -60,7 +62,7 @@ def gradient_norm(gradients: Any) -> tuple[jax.Array, jax.Array]:
 
 def create_state(task: tasks.Task, config: ConfigDict) -> TrainState:
     """The state before the first update."""
-    # Shapes alone count: every process has the same, whatever its share of the data.
+    # Of the batch only shapes are used: all processes have the same, whatever their data.
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), dict(task.train_batch(0))
     )
@@ -100,217 +102,262 @@ def variables_of(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 
-def make_train_step(task: tasks.Task, noise: jax.Array, parallel: Parallel = ONE_DEVICE):
-    """One update: gradient of the mean loss, optimiser, running statistics, metrics.
+def update(
+    task: tasks.Task,
+    noise: jax.Array,
+    parallel: Parallel,
+    split: bool,
+    state: TrainState,
+    batch: tasks.Batch,
+) -> TrainState:
+    """One update, as every device runs it: gradient of the mean loss, optimiser, statistics.
 
-    What it returns takes several batches too, of equal shapes, for as many updates in one call;
-    with `split`, the devices of `parallel` share them. The update changes nothing if it would bring
-    in numbers that are not finite, or if one before it would have.
+    Devices have rows of their own if `split`. The update changes nothing but `refused` if it would
+    bring in non-finite values, and nothing at all if one before it would have.
+    """
+    key = parallel.fold_in(jax.random.fold_in(noise, state.step), split)
+
+    def loss_of(params: Any) -> tuple[jax.Array, tuple[tasks.Metrics, Any]]:
+        outputs, updated = task.model.apply(
+            {**variables_of(state), "params": params},
+            *task.inputs(batch),
+            use_running_average=False,
+            rngs={"noise": key, "dropout": jax.random.fold_in(key, 1)},
+            mutable=["batch_stats"],
+        )
+        batch_metrics = task.metrics(outputs, batch)
+        total, count = batch_metrics["loss"]
+        # A device's part of the mean over the whole batch; gradients are added up below.
+        loss = total / parallel.total(count, split)
+        return loss, (batch_metrics, updated.get("batch_stats", {}))
+
+    gradients, (batch_metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)
+    gradients = parallel.total(gradients, split)
+    batch_metrics = parallel.total(batch_metrics, split)
+    # Before clipping. The optimiser computes the norm too; XLA computes it once.
+    batch_metrics["gradient_norm"] = gradient_norm(gradients)
+    after = state.apply_gradients(
+        grads=gradients,
+        batch_stats=parallel.mean_of_groups(batch_stats),
+        window=jax.tree.map(jnp.add, state.window, batch_metrics),
+    )
+    values = finite.watched(after.params, after.batch_stats, gradients, batch_metrics["loss"][0])
+    refused = jnp.where(jnp.any(state.refused), state.refused, finite.not_finite(values))
+    after = jax.tree.map(functools.partial(jnp.where, jnp.any(refused)), state, after)
+    return after.replace(refused=refused)
+
+
+def make_train_step(
+    task: tasks.Task, noise: jax.Array, parallel: Parallel = ONE_DEVICE
+) -> Callable[..., TrainState]:
+    """A compiled function of a state, a batch and `split`: the state after an `update`.
+
+    It takes several batches too, of equal shapes, for as many updates in one call. It reuses the
+    memory of the state that it is given.
     """
 
-    def update(split: bool, state: TrainState, batch: tasks.Batch) -> TrainState:
-        key = parallel.fold_in(jax.random.fold_in(noise, state.step), split)
+    def one(split: bool, state: TrainState, batch: tasks.Batch) -> TrainState:
+        function = functools.partial(update, task, noise, parallel, split)
+        return parallel.run(function, split, task.shared)(state, batch)
 
-        def loss_of(params):
-            outputs, updated = task.model.apply(
-                {**variables_of(state), "params": params},
-                *task.inputs(batch),
-                use_running_average=False,
-                rngs={"noise": key, "dropout": jax.random.fold_in(key, 1)},
-                mutable=["batch_stats"],
-            )
-            batch_metrics = task.metrics(outputs, batch)
-            total, count = batch_metrics["loss"]
-            # A device's part of the mean over the whole batch; gradients are added up below.
-            loss = total / parallel.total(count, split)
-            return loss, (batch_metrics, updated.get("batch_stats", {}))
-
-        gradients, (batch_metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)
-        gradients = parallel.total(gradients, split)
-        batch_metrics = parallel.total(batch_metrics, split)
-        # Before it is clipped; the optimiser computes it too, and XLA does so once.
-        batch_metrics["gradient_norm"] = gradient_norm(gradients)
-        after = state.apply_gradients(
-            grads=gradients,
-            batch_stats=parallel.mean_of_groups(batch_stats),
-            window=jax.tree.map(jnp.add, state.window, batch_metrics),
-        )
-        numbers = finite.watched(
-            after.params, after.batch_stats, gradients, batch_metrics["loss"][0]
-        )
-        stopped = jnp.any(state.refused)
-        refused = jnp.where(stopped, state.refused, finite.not_finite(numbers))
-        after = jax.tree.map(functools.partial(jnp.where, jnp.any(refused)), state, after)
-        return after.replace(refused=refused)
-
-    def on_devices(split: bool, state: TrainState, batch: tasks.Batch) -> TrainState:
-        return parallel.run(functools.partial(update, split), split, task.shared)(state, batch)
-
-    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def several(
         split: bool, state: TrainState, shared: tasks.Batch, own: list[tasks.Batch]
     ) -> TrainState:
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *own)
+        step = lambda state, batch: (one(split, state, {**shared, **batch}), None)  # noqa: E731
+        return jax.lax.scan(step, state, stacked)[0]
 
-        def body(state: TrainState, batch: tasks.Batch) -> tuple[TrainState, None]:
-            return on_devices(split, state, {**shared, **batch}), None
-
-        return jax.lax.scan(body, state, stacked)[0]
-
-    one = jax.jit(on_devices, static_argnums=0, donate_argnums=1)
+    call_one = jax.jit(one, static_argnums=0, donate_argnums=1)
+    call_several = jax.jit(several, static_argnums=0, donate_argnums=1)
 
     def train_step(state: TrainState, *batches: tasks.Batch, split: bool = False) -> TrainState:
         first, *others = batches
         if not others:
-            return one(split, state, first)
-        # A text that all batches are cut from is not to be copied for each.
+            return call_one(split, state, first)
+        # A text from which all batches are cut is not copied for each.
         shared = {k: v for k, v in first.items() if k in task.shared}
         own = [{k: v for k, v in batch.items() if k not in shared} for batch in batches]
-        return several(split, state, shared, own)
+        return call_several(split, state, shared, own)
 
     return train_step
 
 
-def updates_at_once(config: ConfigDict, update: int) -> int:
-    """How many updates to do next in one call: as many as it may have, or one if less are free.
+def updates_at_once(config: ConfigDict, done: int) -> int:
+    """The number of updates for the next call: `config.updates_per_call`, or 1 near a boundary.
 
-    Calls end where something is due, so that a run that is stopped and goes on makes the same ones.
+    A call never crosses a log, evaluation or checkpoint boundary. So a run that is stopped and
+    continued makes the same calls.
     """
     at_once = config.updates_per_call
     every = (config.log_every, config.eval_every, config.checkpoint_every)
-    free = min(config.num_updates - update, *(n - update % n for n in every))
+    free = min(config.num_updates - done, *(n - done % n for n in every))
     return at_once if free >= at_once else 1
 
 
-def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, Any]:
-    """Trains, or goes on training, the run in `folder`, and evaluates its best checkpoint.
+def calls(task: tasks.Task, devices: Parallel, updates: range) -> list[tuple[list, bool]]:
+    """The batches of some updates, on devices, by call of the train step, and whether it is split.
 
-    With `profile`, says where the time of updates went, those aside for which a program was
-    compiled.
+    Batches of equal shapes go into one call.
+    """
+    splits = [devices.splits(task.train_rows(update)) for update in updates]
+    batches = [
+        devices.place(task.train_batch(update, devices.share), split, task.shared)
+        for update, split in zip(updates, splits, strict=True)
+    ]
+    shapes = {tuple(map(np.shape, jax.tree.leaves(batch))) for batch in batches}
+    if len(shapes) == 1:
+        return [(batches, splits[0])]
+    return [([batch], split) for batch, split in zip(batches, splits, strict=True)]
 
-    Returns:
-      What `results.json` in the folder says: see `evaluate_best`.
+
+def check_finite(state: TrainState, folder: Path, saved: int | None) -> None:
+    """Stops a run whose last update was refused.
 
     Raises:
-      UserError: config, data or folder won't do, or a number is not finite any more.
+      UserError: names the update, the first value that was not finite, and the checkpoint `saved`.
+    """
+    refused = jax.device_get(state.refused)
+    if not np.any(refused):
+        return
+    latest = "there is no checkpoint yet"
+    if saved is not None:
+        latest = f"the latest checkpoint, of update {saved}, is in {folder}"
+    raise UserError(
+        f"update {int(state.step) + 1} was not applied: "
+        f"{finite.describe(watched(state), refused)}; {latest}; a lower "
+        "config.optimizer.learning_rate may help, in another workdir"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run is made of, apart from its state.
+
+    Attributes:
+      config: all its fields.
+      folder: the workdir.
+      devices: those that share its batches.
+      task: data, model and metrics.
+      noise: the key of noise in updates and evaluations.
+      evaluator: see `evaluate.make_evaluator`.
+    """
+
+    config: ConfigDict
+    folder: Path
+    devices: Parallel
+    task: tasks.Task
+    noise: jax.Array
+    evaluator: evaluate.Evaluator
+
+    @classmethod
+    def load(cls, config: ConfigDict, folder: Path) -> "Setup":
+        """Loads devices and data, and checks that they are those of the run in `folder`, if any.
+
+        Raises:
+          UserError: devices or data do not fit the config or the run, or differ between processes.
+        """
+        devices = parallel.make(config)
+        task = tasks.load(config, devices)
+        processes.check_same(task.record, "data: ")
+        processes.on_first(lambda: workdir.check_record(task.record, folder))
+        _, noise = random_keys(config.seed)
+        evaluator = evaluate.make_evaluator(task, noise, devices)
+        return cls(config, folder, devices, task, noise, evaluator)
+
+    def checkpoints(self, read_only: bool = False) -> Checkpoints:
+        """The run's checkpoints."""
+        return Checkpoints(
+            self.folder, self.task.selection, self.task.lower_is_better, read_only=read_only
+        )
+
+
+def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, Any]:
+    """Trains, or continues to train, the run in `folder`, and evaluates its best checkpoint.
+
+    With `profile`, JAX's profiler traces all updates into the folder `profile`.
+
+    Returns:
+      The content of `results.json` in the folder: see `evaluate_best`.
+
+    Raises:
+      UserError: config, data or folder do not fit, or a value is not finite any more.
       Stopped: by a signal, after an update that has been saved.
     """
     # ---- Set up. Nothing is written before config, data and folder have been checked.
     processes.on_first(lambda: workdir.check(config, folder))
-    devices = parallel.make(config)
-    task = tasks.load(config, devices)
-    check_record(task, folder)
+    setup = Setup.load(config, folder)
+    task, devices = setup.task, setup.devices
     state = create_state(task, config)
-    _, noise = random_keys(config.seed)
-    train_step = make_train_step(task, noise, devices)
+    train_step = make_train_step(task, setup.noise, devices)
     statistics = "batch" if state.batch_stats else "none"
-    reading = task.readings[0]
-    first = processes.is_first()
+    reading, first = task.readings[0], processes.is_first()
 
-    with (
-        workdir.in_use(folder) if first else contextlib.nullcontext(),
-        Interruption() as interruption,
-        Checkpoints(folder, task.selection, task.lower_is_better) as checkpoints,
-        contextlib.ExitStack() as stack,
-    ):
-        evaluator = evaluate.make_evaluator(task, noise, devices)
+    with contextlib.ExitStack() as stack:
+        if first:
+            stack.enter_context(workdir.in_use(folder))
+        interruption = stack.enter_context(Interruption())
+        checkpoints = stack.enter_context(setup.checkpoints())
         if (saved := checkpoints.latest_step()) is not None:
             state = checkpoints.restore(saved, state)
         state = devices.replicate(state)
-        start = int(state.step)
+        start = done = int(state.step)
         if start > config.num_updates:
             raise UserError(
                 f"config.num_updates is {config.num_updates}, and the run in {folder} is at update "
                 f"{start}: ask for more, or leave it as it is with --mode=evaluate"
             )
-        choice = {"selection": task.selection, "lower_is_better": task.lower_is_better}
         if first:
             implementation = layers.implementation(config.model, devices.statistics_axis)
+            choice = {"selection": task.selection, "lower_is_better": task.lower_is_better}
             workdir.open_workdir(config, folder, {**task.record, **choice}, implementation)
         shown = stack.enter_context(boards.opened(folder, config, start)) if first else []
         title = f"{task.data} {config.model.kind}"
-        reporting = metrics.Reporter if first else metrics.Silence
-        with reporting(folder, title, task.data, start, config.num_updates, shown) as reporter:
-            parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-            reporter.console.print(
-                f"{title}: {parameters:,} parameters, update {start:,} of {config.num_updates:,}, "
-                f"on {devices}, in {folder}"
-            )
-            for note in task.notes:
-                reporter.console.print(f"  {note}")
-            expected = milestones.of(config)
+        expected = milestones.of(config)
 
-            # ---- Train.
-            doing = metrics.Stopwatch()
-            programs = set()  # by the number and the shapes of the batches they are compiled for
-            compiling = 0  # updates for which they were
-            done = start
-            while done < config.num_updates:
-                with doing("input"):
-                    at_once = updates_at_once(config, done)
-                    batches, splits = [], []
-                    for update in range(done, done + at_once):
-                        splits.append(devices.splits(task.train_rows(update)))
-                        batch = task.train_batch(update, devices.share)
-                        batches.append(devices.place(batch, splits[-1], task.shared))
-                    shapes = [tuple(map(np.shape, jax.tree.leaves(b))) for b in batches]
-                    alike = len(set(shapes)) == 1
-                    calls = [batches] if alike else [[b] for b in batches]
-                for call, shape, split in zip(calls, shapes, splits, strict=False):
-                    program = len(call), shape
-                    if program in programs:
-                        with doing("dispatch and device"):
-                            state = train_step(state, *call, split=split)
-                    else:
-                        jax.block_until_ready(state)
-                        with doing("compilation"):
-                            state = jax.block_until_ready(train_step(state, *call, split=split))
-                        programs.add(program)
-                        compiling += len(call)
-                done += at_once
-                last = done == config.num_updates
+        # ---- Train.
+        total = config.num_updates
+        with (
+            metrics.Reporter(folder, title, task.data, start, total, shown) as reporter,
+            jax.profiler.trace(folder / "profile") if profile else contextlib.nullcontext(),
+        ):
+            parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+            reporter.print(
+                f"{title}: {parameters:,} parameters, update {start:,} of {total:,}, "
+                f"on {devices}, in {folder}",
+                *(f"  {note}" for note in task.notes),
+            )
+            while done < total:
+                updates = range(done, done + updates_at_once(config, done))
+                for batches, split in calls(task, devices, updates):
+                    state = train_step(state, *batches, split=split)
+                done = updates.stop
+                last = done == total
                 log = last or done % config.log_every == 0
                 validate = last or done % config.eval_every == 0
                 stop = interruption.requested()
                 save = validate or done % config.checkpoint_every == 0 or stop is not None
 
                 if log or save or reporter.due():
-                    with doing("dispatch and device"):
-                        refused = jax.device_get(state.refused)
-                    if np.any(refused):
-                        latest = "there is no checkpoint yet"
-                        if saved is not None:
-                            latest = f"the latest checkpoint, of update {saved}, is in {folder}"
-                        raise UserError(
-                            f"update {int(state.step) + 1} was not applied: "
-                            f"{finite.describe(watched(state), refused)}; {latest}; a lower "
-                            "config.optimizer.learning_rate may help, in another workdir"
-                        )
-                    with doing("logging"):
-                        reporter.advance(done)
+                    check_finite(state, folder, saved)
+                    reporter.advance(done)
                 if log:
-                    with doing("logging"):
-                        window = jax.device_get(state.window)
-                        averages = {name: float(s) / float(n) for name, (s, n) in window.items()}
-                        row = {"update": done, "split": "train", "statistics": statistics}
-                        more = {"learning_rate": config.optimizer.learning_rate}
-                        if speed := doing.updates_per_second(done - start - compiling):
-                            more["updates_per_second"] = speed
-                        reporter.write(row, averages, more)
-                        window = jax.tree.map(jnp.zeros_like, state.window)
-                        state = state.replace(window=window)
+                    window = jax.device_get(state.window)
+                    averages = {name: float(s) / float(n) for name, (s, n) in window.items()}
+                    row = {"update": done, "split": "train", "statistics": statistics}
+                    more = {"learning_rate": config.optimizer.learning_rate}
+                    reporter.write(row, averages, more | reporter.speed())
+                    state = state.replace(window=jax.tree.map(jnp.zeros_like, state.window))
 
-                # ---- Validate, with batch statistics; they choose the best checkpoint.
+                # Validation uses batch statistics and chooses the best checkpoint.
                 validation = None
                 if validate:
-                    split = reading.splits[0]
-                    validation = evaluator(
-                        variables_of(state), reading, split, config.batch_size, False
+                    row = {"update": done, **reading.row(reading.splits[0], statistics)}
+                    validation = setup.evaluator(
+                        variables_of(state), reading, row["split"], config.batch_size, False
                     )
-                    reporter.write({"update": done, **reading.row(split, statistics)}, validation)
+                    reporter.write(row, validation)
                     if milestone := expected.get(done):
-                        told = milestone.tell(validation[milestone.metric])
-                        reporter.console.print(f"  {told}")
+                        reporter.print(f"  {milestone.tell(validation[milestone.metric])}")
                 if save:
                     reporter.sync()
                     checkpoints.save(state, validation)
@@ -320,27 +367,19 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
                         workdir.record_end(folder, done)
                     raise Stopped(
                         f"{signal.Signals(stop).name}: stopped after update {done:,} of "
-                        f"{config.num_updates:,}, which is saved; the same command goes on",
+                        f"{total:,}, which is saved; the same command continues",
                         stop,
                     )
-            interruption.wait_no_more()
-            updates = config.num_updates - start
-            if updates:
-                seconds = doing.seconds.pop("compilation")
-                reporter.console.print(
-                    f"{updates:,} updates, {len(programs)} programs compiled in {seconds:.1f} s"
-                )
-            if profile and updates > compiling:
-                reporter.console.print(doing.table(updates - compiling))
+                if log or save:
+                    reporter.start_timing(done)
 
-        # ---- Evaluate the best.
+        # ---- Evaluate the best checkpoint.
+        interruption.wait_no_more()
         if start == config.num_updates:
             results = processes.on_first(lambda: finished_results(config, folder, start))
             if results is not None:
                 return results
-        results = evaluate_best(
-            task, config, state, checkpoints, folder, evaluator, devices, interruption
-        )
+        results = evaluate_best(setup, state, checkpoints, interruption.check)
         boards.write_results(shown, results)
         if first:
             workdir.record_end(folder, config.num_updates)
@@ -358,19 +397,13 @@ def finished_results(config: ConfigDict, folder: Path, updates: int) -> dict[str
 
 
 def evaluate_best(
-    task: tasks.Task,
-    config: ConfigDict,
-    state: TrainState,
-    checkpoints: Checkpoints,
-    folder: Path,
-    evaluator: evaluate.Evaluator,
-    devices: Parallel,
-    interruption: Interruption,
+    setup: Setup, state: TrainState, checkpoints: Checkpoints, check: evaluate.Check
 ) -> dict[str, Any]:
     """Evaluates the best checkpoint in every way, into `results.json`.
 
-    What the file holds of the same checkpoint, read in ways that are not asked for now, stays. The
-    re-estimated population statistics go into `population_statistics.npz`.
+    Rows of an earlier file of the same checkpoint, for readings that are not asked for now, stay.
+    The re-estimated population statistics go into `population_statistics.npz`. `state` gives the
+    shapes; `check` is called between batches.
 
     Returns:
       The name of the `data`, `kind`, the `update` of the best checkpoint, `updates` trained, the
@@ -381,17 +414,19 @@ def evaluate_best(
       UserError: no checkpoint has been validated.
       Stopped: by a signal.
     """
-    check = interruption.check
+    task, config, folder, devices = setup.task, setup.config, setup.folder, setup.devices
     best_step = checkpoints.best_step()
     if best_step is None:
         raise UserError(f"--workdir={folder} holds no validated checkpoint to evaluate yet")
     variables = devices.replicate(variables_of(checkpoints.restore(best_step, state)))
-    _, noise = random_keys(config.seed)
     population = None
     if state.batch_stats:
-        population = evaluate.population_statistics(task, config, variables, noise, devices, check)
+        population = evaluate.population_statistics(
+            task, config, variables, setup.noise, devices, check
+        )
         if processes.is_first():
             workdir.write_statistics(folder, best_step, population)
+    rows = evaluate.evaluate_all(task, config, variables, population, setup.evaluator, check)
     results = {
         "data": task.data,
         "kind": config.model.kind,
@@ -400,7 +435,7 @@ def evaluate_best(
         "selection": task.selection,
         "shown": list(task.shown),
         "evaluation": evaluation_fields(config),
-        "rows": list(evaluate.evaluate_all(task, config, variables, population, evaluator, check)),
+        "rows": list(rows),
     }
     if processes.is_first():
         results["rows"] += other_rows(folder / RESULTS_NAME, results)
@@ -443,33 +478,16 @@ def evaluate_run(config: ConfigDict, folder: Path) -> dict[str, Any]:
         workdir.check(config, folder)
 
     processes.on_first(check_folder)
-    devices = parallel.make(config)
-    task = tasks.load(config, devices)
-    check_record(task, folder)
-    state = create_state(task, config)
-    _, noise = random_keys(config.seed)
-    evaluator = evaluate.make_evaluator(task, noise, devices)
-    choice = task.selection, task.lower_is_better
+    setup = Setup.load(config, folder)
+    state = create_state(setup.task, config)
     with (
         workdir.errors_told(folder),
         Interruption() as interruption,
-        Checkpoints(folder, *choice, read_only=True) as checkpoints,
+        setup.checkpoints(read_only=True) as checkpoints,
     ):
         interruption.wait_no_more()
-        results = evaluate_best(
-            task, config, state, checkpoints, folder, evaluator, devices, interruption
-        )
+        results = evaluate_best(setup, state, checkpoints, interruption.check)
         if processes.is_first():
             with boards.opened(folder, config) as shown:
                 boards.write_results(shown, results)
         return results
-
-
-def check_record(task: tasks.Task, folder: Path) -> None:
-    """Refuses data that are not those of the run in `folder`, or not the same on all processes.
-
-    Raises:
-      UserError: names what differs.
-    """
-    processes.check_same(task.record, "data: ")
-    processes.on_first(lambda: workdir.check_record(task.record, folder))

@@ -54,7 +54,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     from experiments import main as run
 
     words = run.parse_flags(argv)
-    if run.take(argv, "config")[0] is None:
+    if not flags.FLAGS["config"].present:
         raise UserError("--config is missing: name the config file whose fields are swept")
     return words
 

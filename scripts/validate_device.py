@@ -47,7 +47,7 @@ from experiments.validation import check, rates, report, training, verdict
 from experiments.validation.verdict import SHARES
 
 SECONDS_TO_END = 10  # for a step that was asked to end
-USER_ERROR = UserError.status
+USER_ERROR = 2  # exit status of `cli.run`
 
 
 def define_flags() -> None:

@@ -1,4 +1,4 @@
-"""Where a run's curves are watched: TensorBoard, and Weights & Biases if the config asks for it.
+"""Where the curves of a run are shown: TensorBoard, and Weights & Biases if the config asks for it.
 
 Curves are named `train/loss`, `valid/accuracy`; final results `final/test/accuracy`.
 """
@@ -26,7 +26,7 @@ IDS_NAME = "wandb.json"  # of the run's pages, by project
 
 
 class Board(Protocol):
-    """What shows the curves of a run."""
+    """Something that shows the curves of a run."""
 
     def write(self, scalars: dict[str, float], update: int) -> None:
         """Adds a point to each of the curves."""
@@ -35,19 +35,18 @@ class Board(Protocol):
         """Adds the final results, of the checkpoint of an update."""
 
     def flush(self) -> None:
-        """Has what was written on the disk."""
+        """Flushes to the disk."""
 
 
 class TensorBoard:
     """A file of TensorBoard's events.
 
-    Written at once, unlike that of tensorboardX's SummaryWriter: a full disk ends its thread
-    unheard, and whoever writes on then waits for ever. The config is in it for the tab HPARAMS,
-    which finds by itself which fields and metrics runs have if none lists them.
+    Not tensorboardX's SummaryWriter, whose thread ends silently when the disk is full, after which
+    a write hangs. The file has the config too, for the tab HPARAMS.
     """
 
     def __init__(self, folder: Path, config: ConfigDict, start: int | None) -> None:
-        """Opens a new file in `folder`; what others have past update `start` is not shown."""
+        """Opens a new file in `folder`; it hides points of earlier files past update `start`."""
         folder.mkdir(exist_ok=True)
         self._file = EventsWriter(str(folder / "events"), f".{os.getpid()}.{start}")
         if start is not None:
@@ -68,7 +67,7 @@ class TensorBoard:
             self._write(Event(step=update, summary=scalar(name, value)))
 
     def write_results(self, scalars: dict[str, float], update: int) -> None:
-        """Adds the final results as curves of one point, and that the run has succeeded."""
+        """Adds the final results as curves of one point, and marks the run as finished."""
         self.write(scalars, update)
         self._write(Event(summary=self._ended))
         self.flush()
@@ -123,7 +122,7 @@ class WeightsAndBiases:
         self._run.finish(exit_code=0 if kind is None else 1)
 
     def write(self, scalars: dict[str, float], update: int) -> None:
-        """Adds a point to each of the curves; those that the page has already are dropped there."""
+        """Adds a point to each of the curves; the page drops those that it has."""
         self._run.log(scalars, step=update)
 
     def write_results(self, scalars: dict[str, float], update: int) -> None:
@@ -131,14 +130,14 @@ class WeightsAndBiases:
         self._run.summary.update({**scalars, "final/update": update})
 
     def flush(self) -> None:
-        """Does nothing: the package writes in a process of its own."""
+        """Does nothing: the package writes in its own process."""
 
 
 @contextlib.contextmanager
 def opened(folder: Path, config: ConfigDict, start: int | None = None) -> Iterator[list[Board]]:
     """The boards of the run in `folder`.
 
-    A run that goes on from update `start` takes back what a stopped one has shown past it.
+    A run that continues from update `start` hides points that a stopped one has shown past it.
 
     Raises:
       UserError: Weights & Biases refuses.
@@ -153,14 +152,14 @@ def opened(folder: Path, config: ConfigDict, start: int | None = None) -> Iterat
 
 
 def write_results(boards: Iterable[Board], results: dict[str, Any]) -> None:
-    """Shows what `results.json` holds."""
+    """Shows the content of `results.json`."""
     scalars = final_scalars(results["rows"])
     for board in boards:
         board.write_results(scalars, results["update"])
 
 
 def hyperparameters(config: ConfigDict) -> dict[str, bool | float | str]:
-    """The fields of a config by their whole names; those that are lists as text."""
+    """The fields of a config by their full names; lists as text."""
     return {
         name: value if isinstance(value, bool | int | float | str) else json.dumps(value)
         for name, value in workdir.flat(config).items()
@@ -168,10 +167,10 @@ def hyperparameters(config: ConfigDict) -> dict[str, bool | float | str]:
 
 
 def final_scalars(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The rows of `results.json` by the names of their curves.
+    """The metrics of the rows of `results.json`, by the names of their curves.
 
-    `final/test/accuracy` is by population statistics, re-estimated, if the model has any; what was
-    normalised otherwise is `final/test/accuracy_batch` and `final/test/accuracy_running`.
+    `final/test/accuracy` is that with re-estimated population statistics, if the model has any;
+    `final/test/accuracy_batch` and `final/test/accuracy_running` are those with others.
     """
     scalars = {}
     for row in rows:

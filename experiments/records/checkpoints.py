@@ -1,7 +1,7 @@
-"""Checkpoints of a run: the latest, to go on from, and the best, to evaluate. Through Orbax.
+"""Checkpoints of a run, by Orbax: the latest, to continue from, and the best, to evaluate.
 
-A checkpoint holds plain arrays, nothing of the devices they were on, and a SHA-256 over them. The
-first process alone writes and reads; the others are sent what it read.
+A checkpoint holds plain arrays, without their devices, and a SHA-256 over them, which Orbax lacks.
+The first process alone writes and reads, and sends the others what it read.
 """
 
 import contextlib
@@ -37,31 +37,31 @@ _ALONE = ocp.options.MultiprocessingOptions(
 )
 
 
-def _told(record: stdlib_logging.LogRecord) -> bool:
-    # Orbax remarks upon each checkpoint that is not validated, and upon folders that are only read.
-    # What it cannot write becomes an error of ours.
-    meant = ("Requested `tracked_metric`", "read_only=True", "directory is read only")
-    remark = any(words in record.getMessage() for words in meant)
-    return not ("orbax" in record.pathname and (remark or record.exc_info))
+def _is_needed(record: stdlib_logging.LogRecord) -> bool:
+    # Orbax warns of each checkpoint without metrics, and of folders that it only reads. What it
+    # cannot write becomes a UserError.
+    remarks = ("Requested `tracked_metric`", "read_only=True", "directory is read only")
+    remark = any(words in record.getMessage() for words in remarks)
+    return "orbax" not in record.pathname or not (remark or record.exc_info)
 
 
-logging.get_absl_logger().addFilter(_told)
+logging.get_absl_logger().addFilter(_is_needed)
 
 
 class Damaged(Exception):
-    """A checkpoint is not what was saved, or is not whole."""
+    """A checkpoint is incomplete, or differs from what was saved."""
 
 
 class Checkpoints:
     """The folder `checkpoints` of a workdir, which keeps the latest two and the best.
 
-    Saving goes on in the background; leaving the `with` block waits for it.
+    Saving continues in the background; leaving the `with` block waits for it.
     """
 
     def __init__(
         self, folder: Path, selection: str, lower_is_better: bool, read_only: bool = False
     ) -> None:
-        """The best is the one with the lowest, or highest, metric `selection`; the later of two.
+        """The best has the lowest, or highest, metric `selection`; of two equal ones, the later.
 
         Unless `read_only`, damaged checkpoints are put aside, with a warning.
 
@@ -70,47 +70,37 @@ class Checkpoints:
         """
         self._folder = folder.absolute() / "checkpoints"
         self._selection = selection
+        self._lower_is_better = lower_is_better
         self._manager = None
-        if not processes.is_first():
-            processes.on_first(lambda: None)
-            return
+        processes.on_first(lambda: self._open(folder, read_only))
 
+    def _open(self, workdir: Path, read_only: bool) -> None:
         def selected(metrics: dict[str, float]) -> float:
-            return metrics[selection]
+            return metrics[self._selection]
 
-        policy = preservation_policy.AnyPreservationPolicy(
-            [
-                preservation_policy.LatestN(LATEST_KEPT),
-                preservation_policy.BestN(
-                    get_metric_fn=selected,
-                    reverse=lower_is_better,
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
+        best = preservation_policy.BestN(
+            get_metric_fn=selected,
+            reverse=self._lower_is_better,
+            n=1,
+            keep_checkpoints_without_metrics=False,
         )
+        latest = preservation_policy.LatestN(LATEST_KEPT)
         options = ocp.CheckpointManagerOptions(
             create=False,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,  # of saves that were cut short
             best_fn=selected,
-            best_mode="min" if lower_is_better else "max",
-            preservation_policy=policy,
+            best_mode="min" if self._lower_is_better else "max",
+            preservation_policy=preservation_policy.AnyPreservationPolicy([latest, best]),
             multiprocessing_options=_ALONE,
         )
-
-        def open_folder() -> None:
-            try:
-                if not read_only:
-                    self._folder.mkdir(parents=True, exist_ok=True)
-                    put_aside_damaged(self._folder)
-                self._manager = ocp.CheckpointManager(self._folder, options=options)
-            except OSError as error:
-                raise UserError(
-                    f"--workdir={folder} cannot be written: {error.strerror}"
-                ) from error
-
-        processes.on_first(open_folder)
+        try:
+            if not read_only:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                put_aside_damaged(self._folder)
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+        except OSError as error:
+            raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -118,9 +108,9 @@ class Checkpoints:
     def __exit__(self, kind: type | None, *_) -> None:
         if self._manager is None:
             return
-        # Where something went wrong before, that is what is told.
-        well = kind is None or issubclass(kind, Stopped)
-        with self._written() if well else contextlib.suppress(OSError, ValueError):
+        # An earlier error is the one to report.
+        sound = kind is None or issubclass(kind, Stopped)
+        with self._written() if sound else contextlib.suppress(OSError, ValueError):
             self._manager.close()
 
     def save(self, state: TrainState, validation: dict[str, float] | None) -> None:
@@ -143,7 +133,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[None]:
-        """Tells of what could not be written, now or in the background before."""
+        """Reports what could not be written, now or earlier in the background."""
         try:
             yield
         except (OSError, ValueError) as error:
@@ -151,16 +141,16 @@ class Checkpoints:
             if "No space left" in reason or "RESOURCE_EXHAUSTED" in reason:
                 reason = "no space left on device"
             raise UserError(
-                f"a checkpoint cannot be written to {self._folder} ({reason[:200]}); those before "
-                "it are there still: make room, and start the run again"
+                f"a checkpoint cannot be written to {self._folder} ({reason[:200]}); earlier ones "
+                "are kept: make room, and start the run again"
             ) from error
 
     def latest_step(self) -> int | None:
-        """The update of the latest checkpoint, if there is any."""
+        """The update of the latest checkpoint, None if there is none."""
         return processes.on_first(lambda: self._manager.latest_step())
 
     def best_step(self) -> int | None:
-        """The update of the best checkpoint, if one has been validated."""
+        """The update of the best checkpoint, None if none has been validated."""
 
         def best_step() -> int | None:
             with self._written():
@@ -170,7 +160,7 @@ class Checkpoints:
         return processes.on_first(best_step)
 
     def restore(self, step: int, state: TrainState) -> TrainState:
-        """The checkpoint of an update, in the form of `state`; arrays are in the host's memory.
+        """The checkpoint of an update, in the form of `state`, with arrays in the host's memory.
 
         Raises:
           UserError: it is damaged, or is of another model.
@@ -184,8 +174,8 @@ class Checkpoints:
             try:
                 arrays, _ = read_checkpoint(self._folder, step)
             except Damaged as damage:
-                raise UserError(f"{damage}; start the run again, to go on from another") from damage
-            # A metric that the run did not have then has nothing to be averaged with.
+                raise UserError(f"{damage}; start the run again, to use another one") from damage
+            # Early runs lack `gradient_norm`.
             arrays["window"] = serialization.to_state_dict(state.window) | arrays["window"]
             saved = flatten_dict(arrays, sep="/")
             wanted = flatten_dict(serialization.to_state_dict(state), sep="/")
@@ -202,7 +192,7 @@ class Checkpoints:
 
 
 def digest(step: int, arrays: Any, metrics: dict[str, float] | None) -> str:
-    """SHA-256 over a checkpoint: its update, the arrays by name, and the metrics."""
+    """SHA-256 over a checkpoint: its update, arrays by name, and metrics."""
     total = hashlib.sha256(json.dumps([step, metrics], sort_keys=True).encode())
     for name, array in sorted(flatten_dict(arrays, sep="/").items()):
         array = np.asarray(array, order="C")
@@ -215,8 +205,8 @@ def read_checkpoint(folder: Path, step: int) -> tuple[Any, dict[str, float] | No
     """The arrays and the metrics of a checkpoint, verified.
 
     Raises:
-      Damaged: they are not what was saved.
-      UserError: they cannot be read now, whatever they are.
+      Damaged: they differ from what was saved.
+      UserError: they cannot be read at the moment.
     """
     workdir.check_path(folder)
     path = folder / str(step)
@@ -233,10 +223,10 @@ def read_checkpoint(folder: Path, step: int) -> tuple[Any, dict[str, float] | No
             metrics = json.loads((path / "metrics" / "metrics").read_text())
         if digest(step, arrays, metrics) == seal["sha256"]:
             return arrays, metrics
-        reason = "its checksum is another"
+        reason = "its checksum differs"
     except MemoryError:
         raise
-    except Exception as error:  # the libraries raise many kinds for files that make no sense
+    except Exception as error:  # libraries raise many kinds for damaged files
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ENOTDIR):
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
         logging.debug("%s", error)
@@ -255,7 +245,7 @@ def put_aside_damaged(folder: Path) -> None:
     """Renames the damaged checkpoints of a folder to `STEP.damaged`, with a warning for each.
 
     Raises:
-      UserError: there is none but damaged ones. They stay as they are.
+      UserError: all are damaged. They stay as they are.
     """
     damages = {}
     for step in (steps := steps_in(folder)):
@@ -265,8 +255,8 @@ def put_aside_damaged(folder: Path) -> None:
             damages[step] = damage
     if damages and len(damages) == len(steps):
         raise UserError(
-            f"{next(iter(damages.values()))}, and there is no other: start the run from its "
-            "beginning in another folder (--workdir)"
+            f"{next(iter(damages.values()))}, and there is no other: start the run anew in another "
+            "folder (--workdir)"
         )
     for step, damage in damages.items():
         aside = folder / f"{step}.damaged"
@@ -276,21 +266,22 @@ def put_aside_damaged(folder: Path) -> None:
 
 
 def read_best(folder: Path) -> tuple[int, dict[str, Any], str]:
-    """The best checkpoint so far of the run in `folder`, which may still be going on.
+    """The best checkpoint so far of the run in `folder`, which may still be in progress.
 
     Returns:
-      Its update; the model's variables, with re-estimated population statistics where they have
-      been saved; and which statistics there are: `population`, `running`, or `none`.
+      Its update; the model's variables, with re-estimated population statistics if they have been
+      saved; and which statistics these are: `population`, `running`, or `none`.
 
     Raises:
-      UserError: there is no run, or no checkpoint that has been validated, or it is damaged.
+      UserError: there is no run, no validated checkpoint, or the checkpoint is damaged.
     """
     record = workdir.read_record(folder)
-    if "selection" not in record:
-        raise UserError(
-            f"{folder / 'run.json'} is of an earlier version: start the run again, to complete it"
-        )
+    missing = UserError(f"--workdir={folder} holds no validated checkpoint yet")
+    if not (folder / "checkpoints").is_dir():
+        raise missing
     update, variables = _read_best(folder, record["selection"], record["lower_is_better"])
+    if update is None:
+        raise missing
     if "batch_stats" not in variables:
         return update, variables, "none"
     population = workdir.read_statistics(folder, update)
@@ -299,21 +290,18 @@ def read_best(folder: Path) -> tuple[int, dict[str, Any], str]:
     return update, {**variables, "batch_stats": population}, "population"
 
 
-def _read_best(folder: Path, selection: str, lower_is_better: bool) -> tuple[int, dict[str, Any]]:
-    for last_try in (False, False, True):
-        if not (folder / "checkpoints").is_dir():
-            break
-        with Checkpoints(folder, selection, lower_is_better, read_only=True) as checkpoints:
-            update = checkpoints.best_step()
-        if update is None:
-            break
-        try:
-            arrays, _ = read_checkpoint(folder.absolute() / "checkpoints", update)
-        except Damaged as damage:  # or deleted in this moment by the run, which has a better one
-            if last_try:
-                raise UserError(str(damage)) from damage
-            time.sleep(0.5)
-            continue
-        kept = ("params", "batch_stats")
-        return update, {name: arrays[name] for name in kept if arrays.get(name)}
-    raise UserError(f"--workdir={folder} holds no validated checkpoint yet")
+def _read_best(
+    folder: Path, selection: str, lower_is_better: bool, tries: int = 3
+) -> tuple[int | None, dict[str, Any]]:
+    with Checkpoints(folder, selection, lower_is_better, read_only=True) as checkpoints:
+        update = checkpoints.best_step()
+    if update is None:
+        return None, {}
+    try:
+        arrays, _ = read_checkpoint(folder.absolute() / "checkpoints", update)
+    except Damaged as damage:  # or deleted at this moment by the run, which has a better one
+        if tries == 1:
+            raise UserError(str(damage)) from damage
+        time.sleep(0.5)
+        return _read_best(folder, selection, lower_is_better, tries - 1)
+    return update, {name: arrays[name] for name in ("params", "batch_stats") if arrays.get(name)}

@@ -1,13 +1,11 @@
-"""What a run tells while it goes: a progress bar, a plain file of metrics, and on boards."""
+"""What a run shows while it trains: a progress bar, a plain file of metrics, and boards."""
 
-import collections
-import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from absl import logging
 from rich.console import Console
@@ -22,13 +20,13 @@ from rich.progress import (
 from rich.text import Text
 
 from experiments.records.boards import Board
-from experiments.runtime import markdown
+from experiments.runtime import processes
 from experiments.runtime.files import write_text
 from experiments.runtime.progress import SECONDS_AVERAGED, SECONDS_LOGGED, rest_of_line, time_left
 
 FILE_NAME = "metrics.jsonl"
 SECONDS_SHOWN = 0.5  # between movements of the progress bar
-# What normalised, as it is written in files, and as it is named wherever people read a number.
+# What normalised: its name in files, and its name where people read a number.
 STATISTICS = {
     "batch": "batch statistics",
     "running": "population statistics, running average",
@@ -39,10 +37,10 @@ STATISTICS = {
 
 
 class Terminal(Console):
-    """Where a run speaks. Whether anybody hears it any more, is nothing to the run."""
+    """Where a run prints. A closed pipe does not stop the run."""
 
     def on_broken_pipe(self) -> None:
-        """Is silent from then on; rich would end the process."""
+        """Prints nothing from then on; rich would end the process."""
         self.quiet = True
 
 
@@ -84,10 +82,11 @@ def describe(row: dict[str, Any]) -> str:
 
 
 class Reporter:
-    """Shows and writes the metrics of a run that goes on from update `start`.
+    """Shows and writes the metrics of a run that continues from update `start`.
 
     `data` is the name of the data, shown beside every number. Rows that a stopped run has written
-    past `start` are dropped, to be written again.
+    past `start` are dropped, to be written again. In processes other than the first it does
+    nothing.
     """
 
     def __init__(
@@ -102,11 +101,15 @@ class Reporter:
         """Opens the metrics file in `workdir`; `boards` get every number too."""
         self._data = data
         self._boards = boards
-        rows = [row for row in read_metrics(workdir) if row["update"] <= start]
-        path = workdir / FILE_NAME
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-        self._file = path.open("a", encoding="utf-8")
-        self.console = Terminal(highlight=False, soft_wrap=True, markup=False, emoji=False)
+        self._file: TextIO | None = None
+        if processes.is_first():
+            rows = [row for row in read_metrics(workdir) if row["update"] <= start]
+            path = workdir / FILE_NAME
+            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+            self._file = path.open("a", encoding="utf-8")
+        self._console = Terminal(
+            highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=self._file is None
+        )
         self._progress = Progress(
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -114,15 +117,17 @@ class Reporter:
             UpdatesPerSecond(),
             rest_of_line("{task.fields[metrics]}  {task.description}"),
             expand=True,
-            console=self.console,
+            console=self._console,
             speed_estimate_period=SECONDS_AVERAGED,
-            # A log file gets lines, not a bar for each of them.
-            disable=not self.console.is_terminal,
+            # A log file gets lines in place of a bar.
+            disable=self._console.quiet or not self._console.is_terminal,
         )
         self._bar = self._progress.add_task(
             title, total=num_updates, completed=start, metrics="compiling"
         )
         self._shown = self._logged = time.monotonic()
+        self._timed: tuple[int, float] | None = None  # not before programs are compiled
+        self._done = start
         self._progress.start()
 
     def __enter__(self) -> "Reporter":
@@ -130,16 +135,34 @@ class Reporter:
 
     def __exit__(self, *_) -> None:
         self._progress.stop()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+    def print(self, *lines: str) -> None:
+        """Shows lines."""
+        for line in lines:
+            self._console.print(line)
 
     def due(self) -> bool:
         """Whether it is time to move the progress bar."""
         return time.monotonic() - self._shown > SECONDS_SHOWN
 
     def advance(self, update: int) -> None:
-        """Moves the progress bar to an update."""
+        """Moves the progress bar to an update that has been computed."""
+        self._done = update
         self._progress.update(self._bar, completed=update)
         self._shown = time.monotonic()
+
+    def start_timing(self, update: int) -> None:
+        """Times updates from here, for `speed`."""
+        self._timed = update, time.monotonic()
+
+    def speed(self) -> dict[str, float]:
+        """`updates_per_second` since `start_timing`; nothing before its first call."""
+        if self._timed is None:
+            return {}
+        update, start = self._timed
+        return {"updates_per_second": (self._done - update) / (time.monotonic() - start)}
 
     def write(
         self, row: dict[str, Any], metrics: dict[str, float], more: dict[str, float] | None = None
@@ -147,10 +170,12 @@ class Reporter:
         """Adds metrics to the metrics file and to the boards, and shows them.
 
         Args:
-          row: what they are of: `update`, `split`, `statistics`, `reading` if that has a name.
-          metrics: by name; a run that was stopped and goes on has the same.
-          more: what is for the boards alone.
+          row: `update`, `split`, `statistics`, and `reading` if that has a name.
+          metrics: by name. A run that was stopped and continued writes the same.
+          more: further values, for the boards alone.
         """
+        if self._file is None:
+            return
         self._file.write(json.dumps(row | metrics) + "\n")
         self._file.flush()
         update, split = row["update"], row["split"]
@@ -160,87 +185,23 @@ class Reporter:
         line = f"update {update:>6}  {self._data} {describe(row)}  {format_metrics(metrics)}"
         if split != "train":
             self._flush_boards()
-            self.console.print(line)
+            self._console.print(line)
             return
         self._progress.update(self._bar, completed=update, metrics=format_metrics(metrics))
-        if not self.console.is_terminal and time.monotonic() - self._logged > SECONDS_LOGGED:
+        if not self._console.is_terminal and time.monotonic() - self._logged > SECONDS_LOGGED:
             (bar,) = self._progress.tasks
-            self.console.print(f"{line}  {time_left(bar.time_remaining)}")
+            self._console.print(f"{line}  {time_left(bar.time_remaining)}")
             self._logged = time.monotonic()
 
     def sync(self) -> None:
-        """Has the metrics on the disk, before a checkpoint that rests on them."""
-        os.fsync(self._file.fileno())
+        """Flushes the metrics to the disk, before a checkpoint that relies on them."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
         self._flush_boards()
 
     def _flush_boards(self) -> None:
         for board in self._boards:
             board.flush()
-
-
-class Silence:
-    """What the other processes have for a `Reporter`: the first one speaks for all."""
-
-    def __init__(self, *_: Any) -> None:
-        self.console = Console(quiet=True)
-
-    def __enter__(self) -> "Silence":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
-
-    def due(self) -> bool:
-        """Never."""
-        return False
-
-    def advance(self, update: int) -> None:
-        """Says nothing."""
-
-    def write(self, *_: Any) -> None:
-        """Says nothing."""
-
-    def sync(self) -> None:
-        """Does nothing."""
-
-
-class Stopwatch:
-    """Where the host's time goes: seconds by name of what it does."""
-
-    def __init__(self) -> None:
-        """Starts with nothing done."""
-        self.seconds: dict[str, float] = collections.defaultdict(float)
-        self._lap = 0, 0.0  # updates and seconds when the speed was last taken
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Adds the time that its block takes."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - start
-
-    def updates_per_second(self, updates: int) -> float | None:
-        """Speed since it was last taken, compilation aside; None if there was nothing else.
-
-        `updates` are all so far but those for which a program was compiled.
-        """
-        seconds = sum(self.seconds.values()) - self.seconds.get("compilation", 0)
-        (updates_before, seconds_before), self._lap = self._lap, (updates, seconds)
-        if updates == updates_before:
-            return None
-        return (updates - updates_before) / (seconds - seconds_before)
-
-    def table(self, updates: int) -> str:
-        """Time per update, in all and by what it went to."""
-        total = sum(self.seconds.values())
-        parts = [*self.seconds.items(), ("in all", total)]
-        rows = [
-            (name, f"{1e3 * seconds / updates:.3f}", f"{seconds / total:.2%}")
-            for name, seconds in parts
-        ]
-        return markdown.table([f"mean of {updates} updates", "ms", "share"], rows)
 
 
 def format_metrics(metrics: dict[str, float]) -> str:

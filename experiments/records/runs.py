@@ -1,4 +1,4 @@
-"""Finished runs, and those in progress, as what they have written tells of them."""
+"""Finished runs, and runs in progress, read from their files."""
 
 import dataclasses
 import functools
@@ -18,18 +18,18 @@ from experiments.records.metrics import read_metrics
 from experiments.runtime import files
 from experiments.runtime.errors import UserError
 
-# What runs of one experiment may differ in: their seed, and what runs may change when they go on.
+# Runs of one experiment may differ in these: the seed, and fields that a run may continue with.
 FREE_FIELDS = ("seed", *workdir.FREE_FIELDS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A config, one kind of model, and fields that are set: what one run is of, but for its seed.
+    """A config, one kind of model, and fields that are set: all that describes a run but its seed.
 
     Attributes:
-      config: a file in `configs`, with a variant if it has some: `ptb` or `ptb:small`.
-      kind: of the model.
-      fields: those that are not as the file has them, as pairs of name and value.
+      config: a file in `configs`, with its variant if any: `ptb` or `ptb:small`.
+      kind: the kind of model.
+      fields: fields that differ from the file, as pairs of name and value.
     """
 
     config: str
@@ -37,7 +37,7 @@ class Experiment:
     fields: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        """Of a folder: `pmnist/bn_lstm` or `pmnist/bn_lstm,initial_scale=0.3`."""
+        """The name of a folder: `pmnist/bn_lstm` or `pmnist/bn_lstm,initial_scale=0.3`."""
         fields = "".join(f",{name.split('.')[-1]}={value}" for name, value in self.fields)
         return f"{self.config.replace(':', '_')}/{self.kind}{fields}"
 
@@ -54,12 +54,12 @@ class Experiment:
         return identity(self.get_config())
 
     def is_of(self, config: ConfigDict) -> bool:
-        """Whether a config is this experiment's, but for what runs of it may differ in."""
+        """Whether a config is this experiment's, except for fields in which its runs may differ."""
         return self._identity == identity(config)
 
 
 def identity(config: ConfigDict) -> dict[str, Any]:
-    """The fields that make runs comparable, as JSON has them."""
+    """The fields that runs of one experiment share, with JSON's types."""
     flat = workdir.flat(config)
     return {name: value for name, value in flat.items() if name not in FREE_FIELDS}
 
@@ -72,7 +72,7 @@ class Run:
 
     @functools.cached_property
     def config(self) -> ConfigDict:
-        """What it was started with."""
+        """The config that it was started with."""
         return workdir.read_config(self.folder)
 
     @functools.cached_property
@@ -82,7 +82,7 @@ class Run:
 
     @functools.cached_property
     def results(self) -> dict[str, Any]:
-        """Its `results.json`; empty while the run goes on."""
+        """Its `results.json`; empty while the run is in progress."""
         path = self.folder / "results.json"
         return files.read_json(path) if path.exists() else {}
 
@@ -93,7 +93,7 @@ class Run:
 
     @property
     def updates(self) -> int:
-        """How far it has come, as far as it has told."""
+        """The last update that it has written metrics of."""
         return self.rows[-1]["update"] if self.rows else 0
 
     @property

@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, and the record of how it was made."""
+"""The folder of a run: its config, the record of how it was made, and its lock."""
 
 import contextlib
 import datetime
@@ -27,8 +27,6 @@ from experiments.runtime.errors import UserError
 from experiments.runtime.files import read_json, replacing, write_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections", "numpy")
-# May differ between the start of a run and its continuation: where data lie and curves are shown,
-# how far to go, how to evaluate, and how to compute what comes out equal but for rounding.
 POPULATION_FIELDS = ("population_batch_size", "population_batches", "population_late_steps")
 EVALUATION_FIELDS = (
     "eval_batch_size",
@@ -37,19 +35,8 @@ EVALUATION_FIELDS = (
     "chunk_length",
     *POPULATION_FIELDS,
 )
-# Fields that configs did not have from the start: what runs before them did.
-ADDED_FIELDS = {
-    "optimizer.clip_rule": "norm",
-    "optimizer.adam_epsilon": "published",
-    "population_batches": 0,
-    "population_late_steps": "skip",
-    "model.implementation": "reference",
-    "updates_per_call": 1,
-    "parallel.devices": 1,
-    "parallel.statistics_devices": 0,
-    "wandb": "",
-}
-ADDED_LAYER_FIELDS = {"model.shared_statistics": False}  # of models that are one recurrent layer
+# A run may continue with other values of these: places of data and curves, number of updates,
+# evaluation, and ways to compute results that are equal except for rounding.
 FREE_FIELDS = (
     "data_dir",
     "text_file",
@@ -74,19 +61,18 @@ def read_config(workdir: Path) -> ConfigDict:
         others = runs_around(workdir)
         problem = f"choose {' or '.join(map(str, others))}" if others else f"{path} is missing"
         raise UserError(f"--workdir={workdir} is not the folder of a run: {problem}")
-    fields = flatten_dict(_tuples(read_json(path)), sep=".")
-    added = ADDED_FIELDS | (ADDED_LAYER_FIELDS if "model.input_statistics" in fields else {})
-    return ConfigDict(unflatten_dict(added | fields, sep="."))
+    # Early runs lack `wandb`.
+    return ConfigDict({"wandb": "", **_tuples(read_json(path))})
 
 
 def runs_around(workdir: Path) -> list[Path]:
-    """The folders of runs in a folder, and the folder that it lies in, if that is a run's."""
+    """The folders of runs directly in a folder, and the folder around it, if that is a run's."""
     configs = [*sorted(workdir.glob("*/config.json")), workdir.parent / "config.json"]
     return [path.parent for path in configs if path.exists()]
 
 
 def read_record(workdir: Path) -> dict[str, Any]:
-    """What `run.json` says of the run in `workdir`: the facts of its task, and its `starts`.
+    """The content of `run.json` of the run in `workdir`: the facts of its task, and its `starts`.
 
     Raises:
       UserError: there is no run.
@@ -98,12 +84,12 @@ def read_record(workdir: Path) -> dict[str, Any]:
 
 
 def check_record(record: dict[str, Any], workdir: Path) -> None:
-    """Refuses to go on with a run on other data, or data read otherwise, than it began with.
+    """Refuses to continue a run on data that differ from those that it began with.
 
-    A file may be renamed, though, and batches be padded otherwise.
+    The name of a file and the padding of batches may differ.
 
     Raises:
-      UserError: the record of the run in `workdir` is another.
+      UserError: the record of the run in `workdir` differs.
     """
     if not (workdir / "run.json").exists():
         return
@@ -112,16 +98,16 @@ def check_record(record: dict[str, Any], workdir: Path) -> None:
     for name, value in ours.items():
         if theirs.get(name) != value and name not in ("dataset", "padded_lengths"):
             raise UserError(
-                f"--workdir={workdir} holds the run on other data: there {name} is "
+                f"--workdir={workdir} holds a run on other data: there {name} is "
                 f"{_short(theirs.get(name))}, here it is {_short(value)}; choose another workdir, "
-                "or bring back the data it was trained on"
+                "or restore the data of that run"
             )
 
 
 def write_statistics(workdir: Path, step: int, batch_stats: dict[str, Any]) -> None:
-    """Saves re-estimated population statistics, those of the checkpoint of update `step`.
+    """Saves the re-estimated population statistics of the checkpoint of update `step`.
 
-    NumPy reads the file: names as `layer/recurrent_mean`, each `[max_steps, F]` or `[F]`.
+    The file is NumPy's, with names such as `layer/recurrent_mean`, each `[max_steps, F]` or `[F]`.
     """
     with replacing(workdir / STATISTICS_NAME) as temporary, temporary.open("wb") as file:
         np.savez(file, update=step, **flatten_dict(batch_stats, sep="/"))
@@ -150,7 +136,7 @@ def read_statistics(workdir: Path, step: int) -> dict[str, Any] | None:
 
 
 def check_path(workdir: Path) -> None:
-    """Refuses a folder whose checkpoints could be written, but not read.
+    """Refuses a folder whose checkpoints could be written but not read.
 
     Raises:
       UserError: its path has a character that TensorStore, below Orbax, takes for a pattern.
@@ -169,7 +155,7 @@ def check(config: ConfigDict, workdir: Path) -> None:
 
     Raises:
       UserError: it holds the run of another config, or folders of runs; it lies in the folder of a
-        run; it is not a folder, or cannot hold checkpoints.
+        run; it is not a folder; or its path cannot hold checkpoints.
     """
     check_path(workdir)
     if workdir.exists() and not workdir.is_dir():
@@ -177,8 +163,8 @@ def check(config: ConfigDict, workdir: Path) -> None:
     if not (workdir / "config.json").exists():
         if others := runs_around(workdir):
             raise UserError(
-                f"--workdir={workdir}: {' and '.join(map(str, others))} hold runs, and runs cannot "
-                "lie within each other; choose another workdir, or one of these"
+                f"--workdir={workdir}: runs cannot lie within each other, and there are runs in "
+                f"{', '.join(map(str, others))}; choose another workdir, or one of these"
             )
         return
     ours, theirs = flat(config), flat(read_config(workdir))
@@ -198,14 +184,14 @@ def check(config: ConfigDict, workdir: Path) -> None:
 
 @contextlib.contextmanager
 def in_use(workdir: Path) -> Iterator[None]:
-    """Makes the folder, and keeps it for this process alone, for the time of a context.
+    """Makes the folder and locks it for this process, within a context.
 
     Raises:
-      UserError: another process has it; or a file in it can not be written, at any time.
+      UserError: another process has locked it; or, at any time, a file in it cannot be written.
     """
     with errors_told(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        # The system gives the lock back when the process ends, however it does.
+        # The system releases the lock when the process ends, however that happens.
         with (workdir / "lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -219,7 +205,7 @@ def in_use(workdir: Path) -> Iterator[None]:
                 if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                     raise
                 logging.warning(
-                    "%s is on a file system without locks: see to it that no two runs use it",
+                    "%s is on a file system without locks: make sure that no two runs use it",
                     workdir,
                 )
             file.truncate(0)
@@ -230,14 +216,14 @@ def in_use(workdir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def errors_told(workdir: Path) -> Iterator[None]:
-    """Tells in a line of what the system refuses.
+    """Turns errors of the file system into errors of one line.
 
     Raises:
       UserError: a file cannot be read or written, in `workdir` or elsewhere.
     """
     try:
         yield
-    except BrokenPipeError:  # of the output, say
+    except BrokenPipeError:  # of the output
         raise
     except OSError as error:
         if error.strerror is None:
@@ -254,10 +240,10 @@ def errors_told(workdir: Path) -> Iterator[None]:
 def open_workdir(
     config: ConfigDict, workdir: Path, record: dict[str, Any], implementation: str
 ) -> None:
-    """Saves the config and how, with what and when the run was started.
+    """Saves the config, and command, versions, machine and time of this start.
 
-    Call `check` first, and do it while `in_use`. `run.json` has an entry for each start, the first
-    and those that went on, and the `record`. `implementation` is what runs the recurrence.
+    Call `check` before, and this within `in_use`. `run.json` has the `record` and an entry for each
+    start of the run. `implementation` is the implementation of the recurrence.
     """
     start = {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
@@ -276,9 +262,9 @@ def open_workdir(
 
 
 def record_end(workdir: Path, update: int) -> None:
-    """Adds to the latest start in `run.json` how far it came, and how many seconds that took.
+    """Adds to the latest start in `run.json` its last update and its seconds.
 
-    A start that was killed lacks both.
+    A start that was killed has neither.
     """
     record = read_json(workdir / "run.json")
     latest = record["starts"][-1]
@@ -288,7 +274,7 @@ def record_end(workdir: Path, update: int) -> None:
 
 
 def flat(config: ConfigDict) -> dict[str, Any]:
-    """The fields of a config by their whole names, as JSON has them."""
+    """The fields of a config by their full names, with JSON's types."""
     return flatten_dict(json.loads(config.to_json_best_effort()), sep=".")
 
 

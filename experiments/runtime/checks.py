@@ -4,10 +4,10 @@ from experiments.runtime.errors import UserError, unknown_name
 
 
 def one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuses a value that is not among those allowed.
+    """Refuses a value that is not allowed.
 
     Raises:
-      UserError: names the field, what is allowed, and what comes nearest.
+      UserError: names the field, the allowed values, and the nearest of them.
     """
     if value not in allowed:
         raise UserError(unknown_name(field, value, allowed))
@@ -19,7 +19,7 @@ def at_least(field: str, value: float, bound: float) -> None:
     Raises:
       UserError: names the field and the bound.
     """
-    if not value >= bound:  # which NaN is not
+    if not value >= bound:  # true of NaN
         raise UserError(f"{field} is {value}: it must be at least {bound}")
 
 

@@ -1,4 +1,4 @@
-"""How the commands run: their flags, their help, and mistakes reported in one line."""
+"""Runs commands: flags, `--help`, and user errors in one line."""
 
 import os
 import signal
@@ -17,13 +17,13 @@ PACKAGES = ("experiments", "scripts")
 
 
 class HelpFlag(flags.BooleanFlag):
-    """`--help`: the docstring of the command, and all flags that this repository defines for it."""
+    """`--help`: the docstring of the command, and the flags that this repository defines for it."""
 
     def __init__(self) -> None:
         super().__init__("help", False, "Show this help.", short_name="h")
 
     def parse(self, argument: Any) -> None:
-        """Prints the help and ends the program, if the flag is given."""
+        """Prints the help and ends the program if the flag is set."""
         super().parse(argument)
         if self.value:
             print(help_text())
@@ -31,7 +31,7 @@ class HelpFlag(flags.BooleanFlag):
 
 
 def help_text() -> str:
-    """What `--help` prints."""
+    """The text of `--help`."""
     modules = flags.FLAGS.flags_by_module_dict()
     others = sorted(name for name in modules if name.split(".")[0] in PACKAGES)
     others.remove(__name__)
@@ -48,9 +48,8 @@ def run(
     """Runs a command: absl's `app.run`, with user errors reported plainly.
 
     A `UserError`, or a flag that cannot be parsed, becomes one line `error: ...` on stderr and exit
-    status 2. A run that was stopped tells how to go on. An output that is closed, as by `head`,
-    ends the command quietly. Any other exception keeps its traceback. Warnings are logged, and more
-    on request by `--verbosity`.
+    status 2. A stopped run prints how to continue. A closed output, as by `head`, ends the command
+    silently. Any other exception keeps its traceback. Warnings are logged; `--verbosity` logs more.
 
     Args:
       main: called with what `parse` returns.
@@ -60,7 +59,7 @@ def run(
     """
 
     def parse_flags(argv: Sequence[str]) -> Any:
-        delattr(flags.FLAGS, "help")  # absl's, which leaves out flags of other modules
+        delattr(flags.FLAGS, "help")  # absl's, which omits flags of other modules
         flags.DEFINE_flag(HelpFlag())
         if define_flags is not None:
             define_flags()
@@ -72,7 +71,7 @@ def run(
         stream.reconfigure(errors="replace")
     words = list(sys.argv if argv is None else argv)
     if not any(word.lstrip("-").startswith(("verbosity", "v=")) for word in words):
-        words.insert(1, "--verbosity=-1")  # warnings; Orbax tells of every save otherwise
+        words.insert(1, "--verbosity=-1")  # warnings; else Orbax logs every save
     app.run(_reported(main), argv=words, flags_parser=_reported(parse_flags))
 
 
@@ -88,12 +87,12 @@ def _reported(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
             return function(arguments)
         except (UserError, flags.Error) as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(getattr(error, "status", 2))
+            sys.exit(2)
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             sys.exit(stopped.status)
         except KeyboardInterrupt:
-            end_at_once()  # JAX may crash where it is ended in the middle of something
+            end_at_once()  # an ordinary exit in the middle of a computation may crash JAX
         except (AssertionError, RuntimeError) as error:
             platforms = os.environ.get("JAX_PLATFORMS")
             if not platforms or not _from_backend(error):
@@ -104,8 +103,8 @@ def _reported(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
                 file=sys.stderr,
             )
             sys.exit(2)
-        except BrokenPipeError:  # the reader, such as head, has had enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left
+        except BrokenPipeError:  # the reader, such as head, has ended
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the rest
             sys.exit(141)
 
     return call

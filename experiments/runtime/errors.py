@@ -1,26 +1,30 @@
 """Mistakes that the user can correct."""
 
 import difflib
+import sys
+import traceback
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake the user can mend; its message is one line that says what to do.
+    """A mistake the user can correct; its message is one line that says what to do."""
 
-    Attributes:
-      status: exit status.
-    """
 
-    status = 2
+def report(error: Exception) -> None:
+    """Prints an error on stderr: a user's mistake in one line, any other with its traceback."""
+    if isinstance(error, UserError):
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
 
 
 class Stopped(BaseException):
-    """A run was asked to stop by a signal; its message says how to go on.
+    """A signal asked the run to stop; its message says how to go on.
 
-    Like KeyboardInterrupt it is no Exception, which libraries on the way might take for their own.
+    Like KeyboardInterrupt, not an Exception: libraries in between must not catch it.
 
     Attributes:
-      status: exit status, as a shell gives it to a process that the signal ended.
+      status: exit status, the one that a shell reports for a process ended by the signal.
     """
 
     def __init__(self, message: str, signal: int) -> None:

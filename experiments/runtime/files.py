@@ -1,4 +1,4 @@
-"""Files that are there whole or as they were before, and JSON."""
+"""Files that are replaced as a whole, and JSON."""
 
 import contextlib
 import json
@@ -12,11 +12,11 @@ from experiments.runtime.errors import UserError
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which then takes the place of `path`: that is whole, or as it was before."""
+    """A file to write, which then replaces `path` as a whole."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        _sync(temporary)  # before it gets its name, which else may outlive a power cut alone
+        _sync(temporary)  # or a power cut may leave the new name without content
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -34,21 +34,21 @@ def _sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file so that it is there whole or as it was before."""
+    """Replaces a file as a whole."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON, as `write_text` does."""
+    """Replaces a file by JSON."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file of a run holds.
+    """The object in a JSON file of a run.
 
     Raises:
-      UserError: it holds none.
+      UserError: the file holds no JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: an update that would bring them in is refused, and says which."""
+"""Non-finite values: which of the values that an update would bring in are not finite."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 
 
 def watched(params: Any, batch_stats: Any, gradients: Any, loss: Any) -> dict[str, Any]:
-    """What is looked at, by the name that messages give it; causes before their consequences."""
+    """The values to check, by their names in messages; causes come before consequences."""
     named = {}
     for kind, tree in (("statistic", batch_stats), ("gradient of", gradients)):
         named |= {f"the {kind} {k}": v for k, v in flatten_dict(tree, sep="/").items()}
@@ -19,7 +19,7 @@ def watched(params: Any, batch_stats: Any, gradients: Any, loss: Any) -> dict[st
 
 
 def not_finite(named: dict[str, Any]) -> jax.Array:
-    """Which of the arrays hold a number that is infinite or none, boolean `[len(named)]`."""
+    """Whether each array holds a value that is infinite or NaN, boolean `[len(named)]`."""
     return jnp.stack([~jnp.all(jnp.isfinite(value)) for value in named.values()])
 
 

@@ -1,4 +1,4 @@
-"""How a process deals with memory that its computations free."""
+"""What a process does with memory that its computations free."""
 
 import ctypes
 import sys
@@ -8,11 +8,11 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
 def keep_freed() -> None:
-    """Keeps freed memory for what is allocated next; call it before JAX starts its threads.
+    """Keeps freed memory for later allocations; call it before JAX starts its threads.
 
-    Every update on a CPU frees what the one before it kept of its steps, hundreds of megabytes. By
-    default glibc returns such memory to the system, which fills every page with zeros before it
-    hands it out again. Without glibc, nothing is changed.
+    Every update on a CPU frees the residuals of its steps, hundreds of megabytes. By default glibc
+    returns such memory to the system, which zeroes every page before it is used again. Does nothing
+    without glibc.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,4 +1,4 @@
-"""Paths as users give them, in flags and in fields of a config."""
+"""Paths in flags and in fields of a config."""
 
 import os
 import re
@@ -32,8 +32,8 @@ class PathParser(flags.ArgumentParser):
         """The path with `~` expanded.
 
         Raises:
-          ValueError: it is a URL, or begins with the `~name` of no user. Either would become a
-            folder of that name.
+          ValueError: it is a URL, or begins with the `~name` of no user. Either would make a folder
+            of that name.
         """
         if re.match(r"[\w.+-]+://", argument):
             raise ValueError(

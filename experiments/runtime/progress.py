@@ -11,20 +11,20 @@ from rich.table import Column
 
 from experiments.runtime import processes
 
-SECONDS_AVERAGED = 300  # for the time left; updates may be waited for in bursts
-SECONDS_LOGGED = 60  # between lines that take its place in a log file
+SECONDS_AVERAGED = 300  # for the time left; updates may complete in bursts
+SECONDS_LOGGED = 60  # between lines in a log file
 T = TypeVar("T")
 
 
 def rest_of_line(text: str) -> TextColumn:
-    """A column that takes the space which the others leave, and is cut off where that is little."""
+    """A column that takes the space that the others leave; longer text is cut off."""
     return TextColumn(text, markup=False, table_column=Column(ratio=1, no_wrap=True))
 
 
 def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
-    """The items, under a passing progress bar; in a log file, with a line a minute.
+    """Yields the items and shows a transient progress bar; in a log file, a line a minute.
 
-    A `total` of 0 is an unknown one: nothing is shown.
+    Shows nothing if `total` is 0, which means unknown.
     """
     if not processes.is_first() or not total:
         yield from items
@@ -52,5 +52,5 @@ def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
 
 
 def time_left(seconds: float | None) -> str:
-    """A time as people read it: `0:12:30 left`."""
+    """A time in words: `0:12:30 left`."""
     return f"{datetime.timedelta(seconds=round(seconds)) if seconds is not None else '?'} left"

@@ -15,9 +15,9 @@ def prepared_dir(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def small_config(prepared_dir) -> ConfigDict:
-    """The digits with a small BN-LSTM, for a few updates."""
+@pytest.fixture(scope="session")
+def base_config(prepared_dir) -> ConfigDict:
+    """The digits with a small BN-LSTM, for a few updates. Tests change `small_config` instead."""
     config = digits.get_config()
     config.data_dir = str(prepared_dir)
     config.batch_size = 500  # three batches an epoch, the last one short
@@ -28,3 +28,9 @@ def small_config(prepared_dir) -> ConfigDict:
     config.eval_every = 4
     config.checkpoint_every = 4
     return config
+
+
+@pytest.fixture
+def small_config(base_config) -> ConfigDict:
+    """A copy of `base_config`, to be changed."""
+    return base_config.copy_and_resolve_references()

@@ -1,4 +1,4 @@
-"""Whatever is typed for the fields of a config, it runs or is told in a line what is wrong."""
+"""Any value of any field of a config runs or gives one line that says what is wrong."""
 
 import warnings
 from pathlib import Path
@@ -21,9 +21,9 @@ from experiments.runtime.errors import UserError
 from tests.flag_values import fresh_flags
 
 ROOT = Path(__file__).parents[2]
-# How many command lines are tried with each config.
-CONFIGS = {"digits": 500, "mnist": 400, "ptb:small": 400, "text8": 400, "text": 400}
-CONFIGS |= {"babi": 100, "cnn_qa:sample": 100}  # whose models take longer to make
+# The number of command lines that are tried with each config.
+CONFIGS = {"digits": 100, "mnist": 50, "ptb:small": 50, "text8": 50, "text": 50}
+CONFIGS |= {"babi": 25, "cnn_qa:sample": 25}  # whose models take longer to make
 
 
 @pytest.fixture(scope="module")
@@ -87,44 +87,15 @@ def fields_of(name: str) -> dict[str, object]:
 
 FIELDS = {name: fields_of(name) for name in CONFIGS}
 
-# What people type, and what nobody does.
-WORDS = (
-    *("", " ", ",", ",,", "()", "(,)", "[]", "{}", "None", "true", "False", "nan", "inf", "-inf"),
-    *("NaN", "Infinity", "1e400", "-0", "-0.0", "1e-400", "0x10", "1_000", "1 000", "1,000", "½"),
-    *(
-        "1e3",
-        "1.0",
-        "1.5",
-        "-1",
-        "0",
-        "1",
-        "2",
-        "7",
-        "1+1j",
-        "'",
-        '"',
-        "'a",
-        "a'b",
-        "a\nb",
-        "🎲",
-        "é",
-    ),
-    *("1,2", "1,2,3", "(1,)", "(1,2,3)", "0.5,0.3,0.1", "nan,1,2", "1,a", "('a',)", "((1,),)"),
-    *("9" * 30, "1" + "0" * 400, "lstm", "lstm,", "lstm,lstm", "bn_lstm", "bn_e_star", "bfloat16"),
-    *(
-        "float64",
-        "adam",
-        "released_reader",
-        "valid,test",
-        "train",
-        "digits",
-        "mnist",
-        "text",
-        "qa1",
-    ),
-    *("book.txt", ".", "..", "~", "~nobody", "nowhere", "\udcff", "a" * 300, "%s", "$HOME", "\\"),
-    *("1e10", str(2**31), str(2**63), str(2**64), str(-(2**63)), "1e308", "5e-324", "1e-9"),
-)
+# Likely and unlikely values, separated by bars.
+WORDS = """
+| |,|,,|()|(,)|[]|{}|None|true|False|nan|inf|-inf|NaN|Infinity|1e400|-0|-0.0|1e-400|0x10|1_000|1 000
+|1,000|½|1e3|1.0|1.5|-1|0|1|2|7|1+1j|'|"|'a|a'b|🎲|é|1,2|1,2,3|(1,)|(1,2,3)|0.5,0.3,0.1|nan,1,2|1,a
+|('a',)|((1,),)|lstm|lstm,|lstm,lstm|bn_lstm|bn_e_star|bfloat16|float64|adam|released_reader
+|valid,test|train|digits|mnist|text|qa1|book.txt|.|..|~|~nobody|nowhere|%s|$HOME|1e10|1e308|5e-324
+|1e-9""".replace("\n", "").split("|")
+WORDS += ["a\nb", "\udcff", "\\", "9" * 30, "1" + "0" * 400, "a" * 300]
+WORDS += [str(number) for number in (2**31, 2**63, 2**64, -(2**63))]
 NUMBERS = st.one_of(
     st.integers(-3, 300).map(str),
     st.integers(-(2**70), 2**70).map(str),
@@ -166,7 +137,7 @@ def overrides(name: str) -> st.SearchStrategy[list[str]]:
 
 
 def attempt(name: str, data: Path, words: list[str]) -> str | None:
-    """Does what `python -m experiments.main` does before it trains: what it says is wrong."""
+    """Does what `python -m experiments.main` does before it trains; returns its error, if any."""
     argv = [
         "main",
         config_flag(name),
@@ -215,30 +186,34 @@ def test_configs_run_as_they_are(name, data, tmp_path):
 @pytest.mark.parametrize(
     "name, word, message",
     [
+        ("pmnist:tru", "seed=1", "did you mean true?"),
+        ("digits:small", "seed=1", "digits.py:small: TypeError"),
+        ("digits", "seed=one", "config.seed=one"),
         ("digits", "seed=4294967296", "config.seed is 4294967296: it must be at most 4294967295"),
-        ("digits", "pixel_order_seed=-1", "config.pixel_order_seed is -1: it must be at least 0"),
-        ("digits", "model.normalize=7", "config.model.normalize is '7', which is unknown: "),
-        ("digits", "model.initial_scale=nan", "config.model.initial_scale is nan: it must be a fi"),
-        ("digits", "optimizer.learning_rate=inf", "config.optimizer.learning_rate is inf: it must"),
-        ("text", "whole_text=1.5", "config.whole_text is '1.5', which is unknown: there are test"),
-        ("babi", "num_lengths=99999999", "config.num_lengths is 99999999: it must be at most 1000"),
-        (
-            "babi",
-            "modl.kind=lstm",
-            "config.modl.kind: the config has no field modl; did you mean model?",
-        ),
-        ("babi", "model.kind.x=1", "config.model.kind.x: the config has no field x"),
+        ("digits", "batch_size=0", "config.batch_size is 0: it must be at least 1"),
+        ("digits", "pixel_order_seed=-1", "config.pixel_order_seed is -1"),
+        ("digits", "model.kind=bn_e_star", "config.model.kind is 'bn_e_star'"),
+        ("digits", "model.normalize=7", "config.model.normalize is '7'"),
+        ("digits", "model.initial_hidden_noise=-1", "config.model.initial_hidden_noise is -1.0"),
+        ("digits", "model.initial_scale=nan", "config.model.initial_scale is nan"),
+        ("digits", "optimizer.learning_rate=inf", "config.optimizer.learning_rate is inf"),
+        ("digits", "optimizer.clip_rule=nrom", "did you mean norm?"),
         ("digits", "parallel.devices=1000000000000", "divisible by the 1000000000000 devices"),
-        ("babi", "seed.seed=1", "config.seed.seed: the config has no field seed"),
+        ("mnist", "model.knd=lstm", "config.model.knd: "),
+        ("text", "whole_text=1.5", "config.whole_text is '1.5'"),
+        ("babi", "num_lengths=99999999", "config.num_lengths is 99999999"),
+        ("babi", "subset=qa3", "config.subset is 'qa3'"),
+        ("babi", "modl.kind=lstm", "config.modl.kind: "),
+        ("babi", "model.kind.x=1", "config.model.kind.x: "),
+        ("babi", "seed.seed=1", "config.seed.seed: "),
     ],
 )
-def test_what_was_not_told_before(name, data, word, message):
-    told = attempt(name, data, [f"--config.{word}"])
-    assert message in (told or "")
+def test_wrong_values_raise_and_name_the_field(name, data, word, message):
+    assert message in (attempt(name, data, [f"--config.{word}"]) or "")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_any_value_of_any_field_runs_or_is_told(name, data, tmp_path):
+def test_any_value_of_any_field_runs_or_gives_one_line(name, data, tmp_path):
     @settings(
         max_examples=CONFIGS[name],
         deadline=None,

@@ -32,7 +32,7 @@ def by_hand(task, variables, images, labels, running):
 
 
 @pytest.mark.parametrize("running", [False, True])
-def test_examples_of_a_short_batch_count_like_others(task_and_variables, running):
+def test_examples_of_a_short_batch_have_equal_weight(task_and_variables, running):
     task, variables = task_and_variables
     got = evaluate.make_evaluator(task, NOISE)(variables, task.readings[0], "valid", 150, running)
     images, labels = task.images["valid"], task.labels["valid"]
@@ -45,7 +45,7 @@ def test_examples_of_a_short_batch_count_like_others(task_and_variables, running
     np.testing.assert_allclose(got["loss"], loss.mean(), rtol=1e-5)
 
 
-def test_a_last_example_alone_counts_for_nothing_under_batch_statistics(task_and_variables):
+def test_a_last_batch_of_one_example_is_left_out_under_batch_statistics(task_and_variables):
     task, variables = task_and_variables
     run = evaluate.make_evaluator(task, NOISE)
     got = run(variables, task.readings[0], "valid", 83, False)  # of 250: the last batch has one
@@ -59,7 +59,7 @@ def test_a_last_example_alone_counts_for_nothing_under_batch_statistics(task_and
     np.testing.assert_allclose(got["loss"], loss.mean(), rtol=1e-5)
 
 
-def test_every_way_of_evaluation_uses_its_own_statistics(task_and_variables, small_config):
+def test_each_evaluation_uses_its_own_statistics(task_and_variables, small_config):
     task, variables = task_and_variables
     small_config.population_batch_size = 600  # two whole batches, and 97 examples left over
     statistics = evaluate.population_statistics(task, small_config, variables, NOISE)

@@ -78,7 +78,7 @@ def test_a_text_of_ones_own(tmp_path):
     name = "book.txt (2,000 / 500 / 500 characters)"
     assert f"update      3  {name} valid (batch statistics, segments of 20)" in output
     assert f"Data: {name}" in output
-    assert "| mean of 5 updates   | ms" in output and "| logging " in output
+    assert list(folder.glob("profile/**/*.xplane.pb"))
     line = next(line for line in output.splitlines() if "| one sequence " in line)
     row = json.loads((folder / "results.json").read_text())["rows"][-1]
     assert row["reading"] == "one sequence" and row["split"] == "test"
@@ -91,47 +91,16 @@ def test_a_text_of_ones_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "argument, message",
     [
-        (["--config.sed=2"], "config.sed: the config has no field sed; did you mean seed?"),
-        (
-            ["--config=configs/mnist.py", "--config.model.knd=lstm"],
-            "config.model.knd: the config has no field knd; did you mean kind?",
-        ),
-        (["--config=configs/pminst.py"], "did you mean configs/pmnist.py?"),
-        (["--config", "configs/pminst.py"], "did you mean configs/pmnist.py?"),
-        (["--config=configs/pmnist.py:tru"], "did you mean true?"),
-        (
-            ["--config=configs/digits.py:small"],
-            "configs/digits.py:small: this config has no variants",
-        ),
-        (["--config.seed=one"], "--config.seed=one"),
-        (["--config.model.kind=bnlstm"], "config.model.kind is 'bnlstm'"),
-        (["--config.model.kind=bn_e_star"], "config.model.kind is 'bn_e_star'"),
-        (["--config.model.normalize=inputs"], "config.model.normalize is 'inputs'"),
-        (["--config.model.initial_hidden_noise=-1"], "config.model.initial_hidden_noise is -1.0"),
-        (["--config.optimizer.clip_rule=nrom"], "did you mean norm?"),
-        (["--config=configs/cnn_qa.py:four"], "the variant of configs/cnn_qa.py"),
-        (["--config=configs/babi.py:qa3"], "config.subset is 'qa3'"),
-        (["--config=configs/babi.py"], "tasks_1-20_v1-2.tar.gz"),
-        (["--config=configs/cnn_qa.py"], "download cnn.tgz"),
-        (["--config.batch_size=0"], "config.batch_size is 0: it must be at least 1"),
-        (["--config.seed=-1"], "config.seed is -1: it must be at least 0"),
-        (["--wrkdir=x"], "did you mean: workdir"),
-        (["--config=configs/text.py"], "config.text_file is empty"),
-        (
-            ["--config=configs/text.py", "--config.text_file=README.md", "--config.split=9,9,9"],
-            "config.segment_length is 100, and the train text of README.md",
-        ),
+        ("--config=configs/pminst.py", "did you mean configs/pmnist.py?"),
+        ("--wrkdir=x", "did you mean: workdir"),
+        ("--config.sed=2", "did you mean config.seed?"),
+        ("--config.model.kind=bnlstm", "config.model.kind is 'bnlstm'"),
     ],
-    ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
-def test_bad_arguments_are_one_line(tmp_path, arguments, message):
-    if "--wrkdir=x" not in arguments:
-        arguments = [f"--workdir={tmp_path / 'run'}", *arguments]
-    if "--config=configs/babi.py" in arguments or "--config=configs/cnn_qa.py" in arguments:
-        arguments.append(f"--config.data_dir={tmp_path / 'data'}")
-    error = run(*arguments, expect=2)
+def test_bad_arguments_are_one_line(tmp_path, argument, message):
+    error = run(f"--workdir={tmp_path / 'run'}", argument, expect=2)
     assert error.startswith("error: ") and error.count("\n") == 1
     assert message.lower() in error.lower()
     assert not (tmp_path / "run").exists()

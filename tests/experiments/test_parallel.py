@@ -215,14 +215,14 @@ def test_readers_on_shards_see_the_longest_passage_of_all():
             "config.batch_size 8 they have one example, which has no batch statistics",
         ),
         ({"devices": 3}, "config.batch_size is 32: it must be divisible by the 3 devices"),
-        ({"devices": 9}, "config.parallel.devices is 9, and a process has 8 here"),
+        ({"devices": 9}, "config.parallel.devices is 9: it must be at most 8"),
         (
             {"devices": 8, "statistics_devices": 3},
             "config.parallel.statistics_devices is 3: it must divide the 8 devices",
         ),
     ],
 )
-def test_devices_that_cannot_share(config, fields, message):
+def test_devices_that_cannot_share_a_batch_raise(config, fields, message):
     config = config.copy_and_resolve_references()
     config.batch_size = fields.pop("batch_size", config.batch_size)
     config.parallel.update(fields)

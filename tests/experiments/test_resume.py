@@ -1,4 +1,4 @@
-"""A run that was killed, stopped, or had its checkpoints spoilt ends as one that nobody touched."""
+"""A run that was killed, stopped or damaged ends like an unbroken one."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 
@@ -71,26 +72,15 @@ DEATHS = {
 }
 
 
-@pytest.fixture(scope="module")
-def config(prepared_dir):
-    from configs import digits
-
-    config = digits.get_config()
-    config.data_dir = str(prepared_dir)
-    config.batch_size = 500  # three batches an epoch, the last one short
-    config.num_updates = 8
-    config.model.kind = "bn_lstm"
-    config.model.features = 6
-    config.log_every = 3
-    config.eval_every = 4
-    config.checkpoint_every = 4
-    return config
+@pytest.fixture
+def config(small_config):
+    return small_config
 
 
 @pytest.fixture(scope="module")
-def unbroken(config, tmp_path_factory):
+def unbroken(base_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
-    train.train(config, folder)
+    train.train(base_config, folder)
     return folder
 
 
@@ -98,7 +88,7 @@ def copy(run, folder):
     return Path(shutil.copytree(run, folder))
 
 
-def test_a_run_killed_again_and_again_ends_as_one_that_was_not(config, unbroken, tmp_path):
+def test_a_run_killed_again_and_again_equals_an_unbroken_one(config, unbroken, tmp_path):
     folder = tmp_path / "run"
     for when, (place, name, times) in DEATHS.items():
         told = json.dumps([config.to_json_best_effort(), str(folder), place, name, times])
@@ -120,11 +110,10 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(config, unbroken,
 
 
 def test_the_comparison_finds_a_difference(config, unbroken, tmp_path):
-    config = config.copy_and_resolve_references()
     config.seed = 2
     train.train(config, tmp_path)
     found = "\n".join(differences(tmp_path, unbroken))
-    assert "metrics.jsonl differs" in found and "of the latest checkpoint differs" in found
+    assert "metrics.jsonl differs" in found and "latest checkpoint/params" in found
     other = copy(unbroken, tmp_path / "twice")
     rows = (other / metrics.FILE_NAME).read_text().splitlines(keepends=True)
     (other / metrics.FILE_NAME).write_text("".join([*rows, rows[-1]]))
@@ -148,7 +137,7 @@ def stop_at(monkeypatch, update, *signals):
 
 
 @pytest.mark.parametrize("number, times", [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
-def test_a_signal_saves_and_says_how_to_go_on(
+def test_a_signal_saves_and_the_run_can_continue(
     config, unbroken, tmp_path, monkeypatch, number, times
 ):
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
@@ -196,13 +185,13 @@ def test_a_signal_after_the_last_update_is_not_lost(config, unbroken, tmp_path, 
 
         patch.setattr(checkpoints.Checkpoints, "save", saving)
         patch.setattr(train, "evaluate_best", lambda *_: pytest.fail("went on"))
-        with pytest.raises(Stopped, match="stopped by SIGTERM; the same command goes on"):
+        with pytest.raises(Stopped, match="stopped by SIGTERM"):
             train.train(config, tmp_path)
     train.train(config, tmp_path)
     assert list(differences(tmp_path, unbroken)) == []
 
 
-def test_nothing_is_called_saved_that_is_not(config, tmp_path, monkeypatch):
+def test_a_failed_save_in_the_background_is_an_error(config, tmp_path, monkeypatch):
     """Saving goes on in the background when the run is stopped, and may fail there."""
     stop_at(monkeypatch, 2, signal.SIGTERM)
     written = ocp.CheckpointManager.close
@@ -221,7 +210,7 @@ def test_a_signal_in_the_last_evaluation_stops_it(config, unbroken, tmp_path, mo
         patch.setattr(
             train.evaluate, "evaluate_all", lambda *_: signal.raise_signal(signal.SIGTERM)
         )
-        with pytest.raises(Stopped, match="stopped by SIGTERM; the same command goes on"):
+        with pytest.raises(Stopped, match="stopped by SIGTERM"):
             train.train(config, tmp_path)
     train.train(config, tmp_path)
     assert list(differences(tmp_path, unbroken)) == []
@@ -255,15 +244,19 @@ def spoil_seal(checkpoint):
     (checkpoint / "_CHECKPOINT_METADATA").write_text("{")
 
 
-SPOILT = [spoil_truncate, spoil_bit, spoil_metrics, spoil_seal]
+@pytest.mark.parametrize("spoil", [spoil_truncate, spoil_bit, spoil_metrics, spoil_seal])
+def test_damage_is_found(unbroken, tmp_path, spoil):
+    folder = copy(unbroken, tmp_path / "run") / "checkpoints"
+    spoil(folder / "8")
+    with pytest.raises(checkpoints.Damaged):
+        checkpoints.read_checkpoint(folder, 8)
 
 
-@pytest.mark.parametrize("spoil", SPOILT, ids=lambda function: function.__name__)
-def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(
-    config, unbroken, tmp_path, spoil, caplog
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_used(
+    config, unbroken, tmp_path, caplog
 ):
     folder = copy(unbroken, tmp_path / "run")
-    spoil(folder / "checkpoints" / "8")
+    spoil_bit(folder / "checkpoints" / "8")
     train.train(config, folder)
     assert re.search(r"checkpoints/8 is damaged: .* it is now .*8\.damaged", caplog.text)
     assert (folder / "checkpoints" / "8.damaged").is_dir()
@@ -272,7 +265,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(
     assert len(starts) == 2
 
 
-def test_what_cannot_be_read_now_is_not_damaged(unbroken, tmp_path, monkeypatch):
+def test_errors_of_reading_are_not_damage(unbroken, tmp_path, monkeypatch):
     """A disk or a network that fails for the moment, a signal: nothing is put aside."""
     folder = copy(unbroken, tmp_path / "run") / "checkpoints"
     before = files_of(folder)
@@ -318,7 +311,7 @@ def test_any_flipped_bit_is_found_or_harmless(unbroken, tmp_path):
     checkpoints.read_checkpoint(folder, 8)
 
 
-def test_nothing_but_damaged_checkpoints(config, unbroken, tmp_path):
+def test_all_checkpoints_damaged_is_an_error(config, unbroken, tmp_path):
     folder = copy(unbroken, tmp_path / "run")
     for step in (4, 8):
         spoil_bit(folder / "checkpoints" / str(step))
@@ -329,7 +322,7 @@ def test_nothing_but_damaged_checkpoints(config, unbroken, tmp_path):
         checkpoints.read_best(folder)
 
 
-def test_a_reader_of_a_run_that_goes_on_looks_again(unbroken, monkeypatch):
+def test_reading_a_run_in_progress_is_retried(unbroken, monkeypatch):
     """The run may delete a checkpoint, for a better one, in the moment it is to be read."""
     read, calls = checkpoints.read_checkpoint, []
 
@@ -348,7 +341,7 @@ def test_a_reader_of_a_run_that_goes_on_looks_again(unbroken, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [0, 2000])
-def test_a_full_disk_stops_the_run_with_a_line(config, unbroken, tmp_path, monkeypatch, size):
+def test_a_full_disk_gives_one_line(config, unbroken, tmp_path, monkeypatch, size):
     """At its start, and from update 6 on: what was there stays, and the run goes on from it."""
     half = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -364,26 +357,8 @@ def test_a_full_disk_stops_the_run_with_a_line(config, unbroken, tmp_path, monke
     assert list(differences(half, unbroken)) == []
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_a_full_file_system(config, tmp_path):
-    """The real thing: 200 kB for a run whose first checkpoint fits, and not the next ones."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("this machine lets nobody mount a file system")
-    try:
-        with pytest.raises(UserError, match="cannot be written") as stopped:
-            train.train(config, disk / "run")
-        assert "\n" not in str(stopped.value)
-        for step in checkpoints.steps_in(disk / "run" / "checkpoints"):
-            checkpoints.read_checkpoint(disk / "run" / "checkpoints", step)
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
 @pytest.mark.parametrize("name", ["[x]", "a]", "a\\b"])
-def test_a_folder_whose_checkpoints_could_not_be_read(config, tmp_path, name):
+def test_paths_that_checkpoints_cannot_have(config, tmp_path, name):
     with pytest.raises(UserError, match="checkpoints cannot be read from a path with"):
         train.train(config, tmp_path / name / "run")
     assert not list(tmp_path.iterdir())
@@ -400,7 +375,7 @@ def test_a_folder_that_is_a_file(config, tmp_path):
 def test_runs_do_not_lie_within_each_other(config, unbroken, tmp_path):
     folder = copy(unbroken, tmp_path / "several" / "bn_lstm")
     for new in (folder.parent, folder / "lstm"):
-        with pytest.raises(UserError, match=f"{folder} hold runs, and runs cannot lie within"):
+        with pytest.raises(UserError, match=f"runs cannot lie within each other.* {folder};"):
             train.train(config, new)
         with pytest.raises(UserError, match=f"is not the folder of a run: choose {folder}$"):
             workdir.read_config(new)
@@ -410,7 +385,6 @@ def test_runs_do_not_lie_within_each_other(config, unbroken, tmp_path):
 
 def test_vanished_data_leave_the_run_as_it_was(config, unbroken, tmp_path):
     folder = copy(unbroken, tmp_path / "run")
-    config = config.copy_and_resolve_references()
     config.num_updates = 10
     (tmp_path / "data" / "prepared" / "digits").mkdir(parents=True)
     config.data_dir = str(tmp_path / "data")
@@ -441,13 +415,12 @@ def test_two_runs_in_one_folder(config, unbroken, tmp_path):
     train.train(config, folder)  # a killed run holds nothing
 
 
-# ---- Numbers that are not finite.
+# ---- Non-finite values.
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
-def test_an_update_that_is_not_finite_is_not_applied(config, tmp_path, monkeypatch, at_once):
+def test_a_non_finite_update_is_not_applied(config, tmp_path, monkeypatch, at_once):
     """The gradient becomes infinite in update 6, under a finite loss."""
-    config = config.copy_and_resolve_references()
     config.updates_per_call, config.log_every = at_once, 8
     sound = train.make_optimizer
 
@@ -460,12 +433,9 @@ def test_an_update_that_is_not_finite_is_not_applied(config, tmp_path, monkeypat
             gradients["layer"]["recurrent_kernel"] = jax.numpy.where(state[0] == 5, np.inf, kernel)
             return gradients, (state[0] + 1, rule_state)
 
-        return train.optax_transformation(lambda params: (0, rule.init(params)), update)
+        return optax.GradientTransformation(lambda params: (0, rule.init(params)), update)
 
     monkeypatch.setattr(train, "make_optimizer", spoilt)
-    monkeypatch.setattr(
-        train, "optax_transformation", __import__("optax").GradientTransformation, raising=False
-    )
     message = "update 6 was not applied: the parameter layer/recurrent_kernel would not be finite; "
     with pytest.raises(UserError, match=f"{message}the latest checkpoint, of update 4, is in"):
         train.train(config, tmp_path)
@@ -473,7 +443,7 @@ def test_an_update_that_is_not_finite_is_not_applied(config, tmp_path, monkeypat
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(arrays))
 
 
-def test_what_is_not_finite_is_named():
+def test_non_finite_values_are_named():
     params, statistics = {"a": {"kernel": np.ones(2)}}, {"a": {"mean": np.ones(3)}}
     gradients = {"a": {"kernel": np.array([1, np.nan])}}
     named = finite.watched(params, statistics, gradients, np.inf)

@@ -28,7 +28,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("kind", ["lstm", "bn_lstm"])
-def test_a_run_leaves_what_it_promises(small_config, tmp_path, kind):
+def test_files_of_a_run(small_config, tmp_path, kind):
     small_config.model.kind = kind
     results = train.train(small_config, tmp_path)
     rows = metrics.read_metrics(tmp_path)
@@ -74,7 +74,7 @@ def test_several_updates_in_one_call(small_config, tmp_path):
             np.testing.assert_allclose(a["gradient_norm"], b["gradient_norm"], rtol=1e-3)
 
 
-def test_the_gradient_norm_is_that_of_the_whole_gradient_before_it_is_clipped(small_config):
+def test_the_gradient_norm_is_that_before_clipping(small_config):
     small_config.optimizer.clip_norm = 1e-3
     task = tasks.load(small_config)
     state = train.create_state(task, small_config)
@@ -98,31 +98,6 @@ def test_the_gradient_norm_is_that_of_the_whole_gradient_before_it_is_clipped(sm
     ]
     np.testing.assert_allclose(total, norm, rtol=1e-4)
     assert count == 1
-
-
-def test_a_continued_run_equals_an_unbroken_one(small_config, tmp_path, monkeypatch):
-    train.train(small_config, tmp_path / "unbroken")
-
-    unbroken_batch = sequential_images.Task.train_batch
-
-    def stopped_batch(task, update, *share):
-        if update == 7:  # the checkpoint is of update 4: mid-epoch, and after the log's row of 3
-            raise KeyboardInterrupt
-        return unbroken_batch(task, update, *share)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sequential_images.Task, "train_batch", stopped_batch)
-        with pytest.raises(KeyboardInterrupt):
-            train.train(small_config, tmp_path / "broken")
-    train.train(small_config, tmp_path / "broken")
-
-    states = [final_state(small_config, tmp_path / name) for name in ("unbroken", "broken")]
-    assert int(states[0].step) == 8
-    for unbroken, broken in zip(*map(jax.tree.leaves, states), strict=True):
-        np.testing.assert_array_equal(unbroken, broken)
-    for name in ("metrics.jsonl", "results.json", "config.json"):
-        texts = [(tmp_path / run / name).read_text() for run in ("unbroken", "broken")]
-        assert texts[0] == texts[1], name
 
 
 def test_a_finished_run_is_not_trained_again(small_config, tmp_path, monkeypatch):
@@ -165,23 +140,14 @@ def test_evaluate_gives_what_training_gave(small_config, tmp_path):
     assert train.train(small_config, tmp_path) == train.evaluate_run(small_config, tmp_path)
 
 
-def test_runs_from_before_a_field_was_added_go_on(small_config, tmp_path):
-    results = train.train(small_config, tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text())
-    del saved["population_batches"], saved["population_late_steps"], saved["optimizer"]["clip_rule"]
-    del (
-        saved["optimizer"]["adam_epsilon"],
-        saved["updates_per_call"],
-        saved["model"]["implementation"],
-    )
+def test_runs_from_before_a_field_was_added_continue(small_config, tmp_path):
+    saved = json.loads(small_config.to_json_best_effort())
+    del saved["wandb"]
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    config = workdir.read_config(tmp_path)
-    small_config.model.implementation = "reference"  # the only one there was
-    assert config.to_dict() == small_config.to_dict()
-    assert train.evaluate_run(config, tmp_path) == results
+    assert workdir.read_config(tmp_path).to_dict() == small_config.to_dict()
 
 
-def test_the_workdir_of_another_config_stays_as_it_is(small_config, tmp_path):
+def test_the_workdir_of_another_config_is_not_changed(small_config, tmp_path):
     train.train(small_config, tmp_path)
     before = contents(tmp_path)
     small_config.optimizer.learning_rate = 0.1
@@ -210,7 +176,7 @@ def test_bad_input_leaves_no_workdir(small_config, tmp_path, field, value, messa
     assert not (tmp_path / "run").exists()
 
 
-def test_nothing_validated_to_evaluate(small_config, tmp_path, monkeypatch):
+def test_evaluating_without_a_validated_checkpoint_raises(small_config, tmp_path, monkeypatch):
     small_config.checkpoint_every = 2
 
     def stop(*_):
@@ -223,13 +189,13 @@ def test_nothing_validated_to_evaluate(small_config, tmp_path, monkeypatch):
         train.evaluate_run(small_config, tmp_path)
 
 
-def test_nothing_to_evaluate(small_config, tmp_path):
+def test_evaluating_a_missing_run_raises(small_config, tmp_path):
     with pytest.raises(UserError, match="is not the folder of a run"):
         train.evaluate_run(small_config, tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_loss_that_is_no_number_stops_the_run(small_config, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run(small_config, tmp_path):
     small_config.model.kind = "lstm"
     small_config.optimizer.learning_rate = 1e38
     small_config.checkpoint_every = 1

@@ -36,7 +36,9 @@ def curves(folder):
     return {tag: {step: v for (own, step), v in shown.items() if own == tag} for tag in tags}
 
 
-def test_tensorboard_gets_every_number_and_drops_those_of_a_stopped_run(small_config, tmp_path):
+def test_tensorboard_shows_all_points_but_those_past_a_stopped_runs_checkpoint(
+    small_config, tmp_path
+):
     for start, values, losses in (
         (0, [1.0, 2.0, 3.0], {1: 1.0, 2: 2.0, 3: 3.0}),
         (1, [5.0], {1: 1.0, 2: 5.0}),
@@ -58,7 +60,7 @@ def test_tensorboard_gets_every_number_and_drops_those_of_a_stopped_run(small_co
         assert all("learning_rate" not in row for row in metrics.read_metrics(tmp_path))
 
 
-def test_tensorboard_has_the_config_of_a_run_and_what_it_came_to(small_config, tmp_path):
+def test_tensorboard_has_config_and_results(small_config, tmp_path):
     small_config.optimizer.learning_rate = 0.25
     results = train.train(small_config, tmp_path)
     shown = curves(tmp_path / "tensorboard")
@@ -95,7 +97,7 @@ def test_other_readings_have_curves_of_their_own():
     }
 
 
-def test_a_disk_that_fills_up_is_told(small_config, tmp_path):
+def test_a_full_disk_is_an_error(small_config, tmp_path):
     """TensorBoard's file meets the limit before that of the metrics does."""
     with (
         files_of_at_most(4000),
@@ -128,7 +130,7 @@ class StandIn:
         self.ends.append(exit_code)
 
 
-def test_a_run_that_goes_on_has_the_same_page(small_config, tmp_path, monkeypatch):
+def test_a_continued_run_has_the_same_page(small_config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", package := StandIn())
     small_config.num_updates = 4
     train.train(small_config, tmp_path)
@@ -177,7 +179,7 @@ def test_the_package_itself_offline(small_config, tmp_path, monkeypatch):
         pass
 
 
-def test_a_missing_package_is_told_with_what_to_do(small_config, monkeypatch):
+def test_a_missing_package_raises(small_config, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     config.check(small_config)
     small_config.wandb = "recurrent"

@@ -2,12 +2,10 @@ import contextlib
 import json
 import os
 
-import pytest
-
 from experiments.records import metrics
 
 
-def test_training_tells_a_log_file_how_far_it_is(capsys, monkeypatch, tmp_path):
+def test_a_log_file_shows_progress(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(metrics, "SECONDS_LOGGED", 0)
     with metrics.Reporter(tmp_path, "title", "data", 0, 10) as reporter:
         reporter.write({"update": 4, "split": "train", "statistics": "batch"}, {"loss": 0.5})
@@ -21,7 +19,7 @@ def test_training_tells_a_log_file_how_far_it_is(capsys, monkeypatch, tmp_path):
     assert rows[1] == row | {"loss": 0.25} and len(rows) == 2
 
 
-def test_a_run_does_not_need_to_be_heard(monkeypatch):
+def test_a_closed_pipe_does_not_stop_a_run(monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)  # as of `| tee log`, upon Ctrl-C
     with contextlib.suppress(BrokenPipeError), os.fdopen(writer, "w") as closed:
@@ -31,34 +29,21 @@ def test_a_run_does_not_need_to_be_heard(monkeypatch):
         terminal.print("too")
 
 
-def test_the_stopwatch_adds_up_what_blocks_take(monkeypatch):
-    clock = iter([0, 1, 1, 4, 10, 12])
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
-    doing = metrics.Stopwatch()
-    with doing("input"):
-        pass
-    with pytest.raises(KeyError), doing("device"):
-        raise KeyError
-    with doing("input"):
-        pass
-    assert doing.seconds == {"input": 3, "device": 3}
-    table = doing.table(updates=2)
-    assert "| input             | 1500.000 | 50.00%  |" in table
-    assert "| in all            | 3000.000 | 100.00% |" in table
+def test_speed_is_that_of_updates_since_timing_started(monkeypatch, tmp_path):
+    with metrics.Reporter(tmp_path, "title", "data", 0, 100) as reporter:
+        assert reporter.speed() == {}
+        clock = iter([50, 0, 54])
+        monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+        reporter.start_timing(10)
+        reporter.advance(12)
+        assert reporter.speed() == {"updates_per_second": 0.5}
+        monkeypatch.undo()
 
 
-def test_speed_is_of_the_updates_since_it_was_last_taken_without_compilation(monkeypatch):
-    clock = iter([0, 50, 50, 52, 60, 64, 64, 80])
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
-    doing = metrics.Stopwatch()
-    with doing("compilation"):
-        pass
-    assert doing.updates_per_second(0) is None
-    with doing("input"):
-        pass
-    assert doing.updates_per_second(10) == 5
-    with doing("device"):
-        pass
-    with doing("compilation"):
-        pass
-    assert doing.updates_per_second(12) == 0.5
+def test_other_processes_write_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(metrics.processes, "is_first", lambda: False)
+    with metrics.Reporter(tmp_path, "title", "data", 0, 10) as reporter:
+        reporter.print("a line")
+        reporter.write({"update": 4, "split": "valid", "statistics": "batch"}, {"loss": 0.5})
+        reporter.sync()
+    assert capsys.readouterr().out == "" and list(tmp_path.iterdir()) == []

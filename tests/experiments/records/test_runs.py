@@ -34,7 +34,7 @@ def test_names_of_experiments():
     assert str(Experiment("ptb:small", "lstm")) == "ptb_small/lstm"
 
 
-def test_what_a_run_tells(tmp_path):
+def test_properties_of_a_run(tmp_path):
     validations = {500: {"accuracy": 0.5}, 1000: {"accuracy": 0.75}}
     run = runs.Run(write_run(tmp_path, PMNIST, 3, validations, {"accuracy": 0.7}))
     np.testing.assert_array_equal(run.curve("valid", "accuracy"), [[500, 1000], [0.5, 0.75]])

@@ -26,7 +26,7 @@ def run(program, *arguments, **environment):
     return result.returncode, result.stdout, result.stderr
 
 
-def test_a_terminal_that_lacks_a_character_gets_another():
+def test_characters_that_a_terminal_lacks_are_replaced():
     program = """
         from experiments.runtime import (cli)
         cli.run(lambda _: print("mean \\xb1 deviation"))
@@ -34,7 +34,7 @@ def test_a_terminal_that_lacks_a_character_gets_another():
     assert run(program, PYTHONIOENCODING="ascii") == (0, "mean ? deviation\n", "")
 
 
-def test_a_platform_that_is_not_there_is_one_line():
+def test_a_missing_platform_is_one_line():
     program = """
         import jax
         from experiments.runtime import (cli)

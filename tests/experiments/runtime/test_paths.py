@@ -36,7 +36,10 @@ def test_the_home_folder_is_meant_in_every_path(home):
         "--config.text_file=~/book.txt",
     )
     assert (workdir, file) == (f"{home}/run", f"{home}/own.py")
-    assert (fields.data_dir, fields.text_file) == (str(home), f"{home}/book.txt")
+    assert (fields.data_dir, fields.text_file) == (
+        "~",
+        "~/book.txt",
+    )  # expanded where they are used
 
 
 @pytest.mark.parametrize("name", ["config", "workdir", "config.data_dir", "config.text_file"])
