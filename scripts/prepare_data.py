@@ -18,7 +18,6 @@ downloaded, each from the first of its addresses that has it. These are found:
 import json
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -41,28 +40,19 @@ def main(argv: list[str]) -> None:
     """Prepares or verifies the data set named on the command line and prints what is there."""
     if len(argv) != 2:
         raise errors.UserError(
-            f"name one data set to prepare, of {', '.join(prepared.names())}; see --help"
+            f"name one data set to prepare, of {', '.join(prepared.NAMES)}; see --help"
         )
     given, name = flags.FLAGS, argv[1]
     start = time.perf_counter()
     folder = prepared.folder_of(name, given.data_dir)
-    source_dir = Path(given.source_dir or given.data_dir)
-    if given.source_dir and not os.path.isdir(source_dir):
+    if given.source_dir and not os.path.isdir(given.source_dir):
         raise errors.UserError(f"--source_dir is {given.source_dir}, and there is no such folder")
-    found = os.path.exists(folder)
-    if not found:
-        try:
-            with prepared.making(name, folder, source_dir) as made:
-                if made:
-                    prepared.write(folder, *made)
-        except OSError as error:
-            problem = error.strerror or error
-            raise errors.UserError(f"{folder} cannot be written: {problem}") from error
+    made = prepared.prepare(name, given.data_dir, given.source_dir or given.data_dir)
     digest = prepared.read(folder).digest
     manifest = prepared.read_manifest(folder)
     seconds = time.perf_counter() - start
 
-    print(f"{name} {'is there already' if found else 'was prepared'}, verified ({seconds:.1f} s)")
+    print(f"{name} {'was prepared' if made else 'is there already'}, verified ({seconds:.1f} s)")
     for array, content in manifest["arrays"].items():
         file = manifest["files"][f"{array}.npy"]
         print(

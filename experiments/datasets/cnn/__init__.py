@@ -1,4 +1,4 @@
-"""CNN: news, with questions to answer by an entity, through TensorFlow Datasets.
+"""CNN: news, with questions to answer by an entity.
 
 The 380,298 files are read by several processes, a part at a time. Each part is kept in a folder
 for work in progress: stopped and started again, the preparation goes on from there.
@@ -10,7 +10,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import tempfile
 import threading
@@ -21,15 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow_datasets as tfds
 from absl import logging
 
+from experiments.datasets import examples
 from experiments.datasets.cnn.files import ADDRESS, SUFFIX, Part, damaged, find, list_parts
-from experiments.datasets.originals import Originals, examples
 from experiments.datasets.prepared import Made, file_sha256
-from experiments.datasets.question_arrays import SPLITS, Question, pack, pack_words, sorted_words
-from experiments.runtime.errors import UserError
+from experiments.datasets.question_arrays import (
+    ENTITY,
+    SPLITS,
+    Question,
+    pack,
+    pack_words,
+    sorted_words,
+)
 
-ORIGINALS = Originals("cnn", "CNN")
 COMPLETE = {"train": 380_298, "valid": 3_924, "test": 3_198}
 PROCESSES = 4  # at most: all together they take less than 2 GB, also with JAX in each of them
 FORMAT = 1  # of the parts that are kept; raised when older ones can no longer be used
@@ -39,6 +44,9 @@ ENDS = {
     "names": "name_ends",
     "entities": "entity_ends",
 }
+TYPES = {"passages": np.int32, "questions": np.int32, "names": np.uint8, "entities": np.uint8}
+TEXTS = ("name", "passage", "question", "answer", "entities", "problem")
+FEATURES = {name: tfds.features.Text() for name in TEXTS}
 
 
 def prepare(source_dir: Path, work_dir: Path) -> Made:
@@ -57,22 +65,17 @@ def prepare(source_dir: Path, work_dir: Path) -> Made:
         `skipped`, by split and reason, because they hold no proper question; the source.
 
     Raises:
-        UserError: If the files are not there, some are damaged, `work_dir` cannot be written, or
-            TensorFlow Datasets is not installed.
+        UserError: If the files are not there, or some are damaged.
+        OSError: If `work_dir` cannot be written, or a process ends for lack of memory.
     """
     path = find(source_dir)
-    ORIGINALS.require_packages(source_dir)
+    parts = list_parts(path, work_dir)
     try:
-        work_dir.mkdir(parents=True, exist_ok=True)
-        parts = list_parts(path, work_dir)
         made = _made(parts, path, work_dir)
-        info = _info(parts, made, path)
-        return _joined(parts, made, work_dir), info, _source(path)
-    except UserError:  # the files have to be replaced: there is nothing to go on with
-        shutil.rmtree(work_dir)
-        raise
-    except (OSError, BrokenProcessPool) as error:  # the latter where memory is short
-        raise UserError(f"CNN cannot be prepared from {path} in {work_dir}: {error}") from error
+    except BrokenProcessPool as error:
+        raise OSError(str(error)) from error
+    info = _info(parts, made, path)
+    return _joined(parts, made, work_dir), info, _source(path)
 
 
 def _made(parts: list[Part], path: Path, work_dir: Path) -> list[Path]:
@@ -123,15 +126,8 @@ def _begin(work_dir: Path) -> None:
 
 
 def _make(part: Part, file: Path) -> None:
-    """Reads a part and saves its arrays, in words of a vocabulary of its own."""
-
-    def cnn_questions(_: dict[str, Path], data_dir: Path) -> Any:
-        from experiments.datasets.cnn.builder import CnnQuestions
-
-        return CnnQuestions(parts=[part], data_dir=data_dir)
-
-    with ORIGINALS.built(file.parent, cnn_questions) as (builder, _):
-        rows = examples(builder, part.split)
+    """Writes the arrays of a part."""
+    rows = examples.read(FEATURES, {part.split: _examples(part)})[part.split]
     skipped = collections.defaultdict(list)
     for row in rows:
         if row["problem"]:
@@ -140,6 +136,33 @@ def _make(part: Part, file: Path) -> None:
     temporary = file.with_suffix(f".{os.getpid()}.npz")
     np.savez(temporary, skipped=np.array(json.dumps(skipped)), **arrays)
     os.replace(temporary, file)
+
+
+def _examples(part: Part) -> Iterator[dict[str, str]]:
+    """Yields the texts of each file: where it holds no proper question, its name and why."""
+    for name, content in part.contents():
+        try:
+            texts = _parse(content)
+        except ValueError as error:
+            texts = {"problem": str(error)}
+        yield dict.fromkeys(TEXTS, "") | {"name": name} | texts
+
+
+def _parse(content: bytes) -> dict[str, str]:
+    """The texts of a question's file; a `ValueError` says why it holds no proper question."""
+    try:
+        blocks = content.decode().split("\n\n", 4)
+    except UnicodeDecodeError as error:
+        raise ValueError("not UTF-8") from error
+    if len(blocks) < 5 or not all(block.strip() for block in blocks[3:]):
+        raise ValueError("missing block")
+    passage, question, answer = (block.strip().replace("\n", " ") for block in blocks[1:4])
+    for name, text in {"passage": passage, "question": question}.items():
+        if not text:
+            raise ValueError(f"empty {name}")
+    if not answer.startswith(ENTITY) or answer not in passage.split(" "):
+        raise ValueError("answer that is no entity of the passage")
+    return {"passage": passage, "question": question, "answer": answer, "entities": blocks[4]}
 
 
 def _question(row: dict[str, bytes]) -> Question:
@@ -185,9 +208,8 @@ def _joined(parts: list[Part], made: list[Path], work_dir: Path) -> dict[str, np
                         start = files[name].tell() // values.itemsize
                         files[name].write(values if values.dtype == np.uint8 else table[values])
                         small[columns[name]].append(start + ends)
-    types = {"passages": np.int32, "questions": np.int32, "names": np.uint8, "entities": np.uint8}
     large = {
-        name: np.memmap(work_dir / name, types[name.partition("_")[2]], "r") for name in columns
+        name: np.memmap(work_dir / name, TYPES[name.partition("_")[2]], "r") for name in columns
     }
     joined = {name: np.concatenate(arrays) for name, arrays in small.items()}
     return {"vocabulary": pack_words(words), **large, **joined}
@@ -225,5 +247,5 @@ def _source(path: Path) -> dict[str, Any]:
     return {
         "files": [{"name": path.name, **archive}],
         "address": ADDRESS,
-        "packages": ["tensorflow-datasets", "array_record"],
+        "packages": examples.PACKAGES,
     }

@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import gzip
 import hashlib
 import io
@@ -15,7 +16,6 @@ import pytest
 
 from experiments.datasets import cnn, load, prepared
 from experiments.datasets.cnn import files
-from experiments.runtime.errors import UserError
 
 REPOSITORY = Path(__file__).parents[3]
 FOLDERS = {"train": "training", "valid": "validation", "test": "test"}
@@ -42,15 +42,9 @@ def names(data: prepared.Dataset, split: str) -> list[str]:
     return [item(data, f"{split}_names", f"{split}_name_ends", i)[0] for i in entries]
 
 
-def failure(data_dir: Path) -> str:
-    """The error of loading, which leaves nothing behind."""
-    before = sorted(data_dir.rglob("*"))
-    with pytest.raises(UserError) as caught:
-        load("cnn", str(data_dir))
-    message = str(caught.value)
-    assert "\n" not in message
-    assert sorted(data_dir.rglob("*")) == before
-    return message
+@pytest.fixture
+def failure(load_error):
+    return functools.partial(load_error, "cnn")
 
 
 # The sample of real questions
@@ -128,16 +122,6 @@ def test_unpacked_sample_is_the_same(sample, unpacked):
     assert [path.name for path in (unpacked.parent / "prepared").iterdir()] == ["cnn"]
 
 
-def test_builder_reads_all_splits(archive, tmp_path):
-    from experiments.datasets.cnn.builder import CnnQuestions
-
-    builder = CnnQuestions(parts=files.list_parts(archive, tmp_path), data_dir=tmp_path)
-    builder.download_and_prepare(file_format="array_record")
-    for split, count in COUNTS.items():
-        assert len(builder.as_data_source(split)) == count
-    assert MANUAL in builder.MANUAL_DOWNLOAD_INSTRUCTIONS
-
-
 # Stopped in the middle
 
 SMALL_PARTS = """\
@@ -192,15 +176,18 @@ def parts_in(data_dir: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in paths if path.name.count(".") == 1}
 
 
-def test_killed_preparation_goes_on(sample, stopped):
+def test_killed_preparation_goes_on(sample, stopped, monkeypatch):
     data_dir, _ = stopped(signal.SIGKILL)
     before = parts_in(data_dir)
     assert 3 <= len(before) < 37
     folder = prepared.folder_of("cnn", str(data_dir))
-    with prepared.making("cnn", folder, data_dir) as made:
-        after = parts_in(data_dir)
-        assert len(after) == 33 + 2 + 2 and after.items() > before.items()
-        prepared.write(folder, *made)
+    kept = []
+    write = prepared.write
+    monkeypatch.setattr(
+        prepared, "write", lambda *made: kept.append(parts_in(data_dir)) or write(*made)
+    )
+    load("cnn", str(data_dir))
+    assert len(kept[0]) == 33 + 2 + 2 and kept[0].items() > before.items()
     assert [path.name for path in folder.parent.iterdir()] == ["cnn"]
     assert prepared.read(folder).digest == sample.digest
 
@@ -213,7 +200,7 @@ def test_interrupted_preparation_says_so_and_stays(stopped):
 
 
 def test_processes_need_no_jax():
-    code = "import sys, experiments.datasets.cnn.builder; assert 'jax' not in sys.modules"
+    code = "import sys, experiments.datasets.cnn; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 
@@ -277,13 +264,13 @@ def test_most_original_form_is_taken(tmp_path, order):
         assert files.find(tmp_path) == path
 
 
-def test_without_files_says_where_to_place_them(tmp_path):
+def test_without_files_says_where_to_place_them(tmp_path, failure):
     message = failure(tmp_path)
     assert message.startswith(f"CNN is not in {tmp_path}: download cnn.tgz") and MANUAL in message
     assert message.endswith(f"in {tmp_path / 'cnn'}")
 
 
-def test_several_archives_are_not_chosen_from(tmp_path):
+def test_several_archives_are_not_chosen_from(tmp_path, failure):
     for name in ("cnn_a.tgz", "cnn_b.tgz"):
         (tmp_path / name).touch()
     message = failure(tmp_path)
@@ -305,7 +292,7 @@ def test_several_archives_are_not_chosen_from(tmp_path):
         ),
     ],
 )
-def test_damaged_archive_is_reported(tmp_path, damage, problem):
+def test_damaged_archive_is_reported(tmp_path, damage, problem, failure):
     path = tmp_path / "cnn" / "cnn.tgz"
     path.parent.mkdir()
     path.write_bytes(damage(tgz(PROPER)))
@@ -315,7 +302,7 @@ def test_damaged_archive_is_reported(tmp_path, damage, problem):
 
 
 @pytest.mark.parametrize("empty", [False, True])
-def test_missing_split_is_reported(tmp_path, empty):
+def test_missing_split_is_reported(tmp_path, empty, failure):
     questions = {**PROPER, "validation": {}}
     if not empty:
         del questions["validation"]
@@ -326,7 +313,7 @@ def test_missing_split_is_reported(tmp_path, empty):
     assert failure(tmp_path).startswith(f"{tmp_path / 'cnn.tgz'} {problem} it, download")
 
 
-def test_damaged_files_are_reported(tmp_path):
+def test_damaged_files_are_reported(tmp_path, failure):
     wrong = {f"{i:040x}.question": content().encode() for i in range(5)}
     path = unpack(tmp_path, {**PROPER, "test": PROPER["test"] | wrong})
     first = ", ".join(sorted(wrong)[:3])
@@ -359,7 +346,7 @@ def test_improper_questions_are_skipped(tmp_path, made_now, caplog):
         assert f"{why}, {len(of_reason)} in all: {', '.join(of_reason[:3])}" in warnings[1]
 
 
-def test_split_of_improper_questions_is_reported(tmp_path, made_now):
+def test_split_of_improper_questions_is_reported(tmp_path, made_now, failure):
     path = unpack(tmp_path, {**PROPER, "test": dict([named(content(answer="met"))])})
     assert failure(tmp_path).startswith(f"{path} holds no proper question of the test split")
 

@@ -1,7 +1,9 @@
 import errno
 import hashlib
+import importlib
 import json
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments import datasets
 from experiments.datasets import digits, load, prepared
 from experiments.runtime.errors import UserError
 
@@ -44,7 +47,7 @@ def prepared_digits(digits_once, tmp_path):
 
 @pytest.fixture
 def never_prepared(monkeypatch):
-    def prepare(source_dir):
+    def prepare(source_dir, work_dir):
         raise AssertionError("prepared again")
 
     monkeypatch.setattr(digits, "prepare", prepare)
@@ -118,10 +121,12 @@ def test_digest_tells_contents_apart(tmp_path, monkeypatch, change):
         "shape": (array.reshape(3, 2), info),
         "info": (array, {"num_classes": 9}),
     }[change]
-    monkeypatch.setattr(digits, "prepare", lambda source_dir: ({"x": array}, info, {}))
+    monkeypatch.setattr(digits, "prepare", lambda source_dir, work_dir: ({"x": array}, info, {}))
     first = load("digits", str(tmp_path / "first")).digest
     again = load("digits", str(tmp_path / "again")).digest
-    monkeypatch.setattr(digits, "prepare", lambda source_dir: ({"x": changed}, changed_info, {}))
+    monkeypatch.setattr(
+        digits, "prepare", lambda source_dir, work_dir: ({"x": changed}, changed_info, {})
+    )
     other = load("digits", str(tmp_path / "other")).digest
     assert first == again != other
 
@@ -129,7 +134,7 @@ def test_digest_tells_contents_apart(tmp_path, monkeypatch, change):
 @pytest.mark.parametrize("name", ["digit", "prepared", "../digits"])
 def test_unknown_name_is_answered_with_the_nearest(tmp_path, name):
     message = load_error(tmp_path, name)
-    assert repr(name) in message and ", ".join(prepared.names()) in message
+    assert repr(name) in message and ", ".join(prepared.NAMES) in message
     assert ("did you mean digits?" in message) == (name != "prepared")
 
 
@@ -190,7 +195,7 @@ def test_original_that_cannot_be_read(tmp_path, monkeypatch):
     forbid(monkeypatch, path)
     message = load_error(tmp_path, "ptb")
     assert message.startswith(f"ptb cannot be prepared from {tmp_path}: ")
-    assert message.endswith(f"Permission denied: '{path}'")
+    assert f"Permission denied: '{path}'" in message
     assert sorted(tmp_path.rglob("*")) == [path.parent, path]
 
 
@@ -206,7 +211,7 @@ def test_folder_that_cannot_be_read(tmp_path, monkeypatch, name):
     monkeypatch.setattr(os, "listdir", refuse)
     message = load_error(tmp_path, name)
     assert message.startswith(f"{name} cannot be prepared from {tmp_path}: ")
-    assert message.endswith(f"Permission denied: '{tmp_path}'")
+    assert f"Permission denied: '{tmp_path}'" in message
 
 
 def test_data_dir_of_an_unknown_user(tmp_path):
@@ -263,13 +268,13 @@ def test_second_process_waits_for_the_first(tmp_path, monkeypatch, caplog):
     # Another process and another thread are the same to the lock of a file.
     other = threading.Thread(target=lambda: others.append(load("digits", str(tmp_path))))
 
-    def slow_prepare(source_dir):
+    def slow_prepare(source_dir, work_dir):
         prepared_by.append(threading.current_thread())
         other.start()
         deadline = time.monotonic() + 20
         while "waiting for it" not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.01)
-        return prepare(source_dir)
+        return prepare(source_dir, work_dir)
 
     monkeypatch.setattr(digits, "prepare", slow_prepare)
     mine = load("digits", str(tmp_path))
@@ -300,17 +305,11 @@ def test_work_in_progress_stays_until_the_data_set_is_written(tmp_path, monkeypa
     assert [path.name for path in (tmp_path / "prepared").iterdir()] == ["digits"]
 
 
-def test_unwritable_data_dir_prepares_in_memory(digits_once, tmp_path, caplog):
-    caplog.set_level("INFO", logger="absl")
+def test_unwritable_data_dir_is_reported(tmp_path):
     parent = tmp_path / "file"
     parent.write_text("no folder can be made in here")
-    dataset = load("digits", str(parent / "data"))
-    assert_same(dataset, load("digits", str(digits_once)))
-    (record,) = caplog.records
-    message = record.getMessage()
-    assert "this run only" in message and "\n" not in message
-    assert "python -m scripts.prepare_data digits --data_dir=" in message
-    assert f"--source_dir={parent / 'data'}" in message
+    message = load_error(parent / "data")
+    assert f"{parent}" in message and "python -m scripts.prepare_data digits" in message
 
 
 def test_command_prepares_then_verifies(tmp_path):
@@ -350,7 +349,7 @@ def test_command_reports_what_it_cannot_do(tmp_path):
     unnamed = command(f"--data_dir={tmp_path}")
     for result, message in [
         (unfound, f"--source_dir is {tmp_path / 'no'}, and there is no such folder"),
-        (unwritable, "cannot be written"),
+        (unwritable, f"{tmp_path / 'file'}"),
         (unnamed, "name one data set"),
     ]:
         assert result.returncode == 2
@@ -366,5 +365,10 @@ def test_command_helps(flag):
 
 
 def test_names_are_the_modules_that_prepare():
-    assert {"digits", "mnist"} <= set(prepared.names())
-    assert "prepared" not in prepared.names()
+    modules = [module.name for module in pkgutil.iter_modules(datasets.__path__)]
+    offering = [
+        name
+        for name in modules
+        if hasattr(importlib.import_module(f"experiments.datasets.{name}"), "prepare")
+    ]
+    assert sorted([*prepared.NAMES, "prepared"]) == offering
