@@ -14,6 +14,7 @@ import urllib3
 
 from experiments.datasets.prepared import file_sha256
 from experiments.runtime.errors import UserError
+from experiments.runtime.progress import track
 
 TIMEOUT = 5, 60  # seconds to connect, and to wait for the next bytes
 BLOCK = 1 << 20  # bytes
@@ -166,8 +167,6 @@ def matching(folder: Path, pattern: str) -> list[Path]:
 
 def _fetch(url: str, path: Path) -> None:
     """Writes what an address sends, under a progress bar."""
-    from experiments.runtime.progress import track  # here because CNN's processes need no JAX
-
     headers = {"Accept-Encoding": "identity"}  # the bytes as they are stored
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         response.raise_for_status()

@@ -80,7 +80,7 @@ def prepare(name: str, data_dir: str, source_dir: str) -> bool:
     """Prepares a data set from its original files, unless that was done before.
 
     A process that finds another at work waits for it. Work in progress lies beside the prepared
-    folder, in `.<name>-work`: a preparation that was stopped goes on from there.
+    folder, in `.<name>-work`. Complete downloads in it are used again after an interruption.
 
     Args:
         name: Name of a data set.
@@ -124,7 +124,7 @@ def _work_dir(folder: Path) -> Iterator[Path]:
     """The folder for work in progress on a prepared folder, for one process at a time.
 
     It is removed when the data set is prepared, and after an error that requires other original
-    files. It stays after an interruption and where the disk is full.
+    files. It stays after an interruption, with complete downloads.
     """
     path = folder.with_name(f".{folder.name}-work")
     with _locked(path):
