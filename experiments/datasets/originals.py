@@ -70,7 +70,7 @@ class Originals:
 
         Args:
             source_dir: Folder in which, or in whose subfolders, the files are looked for.
-            work_dir: Folder for downloads; a complete one from an earlier attempt is used again.
+            work_dir: Folder for downloads.
 
         Returns:
             The path of each file, by the name of its packed form; of each file what the
@@ -79,7 +79,7 @@ class Originals:
         Raises:
             UserError: If a file is damaged, or is missing and cannot be downloaded.
         """
-        found = {file.name: self._find(file, source_dir, work_dir) for file in self.files}
+        found = {file.name: self._find(file, source_dir) for file in self.files}
         missing = [name for name, place in found.items() if place is None]
         paths, records = {}, []
         for file in self.files:
@@ -88,22 +88,13 @@ class Originals:
             if file.name in missing:
                 url, _ = self.download(file.urls, path, file.check, missing, source_dir)
             paths[file.name] = path
-            records.append(
-                {
-                    "name": form.name,
-                    "size": form.size,
-                    "sha256": form.sha256,
-                    "downloaded_from": url,
-                }
-            )
+            facts = {"name": form.name, "size": form.size, "sha256": form.sha256}
+            records.append(facts | {"downloaded_from": url})
         return paths, records
 
-    def _find(
-        self, file: Original, source_dir: Path, work_dir: Path
-    ) -> tuple[Path, Original] | None:
+    def _find(self, file: Original, source_dir: Path) -> tuple[Path, Original] | None:
         """Path and form of a file at hand; raises a `UserError` if it is damaged."""
-        folders = [source_dir / name for name in ("", self.name, *self.folders)]
-        for folder in (*folders, work_dir):
+        for folder in (source_dir / name for name in ("", self.name, *self.folders)):
             for form in (file, file.unpacked):
                 if form and (path := folder / form.name).is_file():
                     try:
@@ -125,7 +116,7 @@ class Originals:
 
         Args:
             urls: The addresses.
-            path: Where to write it. The file is there only if it is the original.
+            path: Where to write it.
             check: Raises a `UserError` if the file that it is given is not the original.
             missing: Names of all missing files, for the message.
             source_dir: Folder that the user has for them.
@@ -136,18 +127,15 @@ class Originals:
         Raises:
             UserError: If no address has it. The message says what each answered.
         """
-        partial, problems = path.with_name(f"{path.name}.partial"), []
+        problems = []
         for url in urls:
             try:
-                _fetch(url, partial)
-                checked = check(partial)
+                _fetch(url, path)
+                return url, check(path)
             except UserError:
                 problems.append(f"{url} (sent another file)")
             except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
                 problems.append(f"{url} ({_reason(error)})")
-            else:
-                os.replace(partial, path)
-                return url, checked
         raise UserError(
             f"{self.title} cannot be downloaded from {' or '.join(problems)}: get "
             f"{', '.join(missing)} elsewhere, as on a machine with network, and place "

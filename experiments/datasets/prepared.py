@@ -79,8 +79,7 @@ def folder_of(name: str, data_dir: str) -> Path:
 def prepare(name: str, data_dir: str, source_dir: str) -> bool:
     """Prepares a data set from its original files, unless that was done before.
 
-    A process that finds another at work waits for it. Work in progress lies beside the prepared
-    folder, in `.<name>-work`. Complete downloads in it are used again after an interruption.
+    A process that finds another at work waits for it.
 
     Args:
         name: Name of a data set.
@@ -121,25 +120,17 @@ def prepare(name: str, data_dir: str, source_dir: str) -> bool:
 
 @contextlib.contextmanager
 def _work_dir(folder: Path) -> Iterator[Path]:
-    """The folder for work in progress on a prepared folder, for one process at a time.
-
-    It is removed when the data set is prepared, and after an error that requires other original
-    files. It stays after an interruption, with complete downloads.
-    """
+    """A temporary folder beside a prepared folder, for one process at a time."""
     path = folder.with_name(f".{folder.name}-work")
     with _locked(path):
         try:
             for partial in folder.parent.glob(f".{folder.name}-{32 * '?'}"):
                 shutil.rmtree(partial, ignore_errors=True)  # `write` was killed
             yield path
-            shutil.rmtree(path, ignore_errors=True)
-        except UserError:
-            shutil.rmtree(path, ignore_errors=True)
-            raise
         finally:
-            for empty in (path, path.parent):
-                with contextlib.suppress(OSError):
-                    empty.rmdir()
+            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
 
 
 @contextlib.contextmanager
