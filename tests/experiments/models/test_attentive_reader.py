@@ -331,9 +331,9 @@ def test_population_statistics_are_averages_over_batches(double):
     steps = dict(passage_steps=TIME, question_steps=QUESTION + 1)
     params, stats, _ = draw(form, **steps)
     reader = make_reader(form, mask, **steps)
-    # Their longest passages and questions have 6 and 4 words, and 4 and 3 of 5 and 4 steps. No
-    # question reaches the last row of its table.
-    batches = [make_batch("full"), make_batch("padded", 1, time=5)]
+    # Their longest passages and questions have 6 and 4 words, and 4 and 3. No question reaches the
+    # last row of its table.
+    batches = [make_batch("full"), make_batch("padded", 1)]
     got = bnlstm_jax.estimate_population_statistics(
         reader,
         {"params": params, "batch_stats": stats},
@@ -429,20 +429,16 @@ def test_dropout_needs_a_key_and_may_be_told_to_rest():
     assert np.all(np.any(first != second, axis=1)) and np.all(np.any(first != plain, axis=1))
 
 
-@pytest.mark.parametrize("unscaled", [False, True], ids=["scaled", "unscaled"])
-def test_dropout_of_embeddings_and_of_the_answer(unscaled):
+def test_dropout_of_embeddings_and_of_the_answer():
     keep = 0.75
-    reader, params, batch = single_reader(
-        dropout_rate=1 - keep, quirks=Quirks(unscaled_dropout=unscaled)
-    )
-    kept = 1.0 if unscaled else 1 / keep
+    reader, params, batch = single_reader(dropout_rate=1 - keep)
     _, given = dropped(reader, params, batch, 1)
     masks = []
     for name, words in zip(("passage", "question"), batch, strict=False):
         embedded = params["embedding"][words]
         for of_direction in given[name]:
             mask = of_direction != 0  # no embedding is
-            np.testing.assert_allclose(of_direction, np.where(mask, kept * embedded, 0), rtol=1e-6)
+            np.testing.assert_allclose(of_direction, np.where(mask, embedded / keep, 0), rtol=1e-6)
             masks.append(mask)
     # Independent in every element, direction and sequence: 240 draws, with a deviation of 3%.
     assert abs(np.concatenate(masks, axis=None).mean() - keep) < 0.12
@@ -459,11 +455,11 @@ def test_dropout_of_embeddings_and_of_the_answer(unscaled):
     )(jax.random.split(jax.random.key(3), 1000))[..., :UNITS]
     whole = whole[:, :UNITS]
     mask = answers != 0
-    np.testing.assert_allclose(answers, np.where(mask, kept * whole, 0), rtol=1e-5)
+    np.testing.assert_allclose(answers, np.where(mask, whole / keep, 0), rtol=1e-5)
     # What is shown at inference is the mean over keys: 1000 have a deviation of 2% of it.
     inference = dropped(reader, params, batch)[0][:, :UNITS]
     np.testing.assert_allclose(answers.mean(0), inference, rtol=0.1)
-    np.testing.assert_allclose(inference, (keep if unscaled else 1) * whole, rtol=1e-6)
+    np.testing.assert_allclose(inference, whole, rtol=1e-6)
 
 
 def test_unscaled_dropout_is_the_scaled_one_of_smaller_weights():
