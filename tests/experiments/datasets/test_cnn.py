@@ -250,6 +250,19 @@ def test_improper_questions_are_skipped(tmp_path, caplog):
         assert f"{why}, {len(of_reason)} in all: {', '.join(of_reason[:3])}" in warnings[1]
 
 
+def test_questions_are_in_the_order_of_their_names(tmp_path):
+    texts = dict(named(content(question=f"who{i} met @placeholder")) for i in range(5))
+    backwards = dict(sorted(texts.items(), reverse=True))
+    (tmp_path / "cnn.tgz").write_bytes(tgz({**PROPER, "training": backwards}))
+    data = load("cnn", str(tmp_path))
+    for i, name in enumerate(sorted(texts)):
+        assert f"{names(data, 'train')[i]}.question" == name
+        asked = item(data, "train_questions", "train_question_ends", i)
+        assert " ".join(asked) in texts[name].decode()
+        passage = item(data, "train_passages", "train_passage_ends", i)
+        assert passage == ["@entity1", "met", "@entity2", "."]
+
+
 def test_split_of_improper_questions_is_reported(tmp_path, failure):
     path = unpack(tmp_path, {**PROPER, "test": dict([named(content(answer="met"))])})
     assert failure(tmp_path).startswith(f"{path} holds no proper question of the test split")

@@ -63,10 +63,10 @@ def make_reader(form, mask=False, param_dtype=jnp.float64, quirks=None, **option
     return AttentiveReader(WORDS, UNITS, quirks=quirks, **FORMS[form], **options)
 
 
-def make_batch(lengths="padded", seed=0, time=TIME, question=QUESTION):
+def make_batch(lengths="padded", seed=0):
     rng = np.random.default_rng(seed)
-    passages = rng.integers(0, WORDS, (BATCH, time))
-    questions = rng.integers(0, WORDS, (BATCH, question))
+    passages = rng.integers(0, WORDS, (BATCH, TIME))
+    questions = rng.integers(0, WORDS, (BATCH, QUESTION))
     return passages, questions, *map(np.array, LENGTHS[lengths])
 
 
