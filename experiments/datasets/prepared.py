@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import importlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -136,11 +137,13 @@ def _work_dir(folder: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Makes a folder and locks it, waiting for a process that has done so before."""
-    while True:
+    for attempt in itertools.count():
         try:
             path.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:  # another removed it in this moment
+        except FileNotFoundError:  # another removed it in this moment; or there can be no folder
+            if attempt == 100:
+                raise
             continue
         try:
             try:

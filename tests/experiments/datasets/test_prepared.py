@@ -287,11 +287,12 @@ def test_second_process_waits_for_the_first(tmp_path, monkeypatch, caplog):
     assert [path.name for path in (tmp_path / "prepared").iterdir()] == ["digits"]
 
 
-def test_unwritable_data_dir_is_reported(tmp_path):
-    parent = tmp_path / "file"
-    parent.write_text("no folder can be made in here")
-    message = load_error(parent / "data")
-    assert f"{parent}" in message and "python -m scripts.prepare_data digits" in message
+@pytest.mark.parametrize("parent", ["file", "/proc"])  # mkdir calls the latter not found
+def test_unwritable_data_dir_is_reported(tmp_path, parent):
+    (tmp_path / "file").touch()
+    folder = tmp_path / parent / "data"
+    message = load_error(folder)
+    assert str(folder.parent) in message and "python -m scripts.prepare_data digits" in message
 
 
 def test_command_prepares_and_verifies(tmp_path):
