@@ -6,22 +6,23 @@
     python -m experiments.main --config=configs/cnn_qa.py:four_sentences --workdir=runs/cnn_4 \
         --config.model.kind=lstm,bn_lstm,bn_everywhere,bn_e_star,bn_e_star_star
 
-Whole passages: error in the paper, validation / test, LSTM 45.5 / 45.0, BN-e** 37.9 / 36.3. The
-paper does not say how its LSTM was set; here it has the settings of BN-e**, in one direction. So,
-says the folder of the plotted run, had that BN-e** itself: --config.model.kind=bn_e_star. The row
-of the final table to compare with 37.9 and 36.3 is likely "population statistics, input terms by
-the batch", for the released code evaluates so; see docs/differences.md.
+Whole passages: error in the paper, validation / test, LSTM 45.5 / 45.0, BN-e** 37.9 / 36.3. On two
+CPU cores the LSTM takes a day, BN-e** more than two. The paper does not give the settings of its
+LSTM; here it has those of BN-e**, in one direction. The name of the plotted run suggests that the
+paper's BN-e** was also unidirectional: --config.model.kind=bn_e_star. The row of the final table to
+compare with 37.9 and 36.3 is likely "population statistics, input terms by the batch", since the
+released code evaluates in this way; see docs/differences.md.
 
 `configs/cnn_qa.py:four_sentences` cuts each passage to the four sentences most like its question.
 Validation error in the paper: LSTM 50.3, BN-LSTM 49.5, BN-everywhere 50.0, BN-e* 47.1, BN-e** 43.9,
-on sentences that hold 57% of the answers. How they were chosen was never released; the rule here
-is one of those that come nearest to it (results/README.md compares them), and a run says how many
-answers its sentences hold when it starts. BN-e* ran with
+on sentences that hold 57% of the answers. The paper's rule for choosing them was never released.
+The rule here is among those that come nearest to it (results/tables/sentence_rules.md); a run
+prints how many answers its sentences hold when it starts. BN-e* ran with
 
     --config.batch_size=40 --config.optimizer.learning_rate=8e-4
 
-`configs/cnn_qa.py:sample` is for a few hundred of the questions, to be learnt by heart on a laptop:
-four sentences, a hundred units, no dropout, all five readers.
+`configs/cnn_qa.py:sample` overfits a few hundred of the questions on a laptop: four sentences, 100
+units, no dropout, all five readers.
 """
 
 from ml_collections import ConfigDict

@@ -4,9 +4,12 @@
     python -m experiments.main --config=configs/mnist.py --workdir=runs/mnist_lstm \
         --config.model.kind=lstm
 
-The settings of the paper's released code, but for RMSProp's decay: 0.9, as the paper's text has it
-and its code had until shortly before it was released with 0.5. It also comes nearer to the paper's
-curves (results/findings.md). `--config.optimizer.decay=0.5` is as released.
+Paper, test accuracy: LSTM 0.989, BN-LSTM 0.990. An update of the BN-LSTM takes 95 ms on two CPU
+cores (all 100,000: three hours) and 9 ms on an H100 (15 minutes).
+
+The settings are those of the paper's released code except RMSProp's decay. It is 0.9, as in the
+paper's text; the code was released with 0.5 (`--config.optimizer.decay=0.5`), which is further from
+the paper's curves (results/findings.md).
 """
 
 from ml_collections import ConfigDict

@@ -4,9 +4,12 @@
     python -m experiments.main --config=configs/pmnist.py --workdir=runs/pmnist_lstm \
         --config.model.kind=lstm
 
-By default the order is the one the paper's released code draws, with replacement: 501 of the 784
-pixels are ever read. Most likely the paper's numbers are of this task. `configs/pmnist.py:true`
-reads every pixel once, as the task is understood elsewhere. The orders are not comparable.
+Paper, test accuracy: LSTM 0.902, BN-LSTM 0.954. Here: 0.902 and 0.952. For the
+run time see configs/mnist.py.
+
+The default order is the one that the paper's released code draws, with replacement: it reads 501 of
+the 784 pixels. The paper's numbers are most likely of this order. `configs/pmnist.py:true` reads
+every pixel once, as the task is understood elsewhere. Results of the two orders do not compare.
 """
 
 from ml_collections import ConfigDict

@@ -4,9 +4,12 @@
     python -m experiments.main --config=configs/ptb.py --workdir=runs/ptb_lstm \
         --config.model.kind=lstm
 
-Test text as one sequence, in the paper: LSTM 1.38, BN-LSTM 1.32 bits per character, from the
-checkpoint with the best validation accuracy. `configs/ptb.py:small` has 200 units for the paper's
-1,000 and trains both models for five epochs, on a laptop.
+Paper, test text as one sequence: LSTM 1.38, BN-LSTM 1.32 bits per character, from the checkpoint
+with the best validation accuracy. An update of the BN-LSTM takes 0.36 s on two CPU cores: five
+minutes an epoch, four hours for all 50.
+
+`configs/ptb.py:small` has 200 units in place of 1,000 and trains both models for five epochs. Here:
+LSTM 1.87, BN-LSTM 1.56.
 """
 
 from ml_collections import ConfigDict

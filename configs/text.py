@@ -3,8 +3,8 @@
     python -m experiments.main --config=configs/text.py --config.text_file=book.txt
 
 The first 90% train, the next 5% validate, the last 5% test (`--config.split`). The symbols are the
-characters of the training text, and one more for all that it lacks: such characters of validation
-and test text count as that one, which the model never learns to expect.
+characters of the training text and one more, which stands for all others of validation and test
+text. The model never learns to expect it.
 """
 
 from ml_collections import ConfigDict

@@ -41,49 +41,43 @@ def main(argv: list[str]) -> None:
     """Prepares or verifies the data set named on the command line and prints what is there."""
     if len(argv) != 2:
         raise errors.UserError(
-            f"name one data set to prepare, of {', '.join(prepared.names())}; see --help"
+            f"name one data set to prepare, of {', '.join(prepared.NAMES)}; see --help"
         )
     given, name = flags.FLAGS, argv[1]
     start = time.perf_counter()
     folder = prepared.folder_of(name, given.data_dir)
-    source_dir = Path(given.source_dir or given.data_dir)
-    if given.source_dir and not os.path.isdir(source_dir):
+    if given.source_dir and not os.path.isdir(given.source_dir):
         raise errors.UserError(f"--source_dir is {given.source_dir}, and there is no such folder")
-    found = os.path.exists(folder)
-    if not found:
-        try:
-            with prepared.making(name, folder, source_dir) as made:
-                if made:
-                    prepared.write(folder, *made)
-        except OSError as error:
-            problem = error.strerror or error
-            raise errors.UserError(f"{folder} cannot be written: {problem}") from error
-    digest = prepared.read(folder).digest
-    manifest = prepared.read_manifest(folder)
+    made = prepared.prepare(name, given.data_dir, given.source_dir or given.data_dir)
+    prepared.read(folder)
     seconds = time.perf_counter() - start
+    print(f"{name} {'was prepared' if made else 'is there already'}, verified ({seconds:.1f} s)")
+    print("\n".join(described(folder)))
 
-    print(f"{name} {'is there already' if found else 'was prepared'}, verified ({seconds:.1f} s)")
+
+def described(folder: Path) -> list[str]:
+    """Lines that say what a prepared folder holds."""
+    manifest = prepared.read_manifest(folder)
+    lines = []
     for array, content in manifest["arrays"].items():
         file = manifest["files"][f"{array}.npy"]
-        print(
-            f"  {folder / array}.npy  {content['dtype']} {content['shape']}  "
+        lines.append(
+            f"{folder / array}.npy  {content['dtype']} {content['shape']}  "
             f"{file['bytes']:,} bytes  SHA-256 {file['sha256'][:12]}"
         )
-    for key, value in manifest["info"].items():
-        print(f"  {key}: {_told(value)}")
+    lines += [f"{key}: {_in_a_line(value)}" for key, value in manifest["info"].items()]
     versions = ", ".join(f"{package} {number}" for package, number in manifest["versions"].items())
-    print(f"  digest {digest}\n  prepared {manifest['date']} with {versions}")
+    lines += [f"digest {manifest['digest']}", f"prepared {manifest['date']} with {versions}"]
+    return [f"  {line}" for line in lines]
 
 
-def _told(value: Any) -> str:
+def _in_a_line(value: Any) -> str:
     """Metadata in a line; of a list, its length."""
     if isinstance(value, dict):
-        inside = ((key, _told(item)) for key, item in value.items())
-        items = [f"{key} ({told})" if " " in told else f"{key} {told}" for key, told in inside]
+        inside = ((key, _in_a_line(item)) for key, item in value.items())
+        items = [f"{key} ({text})" if " " in text else f"{key} {text}" for key, text in inside]
         return ", ".join(items) or "none"
-    if isinstance(value, list):
-        return f"{len(value):,}"
-    return json.dumps(value)
+    return f"{len(value):,}" if isinstance(value, list) else json.dumps(value)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import numpy as np
 
 from tests.reference import TERMS, flip, moments, sigmoid
 
+SEQUENCE_EPSILON = 1e-6  # of sequence-wide input statistics
+
 
 class Form(NamedTuple):
     recurrence: bool = False  # terms of the recurrence are normalised
@@ -59,6 +61,7 @@ def recur(
     """A (BN-)LSTM over x [batch, time, D], all of whose normalised terms may be masked or not.
 
     Returns outputs, the last hidden state, and all moments: [time, F], or [F] of whole sequences.
+    Steps with fewer than two rows to count have NaN.
     """
     batch, time = x.shape[:2]
     valid = np.arange(time) < np.asarray(lengths)[:, None]
@@ -69,6 +72,8 @@ def recur(
         if not recurrence:
             return values
         values, pair = normalise(f"{term}_", values, rows, p[f"{term}_scale"], epsilon, given, step)
+        if given is None and np.sum(rows) < 2:
+            pair = np.full_like(pair, np.nan)  # one row has no variance
         for kind, moment in zip(("mean", "var"), pair, strict=True):
             found[f"{term}_{kind}"].append(moment)
         return values
@@ -114,9 +119,7 @@ def read(
     *,
     mask_statistics=False,
     statistics=None,
-    bias_factor=1,
     epsilon=1e-5,
-    sequence_epsilon=1e-6,
 ):
     """Logits, weights of attention, and the moments of the batch (or those given).
 
@@ -141,10 +144,9 @@ def read(
                 form.recurrence,
                 form.sequence,
                 masked,
-                sequence_epsilon if form.sequence else epsilon,
-                bias_factor,
-                None if statistics is None else statistics.get(name, {}).get(direction),
-                epsilon,
+                SEQUENCE_EPSILON if form.sequence else epsilon,
+                given=None if statistics is None else statistics.get(name, {}).get(direction),
+                epsilon=epsilon,
             )
             found[name][direction] = moments_of_layer
             hidden.append(flip(y, lengths) * valid[..., None] if backward else y)

@@ -1,10 +1,11 @@
-"""Data sets as plain arrays: one module or package here for each, named as the data set.
+"""Data sets as plain arrays, prepared once under `<data_dir>/prepared/<name>`.
 
-Such a module offers `prepare(source_dir)`, which returns the arrays, a metadata dict and a record
-of where the data came from. `load` keeps the result under `<data_dir>/prepared/<name>`.
+A new data set is a module here, and its name in `prepared.NAMES`. The module offers
+`prepare(source_dir, work_dir)`, which returns the arrays, their metadata, and where they came from.
+`digits.py` is the smallest, `ptb.py` the smallest with original files that are downloaded.
 
-`originals` finds, verifies and downloads the original files that such a module starts from.
-`corpus` makes the text of a language model from a data set or from any text file.
+`originals` finds, verifies and downloads original files; `examples` reads them through TensorFlow
+Datasets. `corpus` and `questions` make what tasks train on from prepared arrays.
 """
 
 from experiments.datasets.prepared import Dataset, load

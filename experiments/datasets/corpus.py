@@ -7,7 +7,7 @@ import json
 import numbers
 import sys
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -29,7 +29,7 @@ class Corpus:
     """A split text in memory.
 
     Attributes:
-        name: Of the data, as results carry it; it tells any split but the usual one.
+        name: Of the data in results, with the split unless it is the paper's.
         vocabulary: Symbol i is the character `vocabulary[i]`.
         splits: `train`, `valid` and `test` as symbols [N], of the smallest unsigned type that
             holds them.
@@ -50,7 +50,7 @@ def load(dataset: str, data_dir: str, text_file: str, split: tuple[float, ...]) 
         data_dir: Folder of prepared data and original files, for `ptb` and `text8`.
         text_file: Path of a UTF-8 file, for `text`.
         split: Sizes of training, validation and test text, which follow each other from the start
-            of the text. For `text8` numbers of characters, for `text` these or fractions.
+            of `text8` or `text`: numbers of characters, or fractions. Empty for `ptb`.
 
     Raises:
         UserError: If an argument is not as above, the text is too short for the split, or the
@@ -107,50 +107,29 @@ def _corpus(name: str, vocabulary: str, splits: dict[str, np.ndarray]) -> Corpus
 def _ptb(data_dir: str, split: tuple[float, ...]) -> Corpus:
     if split:
         raise UserError(
-            f"config.split is {_flag(split)}, and ptb comes split: "
-            "leave it empty, --config.split='()'"
+            f"config.split is {_flag(split)}, and ptb comes split: leave it empty, "
+            "--config.split='()'"
         )
     data = datasets.load("ptb", data_dir)
     return _corpus("ptb", data.info["vocabulary"], {name: data.arrays[name] for name in SPLITS})
 
 
 def _text8(data_dir: str, split: tuple[float, ...]) -> Corpus:
-    sizes = _sizes(split)
-    if sizes is None:
-        _refuse(split, "three whole numbers of characters, for training, validation and test")
+    _check_split(split)
     data = datasets.load("text8", data_dir)
     text, complete = data.arrays["text"], data.info["complete"]
-    if sum(sizes) > len(text):
-        train = len(text) - sum(sizes[1:])
-        raise UserError(
-            f"config.split is {_flag(split)}, {sum(sizes):,} characters in all, and there are "
-            f"{len(text):,}, {'the whole' if complete else 'a prefix'} of text8: "
-            + (f"use --config.split={_flag((train, *sizes[1:]))}" if train > 0 else "ask for less")
-            + ("" if complete else f", or delete {folder_of('text8', data_dir)} to prepare it anew")
-        )
+    hint = "" if complete else f", or delete {folder_of('text8', data_dir)} to prepare it anew"
+    sizes = _sizes(split, len(text), "text8" if complete else "the prefix of text8", hint)
     name = "text8"
-    if sizes != TEXT8_SPLIT:  # which only the complete text is long enough for
-        name = f"text8{' prefix' if sum(sizes) < sum(TEXT8_SPLIT) else ''} {_told(sizes)}"
+    if sizes != TEXT8_SPLIT:  # only the complete text is long enough for it
+        name = f"text8{' prefix' if sum(sizes) < sum(TEXT8_SPLIT) else ''} {_described(sizes)}"
     return _corpus(name, data.info["vocabulary"], _cut(text, sizes))
 
 
 def _text(text_file: str, split: tuple[float, ...]) -> Corpus:
-    fractions, sizes = _fractions(split), _sizes(split)
-    if fractions is None and sizes is None:
-        _refuse(
-            split,
-            "three fractions above 0 that sum to at most 1, or three whole numbers of characters",
-        )
+    _check_split(split)
     text = _read(text_file)
-    if fractions:
-        # Rounding the points between the splits, not their sizes, loses and doubles nothing.
-        points = [round(end * len(text)) for end in itertools.accumulate(fractions)]
-        sizes = (points[0], points[1] - points[0], points[2] - points[1])
-    if min(sizes) < 1 or sum(sizes) > len(text):
-        raise UserError(
-            f"config.text_file is {text_file}, whose {len(text):,} characters are too few for "
-            f"config.split, {_flag(split)}: ask for less or take a longer text"
-        )
+    sizes = _sizes(split, len(text), f"config.text_file, {text_file},")
     parts = _cut(text, sizes)
     seen = np.zeros(sys.maxunicode + 1, bool)
     seen[_codes(parts["train"])] = True
@@ -158,7 +137,7 @@ def _text(text_file: str, split: tuple[float, ...]) -> Corpus:
     if UNKNOWN not in vocabulary:
         vocabulary += UNKNOWN
     splits = {name: encode(part, vocabulary) for name, part in parts.items()}
-    return _corpus(f"{Path(text_file).name} {_told(sizes)}", vocabulary, splits)
+    return _corpus(f"{Path(text_file).name} {_described(sizes)}", vocabulary, splits)
 
 
 def _read(text_file: str) -> str:
@@ -166,54 +145,60 @@ def _read(text_file: str) -> str:
         raise UserError("config.text_file is empty: give the path of a UTF-8 text file")
     try:
         data = Path(paths.expand("config.text_file", text_file)).read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"config.text_file is {text_file}, which cannot be read: {error.strerror}"
-        ) from error
-    try:
         text = data.decode("utf-8").removeprefix("\ufeff")  # the byte order mark
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"config.text_file is {text_file}, which is not UTF-8: byte {error.start} is "
-            f"{data[error.start]:#04x}; convert the file, for example with iconv"
-        ) from error
-    if "\0" in text:
-        raise UserError(
-            f"config.text_file is {text_file}, which holds NUL characters, as UTF-16 does: convert "
-            "the file to UTF-8, for example with iconv"
+        problem = (
+            f"is not UTF-8: byte {error.start} is {data[error.start]:#04x}; convert the file, "
+            "for example with iconv"
         )
-    if not text:
-        raise UserError(f"config.text_file is {text_file}, which holds no text")
-    return text
+    else:
+        if "\0" in text:
+            problem = "holds NUL characters, as UTF-16 does: convert the file to UTF-8"
+        elif not text:
+            problem = "holds no text"
+        else:
+            return text
+    raise UserError(f"config.text_file is {text_file}, which {problem}")
 
 
-def _numbers(split: tuple[float, ...]) -> bool:
-    return len(split) == len(SPLITS) and all(
-        isinstance(size, numbers.Real) and not isinstance(size, bool) for size in split
-    )
+def _check_split(split: tuple[float, ...]) -> None:
+    """Raises a `UserError` if a split is neither three fractions nor three whole numbers."""
+    is_number = [isinstance(n, numbers.Real) and not isinstance(n, bool) and n > 0 for n in split]
+    if not (
+        len(split) == len(SPLITS)
+        and all(is_number)
+        and (_are_fractions(split) or all(float(n).is_integer() for n in split))
+    ):
+        raise UserError(
+            f"config.split is {_flag(split) or 'empty'}: it must be three whole numbers of "
+            "characters, or three fractions above 0 that sum to at most 1"
+        )
 
 
-def _sizes(split: tuple[float, ...]) -> tuple[int, ...] | None:
-    """The numbers of characters, if the split consists of three."""
-    if _numbers(split) and all(size >= 1 and float(size).is_integer() for size in split):
-        return tuple(map(int, split))
-    return None
+def _are_fractions(split: tuple[float, ...]) -> bool:
+    return sum(split) < 1 + 1e-12
 
 
-def _fractions(split: tuple[float, ...]) -> tuple[float, ...] | None:
-    """The fractions, if the split consists of three."""
-    if _numbers(split) and all(size > 0 for size in split) and sum(split) < 1 + 1e-12:
-        return tuple(split)
-    return None
-
-
-def _refuse(split: tuple[float, ...], allowed: str) -> NoReturn:
-    raise UserError(f"config.split is {_flag(split) or 'empty'}: it must be {allowed}")
+def _sizes(split: tuple[float, ...], length: int, source: str, hint: str = "") -> tuple[int, ...]:
+    """The numbers of characters that a split takes from a text of `length` characters."""
+    sizes = tuple(map(int, split))
+    if _are_fractions(split):
+        # Rounding the points between the splits, not their sizes, loses and doubles nothing.
+        points = [0, *(round(end * length) for end in itertools.accumulate(split))]
+        sizes = tuple(end - start for start, end in itertools.pairwise(points))
+    if min(sizes) < 1 or sum(sizes) > length:
+        raise UserError(
+            f"config.split is {_flag(split)}, and {source} has {length:,} characters: "
+            f"ask for less{hint}"
+        )
+    return sizes
 
 
 def _cut(text: T, sizes: tuple[int, ...]) -> dict[str, T]:
     """Consecutive parts of a text, by name of the split."""
-    ends = list(itertools.accumulate(sizes))
+    ends = itertools.accumulate(sizes)
     return {
         name: text[end - size : end] for name, size, end in zip(SPLITS, sizes, ends, strict=True)
     }
@@ -224,5 +209,5 @@ def _flag(split: tuple[float, ...]) -> str:
     return ",".join(map(str, split))
 
 
-def _told(sizes: tuple[int, ...]) -> str:
+def _described(sizes: tuple[int, ...]) -> str:
     return f"({' / '.join(f'{size:,}' for size in sizes)} characters)"

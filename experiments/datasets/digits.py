@@ -3,24 +3,24 @@
 from pathlib import Path
 
 import numpy as np
+from sklearn.datasets import load_digits
 
 from experiments.datasets.prepared import Made
 
 TRAIN, VALID = 1297, 250  # the last 250 images are the test set
 
 
-def prepare(source_dir: Path) -> Made:
+def prepare(source_dir: Path, work_dir: Path) -> Made:
     """Takes the digits from scikit-learn, in their own order.
 
     Args:
         source_dir: Not used; the data come with the scikit-learn package.
+        work_dir: Not used.
 
     Returns:
         The arrays `{train,valid,test}_images` uint8 [N, 64] with values 0..16 and
         `{train,valid,test}_labels` uint8 [N], N being 1297, 250 and 250; the metadata; the source.
     """
-    from sklearn.datasets import load_digits  # here because it takes a second
-
     images, labels = (array.astype(np.uint8) for array in load_digits(return_X_y=True))
     arrays = {}
     for split, rows in {

@@ -7,13 +7,11 @@ import fcntl
 import hashlib
 import importlib
 import importlib.metadata
-import inspect
+import itertools
 import json
 import os
-import pkgutil
 import platform
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,10 +23,11 @@ from absl import logging
 from experiments.runtime import paths
 from experiments.runtime.errors import UserError, unknown_name
 
+NAMES = ("babi", "cnn", "digits", "mnist", "ptb", "text8")  # the data sets, modules beside this one
 FORMAT = 1  # of the prepared folder; raised when older folders can no longer be read
 
-# What a data set module's `prepare` returns: the arrays; metadata of JSON types; and where the data
-# came from, with the names of the `packages` that took part.
+# What a data set's `prepare` returns: the arrays; metadata of JSON types; and where the data came
+# from, with the names of the `packages` that took part.
 Made = tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]
 
 
@@ -54,41 +53,17 @@ def load(name: str, data_dir: str) -> Dataset:
     """Loads a data set, preparing it first if that was not done before.
 
     Args:
-        name: Name of a data set module in `experiments/datasets`.
+        name: Name of a data set.
         data_dir: Folder that holds, or will hold, `prepared/<name>`, and in which original files
-            are looked for. If it cannot be written, the data set is prepared for this run only.
+            are looked for.
 
     Raises:
-        UserError: If there is no such data set, a prepared file is damaged or missing, or the
-            original data cannot be had.
+        UserError: If there is no such data set, a prepared file is damaged or missing, or the data
+            set cannot be prepared.
     """
-    folder = folder_of(name, data_dir)
-    if not os.path.exists(folder):  # unlike its method, no error in a folder that may not be read
-        with making(name, folder, Path(paths.expand("data_dir", data_dir)), elsewhere=True) as made:
-            try:
-                if made:
-                    write(folder, *made)
-                    logging.info("Prepared %s in %s", name, folder)
-            except OSError as error:
-                logging.warning(
-                    "%s cannot be written (%s): %s is prepared for this run only; to prepare it "
-                    "once: python -m scripts.prepare_data %s --data_dir=WRITABLE_FOLDER "
-                    "--source_dir=%s",
-                    folder,
-                    error.strerror or error,
-                    name,
-                    name,
-                    data_dir,
-                )
-                arrays, info, _ = made
-                info = json.loads(json.dumps(info))  # as it would read back from the manifest
-                return Dataset(name, arrays, info, _digest(_contents(arrays), info))
-    return read(folder)
-
-
-def names() -> list[str]:
-    """Names of the data sets: the modules beside this one that offer `prepare`."""
-    return [name for name in _modules() if hasattr(_import(name), "prepare")]
+    if prepare(name, data_dir, data_dir):
+        logging.info("Prepared %s in %s", name, folder_of(name, data_dir))
+    return read(folder_of(name, data_dir))
 
 
 def folder_of(name: str, data_dir: str) -> Path:
@@ -97,57 +72,56 @@ def folder_of(name: str, data_dir: str) -> Path:
     Raises:
         UserError: If there is no data set of this name, or `data_dir` is not a path.
     """
-    if name not in _modules() or not hasattr(_import(name), "prepare"):
-        raise UserError(unknown_name("the data set", name, names()))
+    if name not in NAMES:
+        raise UserError(unknown_name("the data set", name, NAMES))
     return Path(paths.expand("data_dir", data_dir)) / "prepared" / name
 
 
-@contextlib.contextmanager
-def making(
-    name: str, folder: Path, source_dir: Path, elsewhere: bool = False
-) -> Iterator[Made | None]:
-    """Makes a data set's arrays from its original data, for the time of a context.
+def prepare(name: str, data_dir: str, source_dir: str) -> bool:
+    """Prepares a data set from its original files, unless that was done before.
 
-    A process that finds another at work waits for it. Work in progress lies beside the folder,
-    in `.<name>-work`: if it is stopped, that is where it goes on when it is started again.
+    A process that finds another at work waits for it.
 
     Args:
-        name: Name of an existing data set.
-        folder: Its folder, to be written within the context.
+        name: Name of a data set.
+        data_dir: Folder in which `prepared/<name>` is written.
         source_dir: Folder in which original files are looked for.
-        elsewhere: Whether to work in a temporary folder if it cannot be done beside the folder.
 
-    Yields:
-        The arrays, in C order; the metadata; the source. None if another process has written the
-        folder in the meantime.
+    Returns:
+        Whether it was prepared now.
 
     Raises:
-        OSError: If there can be no work in progress beside the folder.
-        UserError: If the original data cannot be had.
+        UserError: If the original data cannot be had, a package is missing, or the folder cannot be
+            written.
     """
-    with contextlib.ExitStack() as stack:
-        try:
-            work_dir = stack.enter_context(_work_dir(folder))
-        except OSError:
-            if not elsewhere:
-                raise
-            work_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{name}-")))
-        if os.path.exists(folder):
-            yield None
-            return
-        prepare = _import(name).prepare
-        places = {"source_dir": source_dir, "work_dir": work_dir}
-        wanted = inspect.signature(prepare).parameters
-        try:
-            arrays, info, source = prepare(**{key: places[key] for key in wanted})
-        except OSError as error:
-            raise UserError(f"{name} cannot be prepared from {source_dir}: {error}") from error
-        yield {key: np.asarray(array, order="C") for key, array in arrays.items()}, info, source
+    folder, source = folder_of(name, data_dir), Path(paths.expand("source_dir", source_dir))
+    if os.path.exists(folder):  # unlike its method, no error in a folder that may not be read
+        return False
+    try:
+        with _work_dir(folder) as work_dir:
+            if os.path.exists(folder):
+                return False
+            module = importlib.import_module(f"experiments.datasets.{name}")
+            arrays, info, origin = module.prepare(source, work_dir)
+            arrays = {key: np.asarray(array, order="C") for key, array in arrays.items()}
+            write(folder, arrays, info, origin)
+            return True
+    except OSError as error:
+        raise UserError(
+            f"{name} cannot be prepared from {source}: {error}; to write to another folder: "
+            f"python -m scripts.prepare_data {name} --data_dir=FOLDER --source_dir={source}"
+        ) from error
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{name} is not prepared yet, and preparing it needs the package {error.name}: "
+            f"pip install -r requirements.txt, or copy {folder} from a machine where "
+            f"python -m scripts.prepare_data {name} ran"
+        ) from error
 
 
 @contextlib.contextmanager
 def _work_dir(folder: Path) -> Iterator[Path]:
-    """The folder for work in progress on a prepared folder, for one process at a time."""
+    """A temporary folder beside a prepared folder, for one process at a time."""
     path = folder.with_name(f".{folder.name}-work")
     with _locked(path):
         try:
@@ -155,21 +129,21 @@ def _work_dir(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(partial, ignore_errors=True)  # `write` was killed
             yield path
         finally:
-            if folder.exists():
-                shutil.rmtree(path, ignore_errors=True)
-            for empty in (path, path.parent):
-                with contextlib.suppress(OSError):
-                    empty.rmdir()
+            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Makes a folder and locks it, waiting for a process that has done so before."""
-    while True:
+    for attempt in itertools.count():
         try:
             path.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:  # another removed it in this moment
+        except FileNotFoundError:  # another removed it in this moment; or there can be no folder
+            if attempt == 100:
+                raise
             continue
         try:
             try:
@@ -291,14 +265,6 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _modules() -> list[str]:
-    return [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
-
-
-def _import(name: str) -> Any:
-    return importlib.import_module(f"experiments.datasets.{name}")
 
 
 def _contents(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:

@@ -41,11 +41,6 @@ class Question(NamedTuple):
     entities: list[str]
 
 
-def sorted_words(words: Iterable[str]) -> list[str]:
-    """Distinct words in the order in which a vocabulary has them."""
-    return sorted(set(words))
-
-
 def pack_words(words: Iterable[str]) -> np.ndarray:
     """Words as the bytes of an array, a line each."""
     return pack_bytes("\n".join(words))
@@ -59,7 +54,7 @@ def pack_bytes(text: str) -> np.ndarray:
 def pack(splits: dict[str, list[Question]], prefix: str = "") -> dict[str, np.ndarray]:
     """The arrays of a data set that fits in memory as words."""
     every = [question for questions in splits.values() for question in questions]
-    vocabulary = sorted_words(word for q in every for word in (*q.passage, *q.question, q.answer))
+    vocabulary = sorted({word for q in every for word in (*q.passage, *q.question, q.answer)})
     index = {word: i for i, word in enumerate(vocabulary)}
     arrays = {f"{prefix}vocabulary": pack_words(vocabulary)}
 

@@ -16,7 +16,7 @@ SENTENCE_ENDS = (".", "!", "?")
 SENTENCE_RULES = ("words", "entities", "rare_words")
 SENTENCE_TIES = ("earlier", "later")
 COUNTED = 1 << 24  # words at a time
-CHOSEN = 20  # passages at a time, whose sentences are chosen
+CHOSEN = 20  # passages at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +83,11 @@ class Questions:
     """A data set of questions.
 
     Attributes:
-        name: Of the data, as results carry it.
+        name: Name of the data in results.
         words: What the indices in `splits` stand for.
         splits: `train`, `valid` and `test`.
         digest: SHA-256 of the prepared data.
-        skipped: Numbers of questions that preparation left out, by split.
+        skipped: How many questions preparation left out, by split.
         arrays: As `question_arrays` describes them, without a prefix.
     """
 
@@ -99,9 +99,9 @@ class Questions:
     arrays: dict[str, np.ndarray]
 
     def describe(self, split: str, number: int) -> tuple[str, dict[str, str]]:
-        """What a question is called, and the names of its entities where the data have them.
+        """The name of a question, and the names of its entities if the data have them.
 
-        `number` is the question's in the data set as prepared.
+        `number` counts the questions of the data set as prepared.
         """
 
         def text(plural: str, singular: str) -> str:
@@ -119,10 +119,10 @@ class Selection(NamedTuple):
     """How the sentences of a passage are chosen; see `choose_sentences`.
 
     Attributes:
-        number: How many are kept.
-        rule: What shared words count, one of `SENTENCE_RULES`; see `word_weights`.
+        number: How many sentences are kept.
+        rule: The weights of shared words, one of `SENTENCE_RULES`; see `word_weights`.
         length_power: Scores are divided by this power of the number of words.
-        ties: Of sentences that are as good as each other, the `earlier` is kept, or the `later`.
+        ties: Whether the `earlier` or the `later` of two sentences with equal scores is kept.
     """
 
     number: int
@@ -136,9 +136,9 @@ class Vocabulary:
     """The words that a model knows.
 
     Attributes:
-        words: The special ones, then those of the training questions, the most frequent first.
-        table: int32, by the index of a word in the data set: its index in `words`.
-        entities: int32, indices in `words` of those that stand for entities.
+        words: The special words, then those of the training questions, the most frequent first.
+        table: int32, maps the index of a word in the data set to its index in `words`.
+        entities: int32, the indices of entities in `words`.
     """
 
     words: list[str]
@@ -152,10 +152,10 @@ def load(dataset: str, data_dir: str, subset: str = "") -> Questions:
     Args:
         dataset: `cnn` or `babi`.
         data_dir: Folder of prepared data and original files.
-        subset: `qa1`, `qa2`, `qa4` or `qa5`, a task of bAbI.
+        subset: The task of bAbI: `qa1`, `qa2`, `qa4` or `qa5`.
 
     Raises:
-        UserError: If an argument is not as above, or the data cannot be had.
+        UserError: If an argument is invalid, or the data cannot be loaded.
     """
     one_of("config.dataset", dataset, ("cnn", "babi"))
     one_of("config.subset", subset, ("",) if dataset == "cnn" else ("qa1", "qa2", "qa4", "qa5"))
@@ -193,8 +193,8 @@ def make_vocabulary(questions: Questions, min_count: int, join_numbers: bool) ->
 
     Args:
         questions: The data set, with passages as the model sees them.
-        min_count: Words that occur less often are one, `<unk>`.
-        join_numbers: Words that are made of digits are one, `<num>`.
+        min_count: Words that occur less often become `<unk>`.
+        join_numbers: Words of digits become `<num>`.
     """
     size = len(questions.words)
     train = questions.splits["train"]
@@ -239,12 +239,12 @@ def select_sentences(
 
 
 def word_weights(questions: Questions, rule: str) -> np.ndarray:
-    """What a word counts that a sentence shares with the question, float64 [words].
+    """The weight of each word that a sentence shares with its question, float64 [words].
 
     Args:
         questions: The data set.
-        rule: `words`, all count the same; `entities`, only they count; `rare_words`, a word counts
-            its information content, in nats, as the training passages tell its frequency.
+        rule: `words`, 1 for all; `entities`, 1 for entities and 0 for others; `rare_words`, the
+            information content in nats, from the frequency in training passages.
     """
     spoken = np.array([any(c.isalnum() for c in w) and w != PLACEHOLDER for w in questions.words])
     if rule == "entities":
@@ -265,15 +265,15 @@ def choose_sentences(
 ) -> list[np.ndarray]:
     """The sentences of each passage that are most like its question, in their order.
 
-    A sentence scores the weights of the words that it shares with the question, each once, over a
-    power of its length. The answer is not looked at.
+    The score of a sentence is the sum of the weights of the distinct words that it shares with the
+    question, divided by a power of its length. It does not depend on the answer.
 
     Args:
         passages: Some passages.
         questions: Their questions.
         selection: How many sentences, and how they are scored.
         ends_sentence: Whether a word ends the sentence that it is in, bool [words].
-        weights: What a shared word counts, float64 [words].
+        weights: The weight of a shared word, float64 [words].
     """
     number = np.arange(len(passages))
     words, passage = passages.words, np.repeat(number, passages.lengths)
@@ -307,7 +307,7 @@ def answers_kept(split: Split) -> float:
 
 
 def _count(words: np.ndarray, size: int) -> np.ndarray:
-    """How often each word is there; a piece at a time, as NumPy makes 64-bit numbers of them."""
+    """How often each word occurs; piece by piece, since `bincount` copies to 64 bits."""
     pieces = np.split(words, range(COUNTED, len(words), COUNTED))
     return sum(np.bincount(piece, minlength=size) for piece in pieces)
 

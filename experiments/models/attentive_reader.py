@@ -30,6 +30,8 @@ from bnlstm_jax.batch_norm import BatchNorm
 from bnlstm_jax.cells import Variant, look_up, product
 from experiments.models.readout import Readout
 
+SEQUENCE_EPSILON = 1e-6  # of sequence-wise input statistics, as in the released code
+
 # The paper's five readers, each as fields of `AttentiveReader`.
 FORMS = {
     "lstm": {},
@@ -51,23 +53,21 @@ FORMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Quirks:
-    """What the released reader does that neither paper says; see docs/differences.md.
+    """What the released reader does and neither paper mentions; see docs/differences.md.
 
     Attributes:
-      count_padding: count padding in statistics where the released code does: everywhere but in
-        sequence-wise input statistics. Finished sequences count with their last state, and in W_d's
-        term there is one step of padding behind the longest passage. Else nothing counts that is
-        padding.
+      count_padding: statistics include padding, except sequence-wise input statistics. A finished
+        sequence counts with its last state, and W_d's term has one step of padding behind the
+        longest passage. If False, no statistic includes padding.
       identical_blocks: all square kernels start from one matrix; see
         `initializers.orthogonal_blocks`.
-      double_bias: the LSTM's bias is added twice, which doubles its learning rate. BN-LSTMs' mean
-        removes the other.
-      unscaled_dropout: what dropout keeps is not scaled up in training; all is scaled down at
-        inference. The released code does so on four sentences.
+      double_bias: the LSTM's bias is added twice, which doubles its learning rate. In BN-LSTMs the
+        normalisation removes the second one.
+      unscaled_dropout: dropout scales at inference (down) instead of in training (up), as the
+        released code does on four sentences.
       bilinear: attention has the term s_t.
       mean_passage: the read-out has the mean over the passage, y.
       square_scale: factor of the orthogonal matrices that square kernels start from.
-      sequence_epsilon: `epsilon` of sequence-wise input statistics.
     """
 
     count_padding: bool = False
@@ -77,15 +77,14 @@ class Quirks:
     bilinear: bool = True
     mean_passage: bool = True
     square_scale: float = 0.05
-    sequence_epsilon: float = 1e-6
 
 
 class Encoder(nn.Module):
     """A recurrent layer over padded sequences, in one direction or in both.
 
     Attributes:
-      layer: an LSTM or BNLSTM; a second one like it runs backwards, if there is to be one.
-      bidirectional: run backwards too, from the last valid step of each sequence to its first.
+      layer: an LSTM or BNLSTM; the backward direction has a second one like it.
+      bidirectional: also run backwards, from the last valid step of each sequence to the first.
     """
 
     layer: nn.Module
@@ -103,9 +102,9 @@ class Encoder(nn.Module):
           use_running_average: as of BNLSTM.
 
         Returns:
-          The hidden states y `[batch, time, K]` and the last ones u `[batch, K]`: K is H, or 2H
-          with both directions side by side. Behind the valid steps y repeats the last forward
-          state, and is zero in the backward part.
+          The hidden states y `[batch, time, K]` and the last ones u `[batch, K]`. K is H, or 2H for
+          both directions, concatenated. In padding, the forward half of y repeats the last state
+          and the backward half is zero.
         """
         names = ("forward", "backward") if self.bidirectional else ("forward",)
         hidden, last = [], []
@@ -146,8 +145,8 @@ class AttentiveReader(nn.Module):
       input_statistics: as of BNLSTM, `per_step` or `sequence`.
       normalize_attention: normalise the terms of attention and read-out, all but s_t.
       bidirectional: encode in both directions.
-      quirks: what the released code does besides.
-      dropout_rate: of embeddings, for each direction apart, and of g.
+      quirks: peculiarities of the released code.
+      dropout_rate: of embeddings, with one mask for each direction, and of g.
       passage_steps, question_steps: `max_steps` of the encoders' statistics.
       momentum, epsilon, scale_init: of all normalisation.
       axis_name: mapped axis over which batches are pooled for their statistics.
@@ -192,7 +191,7 @@ class AttentiveReader(nn.Module):
           passage_lengths: words of each passage, integers `[batch]`.
           question_lengths: words of each question.
           use_running_average: normalise by the collection `batch_stats`, not by the batch's own.
-          deterministic: no dropout; by default, where there is no rng stream `dropout`.
+          deterministic: no dropout; the default is True if there is no rng stream `dropout`.
         """
         if deterministic is None:
             deterministic = not self.has_rng("dropout")
@@ -291,7 +290,7 @@ class AttentiveReader(nn.Module):
 
     @nn.nowrap
     def normalization(self) -> dict[str, Any]:
-        """What all normalisation shares."""
+        """The arguments that all normalisation shares."""
         return {
             "momentum": self.momentum,
             "epsilon": self.epsilon,
@@ -317,7 +316,7 @@ class AttentiveReader(nn.Module):
             factor = 2.0 if quirks.double_bias else 1.0
             return LSTM(**shared, variant=Variant(factor, cell_bias=False, learned_cell=False))
         sequence = self.input_statistics == "sequence"
-        epsilon = quirks.sequence_epsilon if sequence else None
+        epsilon = SEQUENCE_EPSILON if sequence else None
         return BNLSTM(
             **shared,
             **self.normalization(),

@@ -27,7 +27,7 @@ def layer_config(config: ConfigDict) -> ConfigDict:
 
 
 def check(model: ConfigDict) -> None:
-    """Refuses values that no layer can be made with.
+    """Refuses values that no layer accepts.
 
     Raises:
       UserError: names the field and what it may be.
@@ -100,8 +100,7 @@ def recurrent_layer(
     are taken.
 
     Raises:
-      UserError: a field won't do, or there are to be statistics of steps that no training sequence
-        has.
+      UserError: a field has an invalid value, or `max_steps` exceeds `sequence_length`.
     """
     check(model)
     check_max_steps(model, sequence_length, "sequences")

@@ -1,6 +1,8 @@
-"""Tasks: what the training loop must be told to train on something. One module each.
+"""Tasks: a model, its batches and its loss. The training loop knows a task as `Task` alone.
 
-The loop knows a task by the interface `Task` and by nothing else.
+A new task is a module here, which `config.task` names. It has a class `Task(config, parallel)` that
+inherits from the one below, and `check(config)`, which refuses values that the task cannot run
+with. `sequential_images.py` is the smallest.
 """
 
 import functools
@@ -33,13 +35,13 @@ def all_rows(rows: int) -> slice:
 
 
 class Reading(NamedTuple):
-    """A way in which splits are read in evaluation.
+    """A way to read splits in evaluation.
 
     Attributes:
-      splits: the splits that are read so.
-      name: what results call it, such as `segments of 100`; empty where there is but one way.
-      length: time steps of an example, where a task leaves that open.
-      continued: examples are consecutive pieces of one sequence, read one by one: each goes on from
+      splits: the splits that are read in this way.
+      name: its name in results, such as `segments of 100`; empty if there is only one way.
+      length: time steps of an example, if the task has no fixed number.
+      continued: examples are consecutive pieces of one sequence, read one by one. Each starts from
         the carry of the one before, which the model returns when called with `return_carry`.
     """
 
@@ -49,40 +51,39 @@ class Reading(NamedTuple):
     continued: bool = False
 
     def row(self, split: str, statistics: str) -> dict[str, str]:
-        """What results say of an evaluation, beside its metrics."""
+        """The columns that tell an evaluation from others in results."""
         row = {"split": split, "statistics": statistics}
         return row | {"reading": self.name} if self.name else row
 
 
 class Task(Protocol):
-    """What a task module's class `Task(config, parallel)` offers.
+    """A task, as the training loop and evaluation know it. A task's own class inherits from it.
 
     Attributes:
       model: maps `(*inputs(batch), use_running_average)` to outputs.
-      data: name of the data, as results carry it.
-      readings: ways of evaluation. The first is validation's, and the first of its splits is what
-        checkpoints are chosen on.
+      data: name of the data in results.
+      readings: ways of evaluation. The first one is validation's, and its first split is the one by
+        which checkpoints are chosen.
       selection: the metric that chooses the best checkpoint.
-      lower_is_better: which way `selection` goes.
-      shown: the metrics that tables show; pictures show the first.
-      record: facts that are saved beside the run, in JSON types.
-      notes: what a run says of its data when it starts.
-      shared: names of what a batch holds that belongs to all its rows; all else has one row for
-        each example.
-      batch_inputs: puts the batch's own statistics in place of the population's for input terms,
-        for one more row of the final evaluation; None where there is no such row. Traced.
+      lower_is_better: whether a lower value of `selection` is better.
+      shown: the metrics in tables; figures show the first.
+      record: facts that are saved with the run, in JSON types.
+      notes: what a run prints about its data when it starts.
+      shared: entries of a batch that belong to all its rows; others have one row for each example.
+      batch_inputs: replaces the population statistics of input terms by those of the batch, for one
+        more row of the final evaluation; None if there is no such row. Traced.
     """
 
     model: nn.Module
     data: str
-    readings: tuple[Reading, ...]
+    readings: tuple[Reading, ...] = (Reading(splits=("valid", "test")),)
     selection: str
     lower_is_better: bool
     shown: tuple[str, ...]
     record: dict[str, Any]
-    notes: Sequence[str]
-    shared: Collection[str]
-    batch_inputs: Adapt | None
+    notes: Sequence[str] = ()
+    shared: Collection[str] = ()
+    batch_inputs: Adapt | None = None
 
     def train_rows(self, update: int) -> int:
         """Number of examples of the batch of update 0, 1, ..."""
@@ -109,7 +110,7 @@ def load(config: ConfigDict, parallel: Parallel = ONE_DEVICE) -> Task:
     """The task that `config.task` names, with its data, for the devices of `parallel`.
 
     Raises:
-      UserError: there is no such task, or the config or its data won't do.
+      UserError: there is no such task, or it cannot run with this config or data.
     """
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     if config.task not in names:
@@ -120,7 +121,7 @@ def load(config: ConfigDict, parallel: Parallel = ONE_DEVICE) -> Task:
 
 
 def check_batch_size(config: ConfigDict, num_examples: int, data: str) -> None:
-    """Refuses batches that cannot be made of the training data, or not be normalised.
+    """Refuses batches that are larger than the training data, or have no batch statistics.
 
     Raises:
       UserError: names the field.
@@ -140,10 +141,10 @@ def batch_size_field(task: Task, reading: Reading) -> str:
 
 
 def check_evaluation(task: Task, config: ConfigDict) -> list[str]:
-    """Refuses to evaluate in batches of one example where their statistics are taken.
+    """Refuses evaluation batches of one example if they are normalised by their own statistics.
 
     Returns:
-      What a run says of splits whose last batch has one example.
+      Notes on splits whose last batch has one example.
 
     Raises:
       UserError: names the field, or the split that has one example in all.
@@ -169,9 +170,9 @@ def check_evaluation(task: Task, config: ConfigDict) -> list[str]:
 
 
 def updates_per_epoch(num_examples: int, batch_size: int) -> int:
-    """Number of batches of an epoch. The last holds what is left, as in the paper's experiments.
+    """Number of batches of an epoch. The last one may be short, as in the paper's experiments.
 
-    One example alone has no batch statistics: left over, it is left out, another one each epoch.
+    A last batch of one example has no batch statistics and is left out.
     """
     whole, rest = divmod(num_examples, batch_size)
     return whole + (rest > 1)
@@ -184,7 +185,7 @@ def shuffled_rows(num_examples: int, batch_size: int, update: int) -> int:
 
 
 def shuffled_batch(num_examples: int, batch_size: int, seed: int, update: int) -> np.ndarray:
-    """Indices of the examples of an update: every epoch in an order of its own."""
+    """Indices of the examples of an update; each epoch has its own random order."""
     epoch, number = divmod(update, updates_per_epoch(num_examples, batch_size))
     order = epoch_order(num_examples, seed, epoch)
     return order[number * batch_size : (number + 1) * batch_size]
@@ -194,5 +195,11 @@ def shuffled_batch(num_examples: int, batch_size: int, seed: int, update: int) -
 def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     """Examples in the order of an epoch."""
     order = np.random.default_rng([seed, epoch]).permutation(num_examples)
-    order.flags.writeable = False  # it is kept for the updates to come
+    order.flags.writeable = False  # the cached array serves later updates
     return order
+
+
+def in_batches(examples: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+    """Pieces of `batch_size` examples, in order; the last may be short."""
+    for first in range(0, len(examples), batch_size):
+        yield examples[first : first + batch_size]

@@ -11,6 +11,7 @@ from absl import logging
 from jax import Array
 from ml_collections import ConfigDict
 
+from experiments import tasks
 from experiments.config import has_batch_statistics
 from experiments.datasets import corpus
 from experiments.datasets.corpus import SPLITS, UNKNOWN
@@ -27,6 +28,7 @@ from experiments.tasks import (
     Share,
     all_rows,
     check_batch_size,
+    in_batches,
     shuffled_batch,
     shuffled_rows,
     updates_per_epoch,
@@ -42,14 +44,14 @@ def text_config(config: ConfigDict) -> ConfigDict:
     config.dataset = "text"  # or ptb, text8
     config.text_file = ""  # UTF-8, for the data set `text`
     # Sizes of training, validation and test text, in this order from the start of the text: numbers
-    # of characters, or fractions. Empty where the data set has its own.
+    # of characters, or fractions. Empty for ptb, which has its own.
     config.split = (0.9, 0.05, 0.05)
     config.segment_length = 100  # in characters: one prediction less
-    config.selection = "bits_per_character"  # or accuracy; on validation text, the best checkpoint
-    # Ways of evaluation, beside training's segments.
-    config.eval_lengths = ()  # of further segments of the test text
+    config.selection = "bits_per_character"  # or accuracy; chooses the best checkpoint
+    # Evaluation beyond segments of `segment_length`.
+    config.eval_lengths = ()  # other segment lengths, on the test text
     config.whole_text = ("test",)  # splits that are read as one sequence
-    config.chunk_length = 1000  # of the pieces in which that is done; results do not depend on it
+    config.chunk_length = 1000  # of its pieces; results do not depend on it
     return config
 
 
@@ -59,16 +61,14 @@ def make_model(config: ConfigDict, vocab_size: int, axis_name: str | None = None
     return LanguageModel(layer, matmul_dtype(config.model))
 
 
-class Task:
+class Task(tasks.Task):
     """Characters of a corpus to the next ones; see `experiments.tasks.Task`.
 
-    The text lies on the device. A batch says where its segments begin, and is gathered there.
+    The text lies on the device. A batch holds the starts of its segments, which are gathered there.
     """
 
     shown = ("bits_per_character", "accuracy")
-    notes = ()
     shared = ("text", "steps")
-    batch_inputs = None
 
     def __init__(self, config: ConfigDict, parallel: Parallel = ONE_DEVICE) -> None:
         """Loads the corpus `config.dataset`."""
@@ -97,7 +97,7 @@ class Task:
         return shuffled_rows(self.num_segments, self.config.batch_size, update)
 
     def train_batch(self, update: int, share: Share = all_rows) -> Batch:
-        """Segments of an update: each epoch cuts the text anew, from a random offset on."""
+        """Segments of an update. Each epoch cuts the text from another random offset."""
         length, seed = self.config.segment_length, self.config.seed
         schedule = self.num_segments, self.config.batch_size
         epoch = update // updates_per_epoch(*schedule)
@@ -107,7 +107,7 @@ class Task:
         return self._segments("train", offset + length * indices, length)
 
     def num_examples(self, split: str, reading: Reading) -> int:
-        """Number of segments of a split, or of the pieces of the whole."""
+        """Number of segments of a split, or of pieces of the whole text."""
         if reading.continued:
             return math.ceil((self.sizes[split] - 1) / reading.length)
         return self.sizes[split] // reading.length
@@ -115,15 +115,14 @@ class Task:
     def batches(
         self, split: str, batch_size: int, reading: Reading, share: Share = all_rows
     ) -> Iterator[Batch]:
-        """Segments from the start of a split on, or the pieces of the whole, one by one."""
+        """Segments from the start of a split, or pieces of the whole text, one by one."""
         if reading.continued:
             for start in range(0, self.sizes[split] - 1, reading.length):
                 end = min(start + reading.length + 1, self.sizes[split])
                 yield self._segments(split, np.array([start]), end - start)
             return
         starts = reading.length * np.arange(self.num_examples(split, reading))
-        for first in range(0, len(starts), batch_size):
-            batch = starts[first : first + batch_size]
+        for batch in in_batches(starts, batch_size):
             yield self._segments(split, batch[share(len(batch))], reading.length)
 
     def _segments(self, split: str, starts: np.ndarray, length: int) -> Batch:
@@ -131,7 +130,7 @@ class Task:
         return {"text": self.text[split], "start": starts.astype(np.int32), "steps": steps}
 
     def inputs(self, batch: Batch, carry: Any = None) -> tuple[Any, ...]:
-        """All symbols of the segments but the last, `[batch, time]`; carry and first step."""
+        """Symbols of the segments without the last, `[batch, time]`; carry and first step."""
         symbols = gather(batch)[:, :-1]
         return (symbols,) if carry is None else (symbols, carry, batch["start"][0])
 
@@ -199,7 +198,7 @@ def gather(batch: Batch) -> Array:
 
 
 def make_readings(config: ConfigDict) -> tuple[Reading, ...]:
-    """Training's segments, segments of other lengths, and the whole as one sequence."""
+    """Segments as in training, segments of other lengths, and the whole text as one sequence."""
 
     def segments(splits: tuple[str, ...], length: int) -> Reading:
         return Reading(splits, f"segments of {length}", length)

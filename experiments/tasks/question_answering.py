@@ -14,6 +14,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from bnlstm_jax import BNLSTM
+from experiments import tasks
 from experiments.datasets import questions
 from experiments.datasets.question_arrays import SPLITS
 from experiments.datasets.questions import SPECIALS, Selection, Split, Texts
@@ -28,7 +29,6 @@ from experiments.parallel import ONE_DEVICE, Parallel
 from experiments.runtime.checks import at_least, at_most, one_of
 from experiments.runtime.errors import UserError
 from experiments.tasks import (
-    Adapt,
     Batch,
     Metrics,
     Reading,
@@ -36,6 +36,7 @@ from experiments.tasks import (
     all_rows,
     check_batch_size,
     epoch_order,
+    in_batches,
 )
 
 ROUNDING = 8  # padded passages have a multiple of so many words
@@ -50,26 +51,25 @@ def reader_config(config: ConfigDict) -> ConfigDict:
     config.model.kind = "bn_e_star_star"
     config.dataset = "cnn"  # or babi
     config.subset = ""  # of babi: qa1, qa2, qa4 or qa5
-    config.min_count = 2  # words that training questions have less often are one
-    config.join_numbers = True  # words of digits are one
-    config.num_sentences = 0  # to which passages are cut, those most like the question; 0: all
-    # How they are chosen: shared words count 1 (words), if they are entities (entities), or by
-    # their rareness (rare_words); over a power of the sentence's length; of equals, the earlier.
+    config.min_count = 2  # rarer words in training questions become <unk>
+    config.join_numbers = True  # words of digits become <num>
+    config.num_sentences = 0  # sentences kept of a passage, those most like the question; 0: all
+    # A sentence's score: the number of words that it shares with the question (words), of entities
+    # (entities), or their information content (rare_words), over a power of the sentence's length.
     config.sentence_rule = "words"
     config.sentence_length_power = 0.0
-    config.sentence_ties = "earlier"  # or later
-    config.max_passage_length = 2000  # in words; longer ones are left out, and counted
-    config.permute_entities = True  # in training, anew for each batch
-    # Batches are made of so many batches' examples sorted by length, the longest first; 1: as the
-    # examples come.
+    config.sentence_ties = "earlier"  # or later: which of two sentences with equal scores is kept
+    config.max_passage_length = 2000  # in words; longer passages are left out, and counted
+    config.permute_entities = True  # in training, differently in each batch
+    # Sorts this many batches by length, the longest first, which saves padding; 1: no sorting.
     config.sorted_batches = 1
     config.num_lengths = 5  # to which passages are padded; a program is compiled for each
 
-    config.model.square_scale = 0.05  # of square kernels at the start, which are orthogonal
+    config.model.square_scale = 0.05  # of square kernels, which start orthogonal
     config.model.bilinear = True  # a term of attention that Hermann et al. do not have
-    config.model.mean_passage = True  # another of the read-out
+    config.model.mean_passage = True  # a term of the read-out that they do not have
     config.model.dropout_rate = 0.5  # of embeddings, and before the output layer
-    # What the released code does; each can be switched off. See docs/differences.md.
+    # Peculiarities of the released code; see docs/differences.md.
     config.model.unscaled_dropout = False  # dropout scales at inference rather than in training
     config.model.count_padding = True  # statistics count padding, where it counted it
     config.model.identical_blocks = True  # all square kernels start from one matrix
@@ -84,11 +84,11 @@ def make_model(
     question_steps: int,
     axis_name: str | None = None,
 ) -> AttentiveReader:
-    """The reader of `config.model`, for training passages and questions of so many steps.
+    """The reader of `config.model`, for training passages and questions of at most so many steps.
 
     Raises:
-      UserError: there are to be statistics of steps that no training passage has, or these devices
-        have not the implementation.
+      UserError: `max_steps` exceeds the longest training passage, or these devices do not support
+        the implementation.
     """
     fields = {"dtype": matmul_dtype(model), "implementation": model.implementation}
     check_implementation(BNLSTM(model.features, axis_name=axis_name, **fields))
@@ -109,14 +109,12 @@ def make_model(
     )
 
 
-class Task:
+class Task(tasks.Task):
     """Passage and question to a word; see `experiments.tasks.Task`."""
 
-    readings = (Reading(splits=("valid", "test")),)
     selection = "error"
     lower_is_better = True
     shown = ("error", "entity_error")
-    shared = ()
 
     def __init__(self, config: ConfigDict, parallel: Parallel = ONE_DEVICE) -> None:
         """Loads `config.dataset`, cuts its passages, and numbers its words."""
@@ -144,7 +142,6 @@ class Task:
             for texts in self.splits["train"][:2]
         ]
         self.model = make_model(config.model, len(words), *steps, parallel.statistics_axis)
-        self.batch_inputs: Adapt | None = None
         if self.model.input_statistics == "sequence":
             self.batch_inputs = functools.partial(with_input_statistics, self.model)
         self.record |= {
@@ -162,11 +159,10 @@ class Task:
 
     def train_rows(self, update: int) -> int:
         """Number of questions of an update."""
-        del update
         return self.config.batch_size
 
     def train_batch(self, update: int, share: Share = all_rows) -> Batch:
-        """The batch of an update; every epoch in an order of its own, whole batches only."""
+        """The batch of an update. Each epoch has its own order, and only whole batches."""
         epoch, number = divmod(update, self.updates_per_epoch)
         size, seed = self.config.batch_size, self.config.seed
         indices = self.train_order(epoch)[number * size : (number + 1) * size]
@@ -185,11 +181,10 @@ class Task:
     def batches(
         self, split: str, batch_size: int, reading: Reading, share: Share = all_rows
     ) -> Iterator[Batch]:
-        """The questions of a split, in the order of the data set but for what `arrange` does."""
+        """The questions of a split, in order or sorted as `config.sorted_batches` says."""
         order = np.arange(self.num_examples(split, reading))
         order = self._arrange(split, order, batch_size)
-        for first in range(0, len(order), batch_size):
-            indices = order[first : first + batch_size]
+        for indices in in_batches(order, batch_size):
             yield self.make_batch(split, indices, self.vocabulary.table, share)
 
     def inputs(self, batch: Batch, carry: Any = None) -> tuple[Any, ...]:
@@ -200,8 +195,8 @@ class Task:
     def metrics(self, outputs: Array, batch: Batch) -> Metrics:
         """Loss in nats and error of logits `[batch, V]`.
 
-        `entity_error` is the error where only entities of the passage may answer. An answer that is
-        no word of the vocabulary is never right.
+        `entity_error` is the error if only entities of the passage are allowed as answers. An
+        answer outside the vocabulary always counts as an error.
         """
         answer, passage = batch["answer"], batch["passage"]
         count = jnp.float32(len(answer))
@@ -226,11 +221,11 @@ class Task:
     def make_batch(
         self, split: str, indices: np.ndarray, table: np.ndarray, share: Share = all_rows
     ) -> Batch:
-        """Questions of a split as words of the vocabulary, by the `table` from the data set's.
+        """A share of the questions at `indices`, as words of the vocabulary.
 
-        Passages are padded to the least of a few lengths that leaves a word of padding behind each
-        of them, as the released code has it; questions to one length. Of the questions at `indices`
-        a share is read, padded as all of them would be.
+        Passages are padded to the smallest of a few lengths that leaves a word of padding behind
+        each, as in the released code; questions to one length. Padding depends on all of `indices`.
+        `table` maps words of the data set to words of the vocabulary.
         """
         part = self.splits[split]
         own = indices[share(len(indices))]
@@ -256,7 +251,7 @@ class Task:
         }
 
     def _cut(self, data: questions.Questions) -> questions.Questions:
-        """Cuts passages to a few sentences, if that is asked for."""
+        """Cuts passages to `config.num_sentences` sentences."""
         config = self.config
         if not config.num_sentences:
             return data
@@ -276,7 +271,7 @@ class Task:
         return data
 
     def _within_limit(self, split: str, part: Split) -> Split:
-        """Leaves out passages that are too long, and tells of that and of unknown answers."""
+        """Leaves out passages that are too long, and notes that and unknown answers."""
         limit = self.config.max_passage_length
         within = np.flatnonzero(part.passages.lengths <= limit)
         if left_out := len(part.answers) - len(within):
@@ -300,7 +295,7 @@ class Task:
         return part
 
     def _padded_lengths(self) -> list[int]:
-        """Lengths to which passages are padded, such that batches of an epoch spread evenly."""
+        """Lengths to which passages are padded, each for about as many batches of an epoch."""
         lengths = self.splits["train"].passages.lengths[self.train_order(0)]
         longest = lengths.reshape(-1, self.config.batch_size).max(1)
         shares = np.arange(1, self.config.num_lengths + 1) / self.config.num_lengths
@@ -319,8 +314,7 @@ class Task:
         if self.config.sorted_batches == 1:
             return order
         lengths = self.splits[split].passages.lengths
-        number = self.config.sorted_batches * batch_size
-        groups = [order[first : first + number] for first in range(0, len(order), number)]
+        groups = in_batches(order, self.config.sorted_batches * batch_size)
         return np.concatenate([g[np.argsort(-lengths[g], kind="stable")] for g in groups])
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from experiments import datasets
+from experiments import datasets, tasks
 from experiments.config import MAX_SEED
 from experiments.models import layers
 from experiments.models.layers import matmul_dtype, recurrent_layer
@@ -23,6 +23,7 @@ from experiments.tasks import (
     Share,
     all_rows,
     check_batch_size,
+    in_batches,
     shuffled_batch,
     shuffled_rows,
 )
@@ -40,7 +41,7 @@ def pixel_order(name: str, pixels: int, seed: int) -> np.ndarray:
       pixels: number of pixels.
       seed: of the random order.
     """
-    random = np.random.RandomState(seed)  # whose streams NumPy keeps as they are for good
+    random = np.random.RandomState(seed)  # NumPy never changes its streams
     if name == "permutation":
         return random.permutation(pixels)
     if name == "released_draw":
@@ -48,16 +49,12 @@ def pixel_order(name: str, pixels: int, seed: int) -> np.ndarray:
     return np.arange(pixels)
 
 
-class Task:
+class Task(tasks.Task):
     """Pixels in [0, 1], one a time step, to a class; see `experiments.tasks.Task`."""
 
-    readings = (Reading(splits=("valid", "test")),)
     selection = "accuracy"
     lower_is_better = False
     shown = ("accuracy", "loss")
-    notes = ()
-    shared = ()
-    batch_inputs = None
 
     def __init__(self, config: ConfigDict, parallel: Parallel = ONE_DEVICE) -> None:
         """Loads `config.dataset` from `config.data_dir`."""
@@ -97,16 +94,13 @@ class Task:
 
     def num_examples(self, split: str, reading: Reading) -> int:
         """Number of images of a split."""
-        del reading
         return len(self.labels[split])
 
     def batches(
         self, split: str, batch_size: int, reading: Reading, share: Share = all_rows
     ) -> Iterator[Batch]:
         """One pass over a split, in order."""
-        order = np.arange(self.num_examples(split, reading))
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
+        for indices in in_batches(np.arange(self.num_examples(split, reading)), batch_size):
             yield self._batch(split, indices[share(len(indices))])
 
     def _batch(self, split: str, which: np.ndarray) -> Batch:
@@ -114,7 +108,6 @@ class Task:
 
     def inputs(self, batch: Batch, carry: Any = None) -> tuple[Array, ...]:
         """Pixels in [0, 1], `[batch, time, 1]`."""
-        del carry
         return (jnp.asarray(batch["image"], jnp.float32)[..., None] / self.max_pixel,)
 
     def metrics(self, outputs: Array, batch: Batch) -> Metrics:

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import requests
 
-from experiments.datasets import babi, prepared
-from experiments.runtime.errors import UserError
+from experiments.datasets import babi
 
 ARCHIVE = "tasks_1-20_v1-2.tar.gz"
 STORIES = {"qa1": 2000, "qa2": 2000, "qa4": 10_000, "qa5": 2000}  # of the training texts
@@ -53,11 +51,11 @@ class Split:
 
 
 @pytest.fixture(scope="module")
-def made(data_dir):
+def made(data_dir, tmp_path_factory):
     folder = data_dir / "babi"
     if not any(folder.glob("*gz")) or (folder / "en-10k").exists():
         pytest.skip(f"needs the original bAbI archive in {folder}, and that alone")
-    return babi.prepare(data_dir)
+    return babi.prepare(data_dir, tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture(scope="module")
@@ -231,17 +229,6 @@ def place_folder(folder: Path, texts: dict[str, bytes]) -> Path:
     return folder
 
 
-def load_error(data_dir: Path) -> str:
-    """The error of loading, which leaves nothing behind."""
-    before = sorted(data_dir.rglob("*"))
-    with pytest.raises(UserError) as caught:
-        prepared.load("babi", str(data_dir))
-    message = str(caught.value)
-    assert "\n" not in message
-    assert sorted(data_dir.rglob("*")) == before
-    return message
-
-
 def test_each_form_of_the_original_gives_the_same_arrays(tmp_path, texts):
     tmp_path /= "[a]*"  # not a pattern
     place(tmp_path / "original" / ARCHIVE, packed(texts, "tasks_1-20_v1-2/en-10k"))
@@ -249,7 +236,7 @@ def test_each_form_of_the_original_gives_the_same_arrays(tmp_path, texts):
     place_folder(tmp_path / "folder" / "babi" / "en-10k", texts)
     place_folder(tmp_path / "unpacked" / "babi" / "tasks_1-20_v1-2" / "en-10k", texts)
     place(tmp_path / "keras" / "babi_tasks_1-20_v1-2.tar.gz", packed(texts, "tasks/en-10k"))
-    arrays, info, source = babi.prepare(tmp_path / "original")
+    arrays, info, source = babi.prepare(tmp_path / "original", tmp_path)
     assert info == {"questions": {task: {"train": 18, "valid": 2, "test": 3} for task in STORIES}}
     assert source["texts"] == {"from": ARCHIVE, "sha256": babi.SHA256}
     assert Split(arrays, "qa5", "valid").passages[1] == (
@@ -261,7 +248,7 @@ def test_each_form_of_the_original_gives_the_same_arrays(tmp_path, texts):
         "unpacked": "en-10k",
         "keras": "babi_tasks_1-20_v1-2.tar.gz",
     }.items():
-        others, other_info, other_source = babi.prepare(tmp_path / form)
+        others, other_info, other_source = babi.prepare(tmp_path / form, tmp_path)
         assert other_source["texts"]["from"] == name and other_info == info
         assert others.keys() == arrays.keys()
         for key, array in arrays.items():
@@ -272,48 +259,25 @@ def test_original_archive_is_preferred(tmp_path, texts):
     place(tmp_path / "babi" / "babi_other.tgz", b"not read")
     place_folder(tmp_path / "babi" / "en-10k", dict.fromkeys(texts, b"not read"))
     place(tmp_path / "babi" / ARCHIVE, packed(texts, "en-10k"))
-    assert babi.prepare(tmp_path)[2]["texts"]["from"] == ARCHIVE
+    assert babi.prepare(tmp_path, tmp_path)[2]["texts"]["from"] == ARCHIVE
 
 
-@pytest.fixture
-def host(monkeypatch):
-    """Hosts that send what is put into this dict; other addresses are not found."""
-    files = {}
-
-    def send(self, request, **kwargs):
-        response = requests.Response()
-        response.url, response.request = request.url, request
-        response.status_code = 200 if request.url in files else 404
-        response.raw = io.BytesIO(files.get(request.url, b""))
-        return response
-
-    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send)
-    return files
-
-
-def test_missing_original_is_downloaded(tmp_path, texts, host):
-    damaged = dict.fromkeys(texts, b"1 Mary went.\n")
-    host[babi.URLS[0]] = packed(damaged, "tasks_1-20_v1-2/en-10k")
+def test_missing_original_is_downloaded(tmp_path, texts, host, monkeypatch):
+    host[babi.URLS[0]] = packed(dict.fromkeys(texts, b"1 Mary went.\n"), "tasks_1-20_v1-2/en-10k")
     host[babi.URLS[1]] = packed(texts, "tasks_1-20_v1-2/en-10k")
-    arrays, _, source = babi.prepare(tmp_path)
+    opened, read = [], tarfile.open
+    monkeypatch.setattr(tarfile, "open", lambda *args: opened.append(args) or read(*args))
+    arrays, _, source = babi.prepare(tmp_path, tmp_path)
     assert source["texts"] == {"from": babi.URLS[1], "sha256": babi.SHA256}
-    assert list(tmp_path.iterdir()) == []
-    place(tmp_path / ARCHIVE, host[babi.URLS[1]])
-    for key, array in babi.prepare(tmp_path)[0].items():
+    assert len(opened) == 2  # of each address once
+    for key, array in babi.prepare(tmp_path, tmp_path)[0].items():
         np.testing.assert_array_equal(arrays[key], array)
 
 
-def test_missing_original_is_reported(tmp_path, host):
-    message = load_error(tmp_path)
-    assert message.startswith(f"bAbI cannot be downloaded from {babi.URLS[0]} (404) or ")
-    assert f"get {ARCHIVE} elsewhere" in message
-    assert message.endswith(f"place it in the folder {tmp_path / 'babi'}")
-
-
-def test_damaged_text_of_the_unpacked_archive_is_replaced_beside_it(tmp_path, texts):
+def test_damaged_text_of_the_unpacked_archive_is_replaced_beside_it(tmp_path, texts, load_error):
     path = place_folder(tmp_path / "babi" / "tasks_1-20_v1-2" / "en-10k", texts)
     next(path.iterdir()).write_text("")
-    message = load_error(tmp_path)
+    message = load_error("babi", tmp_path)
     assert message.startswith(f"{path} holds a damaged ")
     assert f"place {ARCHIVE} in the folder {tmp_path / 'babi'}, from http" in message
 
@@ -332,19 +296,19 @@ def test_damaged_text_of_the_unpacked_archive_is_replaced_beside_it(tmp_path, te
         (lambda content: gzip.compress(b"no tar" * 999), "invalid header"),
     ],
 )
-def test_archive_that_cannot_be_unpacked_is_reported(tmp_path, texts, damage, problem):
+def test_archive_that_cannot_be_unpacked_is_reported(tmp_path, texts, damage, problem, load_error):
     first, *_ = texts
     noise = np.random.default_rng(0).bytes(400_000)  # so that most of the archive is this text
     content = packed(texts | {first: noise}, "en-10k")
     path = place(tmp_path / "babi" / ARCHIVE, damage(content))
-    message = load_error(tmp_path)
+    message = load_error("babi", tmp_path)
     assert message.startswith(f"{path} cannot be unpacked (") and problem in message
     assert f"place {ARCHIVE} in the folder {path.parent}, from http" in message
 
 
 @pytest.mark.parametrize("form", ["archive", "folder"])
 @pytest.mark.parametrize("damage", ["missing", "changed"])
-def test_missing_or_damaged_text_is_reported(tmp_path, texts, form, damage):
+def test_missing_or_damaged_text_is_reported(tmp_path, texts, form, damage, load_error):
     name = "qa4_two-arg-relations_test.txt"
     text = texts.pop(name)
     if damage == "changed":
@@ -354,6 +318,6 @@ def test_missing_or_damaged_text_is_reported(tmp_path, texts, form, damage):
     else:
         path = place_folder(tmp_path / "babi" / "en-10k", texts)
     problem = f"lacks {name}: " if damage == "missing" else f"holds a damaged {name}, of SHA-256 "
-    message = load_error(tmp_path)
+    message = load_error("babi", tmp_path)
     assert message.startswith(f"{path} {problem}")
     assert f"delete it, and place {ARCHIVE} in the folder {path.parent}, from http" in message

@@ -1,23 +1,16 @@
-import contextlib
+import functools
 import gzip
 import hashlib
 import io
-import os
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from experiments.datasets import cnn, load, prepared
-from experiments.datasets.cnn import files
-from experiments.runtime.errors import UserError
+from scripts.prepare_data import described
 
-REPOSITORY = Path(__file__).parents[3]
 FOLDERS = {"train": "training", "valid": "validation", "test": "test"}
 COUNTS = {"train": 650, "valid": 34, "test": 35}
 MANUAL = "by hand from https://cs.nyu.edu/~kcho/DMQA/"
@@ -34,7 +27,12 @@ def item(data: prepared.Dataset, name: str, ends: str, index: int) -> list[str]:
 
 
 def vocabulary(data: prepared.Dataset) -> list[str]:
-    return data.arrays["vocabulary"].tobytes().decode().split("\n")
+    return lines_of(data.arrays["vocabulary"].tobytes())
+
+
+@functools.cache
+def lines_of(text: bytes) -> list[str]:
+    return text.decode().split("\n")
 
 
 def names(data: prepared.Dataset, split: str) -> list[str]:
@@ -42,15 +40,9 @@ def names(data: prepared.Dataset, split: str) -> list[str]:
     return [item(data, f"{split}_names", f"{split}_name_ends", i)[0] for i in entries]
 
 
-def failure(data_dir: Path) -> str:
-    """The error of loading, which leaves nothing behind."""
-    before = sorted(data_dir.rglob("*"))
-    with pytest.raises(UserError) as caught:
-        load("cnn", str(data_dir))
-    message = str(caught.value)
-    assert "\n" not in message
-    assert sorted(data_dir.rglob("*")) == before
-    return message
+@pytest.fixture
+def failure(load_error):
+    return functools.partial(load_error, "cnn")
 
 
 # The sample of real questions
@@ -59,7 +51,7 @@ def failure(data_dir: Path) -> str:
 @pytest.fixture(scope="module")
 def archive(data_dir):
     path = data_dir / "cnn" / "cnn_sample.tgz"
-    if not path.exists() or files.find(data_dir) != path:
+    if not path.exists() or cnn.find(data_dir) != path:
         pytest.skip(f"needs {path}, and no more of CNN")
     return path
 
@@ -128,95 +120,6 @@ def test_unpacked_sample_is_the_same(sample, unpacked):
     assert [path.name for path in (unpacked.parent / "prepared").iterdir()] == ["cnn"]
 
 
-def test_builder_reads_all_splits(archive, tmp_path):
-    from experiments.datasets.cnn.builder import CnnQuestions
-
-    builder = CnnQuestions(parts=files.list_parts(archive, tmp_path), data_dir=tmp_path)
-    builder.download_and_prepare(file_format="array_record")
-    for split, count in COUNTS.items():
-        assert len(builder.as_data_source(split)) == count
-    assert MANUAL in builder.MANUAL_DOWNLOAD_INSTRUCTIONS
-
-
-# Stopped in the middle
-
-SMALL_PARTS = """\
-import signal
-import sys
-from experiments.runtime import (cli)
-from experiments.datasets import (load)
-from experiments.datasets.cnn import (files)
-
-files.PART = 20
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
-    cli.run(lambda argv: load("cnn", argv[1]))
-"""
-
-
-@pytest.fixture
-def stopped(archive, tmp_path, monkeypatch):
-    """Stops a preparation with many small parts, after some; returns its folder and output."""
-    script, data_dir = tmp_path / "small_parts.py", tmp_path / "data"
-    script.write_text(SMALL_PARTS)
-    (data_dir / "cnn").mkdir(parents=True)
-    (data_dir / "cnn" / "cnn.tgz").symlink_to(archive.resolve())
-    monkeypatch.setattr(files, "PART", 20)
-
-    def stop(how: signal.Signals) -> tuple[Path, str]:
-        process = subprocess.Popen(
-            [sys.executable, script, data_dir],
-            cwd=REPOSITORY,
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-            start_new_session=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        while len(parts_in(data_dir)) < 3:
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.01)
-        if how == signal.SIGINT:
-            os.killpg(process.pid, how)  # as Ctrl-C does
-        else:
-            process.send_signal(how)
-        output, _ = process.communicate(timeout=20)  # until its processes have ended, too
-        return data_dir, output
-
-    return stop
-
-
-def parts_in(data_dir: Path) -> dict[str, int]:
-    """When each finished part was written."""
-    paths = (data_dir / "prepared" / ".cnn-work").glob("part-*.npz")
-    return {path.name: path.stat().st_mtime_ns for path in paths if path.name.count(".") == 1}
-
-
-def test_killed_preparation_goes_on(sample, stopped):
-    data_dir, _ = stopped(signal.SIGKILL)
-    before = parts_in(data_dir)
-    assert 3 <= len(before) < 37
-    folder = prepared.folder_of("cnn", str(data_dir))
-    with prepared.making("cnn", folder, data_dir) as made:
-        after = parts_in(data_dir)
-        assert len(after) == 33 + 2 + 2 and after.items() > before.items()
-        prepared.write(folder, *made)
-    assert [path.name for path in folder.parent.iterdir()] == ["cnn"]
-    assert prepared.read(folder).digest == sample.digest
-
-
-def test_interrupted_preparation_says_so_and_stays(stopped):
-    data_dir, output = stopped(signal.SIGINT)
-    assert "Traceback" not in output and output.endswith("stopped\n")
-    assert len(parts_in(data_dir)) >= 3
-    assert [path.name for path in (data_dir / "prepared").iterdir()] == [".cnn-work"]
-
-
-def test_processes_need_no_jax():
-    code = "import sys, experiments.datasets.cnn.builder; assert 'jax' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
-
-
 # Files that are not as they should be
 
 
@@ -251,16 +154,6 @@ def unpack(folder: Path, questions: dict[str, dict[str, bytes]]) -> Path:
     return folder / "questions"
 
 
-@pytest.fixture
-def made_now(monkeypatch):
-    """Parts are made in this process, which is faster for a few questions."""
-
-    class Pool:
-        map = map
-
-    monkeypatch.setattr(cnn, "_pool", lambda *_: contextlib.nullcontext(Pool))
-
-
 @pytest.mark.parametrize(
     "order",
     [
@@ -274,16 +167,16 @@ def test_most_original_form_is_taken(tmp_path, order):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir() if name.endswith("/") else path.touch()
-        assert files.find(tmp_path) == path
+        assert cnn.find(tmp_path) == path
 
 
-def test_without_files_says_where_to_place_them(tmp_path):
+def test_without_files_says_where_to_place_them(tmp_path, failure):
     message = failure(tmp_path)
     assert message.startswith(f"CNN is not in {tmp_path}: download cnn.tgz") and MANUAL in message
     assert message.endswith(f"in {tmp_path / 'cnn'}")
 
 
-def test_several_archives_are_not_chosen_from(tmp_path):
+def test_several_archives_are_not_chosen_from(tmp_path, failure):
     for name in ("cnn_a.tgz", "cnn_b.tgz"):
         (tmp_path / name).touch()
     message = failure(tmp_path)
@@ -292,30 +185,28 @@ def test_several_archives_are_not_chosen_from(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "problem"),
+    "damage",
     [
-        (lambda data: data[:-1], "cannot be unpacked (it ends too early)"),
-        (lambda data: b"", "cannot be unpacked (it ends too early)"),
-        (lambda data: b"<html>", "cannot be unpacked (Error -3"),
-        (lambda data: data[:-8] + bytes(8), "cannot be unpacked (Error -3"),
-        (lambda data: gzip.compress(b"no tar"), "holds a damaged .tar file ("),
-        (
-            lambda data: gzip.compress(gzip.decompress(data)[:600]),
-            "holds a damaged .tar file (unexpected end of data)",
-        ),
+        lambda data: data[:-1],
+        lambda data: b"",
+        lambda data: b"<html>",
+        lambda data: data[:-8] + bytes(8),
+        lambda data: gzip.compress(b"no tar"),
+        lambda data: gzip.compress(gzip.decompress(data)[:600]),
     ],
+    ids=["shorter", "empty", "page", "checksum", "no tar", "shorter tar"],
 )
-def test_damaged_archive_is_reported(tmp_path, damage, problem):
+def test_damaged_archive_is_reported(tmp_path, damage, failure):
     path = tmp_path / "cnn" / "cnn.tgz"
     path.parent.mkdir()
     path.write_bytes(damage(tgz(PROPER)))
     message = failure(tmp_path)
-    assert message.startswith(f"{path} {problem}")
+    assert message.startswith(f"{path} cannot be unpacked (")
     assert "delete it, download cnn.tgz" in message and MANUAL in message
 
 
 @pytest.mark.parametrize("empty", [False, True])
-def test_missing_split_is_reported(tmp_path, empty):
+def test_missing_split_is_reported(tmp_path, empty, failure):
     questions = {**PROPER, "validation": {}}
     if not empty:
         del questions["validation"]
@@ -326,7 +217,7 @@ def test_missing_split_is_reported(tmp_path, empty):
     assert failure(tmp_path).startswith(f"{tmp_path / 'cnn.tgz'} {problem} it, download")
 
 
-def test_damaged_files_are_reported(tmp_path):
+def test_damaged_files_are_reported(tmp_path, failure):
     wrong = {f"{i:040x}.question": content().encode() for i in range(5)}
     path = unpack(tmp_path, {**PROPER, "test": PROPER["test"] | wrong})
     first = ", ".join(sorted(wrong)[:3])
@@ -345,7 +236,7 @@ IMPROPER = {
 }
 
 
-def test_improper_questions_are_skipped(tmp_path, made_now, caplog):
+def test_improper_questions_are_skipped(tmp_path, caplog):
     improper = {why: dict(map(named, texts)) for why, texts in IMPROPER.items()}
     every = {name: data for entries in improper.values() for name, data in entries.items()}
     (tmp_path / "cnn_own.tgz").write_bytes(tgz({**PROPER, "training": every | PROPER["training"]}))
@@ -359,12 +250,25 @@ def test_improper_questions_are_skipped(tmp_path, made_now, caplog):
         assert f"{why}, {len(of_reason)} in all: {', '.join(of_reason[:3])}" in warnings[1]
 
 
-def test_split_of_improper_questions_is_reported(tmp_path, made_now):
+def test_questions_are_in_the_order_of_their_names(tmp_path):
+    texts = dict(named(content(question=f"who{i} met @placeholder")) for i in range(5))
+    backwards = dict(sorted(texts.items(), reverse=True))
+    (tmp_path / "cnn.tgz").write_bytes(tgz({**PROPER, "training": backwards}))
+    data = load("cnn", str(tmp_path))
+    for i, name in enumerate(sorted(texts)):
+        assert f"{names(data, 'train')[i]}.question" == name
+        asked = item(data, "train_questions", "train_question_ends", i)
+        assert " ".join(asked) in texts[name].decode()
+        passage = item(data, "train_passages", "train_passage_ends", i)
+        assert passage == ["@entity1", "met", "@entity2", "."]
+
+
+def test_split_of_improper_questions_is_reported(tmp_path, failure):
     path = unpack(tmp_path, {**PROPER, "test": dict([named(content(answer="met"))])})
     assert failure(tmp_path).startswith(f"{path} holds no proper question of the test split")
 
 
-def test_words_are_cleaned(tmp_path, made_now):
+def test_words_are_cleaned(tmp_path):
     text = content("  @entity1  Met \u00a0 @entity2\nagain ", "Who\n met @placeholder ")
     unpack(tmp_path, {**PROPER, "test": dict([named(text)])})
     data = load("cnn", str(tmp_path))
@@ -380,24 +284,19 @@ def test_words_are_cleaned(tmp_path, made_now):
 
 
 @pytest.mark.parametrize(("added", "whole"), [("\n", True), ("\n\n", False), (" ", False)])
-def test_last_line_may_have_been_ended(tmp_path, added, whole):
+def test_last_line_may_have_been_ended(added, whole):
     name, data = named(content())
-    part = files.list_parts(
-        unpack(tmp_path, {**PROPER, "test": {name: data + added.encode()}}), tmp_path
-    )[-1]
-    assert part.damaged() == ([] if whole else [name.removesuffix(".question")])
+    file = cnn.File("test", name.removesuffix(".question"), data + added.encode())
+    assert file.is_whole() == whole
 
 
-def test_command_tells_what_there_is(tmp_path):
-    unpack(tmp_path / "source", {**PROPER, "test": PROPER["test"] | dict([named("")])})
-    words = ["cnn", f"--data_dir={tmp_path / 'data'}", f"--source_dir={tmp_path / 'source'}"]
-    result = subprocess.run(
-        [sys.executable, "-m", "scripts.prepare_data", *words],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "  counts: train 1, valid 1, test 1\n  complete: false\n" in result.stdout
-    assert "  skipped: train none, valid none, test (missing block 1)\n" in result.stdout
-    assert "is not all of CNN" in result.stderr and "Skipped of the test" in result.stderr
+def test_command_describes_what_there_is(tmp_path, caplog):
+    unpack(tmp_path, {**PROPER, "test": PROPER["test"] | dict([named("")])})
+    load("cnn", str(tmp_path))
+    lines = described(tmp_path / "prepared" / "cnn")
+    assert {
+        "  counts: train 1, valid 1, test 1",
+        "  complete: false",
+        "  skipped: train none, valid none, test (missing block 1)",
+    } <= set(lines)
+    assert "is not all of CNN" in caplog.text and "Skipped of the test" in caplog.text

@@ -113,31 +113,12 @@ def test_prefix_of_text8_says_so_in_its_name(tmp_path):
     assert data.name == "text8 prefix (10,000 / 1,000 / 1,000 characters)"
 
 
-def test_text8_too_short_for_the_split(tmp_path):
-    prepare_text8(tmp_path, 12_000, complete=False)
+@pytest.mark.parametrize("complete", [False, True])
+def test_text8_too_short_for_the_split(tmp_path, complete):
+    prepare_text8(tmp_path, 12_000, complete)
     message = error("text8", tmp_path, split=(90_000, 5_000, 5_000))
-    assert message.startswith("config.split is 90000,5000,5000, 100,000 characters in all")
-    assert "there are 12,000, a prefix of text8" in message
-    suggested = message.partition("use --config.split=")[2].partition(", or delete")[0]
-    split = tuple(map(int, suggested.split(",")))
-    assert split == (2_000, 5_000, 5_000)
-    assert len(corpus.load("text8", str(tmp_path), "", split).splits["train"]) == 2_000
-    message = error("text8", tmp_path, split=(90_000, 6_000, 6_000))
-    assert "a prefix of text8: ask for less" in message
-
-
-def test_complete_text8_too_short_for_the_split(tmp_path):
-    prepare_text8(tmp_path, 100, complete=True)
-    assert "100, the whole of text8" in error("text8", tmp_path, split=(91, 5, 5))
-
-
-@pytest.mark.parametrize(
-    "split", [(), (1, 2), (1, 2, 3, 4), (0, 5, 5), (-90, 5, 5), (0.9, 0.05, 0.05), ("a", 1, 1)]
-)
-def test_text8_wants_three_whole_numbers(tmp_path, split):
-    message = error("text8", tmp_path, split=split)
-    assert message.startswith("config.split is ") and "three whole numbers" in message
-    assert list(tmp_path.iterdir()) == []
+    assert message.startswith("config.split is 90000,5000,5000") and "12,000" in message
+    assert ("prefix of text8" in message) != complete
 
 
 # Text files
@@ -235,8 +216,8 @@ def test_text_file_of_another_encoding(book, mark):
 def test_text_too_short_for_the_split(book, split):
     path = book("abcdefghij")
     message = error(text_file=path, split=split)
-    assert message.startswith(f"config.text_file is {path}, whose 10 characters are too few")
-    assert f"config.split, {','.join(map(str, split))}" in message
+    assert message.startswith(f"config.split is {','.join(map(str, split))}")
+    assert f"{path}, has 10 characters" in message
 
 
 @pytest.mark.parametrize(
@@ -271,11 +252,6 @@ def test_encode():
         corpus.encode("axbx!", "abc")
 
 
-def test_corpus_is_no_data_set_of_its_own():
-    assert {"ptb", "text8"} <= set(prepared.names())
-    assert not {"corpus", "originals"} & set(prepared.names())
-
-
 def test_nul_characters_are_those_of_another_encoding(book):
     message = error(text_file=book("plain".encode("utf-16-le")))
-    assert "NUL characters, as UTF-16 does: convert the file" in message
+    assert "NUL characters" in message

@@ -1,17 +1,16 @@
 import dataclasses
 import hashlib
 import http.server
-import io
 import socket
 import sys
 import threading
-from pathlib import Path
 
+import numpy as np
 import pytest
-import requests
 import tensorflow_datasets as tfds
 
-from experiments.datasets import babi, mnist, originals, ptb, text8
+from experiments import datasets
+from experiments.datasets import examples, originals
 from experiments.datasets.originals import Original, Originals
 from experiments.runtime import progress
 from experiments.runtime.errors import UserError
@@ -28,144 +27,50 @@ WORDS = Originals(
 )
 
 
-class Words(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    VERSION = tfds.core.Version("1.0.0")
+@pytest.fixture
+def get(tmp_path):
+    """Contents of the originals in the folder `source`, and where they were downloaded from."""
+    (tmp_path / "work").mkdir()
 
-    def __init__(self, *, paths, **kwargs):
-        self.paths = paths
-        super().__init__(**kwargs)
+    def contents(words: Originals = WORDS) -> tuple[dict[str, bytes], list[str | None]]:
+        paths, files = words.get(tmp_path / "source", tmp_path / "work")
+        assert [{**f, "downloaded_from": 0} for f in files] == [
+            {"name": f.name, "size": f.size, "sha256": f.sha256, "downloaded_from": 0}
+            for f in words.files
+        ]
+        read = {name: path.read_bytes() for name, path in paths.items()}
+        return read, [file["downloaded_from"] for file in files]
 
-    def _info(self):
-        features = tfds.features.FeaturesDict({"word": tfds.features.Text()})
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-    def _split_generators(self, dl_manager):
-        return {"words": self._generate_examples([self.paths[name] for name in CONTENTS])}
-
-    def _generate_examples(self, paths):
-        words = b"".join(path.read_bytes() for path in paths).split()
-        yield from enumerate({"word": word} for word in words)
+    return contents
 
 
-def read_words(source_dir: Path, words: Originals = WORDS) -> tuple[list[bytes], dict]:
-    def builder_of(paths, data_dir):
-        return Words(paths=paths, data_dir=data_dir)
-
-    with words.built(source_dir, builder_of) as (builder, source):
-        return [example["word"] for example in originals.examples(builder, "words")], source
-
-
-def place(folder: Path, names=CONTENTS) -> None:
-    folder.mkdir(exist_ok=True)
+def place(folder, names=CONTENTS) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         (folder / name).write_bytes(CONTENTS[name])
 
 
-def words_error(source_dir: Path, words: Originals = WORDS) -> str:
-    with pytest.raises(UserError) as caught:
-        read_words(source_dir, words)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-@pytest.fixture(autouse=True)
-def work_dir(tmp_path_factory, monkeypatch):
-    """Where temporary files go; none may be left."""
-    folder = tmp_path_factory.mktemp("work")
-    monkeypatch.setattr("tempfile.tempdir", str(folder))
-    yield folder
-    assert not [path for path in folder.rglob("*") if path.is_file()]
-
-
-def use_network(monkeypatch, send):
-    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send)
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    def refuse(self, request, **kwargs):
-        raise requests.ConnectionError("no route")
-
-    use_network(monkeypatch, refuse)
-
-
-@pytest.fixture
-def host(monkeypatch):
-    """A download host that serves the files put into this dict; it lists what was asked for."""
-    files, asked = {}, []
-
-    def send(self, request, **kwargs):
-        asked.append((request.method, request.url))
-        response = requests.Response()
-        response.url, response.request = request.url, request
-        content = files.get(request.url)
-        response.status_code = 404 if content is None else 200
-        response.raw = io.BytesIO(content or b"")
-        return response
-
-    use_network(monkeypatch, send)
-    return files, asked
-
-
 @pytest.mark.parametrize("subfolder", ["", "words"])
-def test_files_at_hand_need_no_network(tmp_path, no_network, subfolder, capfd):
-    place(tmp_path / subfolder)
-    words, source = read_words(tmp_path)
-    assert words == [b"one", b"two", b"three"]
-    assert source["files"] == [
-        {"name": file.name, "size": file.size, "sha256": file.sha256, "downloaded_from": None}
-        for file in WORDS.files
-    ]
-    assert capfd.readouterr() == ("", "")
+def test_files_at_hand_are_used(tmp_path, get, host, subfolder):
+    place(tmp_path / "source" / subfolder)
+    assert get() == (CONTENTS, [None, None])
 
 
-def test_missing_file_is_downloaded(tmp_path, host, capfd):
-    place(tmp_path, ["first.txt"])
-    files, asked = host
-    files[f"{HOST}/second.txt"] = CONTENTS["second.txt"]
-    words, source = read_words(tmp_path)
-    assert words == [b"one", b"two", b"three"]
-    assert asked == [("GET", f"{HOST}/second.txt")]
-    assert [file["downloaded_from"] for file in source["files"]] == [None, f"{HOST}/second.txt"]
-    assert [path.name for path in tmp_path.iterdir()] == ["first.txt"]
-    assert capfd.readouterr() == ("", "")
+def test_missing_file_is_downloaded(tmp_path, get, host):
+    place(tmp_path / "source", ["first.txt"])
+    host[f"{HOST}/second.txt"] = CONTENTS["second.txt"]
+    assert get() == (CONTENTS, [None, f"{HOST}/second.txt"])
+    assert [path.name for path in (tmp_path / "source").iterdir()] == ["first.txt"]
 
 
-@pytest.mark.parametrize("package", ["tensorflow_datasets", "array_record", "importlib_resources"])
-def test_preparing_without_tfds_says_what_to_do(tmp_path, monkeypatch, package):
-    monkeypatch.setitem(sys.modules, package, None)
-    message = words_error(tmp_path)
-    assert message.startswith("Three words is not prepared") and package in message
-    assert f"copy {tmp_path / 'prepared' / 'words'} from" in message
-    assert "python -m scripts.prepare_data words ran" in message
-    assert "pip install -r requirements.txt" in message
-
-
-@pytest.mark.parametrize("subfolder", ["", "words"])
 @pytest.mark.parametrize("content", [b"thr", b"trhee\n"])
-def test_damaged_original_is_found_before_tfds(tmp_path, monkeypatch, subfolder, content):
-    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    place(tmp_path / subfolder)
-    path = tmp_path / subfolder / "second.txt"
+def test_damaged_file_is_reported(tmp_path, get, content):
+    place(tmp_path / "source" / "words")
+    path = tmp_path / "source" / "words" / "second.txt"
     path.write_bytes(content)
-    message = words_error(tmp_path)
-    assert message.startswith(f"{path} is damaged: {len(content)} bytes")
-    assert f"6 bytes, SHA-256 {WORDS.files[1].sha256[:12]}" in message
-    assert f"fetch it again from {HOST}/second.txt" in message
-
-
-def test_silent_network_is_not_waited_for(tmp_path, monkeypatch):
-    over = threading.Event()
-
-    def wait(self, request, **kwargs):
-        over.wait()
-        raise requests.ConnectionError
-
-    use_network(monkeypatch, wait)
-    monkeypatch.setattr(originals, "ANSWER_SECONDS", 0.1)
-    assert "(no answer)" in words_error(tmp_path)
-    over.set()
+    with pytest.raises(UserError) as caught:
+        get()
+    assert str(path) in str(caught.value) and f"{HOST}/second.txt" in str(caught.value)
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -192,7 +97,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def mirrors(monkeypatch):
-    """The three words, at several addresses of a server: `mirrors("404", "good")`."""
+    """The words, at several addresses of a server: `mirrors("404", "good")`."""
     monkeypatch.setenv("no_proxy", "*")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -209,69 +114,83 @@ def mirrors(monkeypatch):
         server.shutdown()
 
 
-@pytest.mark.parametrize("first", ["404", "503", "other", "broken"])
-def test_next_address_is_tried(tmp_path, mirrors, first, monkeypatch, capsys):
+@pytest.mark.parametrize("first", ["404", "other", "broken"])
+def test_next_address_is_tried(get, mirrors, first, monkeypatch, capsys):
     monkeypatch.setattr(progress, "SECONDS_LOGGED", -1)
-    originals = mirrors(first, "good")
-    words, source = read_words(tmp_path, originals)
+    words = mirrors(first, "good")
+    assert get(words) == (CONTENTS, [file.urls[1] for file in words.files])
     shown = capsys.readouterr().out
-    assert all(f"Downloading {file.urls[1]}: 1 of 1, " in shown for file in originals.files)
-    assert words == [b"one", b"two", b"three"]
-    assert [file["downloaded_from"] for file in source["files"]] == [
-        file.urls[1] for file in originals.files
-    ]
+    assert all(f"Downloading {file.urls[1]}: 1 of 1, " in shown for file in words.files)
 
 
-def test_error_says_what_each_address_answered(tmp_path, mirrors):
-    originals = mirrors("404", "503", "other", "broken")
+def test_error_says_what_each_address_answered(tmp_path, get, mirrors):
+    words = mirrors("404", "503", "other", "broken")
     with socket.socket() as free:  # nobody listens at this port
         free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/first.txt"
-        file = originals.files[0]
-        files = (file._replace(urls=(*file.urls, url)), originals.files[1])
-        message = words_error(tmp_path, dataclasses.replace(originals, files=files))
-    not_found, unavailable, other, broken = file.urls
-    assert message.startswith(f"Three words cannot be downloaded from {not_found} (404 Not Found) ")
-    for answer in (
-        f"{unavailable} (503 Service Unavailable)",
-        f"{other} (sent another file)",
-        f"{broken} (IncompleteRead(7 bytes read, 1 more expected))",
-        f"{url} (Connection refused)",
-    ):
-        assert f" or {answer}" in message
-    assert message.endswith(
-        "get first.txt, second.txt elsewhere, as on a machine with network, and place them in the "
-        f"folder {tmp_path / 'words'}"
-    )
+        unheard = f"http://127.0.0.1:{free.getsockname()[1]}/first.txt"
+        file = words.files[0]
+        files = (file._replace(urls=(*file.urls, unheard)), words.files[1])
+        with pytest.raises(UserError) as caught:
+            get(dataclasses.replace(words, files=files))
+    answers = ("404 Not Found", "503 Service Unavailable", "sent another file", "IncompleteRead")
+    for url, answer in zip((*file.urls, unheard), (*answers, "Connection refused"), strict=True):
+        assert f"{url} ({answer}" in str(caught.value)
+    assert "get first.txt, second.txt elsewhere" in str(caught.value)
+    assert str(tmp_path / "source" / "words") in str(caught.value)
 
 
-def test_rows_of_a_name_are_addresses_of_one_file(tmp_path):
-    rows = [("u/1", 5, "a", "x"), ("v/1", 5, "a", "x"), ("u/2", 6, "b", "y")]
-    table = "".join("\t".join(map(str, row)) + "\n" for row in rows)
-    (tmp_path / "checksums.tsv").write_text(table)
-    assert Originals.beside(str(tmp_path / "module.py"), "Title").files == (
-        Original("x", 5, "a", ("u/1", "v/1")),
-        Original("y", 6, "b", ("u/2",)),
-    )
+def test_silent_host_is_not_waited_for(get, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(originals, "TIMEOUT", (1, 0.1))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/first.txt"
+        words = dataclasses.replace(WORDS, files=(WORDS.files[0]._replace(urls=(url,)),))
+        with pytest.raises(UserError, match="timed out"):
+            get(words)
 
 
 @pytest.mark.parametrize(
-    ("module", "title", "names"),
+    ("name", "missing"),
     [
-        (babi, "bAbI", "tasks_1-20_v1-2.tar.gz"),
-        (mnist, "MNIST", "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz"),
-        (ptb, "Penn Treebank", "ptb.test.txt, ptb.train.txt, ptb.valid.txt"),
-        (text8, "text8", "text8.zip"),
+        ("babi", "tasks_1-20_v1-2.tar.gz"),
+        ("mnist", "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz"),
+        ("ptb", "ptb.train.txt, ptb.valid.txt, ptb.test.txt"),
+        ("text8", "text8.zip"),
     ],
 )
-def test_without_files_and_network_says_where_to_place_them(
-    tmp_path, no_network, module, title, names
-):
-    with pytest.raises(UserError) as caught:
-        module.prepare(tmp_path)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.startswith(f"{title} cannot be downloaded from http")
-    assert message.count("(no route)") >= 2 and f"{names} elsewhere" in message
-    assert message.endswith(f"in the folder {tmp_path / module.ORIGINALS.name}")
-    assert list(tmp_path.iterdir()) == []
+def test_each_data_set_says_what_to_place_where(tmp_path, load_error, name, missing):
+    message = load_error(name, tmp_path)
+    assert message.count("(404)") >= 2 and missing in message
+    assert message.endswith(str(tmp_path / name))
+
+
+# ---- Examples through TensorFlow Datasets.
+
+
+def test_examples_come_back_in_order(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    features = {
+        "text": tfds.features.Text(),
+        "row": tfds.features.Tensor(shape=(2,), dtype=np.uint8, encoding="bytes"),
+    }
+    splits = {
+        split: [{"text": f"é{i}", "row": np.array([i, 7], np.uint8)} for i in range(size)]
+        for split, size in {"long": 200, "short": 1}.items()
+    }
+    found = examples.read(features, {split: iter(rows) for split, rows in splits.items()})
+    assert found.keys() == splits.keys()
+    for split, rows in splits.items():
+        assert [row["text"].decode() for row in found[split]] == [row["text"] for row in rows]
+        np.testing.assert_array_equal([r["row"] for r in found[split]], [r["row"] for r in rows])
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("package", ["tensorflow_datasets", "array_record", "importlib_resources"])
+def test_missing_package_is_reported(tmp_path, monkeypatch, load_error, package):
+    for module in ("ptb", "examples"):
+        monkeypatch.delitem(sys.modules, f"experiments.datasets.{module}", raising=False)
+        monkeypatch.delattr(datasets, module, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    message = load_error("ptb", tmp_path)
+    assert package in message and "pip install -r requirements.txt" in message

@@ -15,8 +15,8 @@ def originals(data_dir):
 
 
 @pytest.fixture(scope="module")
-def made(originals, data_dir):
-    return ptb.prepare(data_dir)
+def made(originals, data_dir, tmp_path_factory):
+    return ptb.prepare(data_dir, tmp_path_factory.mktemp("work"))
 
 
 def test_splits_have_the_papers_sizes_and_symbols(made):

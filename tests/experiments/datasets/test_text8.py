@@ -1,19 +1,15 @@
 import functools
 import gzip
 import hashlib
-import io
 import re
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-import requests
 
-from experiments.datasets import prepared, text8
-from experiments.datasets.originals import Original, Originals
-from experiments.datasets.text8 import builder
-from experiments.runtime.errors import UserError
+from experiments.datasets import text8
+from experiments.datasets.originals import Originals
 
 VOCABULARY = " abcdefghijklmnopqrstuvwxyz"
 SIZE = 5_000
@@ -22,14 +18,6 @@ TEXT = "".join(VOCABULARY[symbol] for symbol in SYMBOLS).encode()
 
 # Without the time, which would make names of tests differ.
 compress = functools.partial(gzip.compress, mtime=0)
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    def refuse(self, request, **kwargs):
-        raise requests.ConnectionError
-
-    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", refuse)
 
 
 @pytest.fixture(scope="module")
@@ -43,29 +31,17 @@ def zipped(tmp_path_factory) -> bytes:
 @pytest.fixture
 def small(monkeypatch, zipped):
     """A text8 of 5,000 characters takes the place of the real one."""
-    (real,) = text8.ORIGINALS.files
-    file = Original(real.name, len(zipped), hashlib.sha256(zipped).hexdigest(), real.urls)
+    file = text8.ZIP._replace(size=len(zipped), sha256=hashlib.sha256(zipped).hexdigest())
     monkeypatch.setattr(text8, "ORIGINALS", Originals("text8", "text8", (file,)))
     monkeypatch.setattr(text8, "SIZE", SIZE)
     monkeypatch.setattr(text8, "MD5", hashlib.md5(TEXT).hexdigest())
-    monkeypatch.setattr(builder, "BLOCK", 999)  # the last block is short
+    monkeypatch.setattr(text8, "BLOCK", 999)  # the last block is short
 
 
 def place(path: Path, content: bytes) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
     return path
-
-
-def load_error(data_dir: Path) -> str:
-    """The error of loading, which leaves nothing behind."""
-    before = sorted(data_dir.rglob("*"))
-    with pytest.raises(UserError) as caught:
-        prepared.load("text8", str(data_dir))
-    message = str(caught.value)
-    assert "\n" not in message
-    assert sorted(data_dir.rglob("*")) == before
-    return message
 
 
 @pytest.mark.parametrize("subfolder", ["", "text8"])
@@ -77,7 +53,7 @@ def test_each_kind_of_file_is_read(tmp_path, small, zipped, subfolder, kind):
         "prefix": ("text8_first_3000.gz", compress(TEXT[:3000]), 3000),
     }[kind]
     place(tmp_path / subfolder / name, content)
-    arrays, info, source = text8.prepare(tmp_path)
+    arrays, info, source = text8.prepare(tmp_path, tmp_path)
     assert arrays.keys() == {"text"} and arrays["text"].dtype == np.uint8
     np.testing.assert_array_equal(arrays["text"], SYMBOLS[:size])
     assert info == {"vocabulary": VOCABULARY, "complete": kind != "prefix"}
@@ -94,7 +70,7 @@ def test_most_original_file_is_taken(tmp_path, small, zipped):
     place(tmp_path / "text8" / "text8_first_100.gz", compress(TEXT[:100]))
 
     def taken() -> str:
-        return text8.prepare(tmp_path)[2]["text"]["file"]
+        return text8.prepare(tmp_path, tmp_path)[2]["text"]["file"]
 
     assert taken() == "text8_first_100.gz"
     place(tmp_path / "text8" / "text8", TEXT)
@@ -103,20 +79,20 @@ def test_most_original_file_is_taken(tmp_path, small, zipped):
     assert taken() == "text8.zip"
 
 
-def test_prefix_of_full_length_is_the_complete_text(tmp_path, small):
+def test_prefix_of_full_length_is_the_complete_text(tmp_path, small, load_error):
     path = place(tmp_path / f"text8_first_{SIZE}.gz", compress(TEXT))
-    assert text8.prepare(tmp_path)[1]["complete"] is True
+    assert text8.prepare(tmp_path, tmp_path)[1]["complete"] is True
     place(path, compress(TEXT[::-1]))
-    assert load_error(tmp_path).startswith(f"{path} holds a text of MD5")
+    assert load_error("text8", tmp_path).startswith(f"{path} holds a text of MD5")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "no zip"])
-def test_damaged_zip_is_reported(tmp_path, small, zipped, damage):
+def test_damaged_zip_is_reported(tmp_path, small, zipped, damage, load_error):
     flipped = bytearray(zipped)
     flipped[100] ^= 1
     content = {"truncated": zipped[:-1], "flipped": bytes(flipped), "no zip": b"<html>"}[damage]
     path = place(tmp_path / "text8" / "text8.zip", content)
-    message = load_error(tmp_path)
+    message = load_error("text8", tmp_path)
     assert message.startswith(f"{path} is damaged: {len(content)} bytes")
     assert "fetch it again from http://mattmahoney.net/dc/text8.zip" in message
 
@@ -135,40 +111,34 @@ def test_damaged_zip_is_reported(tmp_path, small, zipped, damage):
         ("text8_first_6000.gz", compress(TEXT), "claims 6000 characters, and text8 has 5000"),
     ],
 )
-def test_damaged_text_is_reported(tmp_path, small, name, content, problem):
+def test_damaged_text_is_reported(tmp_path, small, name, content, problem, load_error):
     path = place(tmp_path / name, content)
-    message = load_error(tmp_path)
+    message = load_error("text8", tmp_path)
     assert message.startswith(f"{path} {problem}")
     assert re.search(r"delete it, and place text8.zip there, from http\S+/text8.zip,", message)
 
 
-def test_zip_of_another_text_is_reported(tmp_path, small, zipped, monkeypatch):
+def test_zip_of_another_text_is_reported(tmp_path, small, zipped, monkeypatch, load_error):
     monkeypatch.setattr(text8, "MD5", "0" * 32)
     path = place(tmp_path / "text8.zip", zipped)
-    assert load_error(tmp_path).startswith(f"{path} holds a text of MD5")
+    assert load_error("text8", tmp_path).startswith(f"{path} holds a text of MD5")
 
 
-def test_download_is_read(tmp_path, small, zipped, monkeypatch):
-    def send(self, request, **kwargs):
-        response = requests.Response()
-        response.url, response.request, response.status_code = request.url, request, 200
-        response.raw = io.BytesIO(zipped)
-        return response
-
-    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send)
-    arrays, info, source = text8.prepare(tmp_path)
+def test_download_is_read(tmp_path, small, zipped, host):
+    (tmp_path / "work").mkdir()
+    host[text8.ZIP.urls[1]] = zipped
+    arrays, info, source = text8.prepare(tmp_path, tmp_path / "work")
     np.testing.assert_array_equal(arrays["text"], SYMBOLS)
     assert info["complete"]
-    assert source["files"][0]["downloaded_from"] == "http://mattmahoney.net/dc/text8.zip"
-    assert list(tmp_path.iterdir()) == []
+    assert source["files"][0]["downloaded_from"] == text8.ZIP.urls[1]
 
 
-def test_real_prefix_holds_the_original_characters(data_dir):
+def test_real_prefix_holds_the_original_characters(data_dir, tmp_path):
     folder = data_dir / "text8"
     path = max(folder.glob("text8_first_*.gz"), default=None)
     if path is None or (folder / "text8.zip").exists() or (folder / "text8").exists():
         pytest.skip(f"needs a prefix of text8 in {folder}, and not all of it")
-    arrays, info, source = text8.prepare(data_dir)
+    arrays, info, source = text8.prepare(data_dir, tmp_path)
     assert not info["complete"] and source["text"]["file"] == path.name
     with gzip.open(path) as file:
         text = np.frombuffer(file.read(), np.uint8)

@@ -13,12 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import bnlstm_jax
 from bnlstm_jax.cells import Variant
-from bnlstm_jax.layers import flip_sequences
 from experiments.models.attentive_reader import FORMS, AttentiveReader, Encoder, Quirks
 from tests import reference, reference_reader
 from tests.reference import TERMS
@@ -66,10 +63,10 @@ def make_reader(form, mask=False, param_dtype=jnp.float64, quirks=None, **option
     return AttentiveReader(WORDS, UNITS, quirks=quirks, **FORMS[form], **options)
 
 
-def make_batch(lengths="padded", seed=0, time=TIME, question=QUESTION):
+def make_batch(lengths="padded", seed=0):
     rng = np.random.default_rng(seed)
-    passages = rng.integers(0, WORDS, (BATCH, time))
-    questions = rng.integers(0, WORDS, (BATCH, question))
+    passages = rng.integers(0, WORDS, (BATCH, TIME))
+    questions = rng.integers(0, WORDS, (BATCH, QUESTION))
     return passages, questions, *map(np.array, LENGTHS[lengths])
 
 
@@ -118,24 +115,19 @@ def values(form, train, mask=False, **options):
 
 
 @functools.cache
-def gradients(form, mask=False, train=True):
-    """A compiled function: gradients of weighted logits, and logits, attention and statistics."""
-    reader = make_reader(form, mask)
+def gradients(form):
+    """A compiled function: gradients of weighted logits in training, without padding."""
+    reader = make_reader(form, mask=True)
 
     def value(params, stats, batch, weights):
-        result = applied(reader, params, stats, batch, train)
-        return (weights * result[0]).sum(), result
+        return (weights * applied(reader, params, stats, batch, True)[0]).sum()
 
-    return quickly(jax.grad(value, has_aux=True))
+    return quickly(jax.grad(value))
 
 
 def run(form, train, mask, params, stats, batch):
-    """Logits, attention and statistics, of programs that there are already."""
-    if not train:
-        return values(form, train)(params, stats, batch)
-    return gradients(form, mask and form != "lstm")(params, stats, batch, np.ones((BATCH, WORDS)))[
-        1
-    ]
+    """Logits, attention and statistics."""
+    return values(form, train, train and mask)(params, stats, batch)
 
 
 def leaves(tree):
@@ -214,11 +206,18 @@ def reader_terms():
     return "passage", "question", "attended", "readout_question", "mean"
 
 
-RUNS = {"released": (True, False), "masked": (True, True), "population": (False, False)}
+# Forms, whether they train, and whether padding is left out of statistics. The authors' arrays
+# (test_reader_against_authors.py) cover the others.
+RUNS = [
+    *((form, True, False) for form in FORMS),
+    ("bn_everywhere", True, True),
+    ("bn_e_star_star", True, True),
+    ("bn_everywhere", False, False),
+    ("bn_e_star_star", False, False),
+]
 
 
-@pytest.mark.parametrize("train, mask", RUNS.values(), ids=RUNS.keys())
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form, train, mask", RUNS)
 def test_equals_the_reference(form, train, mask, double):
     params, stats, _ = draw(form)
     for lengths in LENGTHS:
@@ -232,18 +231,17 @@ def test_equals_the_reference(form, train, mask, double):
         assert_close(result[2], statistics_after(stats, found) if train else stats, **VALUES)
 
 
-@pytest.mark.parametrize("mask", [False, True], ids=["released", "masked"])
-@pytest.mark.parametrize("form", FORMS)
-def test_gradients_against_finite_differences_of_the_reference(form, mask, double):
+@pytest.mark.parametrize("form", ["bn_everywhere", "bn_e_star_star"])
+def test_gradients_against_finite_differences_of_the_reference(form, double):
     params, stats, weights = draw(form, seed=1)
     batch = make_batch()
-    found, _ = gradients(form, mask and form != "lstm")(params, stats, batch, weights)
+    found = gradients(form)(params, stats, batch, weights)
     flat, structure = jax.tree.flatten(params)
     rng = np.random.default_rng(0)
 
     def value(k, moved):
         moved = jax.tree.unflatten(structure, [*flat[:k], moved, *flat[k + 1 :]])
-        return (weights * reference_reader.read(form, moved, *batch, mask_statistics=mask)[0]).sum()
+        return (weights * reference_reader.read(form, moved, *batch, mask_statistics=True)[0]).sum()
 
     for k, (path, gradient) in enumerate(leaves(found).items()):
         for _ in range(2):
@@ -254,71 +252,13 @@ def test_gradients_against_finite_differences_of_the_reference(form, mask, doubl
             np.testing.assert_allclose(derivative, expected, err_msg=path, **GRADIENTS)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_initial_hidden_state_is_learned_only_where_it_has_an_effect(form, double):
-    params, stats, weights = draw(form)
-    found, _ = gradients(form)(params, stats, make_batch(), weights)
-    for encoder in ("passage", "question"):
-        for direction in found[encoder].values():
-            # Under batch statistics it is the same in all examples, and taken away.
-            assert np.all((direction["initial_hidden"] == 0) == (form != "lstm"))
-    if form == "bn_lstm":
-        found, _ = gradients(form, train=False)(params, stats, make_batch(), weights)
-        assert np.all(found["passage"]["forward"]["initial_hidden"] != 0)
-
-
-def test_what_is_added_to_variances_can_be_chosen(double):
+def test_epsilon_is_a_field(double):
     params, stats, _ = draw("bn_e_star")
-    quirks, epsilons = Quirks(sequence_epsilon=0.5), dict(epsilon=0.2, sequence_epsilon=0.5)
-    logits, _, _ = values("bn_e_star", False, quirks=quirks, epsilon=0.2)(
-        params, stats, make_batch()
-    )
+    logits, _, _ = values("bn_e_star", False, epsilon=0.2)(params, stats, make_batch())
     expected, _, _ = reference_reader.read(
-        "bn_e_star", params, *make_batch(), statistics=stats, **epsilons
+        "bn_e_star", params, *make_batch(), statistics=stats, epsilon=0.2
     )
     np.testing.assert_allclose(logits, expected, **VALUES)
-
-
-def test_bilinear_term_and_mean_passage_can_be_left_out(double):
-    params, _, _ = draw("lstm")
-    batch = make_batch()
-    for option, name in (("bilinear", "bilinear_kernel"), ("mean_passage", "mean_kernel")):
-        without = {key: leaf for key, leaf in params.items() if key != name}
-        logits, _, _ = values("lstm", True, quirks=Quirks(**{option: False}))(without, {}, batch)
-        zero = params | {name: np.zeros_like(params[name])}
-        expected, _, _ = reference_reader.read("lstm", zero, *batch)
-        np.testing.assert_allclose(logits, expected, **VALUES)
-
-
-def test_double_bias_doubles_bias_and_its_gradient(double):
-    params, _, weights = draw("lstm")
-    batch = make_batch()
-
-    reader = make_reader("lstm", quirks=Quirks(double_bias=True))
-
-    def value(params):
-        logits = reader.apply({"params": params}, *batch)
-        return (weights * logits).sum(), logits
-
-    doubled = jax.tree.map(lambda leaf: leaf, params)
-    for encoder in ("passage", "question"):
-        doubled[encoder]["forward"]["bias"] = 2 * params[encoder]["forward"]["bias"]
-    by_factor, logits = quickly(jax.grad(value, has_aux=True))(params)
-    by_bias, (same, _, _) = gradients("lstm")(doubled, {}, batch, weights)
-    expected, _, _ = reference_reader.read("lstm", params, *batch, bias_factor=2)
-    np.testing.assert_allclose(logits, expected, **VALUES)
-    np.testing.assert_allclose(same, expected, **VALUES)
-    for encoder in ("passage", "question"):
-        by_bias[encoder]["forward"]["bias"] *= 2
-    assert_close(by_factor, by_bias, **VALUES)
-
-
-def test_double_bias_is_the_lstms_alone(double):
-    params, stats, _ = draw("bn_lstm")
-    batch = make_batch()
-    once = values("bn_lstm", False)(params, stats, batch)
-    twice = values("bn_lstm", False, quirks=Quirks(double_bias=True))(params, stats, batch)
-    np.testing.assert_array_equal(once[0], twice[0])
 
 
 # ---- Padding.
@@ -342,9 +282,10 @@ def more_padding(batch):
 
 RUNS_BLIND_TO_PADDING = [
     ("lstm", True, False),
-    *((form, False, False) for form in FORMS),
-    *((form, True, True) for form in NORMALISED),
-    *((form, True, False) for form in SEQUENCE),
+    ("bn_everywhere", True, True),
+    ("bn_e_star", True, False),
+    ("bn_e_star_star", True, True),
+    ("bn_e_star_star", False, False),
 ]
 
 
@@ -364,8 +305,8 @@ def test_padding_has_no_influence(form, train, mask, double):
             assert_close(statistics[name], updated[name], **VALUES)
 
 
-@pytest.mark.parametrize("form", ["bn_lstm", "bn_everywhere"])
-def test_statistics_of_each_step_may_count_padding(form, double):
+def test_statistics_of_each_step_may_count_padding(double):
+    form = "bn_everywhere"
     params, stats, _ = draw(form)
     batch = make_batch()
     for mask in (False, True):
@@ -373,120 +314,26 @@ def test_statistics_of_each_step_may_count_padding(form, double):
         assert np.allclose(runs[0][0], runs[1][0], atol=1e-3) == mask
 
 
-def test_one_step_of_padding_counts_in_the_released_attention(double):
-    params, stats, _ = draw("bn_e_star")
-    long = make_batch()
-    cut = {steps: (long[0][:, :steps], *long[1:]) for steps in (4, 5)}  # the longest has 4
-    two = run("bn_e_star", True, False, params, stats, long)
-    none, one = (values("bn_e_star", True)(params, stats, batch) for batch in cut.values())
-    np.testing.assert_allclose(one[0], two[0], **VALUES)
-    assert not np.allclose(none[0], two[0], atol=1e-4)
-
-
-@pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
-@pytest.mark.parametrize("form", FORMS)
-def test_nothing_is_attended_to_behind_a_passage(form, train, double):
-    params, stats, _ = draw(form)
-    for lengths in LENGTHS:
-        batch = make_batch(lengths)
-        _, attention, _ = run(form, train, False, params, stats, batch)
-        valid = np.arange(TIME) < batch[2][:, None]
-        assert np.all((attention > 0) == valid)
-        np.testing.assert_allclose(attention.sum(1), batch[2] > 0, rtol=1e-12)
-
-
-@pytest.mark.parametrize("mask", [False, True], ids=["released", "masked"])
-@pytest.mark.parametrize("form", FORMS)
-def test_passages_and_questions_without_a_word_stay_finite(form, mask, double):
+@pytest.mark.parametrize("form", ["bn_everywhere", "bn_e_star_star"])
+def test_gradients_of_empty_passages_and_questions_are_finite(form, double):
     params, stats, weights = draw(form)
-    mask = mask and form != "lstm"
     for lengths in ("empty", "all empty"):
-        batch = make_batch(lengths)
-        found = gradients(form, mask)(params, stats, batch, weights)
+        found = gradients(form)(params, stats, make_batch(lengths), weights)
         for path, leaf in leaves(found).items():
             assert np.isfinite(leaf).all(), path
-
-
-# ---- Directions.
-
-
-@given(lengths=st.lists(st.integers(0, TIME), min_size=1, max_size=5), features=st.booleans())
-@settings(max_examples=20, deadline=None)
-def test_reversal_turns_words_round_and_leaves_padding(lengths, features):
-    shape = (TIME, len(lengths), 2) if features else (TIME, len(lengths))
-    x = np.arange(np.prod(shape)).reshape(shape)
-    flipped = np.asarray(flip_sequences(x, np.array(lengths)))
-    for b, n in enumerate(lengths):
-        np.testing.assert_array_equal(flipped[:n, b], x[:n, b][::-1])
-        np.testing.assert_array_equal(flipped[n:, b], x[n:, b])
-    np.testing.assert_array_equal(flip_sequences(flipped, np.array(lengths)), x)
-
-
-@pytest.mark.parametrize("normalise", [False, True], ids=["LSTM", "BN-LSTM"])
-def test_backwards_is_forwards_on_the_reversed_sequence(normalise, double):
-    form = "bn_lstm" if normalise else "lstm"
-    layer = make_reader(form).recurrent_layer(nn.initializers.normal(1.0), TIME)
-    batch = make_batch()
-    x, lengths = np.random.default_rng(3).normal(size=(BATCH, TIME, UNITS)), batch[2]
-    inputs = [reference.flip(x, lengths), x]
-    encoder = Encoder(layer, bidirectional=True)
-    params, _, _ = draw(form)
-    same = params["passage"]["forward"]
-    variables = {"params": {"forward": same, "backward": same}}
-    (hidden, last), _ = encoder.apply(variables, inputs, lengths, False, mutable=["batch_stats"])
-    forward, backward = np.split(np.asarray(hidden), 2, axis=2)
-    valid = (np.arange(TIME) < lengths[:, None])[..., None]
-    np.testing.assert_allclose(backward, reference.flip(forward, lengths) * valid, **VALUES)
-    assert np.all(backward[~valid[..., 0]] == 0)
-    # Behind the end the forward state stands still, and the last backward one read the first word.
-    ends = forward[np.arange(BATCH), lengths - 1]
-    np.testing.assert_array_equal(forward[:, -1], ends)
-    np.testing.assert_array_equal(last, np.concatenate([ends, backward[:, 0]], axis=1))
-    np.testing.assert_allclose(last[:, :UNITS], last[:, UNITS:], **VALUES)
 
 
 # ---- Statistics.
 
 
-@pytest.mark.parametrize("mask", [False, True], ids=["released", "masked"])
-@pytest.mark.parametrize("form", NORMALISED)
-def test_input_statistics_without_momentum_are_those_of_the_batch(form, mask, double):
-    params, stats, weights = draw(form)
-    batch = make_batch()
-    _, (_, _, updated) = gradients(form, mask)(params, stats, batch, weights)
-    for name, words, lengths in zip(("passage", "question"), batch[:2], batch[2:], strict=True):
-        for direction, layer in params[name].items():
-            embedded = params["embedding"][words]
-            if direction == "backward":
-                embedded = reference.flip(embedded, lengths)
-            projected = embedded @ layer["input_kernel"]
-            tokens = np.arange(words.shape[1]) < lengths[:, None]
-            recorded = updated[name][direction]
-            if form in SEQUENCE:
-                chosen = projected[tokens]
-                np.testing.assert_allclose(recorded["input_mean"], chosen.mean(0), **VALUES)
-                np.testing.assert_allclose(recorded["input_var"], chosen.var(0), **VALUES)
-                continue
-            for t in range(lengths.max()):
-                chosen = projected[tokens[:, t], t] if mask else projected[:, t]
-                np.testing.assert_allclose(recorded["input_mean"][t], chosen.mean(0), **VALUES)
-                np.testing.assert_allclose(recorded["input_var"][t], chosen.var(0), **VALUES)
-
-
-@pytest.mark.parametrize(
-    "form, mask, late_steps",
-    [
-        ("bn_everywhere", False, "repeat"),
-        ("bn_e_star_star", True, "skip"),
-    ],
-)
-def test_population_statistics_are_averages_over_batches(form, mask, late_steps, double):
+def test_population_statistics_are_averages_over_batches(double):
+    form, mask, late_steps = "bn_everywhere", True, "repeat"
     steps = dict(passage_steps=TIME, question_steps=QUESTION + 1)
     params, stats, _ = draw(form, **steps)
     reader = make_reader(form, mask, **steps)
-    # Their longest passages and questions have 6 and 4 words, and 4 and 3 of 5 and 4 steps. No
-    # question reaches the last row of its table.
-    batches = [make_batch("full"), make_batch("padded", 1, time=5)]
+    # Their longest passages and questions have 6 and 4 words, and 4 and 3. No question reaches the
+    # last row of its table.
+    batches = [make_batch("full"), make_batch("padded", 1)]
     got = bnlstm_jax.estimate_population_statistics(
         reader,
         {"params": params, "batch_stats": stats},
@@ -505,23 +352,20 @@ def test_population_statistics_are_averages_over_batches(form, mask, late_steps,
             # Only those of masked steps are NaN, without a row behind them.
             found = [moment[~np.isnan(moment).any(axis=1)] for moment in found]
             steps = max(map(len, found))
-            if late_steps == "repeat":
-                found = [np.pad(m, ((0, steps - len(m)), (0, 0)), mode="edge") for m in found]
-            at = [[moment[t] for moment in found if t < len(moment)] for t in range(steps)]
-            table = np.stack([np.mean(rows, axis=0) for rows in at])
+            found = [np.pad(m, ((0, steps - len(m)), (0, 0)), mode="edge") for m in found]
+            table = np.mean(found, axis=0)
             expected = np.pad(table, ((0, len(statistic) - steps), (0, 0)), mode="edge")
         else:
             expected = np.mean(found, axis=0)
         np.testing.assert_allclose(statistic, expected, err_msg=path, **VALUES)
 
 
-@pytest.mark.parametrize(
-    "form, mask",
-    [("bn_lstm", False), ("bn_everywhere", True), ("bn_e_star", True), ("bn_e_star_star", False)],
-)
-def test_one_batch_makes_inference_equal_training(form, mask, double):
+def test_one_batch_makes_inference_equal_training(double):
+    form, mask = "bn_everywhere", True
     params, stats, _ = draw(form)
-    batch = make_batch()  # no longer than the tables
+    words = make_batch()[:2]
+    # No longer than the tables, and two sequences reach each step: one has no variance.
+    batch = *words, np.array((4, 1, 3, 4)), np.array((3, 1, 3, 2))
     training = run(form, True, mask, params, stats, batch)
     found = bnlstm_jax.estimate_population_statistics(
         make_reader(form, mask),
@@ -535,8 +379,8 @@ def test_one_batch_makes_inference_equal_training(form, mask, double):
         np.testing.assert_allclose(mine, wanted, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("form", ["lstm", "bn_e_star_star"])
-def test_inference_is_outside_of_mapped_axes(form, double):
+def test_inference_is_outside_of_mapped_axes(double):
+    form = "bn_e_star_star"
     params, stats, _ = draw(form)
     expected = run(form, False, False, params, stats, make_batch())
     found = values(form, False, axis_name="devices")(params, stats, make_batch())
@@ -585,20 +429,16 @@ def test_dropout_needs_a_key_and_may_be_told_to_rest():
     assert np.all(np.any(first != second, axis=1)) and np.all(np.any(first != plain, axis=1))
 
 
-@pytest.mark.parametrize("unscaled", [False, True], ids=["scaled", "unscaled"])
-def test_dropout_of_embeddings_and_of_the_answer(unscaled):
+def test_dropout_of_embeddings_and_of_the_answer():
     keep = 0.75
-    reader, params, batch = single_reader(
-        dropout_rate=1 - keep, quirks=Quirks(unscaled_dropout=unscaled)
-    )
-    kept = 1.0 if unscaled else 1 / keep
+    reader, params, batch = single_reader(dropout_rate=1 - keep)
     _, given = dropped(reader, params, batch, 1)
     masks = []
     for name, words in zip(("passage", "question"), batch, strict=False):
         embedded = params["embedding"][words]
         for of_direction in given[name]:
             mask = of_direction != 0  # no embedding is
-            np.testing.assert_allclose(of_direction, np.where(mask, kept * embedded, 0), rtol=1e-6)
+            np.testing.assert_allclose(of_direction, np.where(mask, embedded / keep, 0), rtol=1e-6)
             masks.append(mask)
     # Independent in every element, direction and sequence: 240 draws, with a deviation of 3%.
     assert abs(np.concatenate(masks, axis=None).mean() - keep) < 0.12
@@ -615,11 +455,11 @@ def test_dropout_of_embeddings_and_of_the_answer(unscaled):
     )(jax.random.split(jax.random.key(3), 1000))[..., :UNITS]
     whole = whole[:, :UNITS]
     mask = answers != 0
-    np.testing.assert_allclose(answers, np.where(mask, kept * whole, 0), rtol=1e-5)
+    np.testing.assert_allclose(answers, np.where(mask, whole / keep, 0), rtol=1e-5)
     # What is shown at inference is the mean over keys: 1000 have a deviation of 2% of it.
     inference = dropped(reader, params, batch)[0][:, :UNITS]
     np.testing.assert_allclose(answers.mean(0), inference, rtol=0.1)
-    np.testing.assert_allclose(inference, (keep if unscaled else 1) * whole, rtol=1e-6)
+    np.testing.assert_allclose(inference, whole, rtol=1e-6)
 
 
 def test_unscaled_dropout_is_the_scaled_one_of_smaller_weights():
@@ -653,8 +493,7 @@ def blocks(params, units):
     return np.concatenate([np.split(k, k.shape[1] // units, axis=1) for k in kernels])
 
 
-@pytest.mark.parametrize("identical", [False, True])
-@pytest.mark.parametrize("form", ["bn_lstm", "bn_e_star_star"])
+@pytest.mark.parametrize("form, identical", [("bn_lstm", False), ("bn_e_star_star", True)])
 def test_initial_values(form, identical):
     units, words = 8, 50
     scale = 0.2 if identical else 0.1  # which is not said
@@ -691,24 +530,21 @@ def test_initial_values(form, identical):
 
 
 def test_single_precision_and_bfloat16():
-    params, stats, weights = jax.tree.map(np.float32, draw("bn_e_star"))
+    params, stats, _ = jax.tree.map(np.float32, draw("bn_e_star"))
     batch = make_batch()
     exact = jax.tree.map(np.float64, params)
     expected, _, _ = reference_reader.read("bn_e_star", exact, *batch)
     single = make_reader("bn_e_star", param_dtype=jnp.float32)
 
-    def value(params, reader):
-        logits, _, _ = applied(reader, params, stats, batch, True)
-        return (weights * logits).sum(), logits
+    def read(params, reader):
+        return applied(reader, params, stats, batch, True)[0]
 
-    _, logits = quickly(functools.partial(value, reader=single))(params)
+    logits = quickly(functools.partial(read, reader=single))(params)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, expected, **SINGLE)
 
-    half = functools.partial(value, reader=single.clone(dtype=jnp.bfloat16))
-    gradient, logits = quickly(jax.grad(half, has_aux=True))(params)
+    logits = quickly(functools.partial(read, reader=single.clone(dtype=jnp.bfloat16)))(params)
     assert logits.dtype == jnp.float32
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((gradient, logits)))
     # Products lose 2^-9 of their factors; normalisation of four rows enlarges that.
     assert 1e-4 < np.abs(logits - expected).max() < 0.3
 
@@ -729,42 +565,33 @@ def test_matrix_products_have_operands_in_bfloat16():
 # ---- The options that the reader has of the layers.
 
 
-@pytest.mark.parametrize("input_statistics", ["per_step", "sequence"])
-def test_each_term_is_masked_by_itself_and_input_has_its_epsilon(input_statistics, double):
+@pytest.mark.parametrize(
+    "input_statistics, masked", [("per_step", ("recurrent",)), ("sequence", ("input", "cell"))]
+)
+def test_each_term_is_masked_by_itself_and_input_has_its_epsilon(input_statistics, masked, double):
     params, _, _ = draw("bn_lstm")
     params = params["passage"]["forward"]
     # Small inputs, so that the variance is not large against what is added.
     x = 1e-2 * np.random.default_rng(0).normal(size=(BATCH, TIME, UNITS))
     lengths = np.array([4, 1, 3, 2])
-    last = []
-    for bits in range(8):
-        masked = tuple(term for k, term in enumerate(TERMS) if bits >> k & 1)
-        layer = bnlstm_jax.BNLSTM(
-            UNITS,
-            max_steps=TIME,
-            input_statistics=input_statistics,
-            mask_statistics=masked,
-            variant=Variant(learned_cell=False, input_epsilon=1e-3),
-            momentum=0.0,
-            param_dtype=jnp.float64,
-        )
-        y, updated = layer.apply(
-            {"params": params}, x, seq_lengths=lengths, use_running_average=False, mutable=True
-        )
-        expected, _, found = reference_reader.recur(
-            params, x, lengths, True, input_statistics == "sequence", masked, 1e-3
-        )
-        np.testing.assert_allclose(y, expected, **VALUES)
-        initial = {n: np.full_like(m, float(n.endswith("var"))) for n, m in found.items()}
-        assert_close(dict(updated["batch_stats"]), statistics_after(initial, found), **VALUES)
-        last.append(expected[:, -1])
-        if bits in (0, 7):
-            same = layer.clone(mask_statistics=bits == 7).apply(
-                {"params": params}, x, seq_lengths=lengths, use_running_average=False, mutable=True
-            )
-            np.testing.assert_array_equal(same[0], y)
-    for a, b in itertools.combinations(last, 2):
-        assert not np.allclose(a, b, atol=1e-4)  # each makes a difference
+    layer = bnlstm_jax.BNLSTM(
+        UNITS,
+        max_steps=TIME,
+        input_statistics=input_statistics,
+        mask_statistics=masked,
+        variant=Variant(learned_cell=False, input_epsilon=1e-3),
+        momentum=0.0,
+        param_dtype=jnp.float64,
+    )
+    y, updated = layer.apply(
+        {"params": params}, x, seq_lengths=lengths, use_running_average=False, mutable=True
+    )
+    expected, _, found = reference_reader.recur(
+        params, x, lengths, True, input_statistics == "sequence", masked, 1e-3
+    )
+    np.testing.assert_allclose(y, expected, **VALUES)
+    initial = {n: np.full_like(m, float(n.endswith("var"))) for n, m in found.items()}
+    assert_close(dict(updated["batch_stats"]), statistics_after(initial, found), **VALUES)
 
 
 def test_lstm_layer_and_cell_without_the_parameters_that_the_reader_has_not(double):

@@ -1,4 +1,4 @@
-"""bAbI tasks 1, 2, 4 and 5 as questions on passages, through TFDS without TensorFlow.
+"""bAbI tasks 1, 2, 4 and 5 as questions on passages.
 
 A passage is what the story of a question states before it. People, places and things are
 entities, a name being the same one throughout. A question has no placeholder, it asks in words:
@@ -13,13 +13,14 @@ import hashlib
 import itertools
 import re
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePath
-from typing import Any
 
-from experiments.datasets.originals import Originals, examples, matching
+import tensorflow_datasets as tfds
+
+from experiments.datasets import examples
+from experiments.datasets.originals import Originals, matching
 from experiments.datasets.prepared import Made
 from experiments.datasets.question_arrays import ENTITY, Question, pack
 from experiments.runtime.errors import UserError
@@ -59,6 +60,7 @@ SHA256 = {
     ),
 }
 TASKS = ("qa1", "qa2", "qa4", "qa5")
+FEATURES = {"story": tfds.features.Text()}
 
 PEOPLE = ("bill", "daniel", "fred", "jeff", "john", "mary", "sandra")
 PLACES = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
@@ -68,8 +70,8 @@ ENTITIES = {
 }
 
 
-def prepare(source_dir: Path) -> Made:
-    """Makes the arrays from the original texts, downloading them if they are not at hand.
+def prepare(source_dir: Path, work_dir: Path) -> Made:
+    """Makes the arrays from the original texts, downloading them if they are missing.
 
     The last tenth of the training stories validates: the last 1,000 questions of each task.
 
@@ -78,6 +80,7 @@ def prepare(source_dir: Path) -> Made:
             the original `tasks_1-20_v1-2.tar.gz`; its folder `en-10k`, or `tasks_1-20_v1-2` with
             this folder; an archive `babi*.tgz` or `babi*.tar.gz` that contains this folder, such as
             Keras's or ParlAI's.
+        work_dir: Folder for downloads.
 
     Returns:
         For each task the arrays that `experiments/datasets/question_arrays.py` describes, under
@@ -85,33 +88,26 @@ def prepare(source_dir: Path) -> Made:
         split; the source.
 
     Raises:
-        UserError: If the original is damaged, if there is none and it cannot be downloaded, or if
-            TensorFlow Datasets is not installed.
+        UserError: If the original is damaged, or there is none and it cannot be downloaded.
     """
-    path = _at_hand(source_dir)
-    texts, origin = (_read_texts(path), path.name) if path else _download(source_dir)
-
-    def babi_stories(_: dict[str, Path], data_dir: Path) -> Any:
-        from experiments.datasets.babi.builder import BabiStories
-
-        return BabiStories(texts=texts, data_dir=data_dir)
-
-    with ORIGINALS.built(source_dir, babi_stories) as (builder, source):
-        stories = {
-            name: [row["story"].decode("ascii") for row in examples(builder, name)]
-            for name in texts
-        }
-    source["texts"] = {"from": origin, "sha256": SHA256}
+    if path := _at_hand(source_dir):
+        origin, texts = path.name, _read_texts(path)
+    else:
+        archive = work_dir / ARCHIVE
+        origin, texts = ORIGINALS.download(URLS, archive, _read_texts, [ARCHIVE], source_dir)
+    stories = examples.read(FEATURES, {name: _stories(text) for name, text in texts.items()})
     arrays, counts = {}, {}
     for task in TASKS:
         train, test = (
-            _questions(name, stories[name]) for name in (f"{task}_train", f"{task}_test")
+            _questions(name, [row["story"].decode("ascii") for row in stories[name]])
+            for name in (f"{task}_train", f"{task}_test")
         )
         cut = len(train) - len(train) // 10
         parts = {"train": train[:cut], "valid": train[cut:], "test": test}
         splits = {split: list(itertools.chain(*part)) for split, part in parts.items()}
         arrays |= pack(splits, prefix=f"{task}_")
         counts[task] = {split: len(questions) for split, questions in splits.items()}
+    source = {"texts": {"from": origin, "sha256": SHA256}, "packages": examples.PACKAGES}
     return arrays, {"questions": counts}, source
 
 
@@ -124,23 +120,6 @@ def _at_hand(source_dir: Path) -> Path | None:
         if archives := matching(folder, "babi*.tgz") + matching(folder, "babi*.tar.gz"):
             return archives[0]
     return None
-
-
-def _download(source_dir: Path) -> tuple[dict[str, str], str]:
-    """The texts of the archive that an address has, and the address."""
-    ORIGINALS.require_packages(source_dir)
-    with tempfile.TemporaryDirectory(prefix="babi-") as work_dir:
-        path = Path(work_dir) / ARCHIVE
-        url = ORIGINALS.download(URLS, path, _is_original, [ARCHIVE], source_dir)
-        return _read_texts(path), url
-
-
-def _is_original(path: Path) -> bool:
-    try:
-        _read_texts(path)
-    except UserError:
-        return False
-    return True
 
 
 def _read_texts(path: Path) -> dict[str, str]:
@@ -183,6 +162,11 @@ def _damaged(path: Path, problem: str) -> UserError:
         f"{path} {problem}: delete it, and place {ARCHIVE} in the folder {folder}, from {URLS[0]}, "
         "or let it be downloaded"
     )
+
+
+def _stories(text: str) -> list[dict[str, str]]:
+    """The stories of a text, as numbered lines: a line numbered 1 starts a story."""
+    return [{"story": story} for story in re.split(r"^(?=1 )", text, flags=re.MULTILINE)[1:]]
 
 
 def _questions(name: str, stories: list[str]) -> list[list[Question]]:

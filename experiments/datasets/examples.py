@@ -1,0 +1,67 @@
+"""Examples of original files through TensorFlow Datasets, which needs no TensorFlow for that."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+# TFDS imports these two only when it needs them. Whoever lacks one learns it before a download.
+import array_record  # noqa: F401
+import importlib_resources  # noqa: F401
+import tensorflow_datasets as tfds
+from absl import logging
+
+PACKAGES = ["tensorflow-datasets", "array_record"]  # whose versions manifests note
+Features = Mapping[str, tfds.features.FeatureConnector]
+Example = dict[str, Any]
+
+
+class Examples(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """The builder of every data set: examples in the order in which they are generated."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(
+        self, *, features: Features, splits: Mapping[str, Iterable[Example]], data_dir: str
+    ) -> None:
+        """Examples of each split, with these `features`, are written to `data_dir`."""
+        self.features, self.splits = features, splits
+        super().__init__(data_dir=data_dir, file_format="array_record")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict(dict(self.features))
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        return {split: self._generate_examples(split) for split in self.splits}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, Example]]:
+        yield from enumerate(self.splits[split])
+
+
+def read(features: Features, splits: Mapping[str, Iterable[Example]]) -> dict[str, list[Example]]:
+    """Examples of each split as TFDS returns them: checked and encoded by their features.
+
+    Args:
+        features: The type of each entry of an example.
+        splits: The examples by split, in their order.
+    """
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        builder = Examples(features=features, splits=splits, data_dir=folder)
+        builder.download_and_prepare()
+        sources = {split: builder.as_data_source(split) for split in splits}
+        # Four times as fast as iterating.
+        return {split: rows.__getitems__(range(len(rows))) for split, rows in sources.items()}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences TFDS, which shows bars, and prints and logs its temporary files."""
+    tfds.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(None):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
