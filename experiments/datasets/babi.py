@@ -76,19 +76,19 @@ def prepare(source_dir: Path, work_dir: Path) -> Made:
     The last tenth of the training stories validates: the last 1,000 questions of each task.
 
     Args:
-        source_dir: Folder in which, or in whose subfolder `babi`, are looked for, in this order:
-            the original `tasks_1-20_v1-2.tar.gz`; its folder `en-10k`, or `tasks_1-20_v1-2` with
-            this folder; an archive `babi*.tgz` or `babi*.tar.gz` that contains this folder, such as
-            Keras's or ParlAI's.
-        work_dir: Folder for downloads.
+      source_dir: folder in which, or in whose subfolder `babi`, are looked for, in this order:
+        the original `tasks_1-20_v1-2.tar.gz`; its folder `en-10k`, or `tasks_1-20_v1-2` with
+        this folder; an archive `babi*.tgz` or `babi*.tar.gz` that contains this folder, such as
+        Keras's or ParlAI's.
+      work_dir: folder for downloads.
 
     Returns:
-        For each task the arrays that `experiments/datasets/question_arrays.py` describes, under
-        names like `qa1_train_passages`; the metadata: how many `questions` each task has in each
-        split; the source.
+      For each task the arrays that `experiments/datasets/question_arrays.py` describes, under
+      names like `qa1_train_passages`; the metadata: how many `questions` each task has in each
+      split; the source.
 
     Raises:
-        UserError: If the original is damaged, or there is none and it cannot be downloaded.
+      UserError: if the original is damaged, or there is none and it cannot be downloaded.
     """
     if path := _at_hand(source_dir):
         origin, texts = path.name, _read_texts(path)

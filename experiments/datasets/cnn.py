@@ -52,12 +52,12 @@ class Row(NamedTuple):
     """A question whose words are numbered in the order in which they first occurred.
 
     Attributes:
-        name: Of its file.
-        start: Where its passage begins in the file of words.
-        length: Number of words of the passage.
-        question: Words of the question.
-        answer: The answer, a word.
-        entities: Lines like `@entity7:Levinson`; none in training.
+      name: of its file.
+      start: where its passage begins in the file of words.
+      length: number of words of the passage.
+      question: words of the question.
+      answer: the answer, a word.
+      entities: lines like `@entity7:Levinson`; none in training.
     """
 
     name: str
@@ -72,19 +72,19 @@ def prepare(source_dir: Path, work_dir: Path) -> Made:
     """Makes the arrays from the original files.
 
     Args:
-        source_dir: Folder in which, or in whose subfolder `cnn`, are looked for, in this order:
-            the original `cnn.tgz`; the folder `questions` or `cnn/questions` that it unpacks to;
-            one archive `cnn*.tgz` of the same layout, with fewer questions.
-        work_dir: Folder for the words of passages, 2.5 GB; large arrays stay in files there.
+      source_dir: folder in which, or in whose subfolder `cnn`, are looked for, in this order:
+        the original `cnn.tgz`; the folder `questions` or `cnn/questions` that it unpacks to;
+        one archive `cnn*.tgz` of the same layout, with fewer questions.
+      work_dir: folder for the words of passages, 2.5 GB; large arrays stay in files there.
 
     Returns:
-        The arrays that `experiments/datasets/question_arrays.py` describes, the questions of a
-        split in the order of their names, with `entities` for validation and test; the metadata:
-        `counts` of questions by split, whether the files are `complete`, and the names of those
-        `skipped`, by split and reason, because they hold no proper question; the source.
+      The arrays that `experiments/datasets/question_arrays.py` describes, the questions of a
+      split in the order of their names, with `entities` for validation and test; the metadata:
+      `counts` of questions by split, whether the files are `complete`, and the names of those
+      `skipped`, by split and reason, because they hold no proper question; the source.
 
     Raises:
-        UserError: If the files are not there, or some are damaged.
+      UserError: if the files are not there, or some are damaged.
     """
     path = find(source_dir)
     numbers: dict[str, int] = {}  # of words
@@ -112,7 +112,7 @@ def find(source_dir: Path) -> Path:
     """The archive, or the unpacked folder `questions`, in `source_dir` or its subfolder `cnn`.
 
     Raises:
-        UserError: If there is none, or there are several archives and none is `cnn.tgz`.
+      UserError: if there is none, or there are several archives and none is `cnn.tgz`.
     """
     folders = (source_dir, source_dir / "cnn")
     for folder in folders:
@@ -136,7 +136,7 @@ def read_files(path: Path) -> Iterator[File]:
     """Yields the questions' files of an archive or folder, as `find` gives it.
 
     Raises:
-        UserError: If the archive is damaged.
+      UserError: if the archive is damaged.
     """
     if path.is_dir():
         for folder, split in FOLDERS.items():

@@ -29,11 +29,11 @@ class Corpus:
     """A split text in memory.
 
     Attributes:
-        name: Of the data in results, with the split unless it is the paper's.
-        vocabulary: Symbol i is the character `vocabulary[i]`.
-        splits: `train`, `valid` and `test` as symbols [N], of the smallest unsigned type that
-            holds them.
-        digest: SHA-256 over vocabulary and splits.
+      name: of the data in results, with the split unless it is the paper's.
+      vocabulary: symbol i is the character `vocabulary[i]`.
+      splits: `train`, `valid` and `test` as symbols [N], of the smallest unsigned type that
+        holds them.
+      digest: SHA-256 over vocabulary and splits.
     """
 
     name: str
@@ -46,15 +46,15 @@ def load(dataset: str, data_dir: str, text_file: str, split: tuple[float, ...]) 
     """Loads a text and splits it.
 
     Args:
-        dataset: `ptb`, which comes split; `text8`; or `text`, any text file.
-        data_dir: Folder of prepared data and original files, for `ptb` and `text8`.
-        text_file: Path of a UTF-8 file, for `text`.
-        split: Sizes of training, validation and test text, which follow each other from the start
-            of `text8` or `text`: numbers of characters, or fractions. Empty for `ptb`.
+      dataset: `ptb`, which comes split; `text8`; or `text`, any text file.
+      data_dir: folder of prepared data and original files, for `ptb` and `text8`.
+      text_file: path of a UTF-8 file, for `text`.
+      split: sizes of training, validation and test text, which follow each other from the start
+        of `text8` or `text`: numbers of characters, or fractions. Empty for `ptb`.
 
     Raises:
-        UserError: If an argument is not as above, the text is too short for the split, or the
-            text cannot be had.
+      UserError: if an argument is not as above, the text is too short for the split, or the
+        text cannot be had.
     """
     if dataset not in DATASETS:
         raise UserError(unknown_name("config.dataset", dataset, DATASETS))
@@ -72,12 +72,12 @@ def encode(text: str, vocabulary: str) -> np.ndarray:
     """The symbols of a text [N], of the smallest unsigned type that holds the vocabulary.
 
     Args:
-        text: Any text.
-        vocabulary: Distinct characters. Where `UNKNOWN` is among them, it stands for those that
-            are not.
+      text: any text.
+      vocabulary: distinct characters. Where `UNKNOWN` is among them, it stands for those that
+        are not.
 
     Raises:
-        ValueError: If the text has other characters and the vocabulary no `UNKNOWN`.
+      ValueError: if the text has other characters and the vocabulary no `UNKNOWN`.
     """
     codes = _codes(text)
     table = np.zeros(sys.maxunicode + 1, np.min_scalar_type(max(len(vocabulary) - 1, 0)))

@@ -14,12 +14,12 @@ def prepare(source_dir: Path, work_dir: Path) -> Made:
     """Takes the digits from scikit-learn, in their own order.
 
     Args:
-        source_dir: Not used; the data come with the scikit-learn package.
-        work_dir: Not used.
+      source_dir: not used; the data come with the scikit-learn package.
+      work_dir: not used.
 
     Returns:
-        The arrays `{train,valid,test}_images` uint8 [N, 64] with values 0..16 and
-        `{train,valid,test}_labels` uint8 [N], N being 1297, 250 and 250; the metadata; the source.
+      The arrays `{train,valid,test}_images` uint8 [N, 64] with values 0..16 and
+      `{train,valid,test}_labels` uint8 [N], N being 1297, 250 and 250; the metadata; the source.
     """
     images, labels = (array.astype(np.uint8) for array in load_digits(return_X_y=True))
     arrays = {}

@@ -43,8 +43,8 @@ def read(features: Features, splits: Mapping[str, Iterable[Example]]) -> dict[st
     """Examples of each split as TFDS returns them: checked and encoded by their features.
 
     Args:
-        features: The type of each entry of an example.
-        splits: The examples by split, in their order.
+      features: the type of each entry of an example.
+      splits: the examples by split, in their order.
     """
     with tempfile.TemporaryDirectory() as folder, _quiet():
         builder = Examples(features=features, splits=splits, data_dir=folder)

@@ -67,17 +67,17 @@ def prepare(source_dir: Path, work_dir: Path) -> Made:
     """Makes the arrays from the original files, downloading those that are missing.
 
     Args:
-        source_dir: Folder in which, or in whose subfolder `mnist`, the four original files are
-            looked for, as `.gz` or unpacked; also in `MNIST/raw`, where torchvision leaves them.
-        work_dir: Folder for downloads.
+      source_dir: folder in which, or in whose subfolder `mnist`, the four original files are
+        looked for, as `.gz` or unpacked; also in `MNIST/raw`, where torchvision leaves them.
+      work_dir: folder for downloads.
 
     Returns:
-        The arrays `{train,valid,test}_images` uint8 [N, 784] with values 0..255 and
-        `{train,valid,test}_labels` uint8 [N], N being 50,000, 10,000 and 10,000; the metadata;
-        the source.
+      The arrays `{train,valid,test}_images` uint8 [N, 784] with values 0..255 and
+      `{train,valid,test}_labels` uint8 [N], N being 50,000, 10,000 and 10,000; the metadata;
+      the source.
 
     Raises:
-        UserError: If an original file is damaged, or is missing and cannot be downloaded.
+      UserError: if an original file is damaged, or is missing and cannot be downloaded.
     """
     paths, files = ORIGINALS.get(source_dir, work_dir)
     splits = {}

@@ -26,11 +26,11 @@ class Original(NamedTuple):
     """An original file.
 
     Attributes:
-        name: File name.
-        size: In bytes.
-        sha256: In hexadecimal.
-        urls: Where it can be downloaded, in the order in which they are tried.
-        unpacked: The file that it unpacks to, which is accepted in its place.
+      name: file name.
+      size: in bytes.
+      sha256: in hexadecimal.
+      urls: where it can be downloaded, in the order in which they are tried.
+      unpacked: the file that it unpacks to, which is accepted in its place.
     """
 
     name: str
@@ -54,10 +54,10 @@ class Originals:
     """The original files of a data set.
 
     Attributes:
-        name: Name of the data set, and of the subfolder in which its files may lie.
-        title: What messages call it.
-        files: The files.
-        folders: Other subfolders in which files may lie.
+      name: name of the data set, and of the subfolder in which its files may lie.
+      title: what messages call it.
+      files: the files.
+      folders: other subfolders in which files may lie.
     """
 
     name: str
@@ -69,15 +69,15 @@ class Originals:
         """Finds and verifies the files, and downloads those that are missing.
 
         Args:
-            source_dir: Folder in which, or in whose subfolders, the files are looked for.
-            work_dir: Folder for downloads.
+          source_dir: folder in which, or in whose subfolders, the files are looked for.
+          work_dir: folder for downloads.
 
         Returns:
-            The path of each file, by the name of its packed form; of each file what the
-            manifest says.
+          The path of each file, by the name of its packed form; of each file what the
+          manifest says.
 
         Raises:
-            UserError: If a file is damaged, or is missing and cannot be downloaded.
+          UserError: if a file is damaged, or is missing and cannot be downloaded.
         """
         found = {file.name: self._find(file, source_dir) for file in self.files}
         missing = [name for name, place in found.items() if place is None]
@@ -115,17 +115,17 @@ class Originals:
         """Downloads a file from the first address that has the original.
 
         Args:
-            urls: The addresses.
-            path: Where to write it.
-            check: Raises a `UserError` if the file that it is given is not the original.
-            missing: Names of all missing files, for the message.
-            source_dir: Folder that the user has for them.
+          urls: the addresses.
+          path: where to write it.
+          check: raises a `UserError` if the file that it is given is not the original.
+          missing: names of all missing files, for the message.
+          source_dir: folder that the user has for them.
 
         Returns:
-            The address, and what `check` returned.
+          The address, and what `check` returned.
 
         Raises:
-            UserError: If no address has it. The message says what each answered.
+          UserError: if no address has it. The message says what each answered.
         """
         problems = []
         for url in urls:
@@ -147,7 +147,7 @@ def matching(folder: Path, pattern: str) -> list[Path]:
     """The files of a folder whose names match, sorted; none if there is no such folder.
 
     Raises:
-        OSError: If the folder cannot be read, which `Path.glob` takes for an empty one.
+      OSError: if the folder cannot be read, which `Path.glob` takes for an empty one.
     """
     names = os.listdir(folder) if folder.is_dir() else []
     return [folder / name for name in sorted(fnmatch.filter(names, pattern))]

@@ -36,11 +36,11 @@ class Dataset:
     """A data set in memory.
 
     Attributes:
-        name: Name of the data set, as given to `load`.
-        arrays: The data by name, for example `train_images` [N, pixels].
-        info: Metadata of JSON types, for example the number of classes.
-        digest: SHA-256 over the arrays' values, shapes and types and over `info`; the same
-            wherever and with whatever library versions the data set was prepared.
+      name: name of the data set, as given to `load`.
+      arrays: the data by name, for example `train_images` [N, pixels].
+      info: metadata of JSON types, for example the number of classes.
+      digest: SHA-256 over the arrays' values, shapes and types and over `info`; the same
+        wherever and with whatever library versions the data set was prepared.
     """
 
     name: str
@@ -53,13 +53,13 @@ def load(name: str, data_dir: str) -> Dataset:
     """Loads a data set, preparing it first if that was not done before.
 
     Args:
-        name: Name of a data set.
-        data_dir: Folder that holds, or will hold, `prepared/<name>`, and in which original files
-            are looked for.
+      name: name of a data set.
+      data_dir: folder that holds, or will hold, `prepared/<name>`, and in which original files
+        are looked for.
 
     Raises:
-        UserError: If there is no such data set, a prepared file is damaged or missing, or the data
-            set cannot be prepared.
+      UserError: if there is no such data set, a prepared file is damaged or missing, or the data
+        set cannot be prepared.
     """
     if prepare(name, data_dir, data_dir):
         logging.info("Prepared %s in %s", name, folder_of(name, data_dir))
@@ -70,7 +70,7 @@ def folder_of(name: str, data_dir: str) -> Path:
     """The folder of a prepared data set.
 
     Raises:
-        UserError: If there is no data set of this name, or `data_dir` is not a path.
+      UserError: if there is no data set of this name, or `data_dir` is not a path.
     """
     if name not in NAMES:
         raise UserError(unknown_name("the data set", name, NAMES))
@@ -83,16 +83,16 @@ def prepare(name: str, data_dir: str, source_dir: str) -> bool:
     A process that finds another at work waits for it.
 
     Args:
-        name: Name of a data set.
-        data_dir: Folder in which `prepared/<name>` is written.
-        source_dir: Folder in which original files are looked for.
+      name: name of a data set.
+      data_dir: folder in which `prepared/<name>` is written.
+      source_dir: folder in which original files are looked for.
 
     Returns:
-        Whether it was prepared now.
+      Whether it was prepared now.
 
     Raises:
-        UserError: If the original data cannot be had, a package is missing, or the folder cannot be
-            written.
+      UserError: if the original data cannot be had, a package is missing, or the folder cannot be
+        written.
     """
     folder, source = folder_of(name, data_dir), Path(paths.expand("source_dir", source_dir))
     if os.path.exists(folder):  # unlike its method, no error in a folder that may not be read
@@ -166,7 +166,7 @@ def write(
     If another process has written the folder in the meantime, that one stays.
 
     Raises:
-        OSError: If the folder cannot be written.
+      OSError: if the folder cannot be written.
     """
     partial = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     try:
@@ -206,7 +206,7 @@ def read(folder: Path) -> Dataset:
     """Reads a prepared folder and verifies it.
 
     Raises:
-        UserError: If a file is damaged or missing, or cannot be read.
+      UserError: if a file is damaged or missing, or cannot be read.
     """
     try:
         return _read(folder)
@@ -240,7 +240,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Reads and checks the manifest of a prepared folder.
 
     Raises:
-        UserError: If the manifest is missing, damaged or of another format version.
+      UserError: if the manifest is missing, damaged or of another format version.
     """
     path = folder / "manifest.json"
     try:

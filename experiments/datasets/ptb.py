@@ -37,16 +37,16 @@ def prepare(source_dir: Path, work_dir: Path) -> Made:
     """Makes the arrays from the original files, downloading those that are missing.
 
     Args:
-        source_dir: Folder in which, or in whose subfolder `ptb`, the three original files
-            `ptb.{train,valid,test}.txt` are looked for.
-        work_dir: Folder for downloads.
+      source_dir: folder in which, or in whose subfolder `ptb`, the three original files
+        `ptb.{train,valid,test}.txt` are looked for.
+      work_dir: folder for downloads.
 
     Returns:
-        The arrays `train`, `valid` and `test` uint8 [N] of symbols, N being 5,059,550, 396,412
-        and 446,184; the metadata: symbol i is the i-th character of `vocabulary`; the source.
+      The arrays `train`, `valid` and `test` uint8 [N] of symbols, N being 5,059,550, 396,412
+      and 446,184; the metadata: symbol i is the i-th character of `vocabulary`; the source.
 
     Raises:
-        UserError: If an original file is damaged, or is missing and cannot be downloaded.
+      UserError: if an original file is damaged, or is missing and cannot be downloaded.
     """
     paths, files = ORIGINALS.get(source_dir, work_dir)
     lines = {split: paths[f"ptb.{split}.txt"].read_bytes().splitlines() for split in FILES}

@@ -27,11 +27,11 @@ class Question(NamedTuple):
     """A question as words.
 
     Attributes:
-        name: What it is called.
-        passage: Words of the passage.
-        question: Words of the question.
-        answer: A word, one of the passage's entities.
-        entities: Lines like `@entity7:Levinson`.
+      name: what it is called.
+      passage: words of the passage.
+      question: words of the question.
+      answer: a word, one of the passage's entities.
+      entities: lines like `@entity7:Levinson`.
     """
 
     name: str

@@ -24,8 +24,8 @@ class Texts:
     """Texts one after the other.
 
     Attributes:
-        words: int32 [tokens], indices of words.
-        ends: int64 [N], where each text ends.
+      words: int32 [tokens], indices of words.
+      ends: int64 [N], where each text ends.
     """
 
     words: np.ndarray
@@ -57,10 +57,10 @@ class Split(NamedTuple):
     """The questions of a split.
 
     Attributes:
-        passages: N passages.
-        questions: N questions.
-        answers: int32 [N], a word each.
-        indices: int64 [N], the numbers of the questions in the data set as prepared.
+      passages: n passages.
+      questions: n questions.
+      answers: int32 [N], a word each.
+      indices: int64 [N], the numbers of the questions in the data set as prepared.
     """
 
     passages: Texts
@@ -83,12 +83,12 @@ class Questions:
     """A data set of questions.
 
     Attributes:
-        name: Name of the data in results.
-        words: What the indices in `splits` stand for.
-        splits: `train`, `valid` and `test`.
-        digest: SHA-256 of the prepared data.
-        skipped: How many questions preparation left out, by split.
-        arrays: As `question_arrays` describes them, without a prefix.
+      name: name of the data in results.
+      words: what the indices in `splits` stand for.
+      splits: `train`, `valid` and `test`.
+      digest: SHA-256 of the prepared data.
+      skipped: how many questions preparation left out, by split.
+      arrays: as `question_arrays` describes them, without a prefix.
     """
 
     name: str
@@ -119,10 +119,10 @@ class Selection(NamedTuple):
     """How the sentences of a passage are chosen; see `choose_sentences`.
 
     Attributes:
-        number: How many sentences are kept.
-        rule: The weights of shared words, one of `SENTENCE_RULES`; see `word_weights`.
-        length_power: Scores are divided by this power of the number of words.
-        ties: Whether the `earlier` or the `later` of two sentences with equal scores is kept.
+      number: how many sentences are kept.
+      rule: the weights of shared words, one of `SENTENCE_RULES`; see `word_weights`.
+      length_power: scores are divided by this power of the number of words.
+      ties: whether the `earlier` or the `later` of two sentences with equal scores is kept.
     """
 
     number: int
@@ -136,9 +136,9 @@ class Vocabulary:
     """The words that a model knows.
 
     Attributes:
-        words: The special words, then those of the training questions, the most frequent first.
-        table: int32, maps the index of a word in the data set to its index in `words`.
-        entities: int32, the indices of entities in `words`.
+      words: the special words, then those of the training questions, the most frequent first.
+      table: int32, maps the index of a word in the data set to its index in `words`.
+      entities: int32, the indices of entities in `words`.
     """
 
     words: list[str]
@@ -150,12 +150,12 @@ def load(dataset: str, data_dir: str, subset: str = "") -> Questions:
     """Loads a data set of questions.
 
     Args:
-        dataset: `cnn` or `babi`.
-        data_dir: Folder of prepared data and original files.
-        subset: The task of bAbI: `qa1`, `qa2`, `qa4` or `qa5`.
+      dataset: `cnn` or `babi`.
+      data_dir: folder of prepared data and original files.
+      subset: the task of bAbI: `qa1`, `qa2`, `qa4` or `qa5`.
 
     Raises:
-        UserError: If an argument is invalid, or the data cannot be loaded.
+      UserError: if an argument is invalid, or the data cannot be loaded.
     """
     one_of("config.dataset", dataset, ("cnn", "babi"))
     one_of("config.subset", subset, ("",) if dataset == "cnn" else ("qa1", "qa2", "qa4", "qa5"))
@@ -192,9 +192,9 @@ def make_vocabulary(questions: Questions, min_count: int, join_numbers: bool) ->
     """The words of training passages, questions and answers that occur often enough.
 
     Args:
-        questions: The data set, with passages as the model sees them.
-        min_count: Words that occur less often become `<unk>`.
-        join_numbers: Words of digits become `<num>`.
+      questions: the data set, with passages as the model sees them.
+      min_count: words that occur less often become `<unk>`.
+      join_numbers: words of digits become `<num>`.
     """
     size = len(questions.words)
     train = questions.splits["train"]
@@ -242,9 +242,9 @@ def word_weights(questions: Questions, rule: str) -> np.ndarray:
     """The weight of each word that a sentence shares with its question, float64 [words].
 
     Args:
-        questions: The data set.
-        rule: `words`, 1 for all; `entities`, 1 for entities and 0 for others; `rare_words`, the
-            information content in nats, from the frequency in training passages.
+      questions: the data set.
+      rule: `words`, 1 for all; `entities`, 1 for entities and 0 for others; `rare_words`, the
+        information content in nats, from the frequency in training passages.
     """
     spoken = np.array([any(c.isalnum() for c in w) and w != PLACEHOLDER for w in questions.words])
     if rule == "entities":
@@ -269,11 +269,11 @@ def choose_sentences(
     question, divided by a power of its length. It does not depend on the answer.
 
     Args:
-        passages: Some passages.
-        questions: Their questions.
-        selection: How many sentences, and how they are scored.
-        ends_sentence: Whether a word ends the sentence that it is in, bool [words].
-        weights: The weight of a shared word, float64 [words].
+      passages: some passages.
+      questions: their questions.
+      selection: how many sentences, and how they are scored.
+      ends_sentence: whether a word ends the sentence that it is in, bool [words].
+      weights: the weight of a shared word, float64 [words].
     """
     number = np.arange(len(passages))
     words, passage = passages.words, np.repeat(number, passages.lengths)

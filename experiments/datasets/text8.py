@@ -42,18 +42,18 @@ def prepare(source_dir: Path, work_dir: Path) -> Made:
     """Makes the array from the original file, downloading it if it is missing.
 
     Args:
-        source_dir: Folder in which, or in whose subfolder `text8`, are looked for, in this order:
-            the original `text8.zip`; the unpacked file `text8`; the first N characters, gzipped,
-            as `text8_first_<N>.gz`.
-        work_dir: Folder for downloads.
+      source_dir: folder in which, or in whose subfolder `text8`, are looked for, in this order:
+        the original `text8.zip`; the unpacked file `text8`; the first N characters, gzipped,
+        as `text8_first_<N>.gz`.
+      work_dir: folder for downloads.
 
     Returns:
-        The array `text` uint8 [N] of symbols, N being 100,000,000 or that of the prefix; the
-        metadata: symbol i is the i-th character of `vocabulary`, and whether the text is
-        `complete`; the source.
+      The array `text` uint8 [N] of symbols, N being 100,000,000 or that of the prefix; the
+      metadata: symbol i is the i-th character of `vocabulary`, and whether the text is
+      `complete`; the source.
 
     Raises:
-        UserError: If the file at hand is damaged, or there is none and it cannot be downloaded.
+      UserError: if the file at hand is damaged, or there is none and it cannot be downloaded.
     """
     path, files = _unpacked(source_dir), []
     if not path:
@@ -73,7 +73,7 @@ def read_text(path: Path) -> bytes:
     """Reads the text from a file of any of the three kinds.
 
     Raises:
-        UserError: If it cannot be unpacked.
+      UserError: if it cannot be unpacked.
     """
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
