@@ -45,11 +45,6 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "seed", 1, "The same seed draws the same text.", lower_bound=0, upper_bound=2**32 - 1
     )
-    flags.register_validator(
-        "temperature",
-        lambda temperature: 0 <= temperature < math.inf,  # which NaN is not
-        "it must be a number, at least 0",
-    )
 
 
 def check_prompt(prompt: str | None, vocabulary: str) -> str:
@@ -121,6 +116,8 @@ def main(_: list[str]) -> None:
     """Writes the prompt and what follows it."""
     given = flags.FLAGS
     folder = Path(given.workdir)
+    if not 0 <= given.temperature < math.inf:  # NaN is not
+        raise UserError(f"--temperature={given.temperature}: it must be a number, at least 0")
     config = workdir.read_config(folder)
     if config.task != "char_lm":
         raise UserError(

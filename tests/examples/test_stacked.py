@@ -8,7 +8,7 @@ from examples import stacked
 
 H, STEPS = 3, 5
 X = jax.random.normal(jax.random.key(1), (4, STEPS, 2))
-LENGTHS = jnp.array([5, 2, 3, 1])
+LENGTHS = jnp.array([5, 2, 5, 1])  # every step has a variance
 MODEL = stacked.StackedBNLSTM(H, STEPS, dropout_rate=0.5)
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 

@@ -1,5 +1,6 @@
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -10,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
 
 from experiments.datasets.corpus import UNKNOWN, encode
 from experiments.records import workdir
@@ -18,7 +18,6 @@ from experiments.records.checkpoints import read_best
 from experiments.runtime.errors import UserError
 from experiments.tasks import char_lm
 from scripts import sample
-from tests.flag_values import fresh_flags
 from tests.scripts import LETTERS
 
 ROOT = Path(__file__).parents[2]
@@ -180,12 +179,10 @@ def test_the_prompt_by_default():
     assert sample.check_prompt(None, UNKNOWN + "ab") == "a"
 
 
-@pytest.mark.parametrize("temperature", ["nan", "-0.5", "inf"])
-def test_temperatures_that_cannot_be_are_refused(temperature):
-    with fresh_flags([]):
-        sample.define_flags()
-        with pytest.raises(flags.Error, match="temperature"):
-            flags.FLAGS(["sample", "--workdir=run", f"--temperature={temperature}"])
+@pytest.mark.parametrize("temperature", [math.nan, -0.5, math.inf])
+def test_temperatures_that_cannot_be_are_refused(write, temperature):
+    with pytest.raises(UserError, match="--temperature"):
+        write("missing", temperature=temperature)
 
 
 def test_a_reader_that_leaves_ends_it_quietly(runs):

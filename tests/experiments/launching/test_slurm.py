@@ -119,7 +119,7 @@ def cluster(tmp_path, monkeypatch):
         "sbatch": f"""cd {folder}
             if [ -e refuse ]; then echo "sbatch: error: invalid partition" >&2; exit 1; fi
             id=$((101 + $(ls scripts.* 2>/dev/null | wc -l))); cp $1 scripts.$id
-            cd {ROOT}; export SLURM_JOB_ID=$id SLURM_NTASKS=1
+            cd '{ROOT}'; export SLURM_JOB_ID=$id SLURM_NTASKS=1
             if [ ! -e {folder}/wait ]; then bash {folder}/scripts.$id >/dev/null 2>&1 & fi
             echo "Submitted batch job $id" """,
         "srun": """out=${3//%j/$SLURM_JOB_ID} err=${5//%j/$SLURM_JOB_ID}; shift 5
