@@ -101,7 +101,8 @@ def test_the_workflow_runs_the_readmes_commands_on_each_supported_python(metadat
         f"{prefix[:-2]}{version}" for version in job["strategy"]["matrix"]["python"]
     ] == supported
     commands = re.findall(r"^(scripts/\w+) +#", README, re.M)
-    assert [step["run"] for step in job["steps"] if "run" in step] == commands
+    always = [step["run"] for step in job["steps"] if "run" in step and "if" not in step]
+    assert [command.split()[0] for command in always] == commands
 
 
 @pytest.mark.long
