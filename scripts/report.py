@@ -18,9 +18,9 @@ from absl import flags
 from experiments.records.runs import Experiment, Run
 from experiments.reporting import pages, pictures
 from experiments.reporting.compare import LABELS
-from experiments.reporting.item import Found, Item, Shown, Table, find
+from experiments.reporting.item import Found, Item, Shown, Table, duration, find, wall_time
 from experiments.reporting.items import ITEMS
-from experiments.reporting.results import ResultsTable
+from experiments.reporting.results import OURS, ResultsTable
 from experiments.runtime import cli, files, markdown, paths
 from experiments.runtime.errors import UserError
 
@@ -107,21 +107,15 @@ RUN_HEADER = ("run", "seed", "updates", "wall time", "machine", "commit", "date"
 def run_row(experiment: Experiment, run: Run) -> list[str]:
     """How far a run came, how long that took, where and when."""
     start = run.record["starts"][-1]
-    seconds = "-" if run.seconds is None else duration(run.seconds)
     return [
         str(experiment),
         str(run.config.seed),
         f"{run.updates:,} of {experiment.get_config().num_updates:,}",
-        seconds if run.results else f"{seconds}, not finished",
+        wall_time(run) if run.results else f"{wall_time(run)}, not finished",
         f"{', '.join(sorted(set(start['devices'])))} ({start['machine']})",
         (start["commit"] or "-")[:9],
         start["started"][:10],
     ]
-
-
-def duration(seconds: float) -> str:
-    """Hours and minutes: `1:05 h`."""
-    return f"{seconds // 3600:,.0f}:{seconds % 3600 // 60:02.0f} h"
 
 
 def missing(experiment: Experiment, runs: list[Run]) -> str:
@@ -159,8 +153,7 @@ def summary(found: Found) -> str:
         if isinstance(item, ResultsTable)
         for task, model, *rest in item.rows(found)
     ]
-    header = ["task", "model", "test", "paper", "here", "measured at update", "seeds"]
-    return markdown.table(header, rows)
+    return markdown.table(["task", "model", "test", "paper", *OURS], rows)
 
 
 def into_readme(readme: Path, table: str) -> None:

@@ -68,3 +68,13 @@ def spread(values: Sequence[float]) -> str:
         return "-"
     mean = f"{np.mean(values):.4f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.4f} to {max(values):.4f})"
+
+
+def duration(seconds: float) -> str:
+    """Hours and minutes: `1:05 h`."""
+    return f"{seconds // 3600:,.0f}:{seconds % 3600 // 60:02.0f} h"
+
+
+def wall_time(run: Run) -> str:
+    """How long a run took, of all its starts; `-` if one was killed, or goes on."""
+    return "-" if run.seconds is None else duration(run.seconds)

@@ -10,9 +10,11 @@ from experiments.records.runs import Experiment, Run
 from experiments.reporting import paper, pictures
 from experiments.reporting.compare import LABELS, STYLES
 from experiments.reporting.curves import PAPER_STYLE
-from experiments.reporting.item import Found, Item, Shown, Table, spread
+from experiments.reporting.item import Found, Item, Shown, Table, spread, wall_time
 
 FINAL = ("population", "none")  # the statistics of final results; an LSTM has none
+
+OURS = ("here", "measured at update", "runs", "wall time of each seed")
 
 # The lines by length: the paper's name, our model and statistics, label and dashes.
 LENGTH_LINES = {
@@ -58,7 +60,10 @@ class ResultsTable(Item):
         return self.metric.replace("_", " ")
 
     def rows(self, found: Found) -> Iterator[list[str]]:
-        """Task, model, the paper's result, ours, updates of the run behind the others, seeds."""
+        """Task, model, the paper's result, ours, updates of the run behind the others, their times.
+
+        The runs are named by their folder; each of its seeds has a wall time.
+        """
         ways = {"": FINAL, ", input terms by the batch": ("population_batch_inputs",)}
         for experiment in self.experiments:
             updates = f"{experiment.get_config().num_updates:,}"
@@ -72,13 +77,14 @@ class ResultsTable(Item):
                         paper.TABLES[experiment.config][experiment.kind],
                         spread(test_values(there, *key)),
                         f"{min(r.updates for r in there):,} of {updates}" if there else "not run",
-                        str(len(there)),
+                        str(experiment) if there else "-",
+                        ", ".join(map(wall_time, there)) or "-",
                     ]
 
     def show(self, found: Found, data_dir: str) -> Shown:
         """The table."""
         header = ["task", "model", f"paper, test {self.measured}"]
-        return Shown(Table([*header, "here", "measured at update", "seeds"], [*self.rows(found)]))
+        return Shown(Table([*header, *OURS], [*self.rows(found)]))
 
 
 class ResultsByLength(Item):
