@@ -1,9 +1,14 @@
+import ctypes
+import mmap
 import os
 import signal
 from pathlib import Path
 
 import jax
 import pytest
+
+STATM = Path("/proc/self/statm")  # of Linux: its second number is the process's pages in memory
+MOST_MEMORY = 3 << 29  # bytes, after a test
 
 jax.config.update("jax_num_cpu_devices", 8)  # virtual ones, for tests/experiments/test_parallel.py
 signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore Ctrl-C
@@ -30,6 +35,15 @@ def release_compiled_programs():
     """Each takes a dozen memory maps, of which Linux allows 65,530: XLA aborts past that."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def release_memory():
+    """Compiled programs take gigabytes, which glibc keeps once they are freed."""
+    yield
+    if STATM.exists() and int(STATM.read_text().split()[1]) * mmap.PAGESIZE > MOST_MEMORY:
+        jax.clear_caches()
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="session")

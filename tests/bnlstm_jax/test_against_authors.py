@@ -78,10 +78,6 @@ def make_layer(case, **kwargs):
     return bnlstm_jax.BNLSTM(**options(case), max_steps=steps, **kwargs)
 
 
-# Most of the time goes into compiling.
-quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 @functools.cache
 def run(case, implementation, symbols=False):
     """Outputs, last cell state, updated statistics, and gradients by parameters and inputs."""
@@ -104,7 +100,7 @@ def run(case, implementation, symbols=False):
 
     with jax.enable_x64(True):
         gradient = jax.grad(cost, argnums=0 if symbols else (0, 1), has_aux=True)
-        gradients, rest = quickly(gradient)(parameters(case), jnp.asarray(inputs))
+        gradients, rest = jax.jit(gradient)(parameters(case), jnp.asarray(inputs))
         return jax.tree.map(np.asarray, (*rest, gradients))
 
 
@@ -174,7 +170,7 @@ def test_cell_computes_the_authors_states_and_statistics_at_every_step(case):
     arrays, given, expected = CASES[case], statistics(case), statistics(case, "u")
     cell = (bnlstm_jax.LSTMCell if case in BASELINE else bnlstm_jax.BNLSTMCell)(**options(case))
 
-    @quickly
+    @jax.jit
     def step(params, carry, x, stats):
         variables = {"params": params, "batch_stats": stats}
         (carry, _), updated = cell.apply(variables, carry, x, mutable=["batch_stats"])

@@ -20,7 +20,7 @@ from experiments.records import checkpoints, metrics, workdir
 from experiments.runtime import finite
 from experiments.runtime.errors import Stopped, UserError
 from experiments.tasks import sequential_images
-from scripts.crash_test import differences
+from tests.experiments.finished_runs import differences
 from tests.full_disk import files_of_at_most
 
 ROOT = Path(__file__).parents[2]

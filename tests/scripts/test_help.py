@@ -17,7 +17,6 @@ FROM_OTHER_MODULES = {
     "scripts.slurm": ("config", "workdir", "time", "dry_run"),
     "scripts.sweep": ("config", "launcher", "jobs", "time"),
     "scripts.reproduce": ("launcher", "jobs", "time"),
-    "scripts.crash_test": ("config",),
 }
 
 # Imports what takes long once, then forks for each command.

@@ -16,7 +16,7 @@ import pytest
 from experiments import datasets
 
 ROOT = Path(__file__).parents[2]
-QUICK = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+QUICK = {"JAX_PLATFORMS": "cpu"}
 POINTS = """
 from experiments.launching.sweeps import values
 

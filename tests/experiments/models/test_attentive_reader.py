@@ -104,14 +104,10 @@ def applied(reader, params, stats, batch, train, **kwargs):
     return logits, attention, updated.get("batch_stats", {})
 
 
-# Most of the time goes into compiling.
-quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 @functools.cache
 def values(form, train, mask=False, **options):
     reader = make_reader(form, mask, **options)
-    return quickly(lambda *arguments: applied(reader, *arguments, train))
+    return jax.jit(lambda *arguments: applied(reader, *arguments, train))
 
 
 @functools.cache
@@ -122,7 +118,7 @@ def gradients(form):
     def value(params, stats, batch, weights):
         return (weights * applied(reader, params, stats, batch, True)[0]).sum()
 
-    return quickly(jax.grad(value))
+    return jax.jit(jax.grad(value))
 
 
 def run(form, train, mask, params, stats, batch):
@@ -405,7 +401,7 @@ def dropped(reader, params, batch, key=None, **kwargs):
         with nn.intercept_methods(spy):
             return reader.apply({"params": params}, *batch, rngs=rngs, **kwargs), given
 
-    return quickly(both)(params, key)
+    return jax.jit(both)(params, key)
 
 
 def single_reader(**options):
@@ -450,7 +446,7 @@ def test_dropout_of_embeddings_and_of_the_answer():
     params["embedding"] *= 0
     params["readout"] = {"kernel": np.eye(UNITS, WORDS, dtype=np.float32), "bias": np.zeros(WORDS)}
     whole, _ = dropped(reader.clone(dropout_rate=0.0), params, batch)
-    answers = quickly(
+    answers = jax.jit(
         jax.vmap(lambda key: reader.apply({"params": params}, *batch, rngs={"dropout": key}))
     )(jax.random.split(jax.random.key(3), 1000))[..., :UNITS]
     whole = whole[:, :UNITS]
@@ -501,7 +497,7 @@ def test_initial_values(form, identical):
     reader = AttentiveReader(
         words, units, quirks=Quirks(identical_blocks=identical), **FORMS[form], **options
     )
-    init = quickly(functools.partial(reader.init, use_running_average=True))
+    init = jax.jit(functools.partial(reader.init, use_running_average=True))
     params = init(jax.random.key(1), *make_batch())["params"]
     squares = blocks(params, units)
     assert len(squares) == (32 if form == "bn_e_star_star" else 18)
@@ -539,11 +535,11 @@ def test_single_precision_and_bfloat16():
     def read(params, reader):
         return applied(reader, params, stats, batch, True)[0]
 
-    logits = quickly(functools.partial(read, reader=single))(params)
+    logits = jax.jit(functools.partial(read, reader=single))(params)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, expected, **SINGLE)
 
-    logits = quickly(functools.partial(read, reader=single.clone(dtype=jnp.bfloat16)))(params)
+    logits = jax.jit(functools.partial(read, reader=single.clone(dtype=jnp.bfloat16)))(params)
     assert logits.dtype == jnp.float32
     # Products lose 2^-9 of their factors; normalisation of four rows enlarges that.
     assert 1e-4 < np.abs(logits - expected).max() < 0.3

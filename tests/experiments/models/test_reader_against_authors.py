@@ -152,10 +152,6 @@ def wrap_backward_states(lengths):
     return nn.intercept_methods(intercept)
 
 
-# Most of the time goes into compiling.
-quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 @functools.cache
 def differentiated(form, extra_terms, implementation):
     """Gradients of the authors' cost, with log probabilities and attention."""
@@ -179,7 +175,7 @@ def differentiated(form, extra_terms, implementation):
         (attention,) = updated["intermediates"]["attention"]
         return (weights * logp).sum(), (logp, attention)
 
-    return quickly(jax.grad(cost, has_aux=True))
+    return jax.jit(jax.grad(cost, has_aux=True))
 
 
 # To save time, the other implementation runs only the form that has most in it.
@@ -231,8 +227,8 @@ def test_reader_evaluates_as_the_authors_do(case):
     variables = {"params": parameters(case), "batch_stats": statistics}
     variables = {name: traverse_util.unflatten_dict(values) for name, values in variables.items()}
     with jax.enable_x64(True):
-        logp, attention = quickly(evaluate, static_argnums=1)(variables, True)
-        by_population, _ = quickly(evaluate, static_argnums=1)(variables, False)
+        logp, attention = jax.jit(evaluate, static_argnums=1)(variables, True)
+        by_population, _ = jax.jit(evaluate, static_argnums=1)(variables, False)
     assert_agrees(logp, expected["logp"], EVALUATION, "log probabilities")
     assert_agrees(attention, expected["alpha"][..., 0].T, EVALUATION, "attention")
     assert np.abs(np.asarray(by_population) - expected["logp"]).max() > 0.1
