@@ -97,7 +97,10 @@ class Task(Protocol):
     def batches(
         self, split: str, batch_size: int, reading: Reading, share: Share = all_rows
     ) -> Iterator[Batch]:
-        """Shares of the batches of one pass over a split, in order; the last may be short."""
+        """Shares of the batches of one pass over a split; the last may be short.
+
+        Examples come in `evaluation_order`, consecutive pieces in their own.
+        """
 
     def inputs(self, batch: Batch, carry: Any = None) -> tuple[Any, ...]:
         """What the model is called with; after a first piece, with its carry. Traced."""
@@ -196,6 +199,18 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     """Examples in the order of an epoch."""
     order = np.random.default_rng([seed, epoch]).permutation(num_examples)
     order.flags.writeable = False  # the cached array serves later updates
+    return order
+
+
+@functools.lru_cache
+def evaluation_order(num_examples: int) -> np.ndarray:
+    """Examples of a split in the order in which they are evaluated: random, but always the same.
+
+    Batches then have statistics like those of training. Neighbours in a file are alike, such as
+    digits of one writer or segments of one article.
+    """
+    order = np.random.default_rng(0).permutation(num_examples)
+    order.flags.writeable = False  # the cached array serves later evaluations
     return order
 
 

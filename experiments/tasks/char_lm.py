@@ -28,6 +28,7 @@ from experiments.tasks import (
     Share,
     all_rows,
     check_batch_size,
+    evaluation_order,
     in_batches,
     shuffled_batch,
     shuffled_rows,
@@ -115,13 +116,13 @@ class Task(tasks.Task):
     def batches(
         self, split: str, batch_size: int, reading: Reading, share: Share = all_rows
     ) -> Iterator[Batch]:
-        """Segments from the start of a split, or pieces of the whole text, one by one."""
+        """Segments of a split in `evaluation_order`, or pieces of the whole text, one by one."""
         if reading.continued:
             for start in range(0, self.sizes[split] - 1, reading.length):
                 end = min(start + reading.length + 1, self.sizes[split])
                 yield self._segments(split, np.array([start]), end - start)
             return
-        starts = reading.length * np.arange(self.num_examples(split, reading))
+        starts = reading.length * evaluation_order(self.num_examples(split, reading))
         for batch in in_batches(starts, batch_size):
             yield self._segments(split, batch[share(len(batch))], reading.length)
 

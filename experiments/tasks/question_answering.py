@@ -36,6 +36,7 @@ from experiments.tasks import (
     all_rows,
     check_batch_size,
     epoch_order,
+    evaluation_order,
     in_batches,
 )
 
@@ -181,8 +182,8 @@ class Task(tasks.Task):
     def batches(
         self, split: str, batch_size: int, reading: Reading, share: Share = all_rows
     ) -> Iterator[Batch]:
-        """The questions of a split, in order or sorted as `config.sorted_batches` says."""
-        order = np.arange(self.num_examples(split, reading))
+        """Questions of a split in `evaluation_order`, sorted as `config.sorted_batches` says."""
+        order = evaluation_order(self.num_examples(split, reading))
         order = self._arrange(split, order, batch_size)
         for indices in in_batches(order, batch_size):
             yield self.make_batch(split, indices, self.vocabulary.table, share)

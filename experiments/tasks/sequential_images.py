@@ -23,6 +23,7 @@ from experiments.tasks import (
     Share,
     all_rows,
     check_batch_size,
+    evaluation_order,
     in_batches,
     shuffled_batch,
     shuffled_rows,
@@ -99,8 +100,9 @@ class Task(tasks.Task):
     def batches(
         self, split: str, batch_size: int, reading: Reading, share: Share = all_rows
     ) -> Iterator[Batch]:
-        """One pass over a split, in order."""
-        for indices in in_batches(np.arange(self.num_examples(split, reading)), batch_size):
+        """One pass over a split, in `evaluation_order`."""
+        order = evaluation_order(self.num_examples(split, reading))
+        for indices in in_batches(order, batch_size):
             yield self._batch(split, indices[share(len(indices))])
 
     def _batch(self, split: str, which: np.ndarray) -> Batch:

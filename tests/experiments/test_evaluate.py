@@ -35,7 +35,8 @@ def by_hand(task, variables, images, labels, running):
 def test_examples_of_a_short_batch_have_equal_weight(task_and_variables, running):
     task, variables = task_and_variables
     got = evaluate.make_evaluator(task, NOISE)(variables, task.readings[0], "valid", 150, running)
-    images, labels = task.images["valid"], task.labels["valid"]
+    order = tasks.evaluation_order(250)
+    images, labels = task.images["valid"][order], task.labels["valid"][order]
     parts = [
         by_hand(task, variables, images[s], labels[s], running)
         for s in (slice(150), slice(150, 250))
@@ -49,7 +50,8 @@ def test_a_last_batch_of_one_example_is_left_out_under_batch_statistics(task_and
     task, variables = task_and_variables
     run = evaluate.make_evaluator(task, NOISE)
     got = run(variables, task.readings[0], "valid", 83, False)  # of 250: the last batch has one
-    images, labels = task.images["valid"], task.labels["valid"]
+    order = tasks.evaluation_order(250)
+    images, labels = task.images["valid"][order], task.labels["valid"][order]
     parts = [
         by_hand(task, variables, images[s], labels[s], False)
         for s in (slice(83), slice(83, 166), slice(166, 249))
@@ -71,8 +73,8 @@ def test_each_evaluation_uses_its_own_statistics(task_and_variables, small_confi
     losses = {row["statistics"]: row["loss"] for row in rows if row["split"] == "test"}
 
     halves = []
-    for start in (0, 600):
-        x = jnp.asarray(task.images["train"][start : start + 600], jnp.float32)[..., None] / 16
+    for batch in np.split(tasks.evaluation_order(1297)[:1200], 2):
+        x = jnp.asarray(task.images["train"][batch], jnp.float32)[..., None] / 16
         _, updated = task.model.apply(
             variables, x, use_running_average=False, mutable=["batch_stats"]
         )

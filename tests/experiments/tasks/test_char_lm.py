@@ -111,6 +111,8 @@ def test_batches_are_segments_of_the_text(config, tmp_path):
     batches = list(task.batches("valid", 7, task.readings[0]))
     assert [len(batch["start"]) for batch in batches] == [7, 7, 6]
     texts("valid", batches[1], SIZES["train"])
+    starts = np.concatenate([batch["start"] for batch in batches])
+    np.testing.assert_array_equal(np.sort(starts), LENGTH * np.arange(20))
     np.testing.assert_array_equal(task.train_batch(9)["start"], task.train_batch(9)["start"])
     assert np.any(task.train_batch(9)["start"] != task.train_batch(5)["start"])
 
@@ -158,6 +160,7 @@ def test_segments_of_any_length(config, length, batch_statistics):
 
     count = SIZES["test"] // length
     segments = np.asarray(task.text["test"])[: count * length].reshape(count, length)
+    segments = segments[tasks.evaluation_order(count)]
     count -= batch_statistics and count % 7 == 1  # one alone has none, and counts for nothing
     parts = [
         by_hand(variables, segments[first : min(first + 7, count)], batch_statistics)
@@ -201,8 +204,8 @@ def test_population_statistics_are_means_over_segments_of_the_training_text(conf
     got = evaluate.population_statistics(task, config, variables, NOISE)["layer"]
     segments = np.asarray(task.text["train"])[:610].reshape(61, LENGTH)
     found = []
-    for first in (0, 20, 40):  # whole batches of 20; one segment is left over
-        inputs = np.eye(len(LETTERS) + 1)[segments[first : first + 20, :-1]]
+    for batch in np.split(tasks.evaluation_order(61)[:60], 3):  # one segment is left over
+        inputs = np.eye(len(LETTERS) + 1)[segments[batch, :-1]]
         found.append(reference.bn_lstm(variables["params"]["layer"], inputs)[2])
     for name, values in got.items():
         expected = np.mean([f[name] for f in found], axis=0)

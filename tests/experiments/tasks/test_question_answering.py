@@ -102,11 +102,12 @@ def spell(task, batch, row):
 def test_batches_hold_the_words_of_the_data_set_and_padding(config):
     task = tasks.load(config)
     originals = list(make_questions(COUNTS["valid"], 1))
+    order = tasks.evaluation_order(len(originals))
     rows = 0
     for batch in task.batches("valid", 4, task.readings[0]):
         words = np.array(task.vocabulary.words)
         for row in range(len(batch["answer"])):
-            original = originals[rows]
+            original = originals[order[rows]]
             assert spell(task, batch, row) == " ".join(original.passage)
             asked = batch["question"][row, : batch["question_length"][row]]
             assert " ".join(words[asked]) == " ".join(original.question)

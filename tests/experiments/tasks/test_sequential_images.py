@@ -46,6 +46,16 @@ def test_order_is_a_pure_function_of_seed_and_update():
     assert np.any(tasks.shuffled_batch(1000, 50, 7, 33) != tasks.shuffled_batch(1000, 50, 8, 33))
 
 
+def test_evaluation_has_a_fixed_order_that_separates_neighbours():
+    order = tasks.evaluation_order(10_000)
+    np.testing.assert_array_equal(np.sort(order), np.arange(10_000))
+    np.testing.assert_array_equal(order, tasks.evaluation_order(10_000))
+    # As many neighbours in a batch of 100 as chance has: 100 of 9,999 pairs, give or take 10.
+    batch = np.empty(10_000, int)
+    batch[order] = np.arange(10_000) // 100
+    assert 60 < np.sum(batch[1:] == batch[:-1]) < 140
+
+
 def test_batches_are_the_data_in_the_order_of_pixels(small_config):
     task = tasks.load(small_config)
     data = datasets.load("digits", small_config.data_dir).arrays
@@ -56,8 +66,9 @@ def test_batches_are_the_data_in_the_order_of_pixels(small_config):
     assert inputs.shape == (500, 64, 1)
     np.testing.assert_allclose(inputs[..., 0], data["train_images"][indices][:, order] / 16)
     np.testing.assert_array_equal(batch["label"], data["train_labels"][indices])
+    evaluated = tasks.evaluation_order(250)
     together = np.concatenate([b["label"] for b in task.batches("valid", 100, task.readings[0])])
-    np.testing.assert_array_equal(together, data["valid_labels"])
+    np.testing.assert_array_equal(together, data["valid_labels"][evaluated])
     assert task.record["pixel_order"] == order.tolist()
 
 
