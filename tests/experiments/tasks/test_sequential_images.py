@@ -56,6 +56,24 @@ def test_evaluation_has_a_fixed_order_that_separates_neighbours():
     assert 60 < np.sum(batch[1:] == batch[:-1]) < 140
 
 
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_neighbours_in_mnist_are_alike_and_evaluation_separates_them(split, data_dir):
+    """The variance of mean brightness over batches of 100, relative to that of random batches."""
+    if not (data_dir / "mnist").is_dir():
+        pytest.skip("needs original data: BNLSTM_DATA_DIR has no mnist")
+    arrays = datasets.load("mnist", str(data_dir)).arrays
+    brightness, labels = arrays[f"{split}_images"].mean(1), arrays[f"{split}_labels"]
+    for digit in range(10):
+        brightness[labels == digit] -= brightness[labels == digit].mean()
+
+    def spread(values):
+        return values.reshape(-1, 100).mean(1).var() / (values.var() / 100)
+
+    assert spread(brightness) > 10
+    # Of 100 batches, it scatters around 1 with a deviation of .14.
+    assert spread(brightness[tasks.evaluation_order(10_000)]) < 1.6
+
+
 def test_batches_are_the_data_in_the_order_of_pixels(small_config):
     task = tasks.load(small_config)
     data = datasets.load("digits", small_config.data_dir).arrays
