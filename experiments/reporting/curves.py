@@ -195,9 +195,12 @@ def draw(axes: Any, line: Line, found: Found) -> None:
 
 
 def range_of(lines: list[Line], found: Found, limit: float) -> tuple[float, float]:
-    """From the lowest to the highest value up to an update, with some space around."""
-    values = [line.published[1][line.published[0] <= limit] for line in lines]
-    values += [line.measured(found)[1].ravel() for line in lines]
+    """The range of our values, and of the paper's from our first update on, with some space."""
+    ours = [line.measured(found) for line in lines]
+    first = min(updates[0] for updates, _ in ours if updates.size)
+    values = [measured.ravel() for _, measured in ours]
+    for updates, published in (line.published for line in lines):
+        values.append(published[(first <= updates) & (updates <= limit)])
     low, high = np.min(np.concatenate(values)), np.max(np.concatenate(values))
     return low - 0.04 * (high - low), high + 0.04 * (high - low)
 
