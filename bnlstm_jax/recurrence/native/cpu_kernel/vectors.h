@@ -40,7 +40,8 @@ using Four = VectorOf<4>::type;
 // A number of elements, rounded up to whole vectors.
 inline int64_t round_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-INLINE Vector broadcast(float x) { return Vector{} + x; }
+// x - 0 is x, and costs nothing. x + 0 is an addition: it makes 0 of -0.
+INLINE Vector broadcast(float x) { return x - Vector{}; }
 
 // Of aligned memory of floats.
 typedef Vector FloatsAsVector __attribute__((may_alias));
