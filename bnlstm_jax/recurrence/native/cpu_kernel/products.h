@@ -91,7 +91,7 @@ void multiply_tile(const float* a, size_t row, size_t k, const float* x, int K, 
     UNROLL for (int v = 0; v < Vectors; ++v) b[v] = load(x + (i * Vectors + v) * kLanes);
     UNROLL for (int r = 0; r < Rows; ++r) {
       const Vector w = broadcast(a[r * row + i * k]);
-      UNROLL for (int v = 0; v < Vectors; ++v) sums[r][v] += w * b[v];
+      UNROLL for (int v = 0; v < Vectors; ++v) sums[r][v] = multiply_add(w, b[v], sums[r][v]);
     }
   }
   UNROLL for (int r = 0; r < Rows; ++r)

@@ -8,6 +8,12 @@
 #include <limits>
 #include <utility>
 
+#if defined(__FMA__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -42,6 +48,20 @@ inline int64_t round_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; 
 
 // x - 0 is x, and costs nothing. x + 0 is an addition: it makes 0 of -0.
 INLINE Vector broadcast(float x) { return x - Vector{}; }
+
+// x * y + z, rounded once. GCC makes `x * y + z` of two instructions in some loops and of one in
+// others, for AMD's processors: the bits of a sum would depend on the shape of its tile.
+INLINE Vector multiply_add(Vector x, Vector y, Vector z) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(x, y, z);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return _mm256_fmadd_ps(x, y, z);
+#elif defined(__aarch64__)
+  return vfmaq_f32(z, x, y);
+#else
+  return x * y + z;
+#endif
+}
 
 // Of aligned memory of floats.
 typedef Vector FloatsAsVector __attribute__((may_alias));
