@@ -8,11 +8,12 @@
 
 A `Problem` says what a recurrence is given, a `Result` what it gives back. An implementation is a
 function from one to the other, and one that says why it cannot run a problem. To add one, write
-both, and name them in `IMPLEMENTATIONS` with the platform. `auto` takes it on the kinds of devices
-in `VALIDATED_UNITS`. All but `gpu` and `cpu` are made of `problem.step`.
+both, and name them in `IMPLEMENTATIONS` with the platform. All but `gpu` and `cpu` are made of
+`problem.step`.
 
-`auto` is the kernel for the device at hand, if it is validated there, else `xla`. It is `xla` too
-where there are several devices: a kernel runs all of a batch on one, and XLA spreads it over them.
+`auto` is the first kernel in `IMPLEMENTATIONS` for the platform at hand, on the kinds of devices in
+`VALIDATED_UNITS` and up to so many hidden units; else `xla`. It is `xla` too where there are
+several devices: a kernel runs all of a batch on one, and XLA spreads it over them.
 """
 
 import functools

@@ -1,7 +1,8 @@
 """The paper's tables and figures, in its order, each beside what was measured here.
 
-To add one, add a line to `ITEMS`. For learning curves, first write the paper's points into
-`paper_curves/`; what no class here draws becomes a class of its own, with `experiments` and `show`.
+To add one, add a line to `ITEMS`. The paper's numbers are in `paper.TABLES`, by config, and its
+curves in `paper_curves/`, a file a figure; write them there first. What no class here draws becomes
+a class of its own, with `experiments` and `show`.
 
 scripts/reproduce.py makes one of them, scripts/report.py a page of all.
 """
