@@ -140,7 +140,7 @@ def test_several_chunks_of_a_product(dtype):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("units, batch, steps", [(100, 100, 10), (20, 7, 784)])
+@pytest.mark.parametrize("units, batch, steps", [(100, 100, 10), (6, 7, 784)])
 def test_sizes_of_the_paper(units, batch, steps):
     compare(units, batch, steps)
 

@@ -272,8 +272,8 @@ def test_errors_of_reading_are_not_damage(unbroken, tmp_path, monkeypatch):
     restore = ocp.Checkpointer.restore
     for problem, raised, message in (
         (OSError(5, "Input/output error"), UserError, "8 cannot be read: Input/output error"),
-        (MemoryError(), MemoryError, ""),
-        (Stopped("", signal.SIGTERM), Stopped, ""),
+        (MemoryError(), MemoryError, None),
+        (Stopped("", signal.SIGTERM), Stopped, None),
         (ValueError(), UserError, "8 is damaged"),
     ):
 
