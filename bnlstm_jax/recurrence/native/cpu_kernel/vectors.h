@@ -8,7 +8,7 @@
 #include <limits>
 #include <utility>
 
-#if defined(__FMA__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
