@@ -6,13 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
-import numpy as np
 import pytest
 
 from experiments.benchmarking import programs, timing
 from experiments.runtime import files
 from experiments.runtime.errors import UserError
-from experiments.validation import training, verdict
+from experiments.validation import verdict
 from scripts import validate_device
 from tests.experiments.validation.test_verdict import RECORD
 
@@ -72,22 +71,19 @@ def test_a_rehearsal_runs_every_step(tmp_path):
 
 @pytest.mark.long
 def test_a_whole_validation_of_a_cpu(tmp_path, data_dir):
-    """How far benchmark and training come is a matter of the processor."""
+    """Its benchmark may not come to its end: text8 is large. Training takes all of its time."""
     done = validate(tmp_path, "--minutes=60", "--only=rates,check")
     assert (done.returncode, done.stderr) == (0, "")
-    done = validate(tmp_path, "--minutes=8", "--only=benchmark,training", f"--data_dir={data_dir}")
+    validate(tmp_path, "--minutes=15", "--only=benchmark")
+    done = validate(tmp_path, "--minutes=10", "--only=training", f"--data_dir={data_dir}")
     findings = verdict.read(tmp_path)
     assert set(findings) == set(verdict.SHARES), done.stdout
     results = findings["check"]["results"]
     assert {r["case"] for r in results} == set(findings["check"]["cases"])
     assert not [r for r in results if r["outcome"] == "failed"]
-    measured = findings["benchmark"]["results"][0]
-    assert (measured["size"], measured["dtype"]) == ("pmnist", "float32")
-    assert {"BN-LSTM, xla", "BN-LSTM, cpu"} <= measured["candidates"].keys()
-    losses = findings["training"]["losses"]
-    assert losses.keys() == {"xla", f"xla, {training.MOVED}", "cpu"}
-    falls = [np.mean(values[:10]) - np.mean(values[-10:]) for values in losses.values()]
-    assert len({len(values) for values in losses.values()}) == 1 and min(falls) > 0
+    gains = verdict.gains(findings)
+    assert gains["cpu"] >= verdict.LEAST_GAIN * gains["xla"] > 0
+    assert {"pmnist", "ptb"} <= {r["size"] for r in findings["benchmark"]["results"]}
 
 
 # ---- Steps that are made up.
