@@ -18,7 +18,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import config, parallel, train
+from experiments import config, train
 from experiments.records import workdir
 from experiments.reporting import compare
 from experiments.runtime import cli, memory, paths, processes
@@ -134,10 +134,11 @@ def job() -> contextlib.AbstractContextManager:
 
 def main(_: list[str]) -> None:
     """Runs every kind of model that the config names, in one process or many."""
+    if _PROFILE.value and _MODE.value == "evaluate":
+        raise UserError("--profile traces updates, and --mode=evaluate makes none: leave one out")
     memory.keep_freed()
     base = flags.FLAGS.config
     config.check(base)
-    parallel.check(base, _NUM_PROCESSES.value or 1)
     with job():
         fields = json.loads(base.to_json_best_effort())
         processes.check_same({"--mode": _MODE.value, "config": fields}, "")

@@ -34,7 +34,7 @@ class Parallel:
     mesh: Mesh | None = None
 
     def __str__(self) -> str:
-        """`cpu`, or `8 x NVIDIA H200, in 2 processes, batch statistics of 4 each`."""
+        """`cpu`, or `8 x NVIDIA H200, in 2 processes, batch statistics over 4 each`."""
         kind = jax.devices()[0].device_kind
         if self.mesh is None:
             return kind

@@ -17,7 +17,6 @@ from flax.training import train_state
 from ml_collections import ConfigDict
 
 from experiments import evaluate, parallel, tasks
-from experiments.models import layers
 from experiments.optimizers import make_optimizer
 from experiments.parallel import ONE_DEVICE, Parallel
 from experiments.records import boards, metrics, milestones, workdir
@@ -306,10 +305,14 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
                 f"config.num_updates is {config.num_updates}, and the run in {folder} is at update "
                 f"{start}: ask for more, or leave it as it is with --mode=evaluate"
             )
+        if start == config.num_updates:
+            results = processes.on_first(lambda: finished_results(config, folder, start))
+            if results is not None:
+                return results
         if first:
-            implementation = layers.implementation(config.model, devices.statistics_axis)
             choice = {"selection": task.selection, "lower_is_better": task.lower_is_better}
-            workdir.open_workdir(config, folder, {**task.record, **choice}, implementation)
+            workdir.open_workdir(config, folder, {**task.record, **choice}, task.implementation)
+            stack.callback(lambda: workdir.record_end(folder, done))
         shown = stack.enter_context(boards.opened(folder, config, start)) if first else []
         title = f"{task.data} {config.model.kind}"
         expected = milestones.of(config)
@@ -363,8 +366,6 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
                     checkpoints.save(state, validation)
                     saved = done
                 if stop is not None:
-                    if first:
-                        workdir.record_end(folder, done)
                     raise Stopped(
                         f"{signal.Signals(stop).name}: stopped after update {done:,} of "
                         f"{total:,}, which is saved; the same command continues",
@@ -375,14 +376,8 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
 
         # ---- Evaluate the best checkpoint.
         interruption.wait_no_more()
-        if start == config.num_updates:
-            results = processes.on_first(lambda: finished_results(config, folder, start))
-            if results is not None:
-                return results
         results = evaluate_best(setup, state, checkpoints, interruption.check)
         boards.write_results(shown, results)
-        if first:
-            workdir.record_end(folder, config.num_updates)
         return results
 
 

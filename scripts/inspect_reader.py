@@ -206,11 +206,7 @@ def main(_: list[str]) -> None:
     where = f"{task.data}, {split}, example {example:,}: {name}"
     how = f"{LABELS[config.model.kind]}, update {run.update:,}, {STATISTICS[which]}"
     html = make_page(found, names, where, how, len(task.vocabulary.words))
-    try:
-        files.write_text(page, html)
-    except OSError as error:
-        raise UserError(f"--output={page} cannot be written: {error.strerror}") from error
-    sys.stdout.reconfigure(errors="replace")  # where the terminal lacks a character
+    files.write_text(page, html)
     print(f"{summary(found, names, where, how)}\nPage: {page}")
 
 

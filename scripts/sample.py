@@ -126,6 +126,7 @@ def main(_: list[str]) -> None:
         )
     vocabulary = workdir.read_record(folder)["vocabulary"]
     prompt = check_prompt(given.prompt, vocabulary)
+    config.model.implementation = "auto"  # the run's may be for another device
     model = char_lm.make_model(config, len(vocabulary))
     update, variables, statistics = read_best(folder)
     if statistics == "running":
@@ -134,7 +135,6 @@ def main(_: list[str]) -> None:
             "average",
             file=sys.stderr,
         )
-    sys.stdout.reconfigure(errors="replace")  # where the terminal lacks a character
     text = sample(model, variables, vocabulary, prompt, given.temperature, given.seed)
     try:
         print(prompt, end="", flush=True)

@@ -42,7 +42,6 @@ from configs import digits, pmnist
 from experiments import datasets
 from experiments.benchmarking import benchmark, programs, timing
 from experiments.runtime import cli, files, paths
-from experiments.runtime.errors import UserError
 from experiments.validation import check, rates, report, training, verdict
 from experiments.validation.verdict import SHARES
 
@@ -181,10 +180,7 @@ def main(_: list[str]) -> None:
     if given.cases:
         timing.check_names("cases", given.cases, check.SMALL_CASES if given.small else check.CASES)
     folder = Path(given.output or ("rehearsal" if given.small else "validation"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output={folder} cannot be made: {error.strerror}") from error
+    folder.mkdir(parents=True, exist_ok=True)
     timing.check_output(folder / "report.md")
     if given.step:
         run_step(given.step, given, folder, given.minutes)

@@ -42,8 +42,42 @@ class Corpus:
     digest: str
 
 
+def check(dataset: str, text_file: str, split: tuple[float, ...]) -> None:
+    """Refuses arguments of `load` that are invalid whatever the data.
+
+    Raises:
+      UserError: names the config field and what it may be.
+    """
+    if dataset not in DATASETS:
+        raise UserError(unknown_name("config.dataset", dataset, DATASETS))
+    if dataset == "text" and not text_file:
+        raise UserError("config.text_file is empty: give the path of a UTF-8 text file")
+    if dataset != "text" and text_file:
+        raise UserError(
+            f"config.text_file is {text_file}, and config.dataset is {dataset}: "
+            "to read the file, set config.dataset to text"
+        )
+    if dataset == "ptb":
+        if split:
+            raise UserError(
+                f"config.split is {_flag(split)}, and ptb comes split: leave it empty, "
+                "--config.split='()'"
+            )
+        return
+    is_number = [isinstance(n, numbers.Real) and not isinstance(n, bool) and n > 0 for n in split]
+    if not (
+        len(split) == len(SPLITS)
+        and all(is_number)
+        and (_are_fractions(split) or all(float(n).is_integer() for n in split))
+    ):
+        raise UserError(
+            f"config.split is {_flag(split) or 'empty'}: it must be three whole numbers of "
+            "characters, or three fractions above 0 that sum to at most 1"
+        )
+
+
 def load(dataset: str, data_dir: str, text_file: str, split: tuple[float, ...]) -> Corpus:
-    """Loads a text and splits it.
+    """Loads a text and splits it. Call `check` before.
 
     Args:
       dataset: `ptb`, which comes split; `text8`; or `text`, any text file.
@@ -53,19 +87,11 @@ def load(dataset: str, data_dir: str, text_file: str, split: tuple[float, ...]) 
         of `text8` or `text`: numbers of characters, or fractions. Empty for `ptb`.
 
     Raises:
-      UserError: if an argument is not as above, the text is too short for the split, or the
-        text cannot be had.
+      UserError: the text is too short for the split, or cannot be had.
     """
-    if dataset not in DATASETS:
-        raise UserError(unknown_name("config.dataset", dataset, DATASETS))
     if dataset == "text":
         return _text(text_file, split)
-    if text_file:
-        raise UserError(
-            f"config.text_file is {text_file}, and config.dataset is {dataset}: "
-            "to read the file, set config.dataset to text"
-        )
-    return _ptb(data_dir, split) if dataset == "ptb" else _text8(data_dir, split)
+    return _ptb(data_dir) if dataset == "ptb" else _text8(data_dir, split)
 
 
 def encode(text: str, vocabulary: str) -> np.ndarray:
@@ -104,18 +130,12 @@ def _corpus(name: str, vocabulary: str, splits: dict[str, np.ndarray]) -> Corpus
     return Corpus(name, vocabulary, splits, digest)
 
 
-def _ptb(data_dir: str, split: tuple[float, ...]) -> Corpus:
-    if split:
-        raise UserError(
-            f"config.split is {_flag(split)}, and ptb comes split: leave it empty, "
-            "--config.split='()'"
-        )
+def _ptb(data_dir: str) -> Corpus:
     data = datasets.load("ptb", data_dir)
     return _corpus("ptb", data.info["vocabulary"], {name: data.arrays[name] for name in SPLITS})
 
 
 def _text8(data_dir: str, split: tuple[float, ...]) -> Corpus:
-    _check_split(split)
     data = datasets.load("text8", data_dir)
     text, complete = data.arrays["text"], data.info["complete"]
     hint = "" if complete else f", or delete {folder_of('text8', data_dir)} to prepare it anew"
@@ -127,7 +147,6 @@ def _text8(data_dir: str, split: tuple[float, ...]) -> Corpus:
 
 
 def _text(text_file: str, split: tuple[float, ...]) -> Corpus:
-    _check_split(split)
     text = _read(text_file)
     sizes = _sizes(split, len(text), f"config.text_file, {text_file},")
     parts = _cut(text, sizes)
@@ -141,8 +160,6 @@ def _text(text_file: str, split: tuple[float, ...]) -> Corpus:
 
 
 def _read(text_file: str) -> str:
-    if not text_file:
-        raise UserError("config.text_file is empty: give the path of a UTF-8 text file")
     try:
         data = Path(paths.expand("config.text_file", text_file)).read_bytes()
         text = data.decode("utf-8").removeprefix("\ufeff")  # the byte order mark
@@ -161,20 +178,6 @@ def _read(text_file: str) -> str:
         else:
             return text
     raise UserError(f"config.text_file is {text_file}, which {problem}")
-
-
-def _check_split(split: tuple[float, ...]) -> None:
-    """Raises a `UserError` if a split is neither three fractions nor three whole numbers."""
-    is_number = [isinstance(n, numbers.Real) and not isinstance(n, bool) and n > 0 for n in split]
-    if not (
-        len(split) == len(SPLITS)
-        and all(is_number)
-        and (_are_fractions(split) or all(float(n).is_integer() for n in split))
-    ):
-        raise UserError(
-            f"config.split is {_flag(split) or 'empty'}: it must be three whole numbers of "
-            "characters, or three fractions above 0 that sum to at most 1"
-        )
 
 
 def _are_fractions(split: tuple[float, ...]) -> bool:

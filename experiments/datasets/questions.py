@@ -146,8 +146,18 @@ class Vocabulary:
     entities: np.ndarray
 
 
+def check(dataset: str, subset: str) -> None:
+    """Refuses a data set, or a part of it, that there is not.
+
+    Raises:
+      UserError: names the config field and what it may be.
+    """
+    one_of("config.dataset", dataset, ("cnn", "babi"))
+    one_of("config.subset", subset, ("",) if dataset == "cnn" else ("qa1", "qa2", "qa4", "qa5"))
+
+
 def load(dataset: str, data_dir: str, subset: str = "") -> Questions:
-    """Loads a data set of questions.
+    """Loads a data set of questions. Call `check` before.
 
     Args:
       dataset: `cnn` or `babi`.
@@ -155,10 +165,8 @@ def load(dataset: str, data_dir: str, subset: str = "") -> Questions:
       subset: the task of bAbI: `qa1`, `qa2`, `qa4` or `qa5`.
 
     Raises:
-      UserError: if an argument is invalid, or the data cannot be loaded.
+      UserError: the data cannot be loaded.
     """
-    one_of("config.dataset", dataset, ("cnn", "babi"))
-    one_of("config.subset", subset, ("",) if dataset == "cnn" else ("qa1", "qa2", "qa4", "qa5"))
     data = datasets.load(dataset, data_dir)
     prefix = f"{subset}_" if subset else ""
     arrays = {

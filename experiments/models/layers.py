@@ -44,15 +44,15 @@ def check(model: ConfigDict) -> None:
     at_least("config.model.initial_hidden_noise", model.initial_hidden_noise, 0)
 
 
-def check_implementation(layer: Layer) -> None:
-    """Refuses an implementation that does not run a layer here.
+def implementation_of(layer: Layer, batch_size: int) -> str:
+    """What runs the recurrence of a layer here, with a CPU kernel's instruction set.
 
     Raises:
-      UserError: says what to choose in its place.
+      UserError: its `implementation` cannot run it; says what to choose in its place.
     """
-    name = layer.implementation
+    name, problem = layer.implementation, abstract_problem(layer, batch_size)
     try:
-        reason = recurrence.why_unsupported(name, abstract_problem(layer))
+        reason = recurrence.why_unsupported(name, problem)
     except RuntimeError as error:  # from a compiler
         raise UserError(f"config.model.implementation is {name}: {error}") from error
     if reason is not None:
@@ -62,15 +62,7 @@ def check_implementation(layer: Layer) -> None:
             f"config.model.implementation is {name}, which {reason}: make it xla{other}"
         )
 
-
-def implementation(model: ConfigDict, axis_name: str | None = None) -> str:
-    """What runs the recurrence of `config.model` here, with a CPU kernel's instruction set."""
-    fields = {"dtype": matmul_dtype(model), "implementation": model.implementation}
-    if model.kind == "ln_lstm":
-        layer = bnlstm_jax.LNLSTM(model.features, **fields)
-    else:
-        layer = bnlstm_jax.BNLSTM(model.features, axis_name=axis_name, **fields)
-    name = recurrence.choose(model.implementation, abstract_problem(layer))
+    name = recurrence.choose(name, problem)
     return f"{name}, {cpu.instruction_set()}" if name == "cpu" else name
 
 
@@ -120,19 +112,16 @@ def recurrent_layer(
         "scale_init": nn.initializers.constant(model.initial_scale),
     }
     if model.kind == "lstm":
-        layer = bnlstm_jax.LSTM(**shared)
-    elif model.kind == "ln_lstm":
-        layer = bnlstm_jax.LNLSTM(**shared, **normalized)
-    else:
-        layer = bnlstm_jax.BNLSTM(
-            **shared,
-            **normalized,
-            axis_name=axis_name,
-            max_steps=None if model.shared_statistics else model.max_steps or sequence_length,
-            shared_statistics=model.shared_statistics,
-            input_statistics=model.input_statistics,
-            momentum=model.momentum,
-            initial_hidden_noise=model.initial_hidden_noise,
-        )
-    check_implementation(layer)
-    return layer
+        return bnlstm_jax.LSTM(**shared)
+    if model.kind == "ln_lstm":
+        return bnlstm_jax.LNLSTM(**shared, **normalized)
+    return bnlstm_jax.BNLSTM(
+        **shared,
+        **normalized,
+        axis_name=axis_name,
+        max_steps=None if model.shared_statistics else model.max_steps or sequence_length,
+        shared_statistics=model.shared_statistics,
+        input_statistics=model.input_statistics,
+        momentum=model.momentum,
+        initial_hidden_noise=model.initial_hidden_noise,
+    )

@@ -18,9 +18,6 @@ from experiments.records.metrics import read_metrics
 from experiments.runtime import files
 from experiments.runtime.errors import UserError
 
-# Runs of one experiment may differ in these: the seed, and fields that a run may continue with.
-FREE_FIELDS = ("seed", *workdir.FREE_FIELDS)
-
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -30,11 +27,13 @@ class Experiment:
       config: a file in `configs`, with its variant if any: `ptb` or `ptb:small`.
       kind: the kind of model.
       fields: fields that differ from the file, as pairs of name and value.
+      num_updates: the paper's number of updates, if it is not that of the file.
     """
 
     config: str
     kind: str
     fields: tuple[tuple[str, Any], ...] = ()
+    num_updates: int | None = None
 
     def __str__(self) -> str:
         """The name of a folder: `pmnist/bn_lstm` or `pmnist/bn_lstm,initial_scale=0.3`."""
@@ -47,6 +46,7 @@ class Experiment:
         module = importlib.import_module(f"configs.{name}")
         config = module.get_config(variant) if variant else module.get_config()
         config.update_from_flattened_dict({**dict(self.fields), "model.kind": self.kind})
+        config.num_updates = self.num_updates or config.num_updates
         return config
 
     @functools.cached_property
@@ -59,9 +59,13 @@ class Experiment:
 
 
 def identity(config: ConfigDict) -> dict[str, Any]:
-    """The fields that runs of one experiment share, with JSON's types."""
+    """The fields that runs of one experiment share, with JSON's types.
+
+    They may differ in the seed, and in fields that a run may continue with.
+    """
     flat = workdir.flat(config)
-    return {name: value for name, value in flat.items() if name not in FREE_FIELDS}
+    free = ("seed", *workdir.FREE_FIELDS)
+    return {name: value for name, value in flat.items() if name not in free}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Run:
 
     @functools.cached_property
     def config(self) -> ConfigDict:
-        """The config that it was started with."""
+        """The config of its latest start."""
         return workdir.read_config(self.folder)
 
     @functools.cached_property
@@ -95,6 +99,11 @@ class Run:
     def updates(self) -> int:
         """The last update that it has written metrics of."""
         return self.rows[-1]["update"] if self.rows else 0
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether its results are of its last update; while it goes on, they may be earlier."""
+        return self.results.get("updates") == self.updates
 
     @property
     def seconds(self) -> int | None:
@@ -152,6 +161,7 @@ def load(folder: Path | str, data_dir: str | None = None) -> Trained:
     folder = Path(folder)
     config = workdir.read_config(folder)
     config.data_dir = data_dir or config.data_dir
+    config.model.implementation = "auto"  # the run's may be for another device
     update, variables, statistics = read_best(folder)
     task = tasks.load(config)
     workdir.check_record(task.record, folder)

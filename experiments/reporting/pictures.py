@@ -44,11 +44,10 @@ def save(figure: Any, picture: Path) -> None:
     """Writes a figure, in the format of the file's suffix, whole or not at all.
 
     Raises:
-      UserError: the file cannot be written, or its format is unknown.
+      UserError: its format is unknown.
     """
     try:
         with files.replacing(picture) as temporary:
             figure.savefig(temporary, format=picture.suffix[1:], dpi=DPI)
-    except (OSError, ValueError) as error:  # ValueError: an unknown suffix
-        problem = getattr(error, "strerror", None) or error
-        raise UserError(f"{picture} cannot be written: {problem}") from error
+    except ValueError as error:
+        raise UserError(f"{picture} cannot be written: {error}") from error

@@ -47,9 +47,10 @@ def run(
 ) -> NoReturn:
     """Runs a command: absl's `app.run`, with user errors reported plainly.
 
-    A `UserError`, or a flag that cannot be parsed, becomes one line `error: ...` on stderr and exit
-    status 2. A stopped run prints how to continue. A closed output, as by `head`, ends the command
-    silently. Any other exception keeps its traceback. Warnings are logged; `--verbosity` logs more.
+    A `UserError`, a flag that cannot be parsed, or a file that cannot be read or written becomes
+    one line `error: ...` on stderr and exit status 2. A stopped run prints how to continue. A
+    closed output, as by `head`, ends the command silently. Any other exception keeps its traceback.
+    Warnings are logged; `--verbosity` logs more.
 
     Args:
       main: called with what `parse` returns.
@@ -106,5 +107,10 @@ def _reported(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
         except BrokenPipeError:  # the reader, such as head, has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the rest
             sys.exit(141)
+        except OSError as error:
+            if error.filename is None or error.strerror is None:
+                raise
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+            sys.exit(2)
 
     return call

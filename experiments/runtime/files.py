@@ -12,14 +12,17 @@ from experiments.runtime.errors import UserError
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which then replaces `path` as a whole."""
+    """A file to write, which then replaces `path` as a whole. Errors name `path`."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         _sync(temporary)  # or a power cut may leave the new name without content
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            error.filename = str(path)
         raise
     with contextlib.suppress(OSError):  # not all file systems can do it for folders
         _sync(path.parent)

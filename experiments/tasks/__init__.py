@@ -61,6 +61,7 @@ class Task(Protocol):
 
     Attributes:
       model: maps `(*inputs(batch), use_running_average)` to outputs.
+      implementation: what runs its recurrence.
       data: name of the data in results.
       readings: ways of evaluation. The first one is validation's, and its first split is the one by
         which checkpoints are chosen.
@@ -75,6 +76,7 @@ class Task(Protocol):
     """
 
     model: nn.Module
+    implementation: str
     data: str
     readings: tuple[Reading, ...] = (Reading(splits=("valid", "test")),)
     selection: str

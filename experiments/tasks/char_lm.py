@@ -85,6 +85,7 @@ class Task(tasks.Task):
         self._check_sizes()
         self._tell_unknown(data)
         self.model = make_model(config, len(data.vocabulary), parallel.statistics_axis)
+        self.implementation = layers.implementation_of(self.model.layer, config.batch_size)
         self.text = {split: parallel.replicate(data.splits[split]) for split in SPLITS}
         self.record: dict[str, Any] = {
             "dataset": data.name,
@@ -220,6 +221,7 @@ def check(config: ConfigDict) -> None:
       UserError: names the field and what it may be.
     """
     layers.check(config.model)
+    corpus.check(config.dataset, config.text_file, config.split)
     one_of("config.selection", config.selection, SELECTIONS)
     for split in words(config.whole_text):
         one_of("config.whole_text", split, SPLITS)

@@ -13,7 +13,6 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from bnlstm_jax import BNLSTM
 from experiments import tasks
 from experiments.datasets import questions
 from experiments.datasets.question_arrays import SPLITS
@@ -24,7 +23,7 @@ from experiments.models.attentive_reader import (
     Quirks,
     with_input_statistics,
 )
-from experiments.models.layers import check_implementation, check_max_steps, matmul_dtype
+from experiments.models.layers import check_max_steps, implementation_of, matmul_dtype
 from experiments.parallel import ONE_DEVICE, Parallel
 from experiments.runtime.checks import at_least, at_most, one_of
 from experiments.runtime.errors import UserError
@@ -88,11 +87,8 @@ def make_model(
     """The reader of `config.model`, for training passages and questions of at most so many steps.
 
     Raises:
-      UserError: `max_steps` exceeds the longest training passage, or these devices do not support
-        the implementation.
+      UserError: `max_steps` exceeds the longest training passage.
     """
-    fields = {"dtype": matmul_dtype(model), "implementation": model.implementation}
-    check_implementation(BNLSTM(model.features, axis_name=axis_name, **fields))
     check_max_steps(model, passage_steps, "passages")
     names = [field.name for field in dataclasses.fields(Quirks)]
     return AttentiveReader(
@@ -106,7 +102,8 @@ def make_model(
         momentum=model.momentum,
         scale_init=nn.initializers.constant(model.initial_scale),
         axis_name=axis_name,
-        **fields,
+        dtype=matmul_dtype(model),
+        implementation=model.implementation,
     )
 
 
@@ -143,6 +140,8 @@ class Task(tasks.Task):
             for texts in self.splits["train"][:2]
         ]
         self.model = make_model(config.model, len(words), *steps, parallel.statistics_axis)
+        layer = self.model.recurrent_layer(nn.initializers.zeros_init(), None)
+        self.implementation = implementation_of(layer, config.batch_size)
         if self.model.input_statistics == "sequence":
             self.batch_inputs = functools.partial(with_input_statistics, self.model)
         self.record |= {
@@ -325,6 +324,7 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: names the field and what it may be.
     """
+    questions.check(config.dataset, config.subset)
     one_of("config.sentence_rule", config.sentence_rule, questions.SENTENCE_RULES)
     one_of("config.sentence_ties", config.sentence_ties, questions.SENTENCE_TIES)
     lowest = {"num_sentences": 0, "sentence_length_power": 0}

@@ -70,10 +70,10 @@ class Task(tasks.Task):
         self.images = {split: data.arrays[f"{split}_images"][:, order] for split in splits}
         self.labels = {split: data.arrays[f"{split}_labels"] for split in splits}
         check_batch_size(config, len(self.labels["train"]), self.data)
+        layer = recurrent_layer(config.model, pixels, axis_name=parallel.statistics_axis)
+        self.implementation = layers.implementation_of(layer, config.batch_size)
         self.model = SequenceClassifier(
-            recurrent_layer(config.model, pixels, axis_name=parallel.statistics_axis),
-            data.info["num_classes"],
-            dtype=matmul_dtype(config.model),
+            layer, data.info["num_classes"], dtype=matmul_dtype(config.model)
         )
         self.record: dict[str, Any] = {
             "dataset": config.dataset,

@@ -109,6 +109,14 @@ def test_a_run_killed_again_and_again_equals_an_unbroken_one(config, unbroken, t
     assert not list((folder / "checkpoints").glob("*tmp*"))
 
 
+def test_the_command_of_a_finished_run_leaves_it_as_it_is(config, unbroken, tmp_path):
+    folder = copy(unbroken, tmp_path / "run")
+    results = train.train(config, folder)
+    assert results == json.loads((unbroken / "results.json").read_text())
+    for name in ("run.json", "results.json", metrics.FILE_NAME):
+        assert (folder / name).read_bytes() == (unbroken / name).read_bytes()
+
+
 def test_the_comparison_finds_a_difference(config, unbroken, tmp_path):
     config.seed = 2
     train.train(config, tmp_path)
@@ -121,6 +129,13 @@ def test_the_comparison_finds_a_difference(config, unbroken, tmp_path):
 
 
 # ---- Signals.
+
+
+def ends(folder):
+    """The last update of each start, all of which have recorded how long they took."""
+    starts = json.loads((folder / "run.json").read_text())["starts"]
+    assert all(start["seconds"] >= 0 for start in starts)
+    return [start["until"] for start in starts]
 
 
 def stop_at(monkeypatch, update, *signals):
@@ -151,8 +166,7 @@ def test_a_signal_saves_and_the_run_can_continue(
     assert checkpoints.steps_in(tmp_path / "checkpoints")[0] == 6
     train.train(config, tmp_path)
     assert list(differences(tmp_path, unbroken)) == []
-    starts = json.loads((tmp_path / "run.json").read_text())["starts"]
-    assert [start["until"] for start in starts] == [6, 8]
+    assert ends(tmp_path) == [6, 8]
 
 
 def test_a_second_ctrl_c_stops_at_once(config, tmp_path):
@@ -212,6 +226,7 @@ def test_a_signal_in_the_last_evaluation_stops_it(config, unbroken, tmp_path, mo
         )
         with pytest.raises(Stopped, match="stopped by SIGTERM"):
             train.train(config, tmp_path)
+    assert ends(tmp_path) == [8]
     train.train(config, tmp_path)
     assert list(differences(tmp_path, unbroken)) == []
 
@@ -439,6 +454,7 @@ def test_a_non_finite_update_is_not_applied(config, tmp_path, monkeypatch, at_on
     message = "update 6 was not applied: the parameter layer/recurrent_kernel would not be finite; "
     with pytest.raises(UserError, match=f"{message}the latest checkpoint, of update 4, is in"):
         train.train(config, tmp_path)
+    assert ends(tmp_path) == [8]  # of the call that found it
     arrays, _ = checkpoints.read_checkpoint(tmp_path / "checkpoints", 4)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(arrays))
 

@@ -229,7 +229,7 @@ def test_runs_and_questions_that_will_not_do(copy, call):
         call(copy)
 
 
-@pytest.mark.parametrize("name", ["no/page.html", ".", "x" * 254])
+@pytest.mark.parametrize("name", ["no/page.html", "."])
 def test_a_page_that_cannot_be_written(folder, call, tmp_path, name):
     with pytest.raises(UserError, match=r"--output=.* cannot be written"):
         call(folder, output=str(tmp_path / name))

@@ -173,7 +173,7 @@ def test_mistakes_are_found_before_anything_runs(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"--cases.* did you mean masks"):
         call(monkeypatch, tmp_path, {"check": "1 / 0"}, cases=["mask"])
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="--output"):
+    with pytest.raises(FileExistsError):
         call(monkeypatch, tmp_path / "file", {"check": "1 / 0"})
 
 

@@ -14,6 +14,7 @@ LETTERS = " abcdefghijklmnopqrstuvwxyz"
 
 def error(dataset="text", data_dir="data", text_file="", split=(0.8, 0.1, 0.1)) -> str:
     with pytest.raises(UserError) as caught:
+        corpus.check(dataset, str(text_file), split)
         corpus.load(dataset, str(data_dir), str(text_file), split)
     message = str(caught.value)
     assert "\n" not in message

@@ -9,7 +9,7 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 from ml_collections import config_flags
 
-from configs import digits, ptb
+from configs import babi, digits, ptb
 from experiments.launching import sweeps
 from experiments.launching.sweeps import make_points, product, values, zipped
 from experiments.runtime import files
@@ -183,6 +183,12 @@ def test_points_that_the_config_refuses(tmp_path, point, message):
         make_points(digits.get_config(), [{"seed": 0}, point], tmp_path / "sweep")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_points_with_data_that_do_not_exist_are_refused(tmp_path):
+    message = "subset=qa3: config.subset is 'qa3'"
+    with pytest.raises(UserError, match=message):
+        make_points(babi.get_config(), [{"subset": "qa1"}, {"subset": "qa3"}], tmp_path)
 
 
 def test_one_run_under_two_names_is_refused():

@@ -46,6 +46,17 @@ def test_a_missing_platform_is_one_line():
     assert "Traceback" not in errors
 
 
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
+    program = """
+        import pathlib, sys
+        from experiments.runtime import (cli, files)
+        cli.run(lambda argv: files.write_text(pathlib.Path(argv[1]), "text"))
+    """
+    path = tmp_path / "missing" / "file"
+    answer = run(program, str(path))
+    assert answer == (2, "", f"error: {path}: No such file or directory\n")
+
+
 def test_flags_may_come_from_files(tmp_path):
     (tmp_path / "inner").write_text("--mode=evaluate\n")
     (tmp_path / "outer").write_text(f"# of a test\n--flagfile={tmp_path}/inner\n--workdir=none\n")

@@ -127,6 +127,20 @@ def test_bad_fields_are_named(small_config):
         tasks.load(small_config)
 
 
+@pytest.mark.parametrize("kind", ["lstm", "bn_lstm"])
+def test_only_normalised_layers_need_statistics_over_devices(small_config, kind):
+    model = small_config.model
+    model.kind, model.implementation = kind, "gpu"
+    layer = layers.recurrent_layer(model, 16, axis_name="member")
+    with emulation():
+        if kind == "lstm":
+            assert layers.implementation_of(layer, batch_size=10) == "gpu"
+            assert layers.implementation_of(layer, batch_size=1000) == "xla"
+        else:
+            with pytest.raises(UserError, match=r"axis_name.*statistics_devices 1"):
+                layers.implementation_of(layer, batch_size=10)
+
+
 @pytest.mark.parametrize(
     "kind, dtype, why",
     [("ln_lstm", "float32", "layer normalisation"), ("lstm", "float16", "dtype float16")],
@@ -138,4 +152,4 @@ def test_implementations_that_cannot_run_the_layer_are_refused(small_config, kin
         emulation(),
         pytest.raises(UserError, match=f"implementation is gpu, which .*{why}.*: make it xla"),
     ):
-        layers.recurrent_layer(model, 16)
+        layers.implementation_of(layers.recurrent_layer(model, 16), batch_size=10)
