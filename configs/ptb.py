@@ -29,6 +29,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.dataset = "ptb"
     config.split = ()
     config.segment_length = 100
+    config.eval_lengths = tuple(range(100, 1001, 100))
     config.selection = "accuracy"
     config.batch_size = 64
     config.num_updates = 50 * UPDATES_PER_EPOCH

@@ -43,8 +43,8 @@ def main(_: list[str]) -> None:
     layers = find_statistics(variables.get("batch_stats", {}))
     if not layers:
         raise UserError(
-            f"--workdir={folder} has no statistics to draw: its model, {label}, normalises neither "
-            "the recurrent term nor the cell"
+            f"--workdir={folder} has no statistics by time step to draw: its model, {label}, "
+            "normalises neither the recurrent term nor the cell, or all time steps share statistics"
         )
     layer, statistics = min(layers.items())
     data = workdir.read_record(folder)["dataset"]

@@ -111,7 +111,7 @@ def run_row(experiment: Experiment, run: Run) -> list[str]:
         str(experiment),
         str(run.config.seed),
         f"{run.updates:,} of {experiment.get_config().num_updates:,}",
-        wall_time(run) if run.results else f"{wall_time(run)}, not finished",
+        wall_time(run) if run.is_evaluated else f"{wall_time(run)}, not finished",
         f"{', '.join(sorted(set(start['devices'])))} ({start['machine']})",
         (start["commit"] or "-")[:9],
         start["started"][:10],
@@ -148,7 +148,7 @@ def as_markdown(section: Section) -> str:
 def summary(found: Found) -> str:
     """The tables of final results as one, for README.md."""
     rows = [
-        [task, model, item.measured, *rest]
+        [task, model, item.metric_name, *rest]
         for item in ITEMS.values()
         if isinstance(item, ResultsTable)
         for task, model, *rest in item.rows(found)
@@ -179,11 +179,8 @@ def main(_: list[str]) -> None:
     found = find(ITEMS.values(), folder)
     sections = [make_section(n, item, found, given.data_dir) for n, item in ITEMS.items()]
     texts = ["# The paper, and what was measured here", *map(as_markdown, sections)]
-    try:
-        files.write_text(page, pages.render("report.html", sections=sections))
-        files.write_text(page.with_suffix(".md"), "\n\n".join(texts) + "\n")
-    except OSError as error:
-        raise UserError(f"--output={page} cannot be written: {error.strerror}") from error
+    files.write_text(page, pages.render("report.html", sections=sections))
+    files.write_text(page.with_suffix(".md"), "\n\n".join(texts) + "\n")
     if given.readme:
         into_readme(ROOT / "README.md", summary(found))
     print(f"{sum(map(len, found.values()))} runs: {page}, {page.with_suffix('.md')}")

@@ -26,7 +26,6 @@ from typing import Any
 
 from absl import flags
 
-from experiments import train
 from experiments.launching import launchers, runner
 from experiments.launching.sweeps import Point
 from experiments.records import runs, workdir
@@ -50,15 +49,7 @@ def define_flags() -> None:
     launchers.define_flags()
 
 
-class PaperRun(Point):
-    """A run of an experiment. It is finished when it is evaluated as asked for, too."""
-
-    def finished(self) -> bool:
-        """Whether it is."""
-        return train.finished_results(self.config, self.folder, self.config.num_updates) is not None
-
-
-def make_runs(item: Item, given: Any, folder: Path) -> tuple[list[PaperRun], dict[str, list[str]]]:
+def make_runs(item: Item, given: Any, folder: Path) -> tuple[list[Point], dict[str, list[str]]]:
     """The runs of an item, and their commands by name; those that came further are left out.
 
     Raises:
@@ -78,14 +69,13 @@ def make_runs(item: Item, given: Any, folder: Path) -> tuple[list[PaperRun], dic
                 "model.kind": experiment.kind,
                 "seed": seed,
                 "num_updates": updates,
-                **item.evaluation,
                 "data_dir": given.data_dir,
             }
             config = experiment.get_config()
             config.update_from_flattened_dict(fields)
             workdir.check(config, place)
             short = str(place.relative_to(folder))
-            run = PaperRun(short, fields, config, place, {experiment.kind: place})
+            run = Point(short, fields, config, place, {experiment.kind: place})
             made.append(run)
             commands[short] = runner.command_of(run, f"configs/{name}.py{colon}{variant}", {})
     return made, commands

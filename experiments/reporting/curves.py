@@ -70,7 +70,9 @@ def by_kind(
 ) -> list[Line]:
     """Validation lines by kind of model."""
     return [
-        Line(Experiment(config, kind), LABELS[kind], *STYLES[kind], "valid", metric, file, kind)
+        Line(
+            paper.experiment(config, kind), LABELS[kind], *STYLES[kind], "valid", metric, file, kind
+        )
         for kind in kinds
     ]
 
@@ -197,7 +199,7 @@ def draw(axes: Any, line: Line, found: Found) -> None:
 def range_of(lines: list[Line], found: Found, limit: float) -> tuple[float, float]:
     """The range of our values, and of the paper's from our first update on, with some space."""
     ours = [line.measured(found) for line in lines]
-    first = min(updates[0] for updates, _ in ours if updates.size)
+    first = min((updates[0] for updates, _ in ours if updates.size), default=0)
     values = [measured.ravel() for _, measured in ours]
     for updates, published in (line.published for line in lines):
         values.append(published[(first <= updates) & (updates <= limit)])

@@ -45,11 +45,6 @@ class Item(abc.ABC):
         """The experiments whose runs it shows."""
         return ()
 
-    @property
-    def evaluation(self) -> dict[str, Any]:
-        """Config fields that the final evaluation of these runs needs."""
-        return {}
-
     @abc.abstractmethod
     def show(self, found: Found, data_dir: str) -> Shown:
         """Shows the runs of its experiments; `data_dir` is for figures that train nothing."""

@@ -14,7 +14,7 @@ from experiments.reporting.item import Found, Item, Shown, Table, spread, wall_t
 
 FINAL = ("population", "none")  # the statistics of final results; an LSTM has none
 
-OURS = ("here", "measured at update", "runs", "wall time of each seed")
+OURS = ("here", "updates", "runs", "wall time of each seed")
 
 # The lines by length: the paper's name, our model and statistics, label and dashes.
 LENGTH_LINES = {
@@ -52,17 +52,19 @@ class ResultsTable(Item):
     @property
     def experiments(self) -> tuple[Experiment, ...]:
         """Each kind of model on each task."""
-        return tuple(Experiment(task, kind) for task in self.tasks for kind in paper.TABLES[task])
+        return tuple(
+            paper.experiment(task, kind) for task in self.tasks for kind in paper.TABLES[task]
+        )
 
     @property
-    def measured(self) -> str:
+    def metric_name(self) -> str:
         """The metric in words."""
         return self.metric.replace("_", " ")
 
     def rows(self, found: Found) -> Iterator[list[str]]:
-        """Task, model, the paper's result, ours, updates of the run behind the others, their times.
+        """Task, model, the paper's result, ours, updates trained, the runs' folder, their times.
 
-        The runs are named by their folder; each of its seeds has a wall time.
+        Updates are those before the evaluation, of the seed with the fewest.
         """
         ways = {"": FINAL, ", input terms by the batch": ("population_batch_inputs",)}
         for experiment in self.experiments:
@@ -70,20 +72,21 @@ class ResultsTable(Item):
             for way, statistics in ways.items():
                 key = self.metric, statistics, self.reading
                 there = [run for run in found[experiment] if test_values([run], *key)]
+                trained = [run.results["updates"] for run in there]
                 if there or not way:
                     yield [
                         self.tasks[experiment.config],
                         LABELS[experiment.kind] + way,
                         paper.TABLES[experiment.config][experiment.kind],
                         spread(test_values(there, *key)),
-                        f"{min(r.updates for r in there):,} of {updates}" if there else "not run",
+                        f"{min(trained):,} of {updates}" if there else "not run",
                         str(experiment) if there else "-",
                         ", ".join(map(wall_time, there)) or "-",
                     ]
 
     def show(self, found: Found, data_dir: str) -> Shown:
         """The table."""
-        header = ["task", "model", f"paper, test {self.measured}"]
+        header = ["task", "model", f"paper, test {self.metric_name}"]
         return Shown(Table([*header, *OURS], [*self.rows(found)]))
 
 
@@ -91,11 +94,6 @@ class ResultsByLength(Item):
     """Bits per character on Penn Treebank by length of the test segments."""
 
     experiments = (Experiment("ptb", "lstm"), Experiment("ptb", "bn_lstm"))
-
-    @property
-    def evaluation(self) -> dict[str, Any]:
-        """The paper's lengths."""
-        return {"eval_lengths": tuple(range(100, 1001, 100))}
 
     def show(self, found: Found, data_dir: str) -> Shown:
         """The figure, and its points as a table."""

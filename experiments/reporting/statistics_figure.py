@@ -16,11 +16,14 @@ MOMENTS = {"mean": "mean", "var": "variance"}
 
 
 def find_statistics(batch_stats: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
-    """The statistics of `TERMS`, each `[max_steps, F]`, by name (`recurrent_mean`) and by layer."""
+    """The statistics of `TERMS` by time step `[max_steps, F]`, by layer and name.
+
+    A name is `recurrent_mean`. Statistics that all time steps share are left out.
+    """
     names = [f"{term}_{moment}" for term in TERMS for moment in MOMENTS]
     layers: dict[str, dict[str, np.ndarray]] = {}
     for (*layer, name), value in flatten_dict(batch_stats).items():
-        if name in names:
+        if name in names and np.ndim(value) == 2:
             layers.setdefault("/".join(layer), {})[name] = np.asarray(value)
     return layers
 

@@ -56,6 +56,14 @@ def test_results_with_input_terms_by_the_batch_have_their_own_row(tmp_path):
     ]
 
 
+def test_results_of_a_run_that_goes_on_keep_their_number_of_updates(mnist_runs):
+    with (mnist_runs / "pmnist/lstm/seed_1/metrics.jsonl").open("a") as file:
+        row = {"update": 50_000, "split": "valid", "statistics": "none", "accuracy": 0.8}
+        file.write(json.dumps(row) + "\n")
+    table, _ = show("table_mnist", mnist_runs)
+    assert table.rows[2][3:5] == ["0.2500", "500 of 100,000"]
+
+
 def test_curves_lie_over_the_papers(mnist_runs):
     write_run(mnist_runs, Experiment("pmnist", "bn_lstm"), 3, {1000: {"accuracy": 0.5}})
     table, figure = show("figure_pmnist", mnist_runs)
@@ -72,6 +80,15 @@ def test_curves_lie_over_the_papers(mnist_runs):
     assert table.rows[-1] == ["BN-LSTM", "valid", "1,000", theirs, ours, "3"]
     low, high = first.get_ylim()
     assert low < 0.2 and high > 0.75
+
+
+def test_curves_of_a_run_without_validation(tmp_path):
+    run = write_run(tmp_path, Experiment("ptb", "bn_lstm"), 1, {791: {"bits_per_character": 1.6}})
+    training, _ = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text(training + "\n")
+    table, figure = show("figure_gamma_ptb", tmp_path)
+    assert len(figure.axes) == 4
+    assert [row[:3] for row in table.rows] == [["gamma 0.1", "train", "791"]]
 
 
 def test_curves_by_hours(mnist_runs):
