@@ -44,7 +44,7 @@ def check_fields(module: nn.Module) -> None:
 
 
 def check_rows(module: nn.Module, rows: int) -> None:
-    """Raises a ValueError if batch statistics are to be those of one row, which has no variance.
+    """Raises a ValueError if batch statistics would be taken over a single row.
 
     `rows` are those of this device. A module that initialises takes one.
     """
@@ -140,14 +140,15 @@ class BatchNorm(nn.Module):
     Unlike `flax.linen.BatchNorm` it computes statistics in two passes, and
     `bnlstm_jax.estimate_population_statistics` re-estimates them. Parameter `scale [F]`; statistics
     `mean` and `var`, each `[F]`. Under batch statistics only first derivatives in reverse mode are
-    defined; updated statistics have none.
+    defined. Updated statistics have no gradient.
 
     Attributes:
       use_running_average: normalise by `batch_stats` (inference) rather than by the batch's own
         moments (training). Set here or in the call.
       momentum: decay of the running averages.
       epsilon: added to the variance.
-      axis_name: mapped axis over which batches are pooled for their statistics.
+      axis_name: axis of `vmap`, `pmap` or `shard_map(check_vma=False)` over which batches are
+        pooled for their statistics.
       scale_init: initialiser of the scale (gamma); 0.1 in the paper.
       param_dtype: dtype of the scale.
     """
@@ -167,12 +168,14 @@ class BatchNorm(nn.Module):
 
         Args:
           x: the values.
-          use_running_average: overrides the attribute.
-          mask: rows that count in statistics, boolean, broadcast to `[..., 1]`; None for all.
+          use_running_average: as the attribute; set one of them.
+          mask: rows that count in statistics, boolean, broadcast to `[..., 1]`; None for all. In
+            training the other rows are normalised as if they were zero, and have no gradient:
+            whatever padding holds, such as NaN, has no effect.
 
         Raises:
-          ValueError: a field is out of range, `mask` has another rank than `x`, or the batch has
-            one row under batch statistics.
+          ValueError: a field is out of range, `use_running_average` is set twice or never, `mask`
+            has another rank than `x`, or the batch has one row under batch statistics.
         """
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average

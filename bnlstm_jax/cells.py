@@ -320,6 +320,10 @@ class BNLSTMCell(RecurrentCell):
     `flax.linen.scan`; `bnlstm_jax.estimate_population_statistics` needs the second collection. The
     layer `bnlstm_jax.BNLSTM` has both by itself.
 
+    `flax.linen.RNN` does not pass `use_running_average` on: set the field. It does not tell the
+    cell which steps are padding: with its `seq_lengths`, padding counts in batch statistics. Give
+    it an `init_key` in each call if there is `initial_hidden_noise`: its default is a constant.
+
     Attributes:
       features: number of hidden units H.
       normalize: the normalised terms, of `input`, `recurrent` and `cell`. Others enter as they are
@@ -361,7 +365,8 @@ class BNLSTMCell(RecurrentCell):
         self, carry: Carry, inputs: Array, use_running_average: bool | None = None
     ) -> tuple[Carry, Array]:
         """`(c, h)` and inputs `[B, D]` to the new carry and the output h `[B, H]`."""
-        use_running_average = nn.merge_param(
+        # A cell that normalises nothing needs no choice of statistics.
+        use_running_average = not self.normalize or nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
         check_rank(self, inputs)
@@ -373,7 +378,7 @@ class BNLSTMCell(RecurrentCell):
             axis_name=pooled_axis(self, use_running_average),
             analytic=False,
         )
-        if norm.terms and not use_running_average:
+        if not use_running_average:
             check_rows(self, inputs.shape[0])
         variables = {
             term: statistics_variables(self, (term_size(self, term),), f"{term}_")
@@ -397,8 +402,8 @@ class BNLSTMCell(RecurrentCell):
     def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Carry:
         """The learned initial `(c, h)`, each `[B, H]`, for inputs `[B, D]`; zeros if unbound.
 
-        `rng` is the key of `initial_hidden_noise`. In training h has no gradient: the batch's
-        moments remove it.
+        `rng` is the key of `initial_hidden_noise`. With the field `use_running_average=False` h has
+        no gradient: the batch's moments remove it.
         """
         centered = "recurrent" in self.normalize and self.use_running_average is False
         return initial_state(self, input_shape[:-1], rng, centered)
@@ -441,7 +446,9 @@ class LNLSTMCell(RecurrentCell):
     def __call__(self, carry: Carry, inputs: Array) -> tuple[Carry, Array]:
         """`(c, h)` and inputs `[B, D]` to the new carry and the output h `[B, H]`."""
         params = lstm_params(self, inputs.shape[-1], self.normalize)
-        norm = Normalization(tuple(self.normalize), "layer", self.epsilon)
+        norm = Normalization(
+            tuple(self.normalize), "layer", self.epsilon, self.variant.input_epsilon
+        )
 
         def normalize(term: str, x: Array) -> tuple[Array, Moments | None]:
             return norm.apply(term, x, params)

@@ -1,8 +1,8 @@
 """LSTM, BN-LSTM and LN-LSTM over whole sequences.
 
-Equal to the cells of `bnlstm_jax.cells` under `flax.linen.RNN`, and faster: see
-`bnlstm_jax.recurrence`. Beyond the cells, BNLSTM masks statistics by `seq_lengths`, and at
-inference goes on past `max_steps` with the last time step's statistics.
+Equal to the cells of `bnlstm_jax.cells` under `flax.linen.RNN` on sequences of one length, and
+faster: see `bnlstm_jax.recurrence`. Beyond the cells, BNLSTM masks statistics by `seq_lengths`, and
+at inference goes on past `max_steps` with the last time step's statistics.
 
 Call arguments are those of `flax.linen.RNN`, and the layers fit `flax.linen.Bidirectional`. Within
 this file arrays are time-major: `[T, B, F]`.
@@ -77,8 +77,8 @@ class RecurrentLayer(nn.Module):
             state, and its outputs repeat the last one; what the padding holds has no effect, unless
             `mask_statistics` counts it.
           return_carry, time_major, reverse, keep_order: override the attributes.
-          use_running_average: overrides BNLSTM's attribute. LSTM and LNLSTM ignore it, so that a
-            model can hold any of the three.
+          use_running_average: as the attribute of BNLSTM; set one of them. LSTM and LNLSTM ignore
+            it, so that a model can hold any of the three.
 
         Returns:
           The outputs h; with `return_carry` the carry `(c, h)` after the last valid step, and the
@@ -131,9 +131,9 @@ class LSTM(RecurrentLayer):
       unroll: time steps per iteration of a compiled loop.
       implementation: `auto`, `xla`, `reference`, or a kernel, `cpu`, `gpu` or `tpu`; see
         `bnlstm_jax.recurrence`. Only `reference` has forward mode; kernels have first derivatives
-        alone, and `jax.export` refuses `cpu` and `gpu`, which leaves batches of over 128 to `xla`.
-      dtype: dtype of products' operands and of outputs. By default operands keep the dtypes of
-        inputs and parameters, and outputs are in float32 or wider.
+        alone. `gpu` runs batches above 128 by `xla`. `jax.export` does not support `cpu` and `gpu`.
+      dtype: dtype of products' operands and of outputs; by default that of inputs and parameters,
+        but float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
     """
 
@@ -183,9 +183,9 @@ class LNLSTM(RecurrentLayer):
       unroll: time steps per iteration of a compiled loop.
       implementation: `auto`, `xla`, `reference`, or a kernel, `cpu`, `gpu` or `tpu`; see
         `bnlstm_jax.recurrence`. Only `reference` has forward mode; kernels have first derivatives
-        alone, and `jax.export` refuses `cpu` and `gpu`, which leaves batches of over 128 to `xla`.
-      dtype: dtype of products' operands and of outputs. By default operands keep the dtypes of
-        inputs and parameters, and outputs are in float32 or wider.
+        alone. `gpu` runs batches above 128 by `xla`. `jax.export` does not support `cpu` and `gpu`.
+      dtype: dtype of products' operands and of outputs; by default that of inputs and parameters,
+        but float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
     """
 
@@ -232,25 +232,27 @@ class BNLSTM(RecurrentLayer):
     Attributes:
       features: number of hidden units H.
       max_steps: number of time steps with statistics of their own; those of later steps are not
-        recorded. By default the length of the sequence that initialises the layer, which no
-        training sequence may exceed then.
+        recorded. If None, the length of the sequence that initialises the layer; longer training
+        sequences raise.
       normalize: the normalised terms, of `input`, `recurrent` and `cell`. Others enter as they are
         and have neither scale nor statistics.
       use_running_average: normalise by `batch_stats` (inference) rather than by the batch's own
         moments (training). Set here or in the call.
       momentum: decay of the running averages.
       epsilon: added to variances.
-      axis_name: mapped axis over which batches are pooled for their statistics. With `xla`, take
-        gradients within the mapped function: `vmap(grad(...))`. Kernels do not support it.
+      axis_name: axis of `vmap`, `pmap` or `shard_map(check_vma=False)` over which batches are
+        pooled for their statistics. With `xla`, take gradients within `vmap`: `vmap(grad(...))`.
+        Kernels do not support it.
       scale_init: initialiser of the scales (gamma); 0.1 in the paper.
       shared_statistics: record statistics `[F]` of all time steps together rather than of each,
         without `max_steps`. Training normalises each step by its own moments either way. The paper
         finds separate ones necessary; this is to see why.
       input_statistics: `per_step`, or `sequence` for input moments `[4H]` of all time steps
         together, in training too.
-      mask_statistics: count only valid steps of `seq_lengths` in statistics; names of terms do so
-        for those. A time step with one valid sequence has variance 0. The paper's released
-        code counts all steps, finished sequences with their frozen state: so does False.
+      mask_statistics: count only valid steps of `seq_lengths` in statistics. A tuple of terms
+        applies this to those terms only. A time step with one valid sequence has variance 0. The
+        paper's released code counts all steps, finished sequences with their frozen state: so does
+        False.
       vocab_size: number of symbols V, for inputs that are integers in `[0, V)`; see `LSTM`. None
         for dense inputs.
       input_kernel_init, recurrent_kernel_init, bias_init: initialisers of `input_kernel`,
@@ -266,10 +268,10 @@ class BNLSTM(RecurrentLayer):
       unroll: time steps per iteration of a compiled loop.
       implementation: `auto`, `xla`, `reference`, or a kernel, `cpu`, `gpu` or `tpu`; see
         `bnlstm_jax.recurrence`. Under batch statistics only `reference` has forward mode and second
-        derivatives. `tpu` and `gpu` have no gradients of running statistics; `jax.export` refuses
-        `cpu` and `gpu`, which leaves batches of over 128 to `xla`.
-      dtype: dtype of products' operands and of outputs. By default operands keep the dtypes of
-        inputs and parameters, and outputs are in float32 or wider.
+        derivatives. `tpu` and `gpu` have no gradients of running statistics. `gpu` runs batches
+        above 128 by `xla`. `jax.export` does not support `cpu` and `gpu`.
+      dtype: dtype of products' operands and of outputs; by default that of inputs and parameters,
+        but float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
     """
 
@@ -305,7 +307,7 @@ Layer = LSTM | LNLSTM | BNLSTM
 
 
 def abstract_problem(layer: RecurrentLayer, batch: int = 1) -> Problem:
-    """A layer's problem without values, to ask `recurrence` by what it would be run."""
+    """A layer's `Problem` of shapes only, for `recurrence.choose` and `why_unsupported`."""
     state: Any = jax.ShapeDtypeStruct((batch, layer.features), statistics_dtype(layer.param_dtype))
     kernel: Any = jax.ShapeDtypeStruct((layer.features, 4 * layer.features), layer.param_dtype)
     norm = normalization(layer)
@@ -323,7 +325,7 @@ def normalization(layer: RecurrentLayer) -> Normalization:
     check_terms("normalize", layer.normalize)
     terms = tuple(layer.normalize)
     if isinstance(layer, LNLSTM):
-        return Normalization(terms, "layer", layer.epsilon)
+        return Normalization(terms, "layer", layer.epsilon, layer.variant.input_epsilon)
     masked = layer.mask_statistics
     if isinstance(masked, bool):
         masked = TERMS if masked else ()
@@ -400,9 +402,7 @@ def _run(layer: RecurrentLayer, inputs: Array, call: _Call) -> Array | tuple[Car
     if carry is None:
         if key is None and layer.initial_hidden_noise > 0:
             key = layer.make_rng("noise")
-        centered: Array | bool = training and "recurrent" in norm.terms
-        if centered and valid is not None:
-            centered = valid[:1].any(0)  # a sequence without steps ends with its initial state
+        centered = training and _centered(layer, norm, valid, steps)
         carry = initial_state(layer, (batch,), key, centered)
     state = _state_dtype(layer, inputs)
     if layer.vocab_size is None and not jnp.issubdtype(inputs.dtype, jnp.floating):
@@ -431,6 +431,27 @@ def _run(layer: RecurrentLayer, inputs: Array, call: _Call) -> Array | tuple[Car
             count = jnp.full(steps, batch) if counted is None else counted.sum((1, 2))
             _record(layer, term, pair, result.moments[term], count)
     return call.leave(result.carry, result.hidden.astype(layer.dtype or result.hidden.dtype))
+
+
+def _centered(
+    layer: RecurrentLayer, norm: Normalization, valid: Array | None, steps: int
+) -> Array | bool:
+    """Sequences whose first recurrent term is normalised by the batch; see `initial_state`.
+
+    A sequence without steps ends with its initial state. If it counts in the moments of the others
+    nonetheless, these do not remove its gradient: then no sequence is centered.
+    """
+    if "recurrent" not in norm.terms or not steps:
+        return False
+    if valid is None:
+        return True
+    started = valid[0]
+    if "recurrent" in norm.masked:
+        return started
+    all_started = started.all()
+    if axis_name := pooled_axis(layer):
+        all_started = jax.lax.pmin(all_started.astype(jnp.int32), axis_name) > 0
+    return all_started
 
 
 def _state_dtype(layer: RecurrentLayer, inputs: Array) -> jnp.dtype:
@@ -516,10 +537,13 @@ def _statistics(layer: RecurrentLayer, term: str, steps: int) -> list[nn.Variabl
     shape = _statistics_shape(layer, term, steps)
     variables = statistics_variables(layer, shape, f"{term}_")
     there = variables[0].value.shape
-    if layer.max_steps is not None and there != shape:
+    if layer.max_steps is None and len(there) == 2:
+        shape = there[:1] + shape[-1:] if len(shape) == 2 else shape  # of any number of steps
+    if there != shape:
         raise ValueError(
-            f"max_steps: the layer has {layer.max_steps}, batch_stats/{term}_mean has the shape "
-            f"{list(there)} where {list(shape)} was expected"
+            f"max_steps={layer.max_steps}, shared_statistics={layer.shared_statistics}, "
+            f"input_statistics={layer.input_statistics!r}: expected batch_stats/{term}_mean of the "
+            f"shape {list(shape)}, got {list(there)}"
         )
     return variables
 

@@ -6,6 +6,7 @@ instead: statistics of whole batches under the final parameters, averaged with e
 each time step.
 """
 
+import dataclasses
 import functools
 import re
 import warnings
@@ -34,7 +35,7 @@ def estimate_population_statistics(
     rngs: dict[str, Array] | None = None,
     late_steps: str = "skip",
     inputs: Callable[[Any], Any] | None = None,
-    transform: Callable[[Callable], Callable] = jax.jit,
+    transform: Callable[[Callable], Callable] | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
     """The collection `batch_stats` of `model`, re-estimated from `batches` of training data.
@@ -62,15 +63,16 @@ def estimate_population_statistics(
       model: a `flax.linen.Module`.
       variables: its variables, with the parameters to estimate statistics for.
       batches: training data; each batch is the argument of a call of the model, or a tuple of all
-        positional arguments. Labels are none of them; see `inputs`.
+        positional arguments. Leave labels out: see `inputs`.
       rngs: keys of the model's random streams, folded with the number of the batch.
       late_steps: what a batch of shorter sequences contributes to time steps that it does not
         reach: `skip`, nothing; `repeat`, the statistics of its last step, as in the released
         reader.
       inputs: maps a batch to the model's argument or tuple of arguments, if it is not that already;
-        for batches of `(x, labels)` it is `lambda batch: batch[0]`.
-      transform: compiles a function of variables, the number of a batch, and the batch. For a model
-        with an `axis_name` it also maps that axis.
+        for batches of `(x, labels)` it is `lambda batch: batch[0]`. Calls with the same model,
+        function and options share a compiled program: in a loop define the function before it.
+      transform: compiles a function of variables, `rngs`, the number of a batch, and the batch. For
+        a model with an `axis_name` it also maps that axis. By default `jax.jit`.
       **kwargs: arguments that make the model use batch statistics, such as
         `use_running_average=False`.
 
@@ -81,7 +83,7 @@ def estimate_population_statistics(
       as they are.
 
     Raises:
-      TypeError: `model` is not a `flax.linen.Module`, or `rngs` is not a dict.
+      TypeError: `model` is not a `flax.linen.Module`, `rngs` is not a dict, or a batch is a list.
       ValueError: there are no batches, no module used batch statistics, a lifted transform does not
         list `current_batch_stats`, or `late_steps` is unknown.
 
@@ -95,27 +97,17 @@ def estimate_population_statistics(
     if rngs is not None and not isinstance(rngs, Mapping):
         raise TypeError("rngs: expected a dict of keys, such as {'dropout': key}")
     statistics = flatten_dict(variables.get("batch_stats", {}))
-    unlifted: set[Path] = set()
-    interceptor = functools.partial(_note_unlifted, unlifted)
-
-    def contributions(variables: Any, index: int, batch: Any) -> dict[Path, _Sum]:
-        arguments = batch if inputs is None else inputs(batch)
-        if not isinstance(arguments, tuple):
-            arguments = (arguments,)
-        keys = {name: jax.random.fold_in(key, index) for name, key in (rngs or {}).items()}
-        before = flatten_dict(variables.get("batch_stats", {}))
-        variables = {**variables, CURRENT_BATCH_STATS: _no_calls(before)}
-        mutable = ["batch_stats", CURRENT_BATCH_STATS]
-        with nn.intercept_methods(interceptor):
-            _, after = model.apply(variables, *arguments, rngs=keys, mutable=mutable, **kwargs)
-        updated, current = (flatten_dict(after.get(name, {})) for name in mutable)
-        return _contributions(before, updated, current, late_steps)
-
-    compiled = transform(contributions)
+    options = _Options(model, inputs, late_steps, tuple(sorted(kwargs.items())))
+    if transform is None:
+        contribution = _compiled(options)
+    else:
+        contribution = transform(functools.partial(_contribution, options))
     sums: dict[Path, _Sum] = {}
+    unlifted: frozenset[Path] = frozenset()
     for index, batch in enumerate(batches):
-        of_batch = compiled(variables, index, batch)
-        sums = jax.tree.map(jnp.add, sums, of_batch) if sums else of_batch
+        of_batch = contribution(variables, dict(rngs or {}), index, batch)
+        sums = jax.tree.map(jnp.add, sums, of_batch.sums) if sums else of_batch.sums
+        unlifted |= of_batch.unlifted
     _check(sums, unlifted)
     for path, (total, weight, _) in sums.items():
         if not jnp.any(weight > 0):
@@ -140,6 +132,65 @@ class _Sum(NamedTuple):
     moved: Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Contribution:
+    """What a batch adds to the estimate.
+
+    Attributes:
+      sums: to the sum of every statistic.
+      unlifted: the modules that could not write `current_batch_stats`, known while traced.
+    """
+
+    sums: dict[Path, _Sum]
+    unlifted: frozenset[Path] = dataclasses.field(metadata={"static": True})
+
+
+class _Options(NamedTuple):
+    """Arguments of `estimate_population_statistics` that a program is compiled for."""
+
+    model: nn.Module
+    inputs: Callable[[Any], Any] | None
+    late_steps: str
+    kwargs: tuple[tuple[str, Any], ...]
+
+
+def _contribution(
+    options: _Options, variables: Any, rngs: dict[str, Array], index: int, batch: Any
+) -> _Contribution:
+    """Calls the model on a batch, the number `index`."""
+    arguments = batch if options.inputs is None else options.inputs(batch)
+    if isinstance(arguments, list):
+        raise TypeError("batches: expected an argument of the model or a tuple, got a list")
+    if not isinstance(arguments, tuple):
+        arguments = (arguments,)
+    keys = {name: jax.random.fold_in(key, index) for name, key in rngs.items()}
+    before = flatten_dict(variables.get("batch_stats", {}))
+    variables = {**variables, CURRENT_BATCH_STATS: _no_calls(before)}
+    mutable = ["batch_stats", CURRENT_BATCH_STATS]
+    unlifted: set[Path] = set()
+    with nn.intercept_methods(functools.partial(_note_unlifted, unlifted)):
+        _, after = options.model.apply(
+            variables, *arguments, rngs=keys, mutable=mutable, **dict(options.kwargs)
+        )
+    updated, current = (flatten_dict(after.get(name, {})) for name in mutable)
+    sums = _sums(before, updated, current, options.late_steps)
+    return _Contribution(sums, frozenset(unlifted))
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled_for(options: _Options) -> Callable[..., _Contribution]:
+    return jax.jit(functools.partial(_contribution, options))
+
+
+def _compiled(options: _Options) -> Callable[..., _Contribution]:
+    """`_contribution`, compiled; the same function for equal options, if they have a hash."""
+    try:
+        return _compiled_for(options)
+    except TypeError:
+        return _compiled_for.__wrapped__(options)
+
+
 def _count_path(path: Path) -> Path | None:
     """Path of the number of rows behind a mean or variance; None for other variables."""
     name, is_statistic = re.subn("(mean|var)$", "count", path[-1])
@@ -160,7 +211,7 @@ def _no_calls(statistics: dict[Path, Array]) -> dict[str, Any]:
     return unflatten_dict(current)
 
 
-def _contributions(
+def _sums(
     before: dict[Path, Array],
     after: dict[Path, Array],
     current: dict[Path, Array],
@@ -236,7 +287,7 @@ def _check_model(model: Any) -> None:
     raise TypeError(f"model: expected an instance of flax.linen.Module, got {name}{hint}")
 
 
-def _check(sums: dict[Path, _Sum], unlifted: set[Path]) -> None:
+def _check(sums: dict[Path, _Sum], unlifted: frozenset[Path]) -> None:
     """Raises or warns if running averages moved and the batch's statistics are unknown."""
     left = {
         path[:-1] for path, (_, weight, moved) in sums.items() if moved and not jnp.any(weight > 0)
@@ -263,6 +314,6 @@ def _check(sums: dict[Path, _Sum], unlifted: set[Path]) -> None:
         )
 
 
-def _texts(paths: set[Path]) -> str:
+def _texts(paths: Iterable[Path]) -> str:
     """Paths as in Flax's errors."""
     return ", ".join("/" + "/".join(path) for path in sorted(paths))

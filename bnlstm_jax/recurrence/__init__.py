@@ -11,9 +11,9 @@ function from one to the other, and one that says why it cannot run a problem. T
 both, and name them in `IMPLEMENTATIONS` with the platform. All but `gpu` and `cpu` are made of
 `problem.step`.
 
-`auto` is the first kernel in `IMPLEMENTATIONS` for the platform at hand, on the kinds of devices in
-`VALIDATED_UNITS` and up to so many hidden units; else `xla`. It is `xla` too where there are
-several devices: a kernel runs all of a batch on one, and XLA spreads it over them.
+`auto` is the platform's kernel if the kind of device is in `VALIDATED_UNITS` and the layer has at
+most that many units; else `xla`. It is `xla` too where there are several devices: a kernel runs all
+of a batch on one, and XLA spreads it over them.
 """
 
 import functools
@@ -104,7 +104,7 @@ def choose(name: str, problem: Problem) -> str:
 
 
 def run(name: str, problem: Problem) -> Result:
-    """Runs a problem by a chosen implementation. None runs one without steps or sequences."""
+    """Runs a problem by a chosen implementation; without steps or sequences, by none of them."""
     (steps, batch), units = problem.source.shape[:2], problem.recurrent_kernel.shape[0]
     if steps and batch:
         return IMPLEMENTATIONS[name].run(problem)

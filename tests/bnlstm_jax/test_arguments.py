@@ -121,6 +121,67 @@ def test_the_initial_state_of_a_sequence_without_steps_has_a_gradient():
     np.testing.assert_allclose(jax.grad(loss)(hidden), np.full(3, 5.0), rtol=1e-6)
 
 
+UNMASKED = [False, ("input", "cell")]
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("masked, lengths, pooled", [
+    *((masked, (3, 2, 3, 0), pooled) for masked in UNMASKED for pooled in (False, True)),
+    (True, (3, 2, 3, 0), False),
+    (True, None, False),
+])  # fmt: skip
+def test_gradient_of_the_initial_state_is_that_of_finite_differences(
+    masked, lengths, pooled, implementation
+):
+    """A sequence without steps, whose output is h0, moves the others' moments where it counts."""
+    with jax.enable_x64(True):
+        layer = BNLSTM(
+            3,
+            mask_statistics=masked,
+            initial_hidden_init=nn.initializers.normal(0.5),
+            axis_name="shards" if pooled else None,
+            implementation=implementation,
+            param_dtype=jnp.float64,
+        )
+        x, weights = (np.random.default_rng(k).normal(size=(4, 3, n)) for k, n in ((0, 2), (1, 3)))
+        variables = initialize(layer, x)
+        hidden = variables["params"]["initial_hidden"]
+
+        def loss_of(hidden, x, weights, lengths):
+            params = {**variables["params"], "initial_hidden": hidden}
+            y, _ = layer.apply({**variables, "params": params}, x, seq_lengths=lengths, **TRAINING)
+            return jnp.sum(weights * y)
+
+        def gradient_of(function, hidden):
+            """With the batch in halves on two shards if `pooled`."""
+            arguments = x, weights, None if lengths is None else jnp.array(lengths)
+            if not pooled:
+                return function(hidden, *arguments)
+            halves = [a.reshape(2, 2, *a.shape[1:]) for a in arguments]
+            return jax.vmap(function, (None, 0, 0, 0), axis_name="shards")(hidden, *halves).sum(0)
+
+        differences = [
+            (gradient_of(loss_of, hidden + step) - gradient_of(loss_of, hidden - step)) / 2e-6
+            for step in 1e-6 * np.eye(3)
+        ]
+        np.testing.assert_allclose(
+            gradient_of(jax.grad(loss_of), hidden), differences, rtol=1e-6, atol=1e-8
+        )
+
+
+def test_the_state_of_sequences_without_steps_has_its_gradient():
+    layer = BNLSTM(3, max_steps=5, return_carry=True)
+    x = jnp.zeros((4, 0, 2))
+    variables = initialize(layer, x)
+
+    def loss(params):
+        ((_, h), _), _ = layer.apply({**variables, "params": params}, x, **TRAINING)
+        return h.sum()
+
+    gradient = jax.grad(loss)(variables["params"])["initial_hidden"]
+    np.testing.assert_array_equal(gradient, np.full(3, 4.0))
+
+
 @pytest.mark.parametrize(
     "lengths", [3, jnp.array([[5], [2], [3]]), (5, 2), jnp.array([5.0, 2.0, 3.0])]
 )
@@ -296,10 +357,21 @@ def test_other_arguments_out_of_range_raise():
             layer.apply(variables, x, initial_carry=carry, use_running_average=True)
     with pytest.raises(ValueError, match="max_steps: expected a number"):
         initialize(layer, x[:, :0])
-    with pytest.raises(ValueError, match=r"max_steps: the layer has 7, batch_stats/\w+_mean has"):
+    with pytest.raises(ValueError, match=r"max_steps=7, .* batch_stats/\w+_mean of .* \[7, "):
         BNLSTM(4, max_steps=7).apply(variables, x, use_running_average=True)
+    for fields in ({"shared_statistics": True}, {"input_statistics": "sequence"}):
+        with pytest.raises(ValueError, match=r"expected batch_stats/input_mean .* got \[5, 16\]"):
+            BNLSTM(4, **fields).apply(variables, x, use_running_average=True)
     with pytest.raises(ValueError, match=r"expected inputs .*, got float32\[3, 5\](?!;)"):
         layer.apply(variables, x[..., 0], use_running_average=True)
+
+
+def test_a_cell_that_normalises_nothing_needs_no_choice_of_statistics():
+    cell = nn.RNN(BNLSTMCell(4, normalize=()))
+    x = jnp.asarray(draw(3, 5, 2))
+    variables = cell.init(jax.random.key(0), x)
+    expected = nn.RNN(LSTMCell(4)).apply(variables, x)
+    np.testing.assert_array_equal(cell.apply(variables, x), expected)
 
 
 def test_a_mask_of_batch_norm_is_broadcast():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import bnlstm_jax
+from bnlstm_jax.cells import Variant
 from bnlstm_jax.normalization import layer_normalize
 from tests import reference
 
@@ -34,6 +35,20 @@ def draw(terms=TERMS, seed=0):
         shapes[f"{term}_scale"] = (FEATURES if term == "cell" else 4 * FEATURES,)
     params = {name: 0.7 * rng.normal(size=shape) for name, shape in shapes.items()}
     return params, rng.normal(size=(BATCH, TIME, INPUTS)), rng.normal(size=(BATCH, TIME, FEATURES))
+
+
+def test_input_epsilon_is_that_of_the_input_term():
+    """So large a one leaves nothing of that term."""
+    with jax.enable_x64(True):
+        params, inputs, _ = draw()
+        fields = {"variant": Variant(input_epsilon=1e30), "param_dtype": jnp.float64}
+        outputs = make_layer(**fields).apply({"params": params}, inputs)
+        no_input = params | {"input_scale": np.zeros(4 * FEATURES)}
+        expected = make_layer().apply({"params": no_input}, inputs)
+        np.testing.assert_allclose(outputs, expected, **VALUES)
+        rnn = nn.RNN(bnlstm_jax.LNLSTMCell(FEATURES, **fields))
+        by_cell = rnn.apply({"params": {"cell": params}}, inputs)
+        np.testing.assert_allclose(by_cell, expected, **VALUES)
 
 
 def make_layer(terms=TERMS, **options):

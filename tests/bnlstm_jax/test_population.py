@@ -102,6 +102,34 @@ def test_inputs_leaves_labels_out():
     jax.tree.map(np.testing.assert_array_equal, plain, labelled)
     with pytest.raises(TypeError, match="rngs: expected a dict of keys"):
         estimate([x], rngs=jax.random.key(0))
+    with pytest.raises(TypeError, match="expected an argument of the model or a tuple, got a list"):
+        estimate([[x, np.arange(4)]])
+
+
+@pytest.mark.parametrize("terms", [("input", "cell"), ["input", "cell"]], ids=["tuple", "list"])
+def test_equal_calls_share_a_compiled_program(terms):
+    """Fields without a hash, such as lists, cost the sharing alone."""
+    traced = []
+
+    class Model(nn.Module):
+        normalize: tuple[str, ...] | list[str]
+
+        @nn.compact
+        def __call__(self, x, train):
+            traced.append(x)
+            layer = bnlstm_jax.BNLSTM(5, normalize=tuple(self.normalize))
+            return layer(x, use_running_average=not train)
+
+    x = jax.random.normal(jax.random.key(1), (4, STEPS, 3))
+    variables = Model(terms).init(jax.random.key(0), x, False)
+    traced.clear()
+    for scale, number in ((1, 1), (2, 1 if isinstance(terms, tuple) else 2)):
+        stats = bnlstm_jax.estimate_population_statistics(
+            Model(terms), variables, [scale * x], train=True
+        )
+        wanted = scale * np.mean(x @ variables["params"]["BNLSTM_0"]["input_kernel"], 0)
+        np.testing.assert_allclose(stats["BNLSTM_0"]["input_mean"], wanted, rtol=1e-4, atol=1e-6)
+        assert len(traced) == number
 
 
 def test_takes_tuples_and_finds_layers_within_models():
