@@ -1,7 +1,5 @@
 """Initial values of the paper's experiments, in the gate order f, i, o, g of `bnlstm_jax.cells`."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax.typing import Initializer
@@ -31,47 +29,6 @@ def identity_block() -> Initializer:
             raise ValueError(f"identity_block: expected a kernel of shape [H, 4H], got {shape}")
         gates = semi_orthogonal()(key, (features, 3 * features), dtype)
         return jnp.concatenate([gates, jnp.eye(features, dtype=dtype)], axis=1)
-
-    return init
-
-
-def orthogonal_blocks(scale: float = 0.05, identical: bool = False) -> Initializer:
-    """A kernel `[H, k H]` of k orthogonal `[H, H]` blocks, times `scale`: the attentive reader's.
-
-    With `identical`, all blocks of all kernels of one size are the same matrix, whatever the key:
-    the released reader seeds its generator anew for each block. Raises a ValueError for another
-    shape.
-    """
-
-    def init(key: Array, shape: tuple[int, ...], dtype=jnp.float32, **kwargs) -> Array:
-        rows, columns = shape
-        if columns % rows:
-            raise ValueError(f"orthogonal_blocks: expected a kernel of shape [H, k H], got {shape}")
-        number = columns // rows
-        if identical:
-            keys = [jax.random.key(123)] * number
-        else:
-            keys = list(jax.random.split(key, number))
-        blocks = [semi_orthogonal()(k, (rows, rows), dtype) for k in keys]
-        return scale * jnp.concatenate(blocks, axis=1)
-
-    return init
-
-
-def uniform(bound: float) -> Initializer:
-    """Uniform within `bound` of zero."""
-
-    def init(key: Array, shape: tuple[int, ...], dtype=jnp.float32, **kwargs) -> Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
-
-
-def fan_uniform() -> Initializer:
-    """A matrix `[n, m]`, uniform within `sqrt(6 / (n + m + 1))` of zero: the attentive reader's."""
-
-    def init(key: Array, shape: tuple[int, ...], dtype=jnp.float32, **kwargs) -> Array:
-        return uniform(math.sqrt(6 / (sum(shape) + 1)))(key, shape, dtype)
 
     return init
 

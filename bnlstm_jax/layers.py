@@ -91,17 +91,17 @@ class RecurrentLayer(nn.Module):
             without `max_steps`, is longer than the one that initialised the layer.
         """
         call = _Call(
-            initial_carry=initial_carry,
-            init_key=init_key,
-            first_step=first_step,
-            seq_lengths=seq_lengths,
-            return_carry=return_carry,
-            time_major=time_major,
-            reverse=reverse,
-            keep_order=keep_order,
-            use_running_average=use_running_average,
+            initial_carry,
+            init_key,
+            first_step,
+            seq_lengths,
+            use_running_average,
+            return_carry=self.return_carry if return_carry is None else return_carry,
+            time_major=self.time_major if time_major is None else time_major,
+            reverse=self.reverse if reverse is None else reverse,
+            keep_order=self.keep_order if keep_order is None else keep_order,
         )
-        return _run(self, inputs, call.resolved(self))
+        return _run(self, inputs, call)
 
 
 class LSTM(RecurrentLayer):
@@ -336,32 +336,26 @@ def normalization(layer: RecurrentLayer) -> Normalization:
         )
     return Normalization(
         terms,
-        "batch",
-        layer.epsilon,
-        layer.variant.input_epsilon,
-        tuple(masked),
-        layer.input_statistics == "sequence",
-        layer.axis_name,
+        epsilon=layer.epsilon,
+        input_epsilon=layer.variant.input_epsilon,
+        masked=tuple(masked),
+        whole_input=layer.input_statistics == "sequence",
+        axis_name=layer.axis_name,
     )
 
 
 class _Call(NamedTuple):
-    """The arguments of `RecurrentLayer.__call__` beside its inputs."""
+    """The arguments of `RecurrentLayer.__call__` beside its inputs, attributes in place of None."""
 
     initial_carry: Carry | None
     init_key: Array | None
     first_step: Array | int | None
     seq_lengths: Array | None
-    return_carry: bool | None
-    time_major: bool | None
-    reverse: bool | None
-    keep_order: bool | None
     use_running_average: bool | None
-
-    def resolved(self, layer: RecurrentLayer) -> "_Call":
-        """The arguments, with a layer's attributes in place of None."""
-        names = "return_carry", "time_major", "reverse", "keep_order"
-        return self._replace(**{n: getattr(layer, n) for n in names if getattr(self, n) is None})
+    return_carry: bool
+    time_major: bool
+    reverse: bool
+    keep_order: bool
 
     def enter(self, inputs: Array, keep_padding: bool) -> tuple[Array, Array | None]:
         """Inputs in the order of the recurrence, `[T, B, ...]`; which are valid, `[T, B, 1]`.

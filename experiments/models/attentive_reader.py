@@ -23,11 +23,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.typing import Initializer
 from jax import Array
 
-from bnlstm_jax import BNLSTM, LSTM, initializers
+from bnlstm_jax import BNLSTM, LSTM
 from bnlstm_jax.batch_norm import BatchNorm
 from bnlstm_jax.cells import Variant, look_up, product
+from experiments.models import reader_initializers
 from experiments.models.readout import Readout
 
 SEQUENCE_EPSILON = 1e-6  # of sequence-wise input statistics, as in the released code
@@ -60,7 +62,7 @@ class Quirks:
         sequence counts with its last state, and W_d's term has one step of padding behind the
         longest passage. If False, no statistic includes padding.
       identical_blocks: all square kernels start from one matrix; see
-        `initializers.orthogonal_blocks`.
+        `reader_initializers.orthogonal_blocks`.
       double_bias: the LSTM's bias is added twice, which doubles its learning rate. In BN-LSTMs the
         normalisation removes the second one.
       unscaled_dropout: dropout scales at inference (down) instead of in training (up), as the
@@ -167,7 +169,7 @@ class AttentiveReader(nn.Module):
     question_steps: int | None = None
     momentum: float = 0.99
     epsilon: float = 1e-5
-    scale_init: initializers.Initializer = nn.initializers.constant(0.1)
+    scale_init: Initializer = nn.initializers.constant(0.1)
     axis_name: str | None = None
     implementation: str = "auto"
     dtype: Any = None
@@ -196,8 +198,8 @@ class AttentiveReader(nn.Module):
         if deterministic is None:
             deterministic = not self.has_rng("dropout")
         quirks = self.quirks
-        fan_uniform = initializers.fan_uniform()
-        square = initializers.orthogonal_blocks(quirks.square_scale, quirks.identical_blocks)
+        fan_uniform = reader_initializers.fan_uniform()
+        square = reader_initializers.orthogonal_blocks(quirks.square_scale, quirks.identical_blocks)
         embedding = self.matrix("embedding", fan_uniform, self.vocab_size, self.features)
 
         def dropout(x: Array) -> Array:
@@ -233,7 +235,7 @@ class AttentiveReader(nn.Module):
         y: Array,
         u: Array,
         lengths: Array,
-        square: initializers.Initializer,
+        square: Initializer,
         use_running_average: bool | None,
     ) -> Array:
         """Weights `[B, T, 1]` of the states y `[B, T, K]` of passages, for questions u `[B, K]`."""
@@ -245,7 +247,7 @@ class AttentiveReader(nn.Module):
             if self.axis_name is not None and not self.is_initializing():
                 longest = jax.lax.pmax(longest, self.axis_name)
             counted = padding_mask(jnp.full_like(lengths, longest) + 1, steps)
-        init = square if size == self.features else initializers.fan_uniform()
+        init = square if size == self.features else reader_initializers.fan_uniform()
         m = self.term("passage", y, use_running_average, init, counted)
         m += self.bias("attention_bias")
         m += self.term("question", u, use_running_average)[:, None]
@@ -253,7 +255,7 @@ class AttentiveReader(nn.Module):
             kernel = self.matrix("bilinear_kernel", square, size, size)
             v = product(product(u, kernel, self.dtype), kernel.T, self.dtype)
             m += product(y, v[..., None], self.dtype)
-        width = initializers.uniform(1 / math.sqrt(self.features))
+        width = reader_initializers.uniform(1 / math.sqrt(self.features))
         kernel = self.matrix("attention_kernel", width, self.features, 1)
         scores = product(jnp.tanh(m), kernel, self.dtype)
         # Finite where a passage is empty: then nothing is attended to.
@@ -267,11 +269,11 @@ class AttentiveReader(nn.Module):
         name: str,
         x: Array,
         use_running_average: bool | None,
-        init: initializers.Initializer | None = None,
+        init: Initializer | None = None,
         where: Array | None = None,
     ) -> Array:
         """`N(x W)`, or `x W` where attention is not normalised: `[..., d]`."""
-        init = init or initializers.fan_uniform()
+        init = init or reader_initializers.fan_uniform()
         kernel = self.matrix(f"{name}_kernel", init, x.shape[-1], self.features)
         x = product(x, kernel, self.dtype)
         if not self.normalize_attention:
@@ -284,7 +286,7 @@ class AttentiveReader(nn.Module):
         zeros = nn.initializers.zeros_init()
         return self.param(name, zeros, (self.features,), self.param_dtype)
 
-    def matrix(self, name: str, init: initializers.Initializer, rows: int, columns: int) -> Array:
+    def matrix(self, name: str, init: Initializer, rows: int, columns: int) -> Array:
         """A parameter `[rows, columns]`."""
         return self.param(name, init, (rows, columns), self.param_dtype)
 
@@ -299,7 +301,7 @@ class AttentiveReader(nn.Module):
         }
 
     @nn.nowrap
-    def recurrent_layer(self, init: initializers.Initializer, steps: int | None) -> nn.Module:
+    def recurrent_layer(self, init: Initializer, steps: int | None) -> nn.Module:
         """A layer of the encoders, without a parent."""
         shared = {
             "features": self.features,

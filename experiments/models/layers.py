@@ -11,11 +11,6 @@ from experiments.runtime.checks import at_least, one_of, words
 from experiments.runtime.errors import UserError
 
 
-def matmul_dtype(model: ConfigDict) -> str | None:
-    """The dtype of products' operands, as modules are told: None for that of the parameters."""
-    return None if model.dtype == "float32" else model.dtype
-
-
 def layer_config(config: ConfigDict) -> ConfigDict:
     """Adds the fields of a model that is one recurrent layer to those that all models share."""
     config.model.recurrent_init = "orthogonal"  # or identity: the candidate's block alone
@@ -99,7 +94,7 @@ def recurrent_layer(
     shared = {
         "features": model.features,
         "vocab_size": vocab_size,
-        "dtype": matmul_dtype(model),
+        "dtype": model.dtype,
         "implementation": model.implementation,
         "recurrent_kernel_init": (
             initializers.identity_block()

@@ -17,7 +17,7 @@ from experiments.datasets import corpus
 from experiments.datasets.corpus import SPLITS, UNKNOWN
 from experiments.models import layers
 from experiments.models.language_model import LanguageModel
-from experiments.models.layers import layer_config, matmul_dtype, recurrent_layer
+from experiments.models.layers import layer_config, recurrent_layer
 from experiments.parallel import ONE_DEVICE, Parallel
 from experiments.runtime.checks import one_of, words
 from experiments.runtime.errors import UserError
@@ -59,7 +59,7 @@ def text_config(config: ConfigDict) -> ConfigDict:
 def make_model(config: ConfigDict, vocab_size: int, axis_name: str | None = None) -> LanguageModel:
     """The model of a config, for texts of `vocab_size` symbols."""
     layer = recurrent_layer(config.model, config.segment_length - 1, vocab_size, axis_name)
-    return LanguageModel(layer, matmul_dtype(config.model))
+    return LanguageModel(layer, config.model.dtype)
 
 
 class Task(tasks.Task):

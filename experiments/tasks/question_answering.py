@@ -23,7 +23,7 @@ from experiments.models.attentive_reader import (
     Quirks,
     with_input_statistics,
 )
-from experiments.models.layers import check_max_steps, implementation_of, matmul_dtype
+from experiments.models.layers import check_max_steps, implementation_of
 from experiments.parallel import ONE_DEVICE, Parallel
 from experiments.runtime.checks import at_least, at_most, one_of
 from experiments.runtime.errors import UserError
@@ -102,7 +102,7 @@ def make_model(
         momentum=model.momentum,
         scale_init=nn.initializers.constant(model.initial_scale),
         axis_name=axis_name,
-        dtype=matmul_dtype(model),
+        dtype=model.dtype,
         implementation=model.implementation,
     )
 

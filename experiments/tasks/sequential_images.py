@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from experiments import datasets, tasks
 from experiments.config import MAX_SEED
 from experiments.models import layers
-from experiments.models.layers import matmul_dtype, recurrent_layer
+from experiments.models.layers import recurrent_layer
 from experiments.models.sequence_classifier import SequenceClassifier
 from experiments.parallel import ONE_DEVICE, Parallel
 from experiments.runtime.checks import at_least, at_most, one_of
@@ -72,9 +72,7 @@ class Task(tasks.Task):
         check_batch_size(config, len(self.labels["train"]), self.data)
         layer = recurrent_layer(config.model, pixels, axis_name=parallel.statistics_axis)
         self.implementation = layers.implementation_of(layer, config.batch_size)
-        self.model = SequenceClassifier(
-            layer, data.info["num_classes"], dtype=matmul_dtype(config.model)
-        )
+        self.model = SequenceClassifier(layer, data.info["num_classes"], dtype=config.model.dtype)
         self.record: dict[str, Any] = {
             "dataset": config.dataset,
             "dataset_sha256": data.digest,
