@@ -12,7 +12,8 @@ def end_at_once(number: int = signal.SIGINT, frame: FrameType | None = None) -> 
     """Ends the process at a Ctrl-C, without exceptions in half-loaded modules."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-    print("stopped", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print("stopped", file=sys.stderr, flush=True)
     os._exit(130)
 
 

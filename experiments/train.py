@@ -35,8 +35,8 @@ class TrainState(train_state.TrainState):
       batch_stats: running averages of batch statistics.
       window: sums and counts of training metrics, and of `gradient_norm` over updates, since the
         last log.
-      refused: which values of `watched` were not finite in the update after this state. That update
-        was not applied, and no later one is.
+      refused: which values of `watched` the next update would have made non-finite. From then on no
+        update is applied.
     """
 
     batch_stats: Any
@@ -294,6 +294,9 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(workdir.in_use(folder))
+            # Another run may have used the folder until now.
+            workdir.check(config, folder)
+            workdir.check_record(task.record, folder)
         interruption = stack.enter_context(Interruption())
         checkpoints = stack.enter_context(setup.checkpoints())
         if (saved := checkpoints.latest_step()) is not None:
@@ -337,8 +340,7 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
                 last = done == total
                 log = last or done % config.log_every == 0
                 validate = last or done % config.eval_every == 0
-                stop = interruption.requested()
-                save = validate or done % config.checkpoint_every == 0 or stop is not None
+                save = validate or done % config.checkpoint_every == 0
 
                 if log or save or reporter.due():
                     check_finite(state, folder, saved)
@@ -361,7 +363,9 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
                     reporter.write(row, validation)
                     if milestone := expected.get(done):
                         reporter.print(f"  {milestone.tell(validation[milestone.metric])}")
-                if save:
+                stop = interruption.requested()
+                if save or stop is not None:
+                    check_finite(state, folder, saved)
                     reporter.sync()
                     checkpoints.save(state, validation)
                     saved = done
@@ -375,7 +379,7 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
                     reporter.start_timing(done)
 
         # ---- Evaluate the best checkpoint.
-        interruption.wait_no_more()
+        interruption.check()
         results = evaluate_best(setup, state, checkpoints, interruption.check)
         boards.write_results(shown, results)
         return results
@@ -412,7 +416,10 @@ def evaluate_best(
     task, config, folder, devices = setup.task, setup.config, setup.folder, setup.devices
     best_step = checkpoints.best_step()
     if best_step is None:
-        raise UserError(f"--workdir={folder} holds no validated checkpoint to evaluate yet")
+        raise UserError(
+            f"--workdir={folder} holds no checkpoint to evaluate, one with a finite validation "
+            f"{task.selection}"
+        )
     variables = devices.replicate(variables_of(checkpoints.restore(best_step, state)))
     population = None
     if state.batch_stats:
@@ -475,12 +482,11 @@ def evaluate_run(config: ConfigDict, folder: Path) -> dict[str, Any]:
     processes.on_first(check_folder)
     setup = Setup.load(config, folder)
     state = create_state(setup.task, config)
-    with (
-        workdir.errors_told(folder),
-        Interruption() as interruption,
-        setup.checkpoints(read_only=True) as checkpoints,
-    ):
-        interruption.wait_no_more()
+    with contextlib.ExitStack() as stack:
+        if processes.is_first():
+            stack.enter_context(workdir.in_use(folder))
+        interruption = stack.enter_context(Interruption())
+        checkpoints = stack.enter_context(setup.checkpoints(read_only=True))
         results = evaluate_best(setup, state, checkpoints, interruption.check)
         if processes.is_first():
             with boards.opened(folder, config) as shown:

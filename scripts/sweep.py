@@ -9,8 +9,8 @@
 `--config.FIELD=VALUE` applies to all points. All points are checked before the first one starts.
 Whenever one ends, `results.csv` gets a row for each run, and `results.md` means over seeds.
 
-The same command goes on: it leaves out finished points, and starts stopped and failed ones again,
-which go on from their checkpoints. Ctrl-C, SIGTERM and a closed terminal stop the points that run
+Run the same command again to resume: it skips finished points, and continues stopped and failed
+ones from their checkpoints. Ctrl-C, SIGTERM and a closed terminal stop the points that run
 here, which save first. Jobs of a cluster stay in the queue, where the same command finds them.
 
 Points that run here share its devices. JAX reserves most of a GPU's memory: for several `--jobs` on

@@ -189,7 +189,9 @@ def main(_: list[str]) -> None:
         datasets.load("mnist", given.data_dir)  # downloads it, or says why not, before all else
     for step in given.only:
         (folder / f"{step}.json").unlink(missing_ok=True)  # of an earlier call
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the step too
+    for number in (signal.SIGTERM, signal.SIGHUP):  # end the step too
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     steps = run_steps([step for step in SHARES if step in given.only], folder, given.minutes)
     path = folder / "report.md"
     print(f"\n{path.read_text(encoding='utf-8')}\nReport: {path}")

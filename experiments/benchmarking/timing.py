@@ -126,7 +126,7 @@ def circumstances(device: jax.Device) -> dict[str, Any]:
         "machine": {
             "device": device.device_kind,
             "platform": device.platform,
-            "cores": os.cpu_count(),
+            "cores": workdir.cores(),
             "processor": processors[0] if processors else None,
         },
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},

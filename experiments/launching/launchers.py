@@ -4,7 +4,6 @@ import math
 import os
 import shlex
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,14 @@ from absl import flags
 
 from experiments.launching import slurm
 from experiments.launching.sweeps import Point
+from experiments.runtime.errors import tell
 
 FILES_ARRIVE_S = 60  # within which files written on a cluster's node are visible here
 
 
 def define_flags() -> None:
     """Defines the flags of a command that runs points."""
-    flags.DEFINE_enum("launcher", "local", ["local", "slurm"], "Where runs are made.")
+    flags.DEFINE_enum("launcher", "local", ["local", "slurm"], "Where runs execute.")
     flags.DEFINE_integer("jobs", 1, "Runs at once with --launcher=local.", lower_bound=1)
     slurm.define_flags(flags.FLAGS)
 
@@ -37,7 +37,7 @@ class Local:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def find(self, point: Point) -> bool:
-        """No point of an earlier sweep is found: a run refuses to start where another one runs."""
+        """Always False. Points of a killed sweep are not tracked; a lock refuses a second start."""
         return False
 
     def start(self, point: Point, command: list[str]) -> None:
@@ -62,10 +62,10 @@ class Local:
     def stop(self) -> None:
         """Stops all processes, which save first."""
         running = [process for process in self._processes.values() if process.poll() is None]
-        if running:
-            print(f"waiting for {len(running)} runs to save", file=sys.stderr)
         for process in running:
             process.terminate()
+        if running:
+            tell(f"waiting for {len(running)} runs to save")
         for process in running:
             process.wait()
 
@@ -108,7 +108,13 @@ class Slurm:
         if not ids:
             return False
         self._jobs[point.name] = job = submitit.SlurmJob(folder, max(ids, key=int))
-        return not job.done()
+        if job.done():
+            return False
+        print(
+            f"{point.name}: job {job.job_id} is {job.state}; to start it anew, delete {folder}",
+            flush=True,
+        )
+        return True
 
     def start(self, point: Point, command: list[str]) -> None:
         """Submits the command of a point.
@@ -129,7 +135,7 @@ class Slurm:
         """Leaves jobs in the queue, and tells how to cancel them."""
         ids = [job.job_id for job in self._jobs.values() if not job.done()]
         if ids:
-            print(f"jobs stay queued; to cancel them: scancel {' '.join(ids)}", file=sys.stderr)
+            tell(f"jobs stay queued; to cancel them: scancel {' '.join(ids)}")
 
     def log(self, point: Point) -> Path:
         """The error log of a point's job."""

@@ -1,10 +1,9 @@
 """Runs the points of a sweep until each has finished or failed."""
 
-import contextlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -63,8 +62,8 @@ def run(
     """
     with workdir.in_use(launcher.folder):
         try:
-            with _signals_raise():
-                return _run(points, commands, launcher, write)
+            with Signals() as signals:
+                return _run(points, commands, launcher, write, signals)
         except BaseException:
             launcher.stop()
             raise
@@ -75,6 +74,7 @@ def _run(
     commands: dict[str, list[str]],
     launcher: Launcher,
     write: Callable[[dict[str, str]], Any],
+    signals: "Signals",
 ) -> dict[str, str]:
     errors: dict[str, str] = {}
     waiting, running = [], []
@@ -85,6 +85,7 @@ def _run(
     _say(f"{len(points)} points: {finished} finished, {len(running)} running")
     while waiting or running:
         while waiting and len(running) < launcher.at_once:
+            signals.check()
             point = waiting.pop(0)
             launcher.start(point, commands[point.name])
             running.append(point)
@@ -101,7 +102,7 @@ def _run(
                 _say(f"{point.name}: failed: {errors[point.name]}")
             write(errors)
         if not ended:
-            time.sleep(launcher.interval)
+            signals.sleep(launcher.interval)
     return errors
 
 
@@ -118,19 +119,41 @@ def _last_error(log: Path) -> str:
     return errors[-1] if errors else "ended without an error message"
 
 
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Makes signals raise `Stopped`, unless they are ignored, as SIGHUP under nohup."""
-    earlier = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, handler in earlier.items():
-        if handler != signal.SIG_IGN:
-            signal.signal(number, _stop)
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+class Signals:
+    """Signals that stop a sweep, while it waits: a point that is being started must not be lost."""
 
+    def __init__(self) -> None:
+        """None has arrived yet."""
+        self._received: int | None = None
+        self._waiting = False
+        self._earlier: dict[int, Any] = {}
 
-def _stop(number: int, _: FrameType | None) -> None:
-    raise Stopped("stopped; the same command goes on", number)
+    def __enter__(self) -> "Signals":
+        """Installs the handlers, but of signals that are ignored, as SIGHUP under nohup."""
+        for number in SIGNALS:
+            earlier = signal.getsignal(number)
+            if earlier != signal.SIG_IGN:
+                self._earlier[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Restores the earlier handlers."""
+        for number, earlier in self._earlier.items():
+            signal.signal(number, earlier)
+
+    def check(self) -> None:
+        """Raises `Stopped` if a signal has arrived."""
+        if self._received is not None:
+            raise Stopped("stopped; the same command continues", self._received)
+
+    def sleep(self, seconds: float) -> None:
+        """Waits; raises `Stopped` at a signal."""
+        self._waiting = True
+        self.check()
+        time.sleep(seconds)
+        self._waiting = False
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self._received = number
+        if self._waiting:
+            self.check()

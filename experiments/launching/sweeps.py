@@ -23,9 +23,9 @@ from ml_collections import ConfigDict
 from experiments import config as shared
 from experiments import parallel, tasks
 from experiments.records import workdir
-from experiments.runtime import checks, files
+from experiments.runtime import checks
 from experiments.runtime.errors import UserError, unknown_name
-from experiments.train import RESULTS_NAME
+from experiments.train import finished_results
 
 Fields = dict[str, Any]  # values by the names of config fields, as in `model.features`
 
@@ -159,11 +159,7 @@ class Point(NamedTuple):
 
     def results(self, kind: str) -> dict[str, Any] | None:
         """Results of the run of a kind of model; None if it has not finished."""
-        path = self.runs[kind] / RESULTS_NAME
-        if not path.exists():
-            return None
-        results = files.read_json(path)
-        return results if results["updates"] == self.config.num_updates else None
+        return finished_results(self.config, self.runs[kind], self.config.num_updates)
 
     def finished(self) -> bool:
         """Whether all runs have finished."""

@@ -10,6 +10,8 @@ import hashlib
 import json
 import logging as stdlib_logging
 import math
+import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -50,6 +52,12 @@ logging.get_absl_logger().addFilter(_is_needed)
 
 class Damaged(Exception):
     """A checkpoint is incomplete, or differs from what was saved."""
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """False: the training loop asks, by numbers of its own, which Orbax would mix up."""
+        return False
 
 
 class Checkpoints:
@@ -98,7 +106,7 @@ class Checkpoints:
             if not read_only:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 put_aside_damaged(self._folder)
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
+            self._manager = _Manager(self._folder, options=options)
         except OSError as error:
             raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
 
@@ -227,8 +235,11 @@ def read_checkpoint(folder: Path, step: int) -> tuple[Any, dict[str, float] | No
     except MemoryError:
         raise
     except Exception as error:  # libraries raise many kinds for damaged files
-        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ENOTDIR):
-            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        # TensorStore, which reads arrays, has the system's error in its text.
+        told = re.search(r"os_error_code='(\d+)'", str(error))
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        if number not in (None, errno.ENOENT, errno.ENOTDIR):
+            raise UserError(f"{path} cannot be read: {os.strerror(number)}") from error
         logging.debug("%s", error)
         reason = f"it cannot be read ({type(error).__name__})"
     raise Damaged(f"the checkpoint {path} is damaged: {reason}")

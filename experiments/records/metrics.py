@@ -1,11 +1,13 @@
 """What a run shows while it trains: a progress bar, a plain file of metrics, and boards."""
 
+import contextlib
 import json
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from absl import logging
 from rich.console import Console
@@ -36,12 +38,35 @@ STATISTICS = {
 }
 
 
-class Terminal(Console):
-    """Where a run prints. A closed pipe does not stop the run."""
+class Output:
+    """Where a run prints. A pipe or a terminal that has been closed does not stop the run."""
 
-    def on_broken_pipe(self) -> None:
-        """Prints nothing from then on; rich would end the process."""
-        self.quiet = True
+    def __init__(self, stream: TextIO) -> None:
+        """Wraps a stream."""
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        """The stream's own, such as `isatty`."""
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Writes, or drops what nobody can read."""
+        with self._dropping():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes."""
+        with self._dropping():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            with open(os.devnull, "w") as nowhere:  # also for what is in the stream's buffer
+                os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
 class UpdatesPerSecond(ProgressColumn):
@@ -107,8 +132,13 @@ class Reporter:
             path = workdir / FILE_NAME
             write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
             self._file = path.open("a", encoding="utf-8")
-        self._console = Terminal(
-            highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=self._file is None
+        self._console = Console(
+            file=cast(TextIO, Output(sys.stdout)),
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+            emoji=False,
+            quiet=self._file is None,
         )
         self._progress = Progress(
             MofNCompleteColumn(),

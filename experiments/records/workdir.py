@@ -48,6 +48,8 @@ FREE_FIELDS = (
     *EVALUATION_FIELDS,
 )
 STATISTICS_NAME = "population_statistics.npz"
+# Errors of files that are open already, which name none.
+OF_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG)
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -226,14 +228,14 @@ def errors_told(workdir: Path) -> Iterator[None]:
     except BrokenPipeError:  # of the output
         raise
     except OSError as error:
-        if error.strerror is None:
+        if error.filename is None and error.errno not in OF_FILES:
             raise
-        place = str(error.filename or workdir)
-        if not place.startswith(str(workdir)):
+        place = Path(error.filename or workdir)
+        if not place.is_relative_to(workdir):
             raise UserError(f"{place}: {error.strerror}") from error
-        inside = f" ({place})" if place != str(workdir) else ""
+        inside = f" ({place})" if place != workdir else ""
         raise UserError(
-            f"--workdir={workdir} cannot be written: {error.strerror}{inside}"
+            f"--workdir={workdir} cannot be read or written: {error.strerror}{inside}"
         ) from error
 
 
@@ -252,13 +254,20 @@ def open_workdir(
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "devices": [device.device_kind for device in jax.devices()],
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {cores()} cores",
         "implementation": implementation,
     }
     path = workdir / "run.json"
     earlier = read_json(path).get("starts", []) if path.exists() else []
     write_json(path, {"starts": [*earlier, start], **record})
     write_json(workdir / "config.json", json.loads(config.to_json_best_effort()))
+
+
+def cores() -> int | None:
+    """Number of processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def record_end(workdir: Path, update: int) -> None:
@@ -301,7 +310,8 @@ def current_commit() -> str | None:
         ).stdout.strip()
 
     try:
-        dirty = git("status", "--porcelain", "--untracked-files=no")
+        # Without the lock of a commit that may be made at the same time.
+        dirty = git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + ("+" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return None

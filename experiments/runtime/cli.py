@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from absl import app, flags
 
 from experiments import end_at_once
-from experiments.runtime.errors import Stopped, UserError
+from experiments.runtime.errors import Stopped, UserError, report, tell
 
 PACKAGES = ("experiments", "scripts")
 
@@ -87,10 +87,9 @@ def _reported(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
         try:
             return function(arguments)
         except (UserError, flags.Error) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(report(error))
         except Stopped as stopped:
-            print(stopped, file=sys.stderr)
+            tell(str(stopped))
             sys.exit(stopped.status)
         except KeyboardInterrupt:
             end_at_once()  # an ordinary exit in the middle of a computation may crash JAX
@@ -98,19 +97,15 @@ def _reported(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
             platforms = os.environ.get("JAX_PLATFORMS")
             if not platforms or not _from_backend(error):
                 raise
-            print(
+            tell(
                 f"error: JAX_PLATFORMS={platforms}: JAX finds no such device; unset it, or install "
-                "JAX for the device",
-                file=sys.stderr,
+                "JAX for the device"
             )
             sys.exit(2)
         except BrokenPipeError:  # the reader, such as head, has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the rest
             sys.exit(141)
         except OSError as error:
-            if error.filename is None or error.strerror is None:
-                raise
-            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(report(error))
 
     return call

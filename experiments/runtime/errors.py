@@ -1,21 +1,39 @@
 """Mistakes that the user can correct."""
 
+import contextlib
 import difflib
 import sys
 import traceback
 from collections.abc import Iterable
+
+from absl import flags
 
 
 class UserError(Exception):
     """A mistake the user can correct; its message is one line that says what to do."""
 
 
-def report(error: Exception) -> None:
-    """Prints an error on stderr: a user's mistake in one line, any other with its traceback."""
-    if isinstance(error, UserError):
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+def report(error: Exception) -> int:
+    """Prints an error on stderr; returns the exit status.
+
+    What a user can correct is one line, with status 2: a mistake, or a file that cannot be read or
+    written. Any other error has its traceback, and status 1.
+    """
+    if isinstance(error, UserError | flags.Error):
+        line = " ".join(str(error).split())
+    elif isinstance(error, OSError) and error.filename is not None:
+        line = f"{error.filename}: {error.strerror}"
     else:
         traceback.print_exception(error)
+        return 1
+    tell(f"error: {line}")
+    return 2
+
+
+def tell(line: str) -> None:
+    """Prints a line on stderr, if anybody can read it: a terminal may have been closed."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 class Stopped(BaseException):

@@ -56,7 +56,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: it is not JSON; bring back a copy") from error
+        raise UserError(f"{path} is damaged: it is not JSON; restore it from a backup") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: it is no JSON object; bring back a copy")
+        raise UserError(f"{path} is damaged: it is no JSON object; restore it from a backup")
     return value

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a run finishes the current update, saves it and ends."""
+"""SIGTERM, SIGHUP and Ctrl-C: a run finishes the current update, saves it and ends."""
 
 import contextlib
 import itertools
@@ -13,7 +13,7 @@ import jax
 from bnlstm_jax.jax_experimental import multihost_utils
 from experiments.runtime.errors import Stopped
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: a terminal was closed
 # The numbers of synchronisation points. JAX stops all processes at the same one.
 _LOOKS = itertools.count(1)
 
@@ -22,7 +22,7 @@ class Interruption:
     """The requests to stop that arrive as signals.
 
     Within its context, the first signal is a request, which `requested` returns; a Ctrl-C after it
-    ends the process at once. After `wait_no_more`, a signal raises `Stopped`.
+    ends the process at once.
 
     In a job of several processes a SIGTERM to one of them reaches all, and all stop after the same
     update, or in the same call of `check`. All have to make the same calls.
@@ -31,7 +31,6 @@ class Interruption:
     def __init__(self) -> None:
         """No signal has been received yet."""
         self._received: int | None = None
-        self._waiting = True
         self._earlier = {}
 
     def __enter__(self) -> "Interruption":
@@ -53,15 +52,6 @@ class Interruption:
         for number, earlier in self._earlier.items():
             signal.signal(number, earlier)
 
-    def wait_no_more(self) -> None:
-        """Lets signals stop the process at once: from here on, all work can be repeated.
-
-        Raises:
-          Stopped: a signal has arrived since the last call of `requested`.
-        """
-        self._waiting = False
-        self.check()
-
     def requested(self) -> int | None:
         """The signal that asks to stop now, the same on every process; None if there was none."""
         if jax.process_count() > 1:
@@ -70,7 +60,7 @@ class Interruption:
         return self._received
 
     def check(self) -> None:
-        """Stops if a signal asked for it; call it between batches, after `wait_no_more`.
+        """Stops if a signal asked for it; call it between pieces of work that can be repeated.
 
         Raises:
           Stopped: on every process.
@@ -81,8 +71,6 @@ class Interruption:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
         self._received = number
-        if not self._waiting and jax.process_count() == 1:
-            self.check()
         for each in self._earlier:  # a cluster may send SIGTERM to a job more than once
             signal.signal(each, signal.SIG_DFL if each == signal.SIGINT else signal.SIG_IGN)
         if jax.process_count() > 1:
@@ -90,10 +78,10 @@ class Interruption:
         again = "; once more to stop at once" if number == signal.SIGINT else ""
         # Show the cursor again, which a progress bar hides.
         show = "\033[?25h" if sys.stderr.isatty() else ""
-        said = f"{show}{_name(number)}: stopping after this update{again}\n"
+        said = f"{show}{_name(number)}: stopping after this update or batch{again}\n"
         with contextlib.suppress(OSError):  # the reader of a pipe may have got the same Ctrl-C
             os.write(sys.stderr.fileno(), said.encode())
 
 
 def _name(number: int) -> str:
-    return "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

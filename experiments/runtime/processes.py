@@ -107,7 +107,7 @@ def joined(
 ) -> Iterator[None]:
     """Joins a job of several processes; without an address, that of the cluster.
 
-    JAX ends all processes, by an abort, when one of them is lost or does not come.
+    JAX aborts all processes if one of them is lost, or does not join within `timeout`.
 
     Args:
       coordinator_address: `host:port` of the first process, where it waits for the others.
@@ -140,9 +140,10 @@ def joined(
         raise
     except Exception as error:
         # An ordinary exit would wait for the other processes, which wait for this one.
-        report(error)
-        sys.stdout.flush()
-        os._exit(2 if isinstance(error, UserError) else 1)
+        status = report(error)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(status)
 
 
 def _check(address: str | None, num_processes: int | None, process_id: int | None) -> None:

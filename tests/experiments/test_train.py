@@ -189,7 +189,7 @@ def test_evaluating_without_a_validated_checkpoint_raises(small_config, tmp_path
     monkeypatch.setattr(train.evaluate, "make_evaluator", lambda *_: stop)
     with pytest.raises(KeyboardInterrupt):
         train.train(small_config, tmp_path)
-    with pytest.raises(UserError, match="holds no validated checkpoint"):
+    with pytest.raises(UserError, match="holds no checkpoint to evaluate"):
         train.evaluate_run(small_config, tmp_path)
 
 

@@ -4,11 +4,19 @@ import json
 from pathlib import Path
 
 from experiments import train
+from experiments.launching.sweeps import Point
 from experiments.records.runs import Experiment
 from experiments.runtime import files
 
 # A name that a workdir may have, of what Matplotlib, Rich, glob, Markdown and HTML take for theirs.
 ODD = "_a $x_1$ *|? ~~b~~ `c` :heart: <i>&amp; 'd\" e"
+
+
+def results_of(point: Point, updates: int | None = None) -> dict[str, object]:
+    """What `results.json` of a point's run says at least, once it has finished."""
+    config = point.config
+    updates = updates or config.num_updates
+    return {"updates": updates, "evaluation": train.evaluation_fields(config)}
 
 
 def write_run(

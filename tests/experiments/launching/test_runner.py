@@ -1,5 +1,6 @@
 """Points run here, by stand-ins for a run."""
 
+import json
 import os
 import signal
 import sys
@@ -7,22 +8,23 @@ import sys
 import pytest
 
 from configs import digits
-from experiments.launching import runner
+from experiments.launching import launchers, runner
 from experiments.launching.launchers import Local
 from experiments.launching.sweeps import make_points
 from experiments.records import workdir
 from experiments.runtime import files
 from experiments.runtime.errors import Stopped, UserError
+from tests.scripts.made_up import results_of
 
 # Finishes a run in the folder, or fails.
 RUN = """
-import json, pathlib, sys, time
-folder, fails = pathlib.Path(sys.argv[1]), sys.argv[2] == "True"
+import pathlib, sys, time
+folder, fails, results = pathlib.Path(sys.argv[1]), sys.argv[2] == "True", sys.argv[3]
 time.sleep(0.2)
 if fails:
     sys.exit("error: made up")
 folder.mkdir()
-(folder / "results.json").write_text(json.dumps({"updates": 600}))
+(folder / "results.json").write_text(results)
 """
 # Sends a signal to the sweep, and saves when it is told to stop.
 ENDLESS = """
@@ -69,8 +71,9 @@ def python(code, *arguments):
 def test_points_run_so_many_at_once_and_failed_ones_again(tmp_path, capsys):
     points = make(tmp_path, range(4))
     points[1].folder.mkdir()
-    files.write_json(points[1].folder / "results.json", {"updates": 600})
-    commands = {p.name: python(RUN, p.folder, p.name == "seed=2") for p in points}
+    files.write_json(points[1].folder / "results.json", results_of(points[1]))
+    results = json.dumps(results_of(points[0]))
+    commands = {p.name: python(RUN, p.folder, p.name == "seed=2", results) for p in points}
     written = []
     launcher = Observed(tmp_path, 2)
     errors = runner.run(points, commands, launcher, lambda errors: written.append({*errors}))
@@ -81,7 +84,7 @@ def test_points_run_so_many_at_once_and_failed_ones_again(tmp_path, capsys):
     assert "4 points: 1 finished" in said and "seed=2: failed: error: made up" in said
 
     again = Observed(tmp_path, 2)
-    commands["seed=2"] = python(RUN, points[2].folder, False)
+    commands["seed=2"] = python(RUN, points[2].folder, False, results)
     assert runner.run(points, commands, again, lambda _: None) == {}
     assert again.started == ["seed=2"]
 
@@ -97,6 +100,29 @@ def test_a_signal_stops_points_which_save(tmp_path, number):
     assert caught.value.status == 128 + number
     assert launcher.started == ["seed=0"] and (tmp_path / "saved").exists()
     assert signal.getsignal(number) == before
+
+
+def test_a_signal_while_a_point_starts_stops_it_also_without_a_terminal(tmp_path, monkeypatch):
+    start_process = launchers.subprocess.Popen
+
+    def started(*arguments, **options):
+        process = start_process(*arguments, **options)
+        while not (tmp_path / "started").exists():
+            pass
+        signal.raise_signal(signal.SIGTERM)
+        return process
+
+    points = make(tmp_path, [1])
+    commands = {point.name: python(ENDLESS, tmp_path, 0) for point in points}
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as closed, monkeypatch.context() as patch:
+        patch.setattr(launchers.subprocess, "Popen", started)
+        patch.setattr(sys, "stderr", closed)
+        with pytest.raises(Stopped):
+            runner.run(points, commands, Observed(tmp_path, 1), lambda _: None)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # for what is in the buffer
+    assert (tmp_path / "saved").exists()
 
 
 def test_an_error_stops_points_which_save(tmp_path):

@@ -1,6 +1,8 @@
 """SLURM jobs without SLURM: stand-ins for its commands."""
 
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from experiments.launching.launchers import Slurm
 from experiments.launching.slurm import Job
 from experiments.launching.sweeps import make_points
 from experiments.runtime.errors import UserError
+from tests.scripts.made_up import results_of
 
 ROOT = Path(__file__).parents[3]
 FLAGS = dict.fromkeys((*slurm.PARAMETERS, "mem_gb"), None)
@@ -147,9 +150,8 @@ def test_points_run_as_jobs(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(launchers, "FILES_ARRIVE_S", 0)
     folder = tmp_path / "sweep"
     points = make(folder)
-    finish = (
-        f"mkdir {points[0].folder}; echo '{{\"updates\": 600}}' >{points[0].folder}/results.json"
-    )
+    results = shlex.quote(json.dumps(results_of(points[0])))
+    finish = f"mkdir {points[0].folder}; echo {results} >{points[0].folder}/results.json"
     commands = [finish, "echo 'error: made up' >&2; exit 2"]
     commands = {p.name: ["bash", "-c", c] for p, c in zip(points, commands, strict=True)}
     launcher = Slurm(folder, SimpleNamespace(**FLAGS))

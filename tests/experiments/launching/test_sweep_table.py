@@ -9,7 +9,7 @@ from configs import digits
 from experiments.launching import sweep_table
 from experiments.launching.sweeps import make_points
 from experiments.runtime import files
-from tests.scripts.made_up import ODD
+from tests.scripts.made_up import ODD, results_of
 from tests.test_trust import Outline
 
 
@@ -27,7 +27,7 @@ def write_results(point, value, kind="lstm", lower_is_better=False):
     results = {
         "kind": kind,
         "update": 3,
-        "updates": point.config.num_updates,
+        **results_of(point),
         "selection": "accuracy",
         "shown": ["accuracy"],
         "rows": [

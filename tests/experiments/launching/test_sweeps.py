@@ -14,6 +14,7 @@ from experiments.launching import sweeps
 from experiments.launching.sweeps import make_points, product, values, zipped
 from experiments.runtime import files
 from experiments.runtime.errors import UserError
+from tests.scripts.made_up import results_of
 
 ROOT = Path(__file__).parents[3]
 FILES = sorted((ROOT / "configs" / "sweeps").glob("*.py"))
@@ -222,10 +223,12 @@ def test_a_point_is_finished_when_all_its_kinds_are(tmp_path):
     assert point.runs == {kind: tmp_path / "seed=2" / kind for kind in ("lstm", "bn_lstm")}
     for kind, updates, finished in (("lstm", 600, False), ("bn_lstm", 500, False)):
         point.runs[kind].mkdir(parents=True)
-        files.write_json(point.runs[kind] / "results.json", {"updates": updates})
+        files.write_json(point.runs[kind] / "results.json", results_of(point, updates))
         assert point.finished() == finished
-    files.write_json(point.runs["bn_lstm"] / "results.json", {"updates": 600})
+    files.write_json(point.runs["bn_lstm"] / "results.json", results_of(point))
     assert point.finished()
+    point.config.population_batch_size += 1  # asks for another evaluation
+    assert not point.finished()
     (single,) = make_points(digits.get_config(), [{"model.kind": "lstm"}], tmp_path)
     assert single.runs == {"lstm": tmp_path / "kind=lstm"}
 

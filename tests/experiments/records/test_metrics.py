@@ -1,6 +1,8 @@
-import contextlib
 import json
 import os
+import sys
+
+import pytest
 
 from experiments.records import metrics
 
@@ -19,14 +21,19 @@ def test_a_log_file_shows_progress(capsys, monkeypatch, tmp_path):
     assert rows[1] == row | {"loss": 0.25} and len(rows) == 2
 
 
-def test_a_closed_pipe_does_not_stop_a_run(monkeypatch):
-    reader, writer = os.pipe()
+@pytest.mark.parametrize("open_pair", [os.pipe, os.openpty], ids=["pipe", "terminal"])
+def test_a_closed_output_does_not_stop_a_run(monkeypatch, tmp_path, open_pair):
+    reader, writer = open_pair()
     os.close(reader)  # as of `| tee log`, upon Ctrl-C
-    with contextlib.suppress(BrokenPipeError), os.fdopen(writer, "w") as closed:
-        terminal = metrics.Terminal(file=closed)
-        terminal.print("lost")
-        assert terminal.quiet
-        terminal.print("too")
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        with metrics.Reporter(tmp_path, "title", "data", 0, 10) as reporter:
+            for update in (1, 2):
+                reporter.print("lost")
+                row = {"update": update, "split": "train", "statistics": "batch"}
+                reporter.write(row, {"loss": 0.5})
+        print("lost, too", flush=True)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_speed_is_that_of_updates_since_timing_started(monkeypatch, tmp_path):
