@@ -73,9 +73,9 @@ def make_evaluator(task: Task, noise: jax.Array, parallel: Parallel = ONE_DEVICE
     """A function of variables, reading, split, batch size and `use_running_average`: averages.
 
     With a `title` it shows a progress bar; before each batch it calls `check`. For `adapt` see
-    `Options`. All examples have equal weight, those of a short last batch too. A last batch of one
-    example is left out under batch statistics, which it does not have. The key `noise` feeds noise
-    on initial hidden states; each batch has its own, the same in each evaluation.
+    `Options`. All predictions have equal weight, those of a short last batch too. A last batch of
+    one example is left out under batch statistics, which it does not have. The key `noise` feeds
+    noise on initial hidden states; each batch has its own, the same in each evaluation.
     """
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -167,9 +167,10 @@ def evaluate_all(
 ) -> Iterator[dict[str, Any]]:
     """Every split, read and normalised in every way, through `make_evaluator(task, ...)`.
 
-    Validation's reading is evaluated with batch statistics (in batches of `config.batch_size`),
-    with running averages and with `population` statistics; the others with batch statistics, where
-    there is a batch, and with population statistics. Where the task has `batch_inputs`,
+    Each reading is evaluated with `population` statistics and, where there is a batch, with batch
+    statistics; those of validation's length also with running averages. Batches have
+    `config.eval_batch_size` examples, those of validation's reading with batch statistics
+    `config.batch_size`. Where the task has `batch_inputs`,
     validation's reading is also evaluated with these, in batches of `config.batch_size`.
 
     Yields:
@@ -195,7 +196,9 @@ def evaluate_all(
     for reading in task.readings:
         if not reading.continued:
             yield from rows("batch", variables, reading)
-    yield from rows("running", variables, first)
+    for reading in task.readings:
+        if reading.length == first.length and not reading.continued:
+            yield from rows("running", variables, reading)
     variables = {**variables, "batch_stats": population}
     for reading in task.readings:
         yield from rows("population", variables, reading)

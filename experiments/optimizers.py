@@ -75,13 +75,10 @@ def clip_by_root_of_norm(clip_norm: float) -> optax.GradientTransformation:
     `clip_norm * sqrt(n)`; one below it stays as it is.
     """
 
-    def init(params: optax.Params) -> optax.EmptyState:
-        return optax.EmptyState()
-
-    def update(gradients, state, params=None):
+    def clip(gradients, params=None):
         del params
         root = jnp.sqrt(optax.tree.norm(gradients))
         factor = jnp.where(root > clip_norm, clip_norm / root, 1)
-        return jax.tree.map(lambda g: factor * g, gradients), state
+        return jax.tree.map(lambda g: factor * g, gradients)
 
-    return optax.GradientTransformation(init, update)
+    return optax.stateless(clip)

@@ -94,8 +94,9 @@ class Parallel:
 
     def _put(self, value: Any, spec: PartitionSpec) -> jax.Array:
         sharding = NamedSharding(self.mesh, spec)
-        if isinstance(value, jax.Array) and value.sharding == sharding:
-            return value  # a text, put there before
+        # A text was put there before, perhaps for these devices in other groups.
+        if isinstance(value, jax.Array) and value.sharding.is_equivalent_to(sharding, value.ndim):
+            return value
         return jax.make_array_from_process_local_data(sharding, np.asarray(value))
 
     # ---- Within a function that every device runs.

@@ -50,7 +50,10 @@ def watched(state: TrainState) -> dict[str, Any]:
 
 
 def random_keys(seed: int) -> tuple[jax.Array, jax.Array]:
-    """The keys of a run: of its initial parameters, and of noise in its updates."""
+    """The keys of a run: of its initial parameters, and of noise.
+
+    The n-th batch of training, of an evaluation and of a re-estimation have the same noise.
+    """
     return tuple(jax.random.split(jax.random.key(seed)))
 
 

@@ -253,7 +253,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise _unusable(path, "is damaged: its files are not those of its arrays")
         for name, file in manifest["files"].items():
             if Path(name).name != name or {"bytes", "sha256"} - {*file}:
-                raise _unusable(path, f"is damaged: it says of {name!r} what it must not")
+                raise _unusable(path, f"is damaged: invalid entry for {name!r}")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _unusable(path, "is missing") from error
     except (ValueError, TypeError, KeyError) as error:

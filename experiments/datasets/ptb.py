@@ -1,7 +1,8 @@
 """Penn Treebank as characters, in Mikolov's split.
 
-As in the paper: words outside the 10,000 most frequent read `<unk>`, numbers read `N`, the space
-that starts every line of the original files is dropped, and every line ends with its newline.
+As the paper's numbers of characters imply: words outside the 10,000 most frequent read `<unk>`,
+numbers read `N`, the space that starts every line of the original files is dropped, and every line
+ends with its newline.
 """
 
 from pathlib import Path

@@ -147,7 +147,7 @@ class Vocabulary:
 
 
 def check(dataset: str, subset: str) -> None:
-    """Refuses a data set, or a part of it, that there is not.
+    """Refuses an unknown data set or subset.
 
     Raises:
       UserError: names the config field and what it may be.

@@ -30,7 +30,7 @@ Share = Callable[[int], slice]
 
 
 def all_rows(rows: int) -> slice:
-    """The share of who is alone."""
+    """All rows: the share of a process that is alone."""
     return slice(rows)
 
 

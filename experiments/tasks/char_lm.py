@@ -152,8 +152,10 @@ class Task(tasks.Task):
     def _tell_unknown(self, data: corpus.Corpus) -> None:
         """Warns of characters that the training text lacks."""
         symbol = data.vocabulary.find(UNKNOWN)
+        if symbol < 0 or np.any(data.splits["train"] == symbol):
+            return
         for split in ("valid", "test"):
-            if symbol >= 0 and (share := np.mean(data.splits[split] == symbol)):
+            if share := np.mean(data.splits[split] == symbol):
                 logging.warning(
                     "%.3f%% of the %s text of %s are characters that the training text lacks; "
                     "they count as one symbol, which is never learned",
@@ -200,14 +202,17 @@ def gather(batch: Batch) -> Array:
 
 
 def make_readings(config: ConfigDict) -> tuple[Reading, ...]:
-    """Segments as in training, segments of other lengths, and the whole text as one sequence."""
+    """Segments as in training, segments of other lengths, and the whole text as one sequence.
+
+    Validation alone takes batches of training's size.
+    """
 
     def segments(splits: tuple[str, ...], length: int) -> Reading:
         return Reading(splits, f"segments of {length}", length)
 
-    readings = [segments(("valid", "test"), config.segment_length)]
-    lengths = dict.fromkeys(config.eval_lengths)
-    readings += [segments(("test",), n) for n in lengths if n != config.segment_length]
+    readings = [segments(("valid",), config.segment_length)]
+    lengths = dict.fromkeys((config.segment_length, *config.eval_lengths))
+    readings += [segments(("test",), n) for n in lengths]
     if words(config.whole_text):
         whole = tuple(dict.fromkeys(words(config.whole_text)))
         readings.append(Reading(whole, "one sequence", config.chunk_length, continued=True))

@@ -289,8 +289,8 @@ class Task(tasks.Task):
         unknown = int(np.sum(~self.is_entity[self.vocabulary.table[part.answers]]))
         if unknown:
             self.notes.append(
-                f"{unknown:,} of {len(part.answers):,} {split} questions have an answer that "
-                "training questions do not have often enough to be a word: they count as errors"
+                f"the answers of {unknown:,} of {len(part.answers):,} {split} questions are rarer "
+                "in training questions than config.min_count: they count as errors"
             )
         return part
 

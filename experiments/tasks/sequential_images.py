@@ -16,6 +16,7 @@ from experiments.models.layers import recurrent_layer
 from experiments.models.sequence_classifier import SequenceClassifier
 from experiments.parallel import ONE_DEVICE, Parallel
 from experiments.runtime.checks import at_least, at_most, one_of
+from experiments.runtime.errors import UserError
 from experiments.tasks import (
     Batch,
     Metrics,
@@ -61,6 +62,8 @@ class Task(tasks.Task):
         """Loads `config.dataset` from `config.data_dir`."""
         check(config)
         data = datasets.load(config.dataset, config.data_dir)
+        if "max_pixel" not in data.info:
+            raise UserError(f"config.dataset is {config.dataset}, which has no images")
         self.config = config
         self.data = config.dataset
         self.max_pixel = data.info["max_pixel"]

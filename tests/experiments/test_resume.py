@@ -293,6 +293,9 @@ def test_errors_of_reading_are_not_damage(unbroken, tmp_path, monkeypatch):
         (OSError(5, "Input/output error"), UserError, "8 cannot be read: Input/output error"),
         (MemoryError(), MemoryError, None),
         (Stopped("", signal.SIGTERM), Stopped, None),
+        # As TensorStore has them.
+        (ValueError("[os_error_code='13']"), UserError, "8 cannot be read: Permission denied"),
+        (ValueError("[os_error_code='2']"), UserError, "8 is damaged"),
         (ValueError(), UserError, "8 is damaged"),
     ):
 

@@ -198,6 +198,21 @@ def test_every_way_of_evaluation_has_a_name(config):
         assert set(ways) == expected and len(set(ways.values())) == len(rows)
 
 
+def test_only_validation_is_normalised_in_batches_of_training(config):
+    """The paper's results by length are of batches of one size, also at training's length."""
+    config.model.kind, config.batch_size, config.eval_batch_size = "bn_lstm", 16, 7
+    task = tasks.load(config)
+    variables = random_variables(task)
+    population = evaluate.population_statistics(task, config, variables, NOISE)
+    run = evaluate.make_evaluator(task, NOISE)
+    rows = list(evaluate.evaluate_all(task, config, variables, population, run))
+    for split, size in (("valid", 16), ("test", 7)):
+        (row,) = (r for r in rows if (r["split"], r["statistics"]) == (split, "batch"))
+        assert row["loss"] == run(variables, task.readings[0], split, size, False)["loss"]
+        other = run(variables, task.readings[0], split, 23 - size, False)["loss"]
+        assert abs(row["loss"] - other) > 1e-4
+
+
 def test_population_statistics_are_means_over_segments_of_the_training_text(config):
     task = tasks.load(config)
     variables = random_variables(task)
