@@ -81,8 +81,9 @@ def look_up(symbols: Array, kernel: Array, dtype: Any = None) -> Array:
     """
     dtype = dtype or kernel.dtype
     table = kernel.astype(dtype).astype(statistics_dtype(dtype))
-    symbols = symbols.astype(jnp.int32)
-    rows = jnp.where(symbols < 0, len(table), symbols)  # indices below zero count from the end
+    # Indices below zero count from the end, and those of 64 bits would wrap around.
+    is_symbol = (symbols >= 0) & (symbols < len(table))
+    rows = jnp.where(is_symbol, symbols.astype(jnp.int32), len(table))
     return jnp.take(table, rows, axis=0, mode="fill", fill_value=jnp.nan)
 
 

@@ -276,7 +276,7 @@ def _first_row(x: Array, axis: tuple[int, ...], where: Array | None) -> Array:
     if axis != (-2,):
         return by_index(x)
     size = x.shape[-2]
-    row = jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+    row = jax.lax.broadcasted_iota(jnp.int32, (1,) * (x.ndim - 2) + (size, 1), x.ndim - 2)
     first: Array | int = 0
     if where is not None:
         first = jnp.min(jnp.where(where, row, size), -2, keepdims=True)

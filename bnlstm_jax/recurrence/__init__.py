@@ -40,8 +40,7 @@ class Implementation(NamedTuple):
       why_unsupported: why it cannot run a problem, whose arrays may be `jax.ShapeDtypeStruct`s;
         None if it can. Raises RuntimeError if a kernel cannot be compiled.
       platform: the platform of JAX that it is for; None for all.
-      max_batch: the most sequences, or None; larger batches, which leave no device idle, are run by
-        `xla`.
+      max_batch: the largest batch that it runs, or None; `xla` runs larger ones.
     """
 
     run: Callable[[Problem], Result]

@@ -21,9 +21,9 @@ def runs_here(platform: str | None) -> bool:
 
 @contextlib.contextmanager
 def emulation() -> Iterator[None]:
-    """Lets kernels run on other devices than theirs: interpreted or emulated, slowly.
+    """Lets kernels run on any device, interpreted or emulated, which is slow.
 
-    For tests, and to compile for a TPU that is not there; what is traced within keeps it.
+    Functions that are traced inside stay emulated. For tests, and to compile for an absent TPU.
     """
     global _emulating
     before, _emulating = _emulating, True

@@ -156,6 +156,7 @@ def run(problem: Problem) -> Result:
     # A kernel has no bfloat16 product over a single feature.
     single = len(problem.params["input_kernel"]) == 1 and problem.symbols is None
     ahead = single and jnp.dtype(problem.dtype or jnp.float32) == jnp.bfloat16
+    problem = problem.replace(statistics=jax.lax.stop_gradient(problem.statistics))
     problem, moments = with_input_terms(problem, ahead)
     if problem.symbols is not None:
         problem = problem.replace(symbols=problem.symbols[..., None].astype(jnp.int32))
@@ -168,7 +169,8 @@ def _step(problem: Problem, recurrent_term: Array, known: Any = None) -> tuple[C
         kernel = problem.params["input_kernel"]
         vocabulary = jax.lax.broadcasted_iota(jnp.int32, (1, len(kernel)), 1)
         is_symbol = (problem.symbols >= 0) & (problem.symbols < len(kernel))
-        one_hot = jnp.where(is_symbol, problem.symbols == vocabulary, jnp.nan).astype(kernel.dtype)
+        one_hot = (problem.symbols == vocabulary).astype(kernel.dtype)
+        one_hot = jnp.where(is_symbol, one_hot, jnp.nan)
         problem = problem.replace(inputs=one_hot, symbols=None)
     return step(problem, recurrent_term, known)
 

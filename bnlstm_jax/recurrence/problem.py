@@ -105,10 +105,10 @@ def input_term(problem: Problem) -> Array:
 def with_input_terms(
     problem: Problem, ahead: bool = False, normalized: bool = False
 ) -> tuple[Problem, dict[str, Statistics]]:
-    """Puts the input terms of all steps in place of inputs, if that is due before the recurrence.
+    """Computes the input terms of all steps ahead of the recurrence, if that is due.
 
-    It is if inputs are large, if their moments are those of all steps together, or if the caller
-    says so.
+    It is if inputs have more than `SMALL_INPUT` features, if `whole_input` is set, or if the caller
+    asks for it.
 
     Args:
       problem: with inputs or symbols.

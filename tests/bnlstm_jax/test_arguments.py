@@ -423,6 +423,45 @@ def test_layers_pass_strict_modes(kind, implementation, mode):
     assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, variables["params"])
 
 
+@pytest.mark.parametrize("mode", ["rank promotion", "dtype promotion"])
+@pytest.mark.parametrize("implementation", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("vocab_size", [None, 6])
+def test_kernels_pass_strict_modes(implementation, vocab_size, mode):
+    x = draw(3, 5, 2) if vocab_size is None else np.random.default_rng(0).integers(0, 6, (3, 5))
+    with emulation(), STRICT[mode]():
+        layer = BNLSTM(4, vocab_size=vocab_size, implementation=implementation)
+        variables = initialize(layer, x)
+        y, _, gradients = training_results(
+            layer, variables, jnp.asarray(x), seq_lengths=jnp.array(LENGTHS)
+        )
+    assert y.shape == (3, 5, 4) and gradients["recurrent_kernel"].shape == (4, 16)
+
+
+@pytest.mark.parametrize("implementation", ["gpu", "tpu"])
+def test_kernels_without_gradients_of_statistics_have_none_of_any(implementation):
+    x = jnp.asarray(draw(3, 5, 2))
+    with emulation():
+        layer = BNLSTM(4, input_statistics="sequence", implementation=implementation)
+        variables = initialize(layer, x)
+
+        def loss(statistics):
+            y = layer.apply({**variables, "batch_stats": statistics}, x, use_running_average=True)
+            return jnp.sum(y)
+
+        gradients = jax.jit(jax.grad(loss))(variables["batch_stats"])
+    assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "cpu"])
+def test_symbols_of_64_bits_do_not_wrap_around(implementation):
+    with jax.enable_x64(True):
+        layer = LSTM(4, vocab_size=6, implementation=implementation)
+        symbols = np.array([[1, 2], [1, 2**32]])
+        variables = initialize(layer, symbols)
+        y = layer.apply(variables, jnp.asarray(symbols))
+    assert np.all(np.isfinite(y[0])) and np.all(np.isnan(y[1, 1]))
+
+
 @pytest.mark.parametrize("mode", STRICT.values(), ids=STRICT.keys())
 def test_cells_and_batch_norm_pass_strict_modes(mode):
     x = jnp.asarray(draw(3, 5, 2))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bnlstm_jax.recurrence.native import build, cpu, cuda
+from bnlstm_jax.recurrence.native import build, common, cpu, cuda
 from tests.python_process import finish, start
 
 BUILD = """
@@ -64,9 +64,9 @@ def test_is_compiled_once(source, cache, monkeypatch, tmp_path):
 def test_a_library_is_of_one_source_compiler_and_processor(cache, monkeypatch, tmp_path):
     compiler = fake_compiler(tmp_path, 'echo library > "$output"')
     monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setattr(build, "processor", lambda: "one")
+    monkeypatch.setattr(build, "compiler", lambda *_: "one")
     made = [build.build(cpu.SOURCE, "cpu")]
-    monkeypatch.setattr(build, "processor", lambda: "another")
+    monkeypatch.setattr(build, "compiler", lambda *_: "another")
     made.append(build.build(cpu.SOURCE, "cpu"))
     monkeypatch.setenv("CXX", f"{compiler} -g")
     made.append(build.build(cpu.SOURCE, "cpu"))
@@ -114,5 +114,35 @@ def test_nvcc_is_found_among_packages(monkeypatch, tmp_path):
 
 
 def test_the_processor_is_told_by_the_compiler():
-    assert "__VERSION__" in build.processor()
+    assert "__VERSION__" in build.compiler([], "cpu")
     assert cpu.instruction_set() in ("AVX-512", "AVX2", "NEON", "128-bit vectors")
+
+
+def test_a_user_without_a_home_has_libraries_for_one_process(monkeypatch, caplog):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(build.Path, "home", home)
+    assert build.cache_folder().is_dir()
+    assert "libraries are not kept: Could not determine" in caplog.text
+
+
+def test_an_unbalanced_quotation_in_the_name_of_the_compiler_is_told(monkeypatch):
+    monkeypatch.setenv("CXX", 'g++ "-O3')
+    with pytest.raises(RuntimeError, match=r"CXX is .*: No closing quotation"):
+        build.cpp_compiler()
+
+
+def test_a_compiler_that_fails_runs_once(monkeypatch, tmp_path):
+    calls = []
+
+    def fails(*arguments):
+        calls.append(arguments)
+        raise RuntimeError("it cannot be compiled")
+
+    monkeypatch.setattr(common, "build", fails)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="it cannot be compiled"):
+            common.load(tmp_path / "source.cc", "cpu", "Symbol", "target")
+    assert len(calls) == 1

@@ -216,12 +216,70 @@ def test_results_have_the_same_bits_for_any_number_of_threads(monkeypatch):
             np.testing.assert_array_equal(ours, theirs)
 
 
+def test_inference_has_the_same_bits_for_any_number_of_threads(monkeypatch):
+    """Of so many units that a product is made in blocks, whose length depends on the thread's."""
+    layer = LSTM(600, implementation="cpu")
+    x = np.random.default_rng(0).normal(size=(1, 5, 3)).astype(np.float32)
+    variables = layer.init(jax.random.key(0), x)
+    found = []
+    for threads in (1, 3, 16):
+        monkeypatch.setenv("BNLSTM_NUM_THREADS", str(threads))
+        found.append(layer.apply(variables, x))
+    np.testing.assert_array_equal(found[1], found[0])
+    np.testing.assert_array_equal(found[2], found[0])
+
+
 @pytest.mark.parametrize("value", ["two", "0", "-1", ""])
 def test_a_wrong_number_of_threads_is_refused(value, monkeypatch):
     monkeypatch.setenv("BNLSTM_NUM_THREADS", value)
     message = f"BNLSTM_NUM_THREADS: expected a number of threads, got '{value}'"
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
         jax.block_until_ready(run("cpu"))
+
+
+# ---- Symbols.
+
+
+def symbols_and_loss(layer, shape):
+    """Symbols below 6, variables, and a function of parameters to be differentiated."""
+    symbols = jnp.asarray(np.random.default_rng(0).integers(0, 6, shape))
+    variables = layer.init(jax.random.key(0), symbols, use_running_average=True)
+
+    def loss(params):
+        y, _ = layer.apply(
+            {**variables, "params": params},
+            symbols,
+            use_running_average=False,
+            mutable=["batch_stats"],
+        )
+        return jnp.sum(jnp.square(y))
+
+    return variables["params"], loss
+
+
+@pytest.mark.parametrize("kind", [LSTM, BNLSTM])
+def test_symbols_are_differentiated_in_several_programs(kind):
+    """Empty arrays then leave a program, at which XLA's compiler divided by zero."""
+    params, loss = symbols_and_loss(kind(5, vocab_size=6, implementation="cpu"), (3, 4))
+    expected = jax.jit(jax.grad(loss))(params)
+    for function in (loss, jax.jit(loss), jax.checkpoint(loss)):
+        found = jax.grad(function)(params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), found, expected)
+
+
+@pytest.mark.parametrize("kind", [LSTM, BNLSTM])
+def test_few_symbols_of_a_large_vocabulary(kind):
+    """Their rows are looked up before the kernel, which would pack the whole table."""
+    found = []
+    for implementation in ("cpu", "xla"):
+        layer = kind(5, vocab_size=1000, implementation=implementation)
+        params, loss = symbols_and_loss(layer, (3, 4))
+        found.append(jax.jit(jax.value_and_grad(loss))(params))
+
+    def close(ours, theirs):  # as in `compare`
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
+
+    jax.tree.map(close, *found)
 
 
 # ---- Transformations.

@@ -1,8 +1,8 @@
 """Compiles native sources at first use: for NVIDIA GPUs by CUDA's nvcc, for CPUs by a C++ compiler.
 
 Libraries are kept in `bnlstm_jax` in the user's cache folder (`XDG_CACHE_HOME`, or `~/.cache`). A
-library's name has a hash of all that it depends on, the compiler and the processor among it: unlike
-machines may share a cache.
+library's name has a hash of sources, command, compiler and processor: different machines can share
+a cache.
 """
 
 import functools
@@ -34,7 +34,7 @@ def build(source: Path, platform: str) -> Path:
     """
     command = compile_command(source, platform)
     contents = [path.read_bytes() for path in (source, *headers(source))]
-    key = command, processor() if platform == "cpu" else "", jax.__version__, contents
+    key = command, compiler(command, platform), jax.__version__, contents
     version = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     cache = cache_folder()
     target = cache / f"{source.stem}_{platform}_{version}.so"
@@ -57,12 +57,12 @@ def build(source: Path, platform: str) -> Path:
 
 def cache_folder() -> Path:
     """Where libraries are kept; for this process alone if the user's cache cannot be written."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(home) / "bnlstm_jax"
     try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(home) / "bnlstm_jax"
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
         logging.getLogger(__name__).warning("libraries are not kept: %s", error)
         return Path(_temporary_folder().name)
     return folder
@@ -98,7 +98,7 @@ def headers(source: Path) -> list[Path]:
 
 
 def compile_command(source: Path, platform: str) -> list[str]:
-    """What compiles a source file for the default device of a platform, but for the output.
+    """The command that compiles a source file for the default device, without `-o`.
 
     Raises:
       RuntimeError: there is no compiler.
@@ -116,8 +116,12 @@ def cpp_compiler() -> list[str]:
     Raises:
       RuntimeError: there is none.
     """
-    if command := shlex.split(os.environ.get("CXX", "")):
-        return command
+    given = os.environ.get("CXX", "")
+    try:
+        if command := shlex.split(given):
+            return command
+    except ValueError as error:
+        raise RuntimeError(f"the environment variable CXX is {given!r}: {error}") from error
     found = shutil.which("g++") or shutil.which("clang++")
     if found is None:
         raise RuntimeError(
@@ -127,8 +131,11 @@ def cpp_compiler() -> list[str]:
     return [found]
 
 
-def processor() -> str:
-    """What the C++ compiler says of itself and of this processor, in the macros that it defines."""
+def compiler(command: list[str], platform: str) -> str:
+    """What the compiler of a command says of itself, and of this processor."""
+    if platform == "gpu":
+        return system.machine() + run([command[0], "--version"]).stdout
+    # The macros that it defines.
     return run([*cpp_compiler(), NATIVE, "-dM", "-E", "-x", "c++", os.devnull]).stdout
 
 

@@ -1,6 +1,7 @@
 """What the native kernels have in common."""
 
 import ctypes
+import functools
 from pathlib import Path
 
 import jax
@@ -20,9 +21,20 @@ def load(source: Path, platform: str, symbol: str, target: str) -> ctypes.CDLL:
     Its `{symbol}Forward` and `{symbol}Backward` become `{target}_forward` and `{target}_backward`.
 
     Raises:
-      RuntimeError: it cannot be compiled.
+      RuntimeError: it cannot be compiled. Later calls raise the same, without another try.
     """
-    library = ctypes.CDLL(str(build(source, platform)))
+    library = _load(source, platform, symbol, target)
+    if isinstance(library, RuntimeError):
+        raise library
+    return library
+
+
+@functools.cache
+def _load(source: Path, platform: str, symbol: str, target: str) -> ctypes.CDLL | RuntimeError:
+    try:
+        library = ctypes.CDLL(str(build(source, platform)))
+    except RuntimeError as error:
+        return error
     name = "CUDA" if platform == "gpu" else platform
     for call in ("Forward", "Backward"):
         handler = jax.ffi.pycapsule(getattr(library, f"{symbol}{call}"))

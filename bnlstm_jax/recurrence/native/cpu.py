@@ -121,8 +121,8 @@ class Options:
         others: Sequence[tuple[Array, Layout]] = (),
         keep: bool = True,
     ) -> list[Array]:
-        """Calls the kernel: with other arrays in their layouts, for results of shapes in theirs."""
-        layouts = [SEQUENCES if field == "inputs" else None for field in Inputs._fields]
+        """Calls the kernel; `others` and `results` pair each array or shape with its layout."""
+        layouts = [layout(field, array.shape) for field, array in inputs._asdict().items()]
         call = jax.ffi.ffi_call(
             name,
             [jax.ShapeDtypeStruct(shape, jnp.float32) for shape, _ in results],
@@ -147,6 +147,14 @@ class Options:
                 **attributes,
             )
         )
+
+
+def layout(field: str, shape: tuple[int, ...]) -> Layout | None:
+    """The layout of an argument of a call; None for JAX's.
+
+    XLA's compiler divides by zero where it copies an empty array to another layout.
+    """
+    return SEQUENCES if field == "inputs" and 0 not in shape else None
 
 
 class Inputs(NamedTuple):
@@ -225,7 +233,7 @@ def _backward(options, residuals, gradients):
         shape = getattr(inputs, field).shape
         if field in STATISTICS and not options.given:
             shape = (0, *shape[1:])
-        results.append((shape, SEQUENCES if field == "inputs" else None))
+        results.append((shape, layout(field, shape)))
     others = [
         (hidden, SEQUENCES),
         (cell, None),
@@ -251,8 +259,10 @@ def run(problem: Problem) -> Result:
     """
     load()
     moments: dict[str, Statistics] = {}
-    if problem.norm.whole_input:
-        problem, moments = with_input_terms(problem, normalized=True)
+    # The kernel packs the whole table of symbols in each call.
+    few = problem.symbols is not None and problem.symbols.size < len(problem.params["input_kernel"])
+    if few or problem.norm.whole_input:
+        problem, moments = with_input_terms(problem, few, normalized=problem.norm.whole_input)
     terms, given = problem.norm.terms, problem.statistics is not None
     hidden, cell, *found = call_kernel(*to_inputs(problem))
     for term, stacked in zip(GATES, found, strict=True):
@@ -283,7 +293,9 @@ def to_inputs(problem: Problem) -> tuple[Options, Inputs]:
 
     inputs, symbols = zeros(0, 0, 0), zeros(0, 0, dtype=jnp.int32)
     if source == SYMBOLS:
-        symbols = problem.source.astype(jnp.int32)
+        symbols = problem.source
+        is_symbol = (symbols >= 0) & (symbols < len(params["input_kernel"]))
+        symbols = jnp.where(is_symbol, symbols.astype(jnp.int32), -1)  # 64 bits would wrap around
     else:
         inputs = problem.source.astype(jnp.float32)
     epsilon = norm.epsilon if norm.input_epsilon is None else norm.input_epsilon

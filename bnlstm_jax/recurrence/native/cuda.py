@@ -72,8 +72,10 @@ def why_unsupported(problem: Problem) -> str | None:
             "computes in float32, with products of float32 or bfloat16, and param_dtype is "
             f"{kernel.dtype}, dtype {operands}, the state {problem.carry[0].dtype}"
         )
-    if platform() == "gpu" and float(has := default_device().compute_capability) < OLDEST:
-        return f"needs a GPU of compute capability {OLDEST} or newer, and this one's is {has}"
+    if platform() == "gpu":
+        has = default_device().compute_capability  # of AMD's GPUs, a name
+        if not has.replace(".", "").isdigit() or float(has) < OLDEST:
+            return f"needs a GPU of compute capability {OLDEST} or newer, and this one's is {has}"
     units, rows = kernel.shape[0], padded(min(problem.carry[1].shape[0], LARGEST_BATCH))
     if not load(platform()).BnlstmFits(units, rows, operands == jnp.bfloat16):
         return f"does not fit this device with {units} units, {rows} rows and {operands} products"

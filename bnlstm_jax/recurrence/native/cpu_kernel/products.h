@@ -69,17 +69,28 @@ struct LeftMatrix {
 // Packs a matrix [rows, K] of which `element(row, k)` is an element.
 template <typename Element>
 void pack(float* to, int64_t rows, int64_t K, const Element& element) {
-  for (int64_t m = 0; m < rows; m += kTile) {
-    const int64_t tile = std::min<int64_t>(kTile, rows - m);
-    for (int64_t k = 0; k < K; ++k)
-      for (int64_t r = 0; r < tile; ++r) *to++ = element(m + r, k);
-  }
+  constexpr int64_t kBlock = 32;  // columns, whose cache lines stay while all rows pass
+  for (int64_t start = 0; start < K; start += kBlock)
+    for (int64_t m = 0; m < rows; m += kTile) {
+      const int64_t tile = std::min<int64_t>(kTile, rows - m), end = std::min(start + kBlock, K);
+      float* at = to + m * K + start * tile;
+      for (int64_t k = start; k < end; ++k)
+        for (int64_t r = 0; r < tile; ++r) *at++ = element(m + r, k);
+    }
 }
+
+// What the sums of a tile begin from, or are added to: C.
+enum class With { kNothing, kSumsSoFar, kAdded };
 
 template <int Rows, int Vectors>
 void multiply_tile(const float* a, size_t row, size_t k, const float* x, int K, float* c,
-                   size_t stride, bool add) {
+                   size_t stride, With with) {
+  const bool add = with == With::kAdded;
   Vector sums[Rows][Vectors] = {};
+  if (with == With::kSumsSoFar) {
+    UNROLL for (int r = 0; r < Rows; ++r)
+      UNROLL for (int v = 0; v < Vectors; ++v) sums[r][v] = load(c + r * stride + v * kLanes);
+  }
   if (add) {
     UNROLL for (int r = 0; r < Rows; ++r)
       UNROLL for (int v = 0; v < Vectors; ++v) __builtin_prefetch(c + r * stride + v * kLanes, 1);
@@ -103,18 +114,18 @@ void multiply_tile(const float* a, size_t row, size_t k, const float* x, int K, 
 
 template <int Vectors, int Rows = kTile>
 void multiply_rows(int rows, const float* a, size_t row, size_t k, const float* x, int K, float* c,
-                   size_t stride, bool add) {
-  if (rows == Rows) return multiply_tile<Rows, Vectors>(a, row, k, x, K, c, stride, add);
-  if constexpr (Rows > 1) multiply_rows<Vectors, Rows - 1>(rows, a, row, k, x, K, c, stride, add);
+                   size_t stride, With with) {
+  if (rows == Rows) return multiply_tile<Rows, Vectors>(a, row, k, x, K, c, stride, with);
+  if constexpr (Rows > 1) multiply_rows<Vectors, Rows - 1>(rows, a, row, k, x, K, c, stride, with);
 }
 
 template <int Vectors = kPanel>
 void multiply_panel(int vectors, int rows, const float* a, size_t row, size_t k, const float* x,
-                    int K, float* c, size_t stride, bool add) {
+                    int K, float* c, size_t stride, With with) {
   if (vectors == Vectors)
-    return multiply_rows<Vectors>(rows, a, row, k, x, K, c, stride, add);
+    return multiply_rows<Vectors>(rows, a, row, k, x, K, c, stride, with);
   if constexpr (Vectors > 1)
-    multiply_panel<Vectors - 1>(vectors, rows, a, row, k, x, K, c, stride, add);
+    multiply_panel<Vectors - 1>(vectors, rows, a, row, k, x, K, c, stride, with);
 }
 
 // C, whose rows of whole vectors are `stride` apart. All of a block of rows of X stays in the cache
@@ -127,12 +138,13 @@ inline void multiply(LeftMatrix a, int M, PanelMatrix x, int K, float* c, size_t
   const int most = block_of(all_panels ? x.panels.vectors : kPanel);
   for (int k = 0; k < K; k += most) {
     const int block = std::min(most, K - k);
+    const With with = add ? With::kAdded : k > 0 ? With::kSumsSoFar : With::kNothing;
     const auto tile = [&](int m, int p) {
       const int rows = std::min(kTile, M - m), vectors = x.panels.size(p);
       const float* from = a.data + m * a.stride + k * (a.packed ? rows : 1);
       multiply_panel(vectors, rows, from, a.packed ? 1 : a.stride, a.packed ? rows : 1,
                      x.panel(p) + static_cast<size_t>(k) * vectors * kLanes, block,
-                     c + m * stride + x.panels.start(p) * kLanes, stride, add || k > 0);
+                     c + m * stride + x.panels.start(p) * kLanes, stride, with);
     };
     if (all_panels) {
       for (int m = 0; m < M; m += kTile)
