@@ -112,7 +112,7 @@ def _run_step(body: Callable, trees: Any, leaves: Any, *refs: Any) -> None:
 
 
 def _block_shape(leaf: Any) -> tuple[int, int]:
-    """The shape of an array of a step in two dimensions, which the hardware has."""
+    """The shape of a step's array as two dimensions, as TPU tiles require."""
     return (1,) * (2 - len(leaf.shape)) + tuple(leaf.shape)
 
 

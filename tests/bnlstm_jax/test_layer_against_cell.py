@@ -5,6 +5,8 @@ all inputs by their kernel at once and the cell one step at a time, so they agre
 """
 
 import functools
+import re
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -321,6 +323,17 @@ def test_bidirectional_against_the_reference(normalize, options, lengths):
             if train:
                 after = reference.running_average(after, found, 0.9)
             assert_close(dict(updates["batch_stats"][name]), after, **DOUBLE)
+
+
+def test_weights_of_flax_are_taken_over_as_the_page_says():
+    page = (Path(__file__).parents[2] / "docs" / "layer.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(theirs = .*?)```", page, re.DOTALL)
+    x = jax.random.normal(jax.random.key(1), (3, 5, 2))
+    rnn = nn.RNN(nn.LSTMCell(100))
+    variables = rnn.init(jax.random.key(0), x)
+    found = {"variables": variables, "x": x, "jnp": jnp, "LSTM": bnlstm_jax.LSTM}
+    exec(code, found)
+    np.testing.assert_allclose(found["y"], rnn.apply(variables, x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("field", ["normalize", "mask_statistics"])

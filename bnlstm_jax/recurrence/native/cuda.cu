@@ -150,8 +150,8 @@ struct Place {
   DEVICE_METHOD int row(int r) const { return (part * By::kRows + r) * kWarp + lane; }
 };
 
-// ---- Nonlinearities, without branches: several of them then run side by side. Their relative
-// errors are below 3e-7.
+// ---- Nonlinearities, without branches: several of them then run side by side. With an exact
+// exponential the relative error of tanh is below 3e-7, and so is the absolute one of the sigmoid.
 
 DEVICE float sigmoid(float x) { return divide(1.f, 1.f + exponential(-x)); }
 

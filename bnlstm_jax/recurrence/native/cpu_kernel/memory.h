@@ -15,8 +15,7 @@
 
 namespace {
 
-// Asks for large pages, and for a thread's share of them at once: a page costs as much as the
-// computation that fills it, and all threads would wait for whoever meets the next one.
+// Asks for huge pages.
 void advise_huge_pages(const void* data, size_t bytes) {
 #if defined(__linux__)
   constexpr size_t kHuge = size_t{1} << 21;
@@ -28,6 +27,8 @@ void advise_huge_pages(const void* data, size_t bytes) {
 #endif
 }
 
+// Faults in a thread's share of the pages ahead of their use: a page costs as much as the
+// computation that fills it, and all threads would wait for whoever meets the next one.
 void populate(const void* data, size_t bytes, int thread, int threads) {
 #if defined(MADV_POPULATE_WRITE)
   constexpr size_t kHuge = size_t{1} << 21;

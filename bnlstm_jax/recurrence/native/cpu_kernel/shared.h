@@ -56,7 +56,7 @@ struct Own {
   Masks masks;
   std::vector<int32_t> symbols;  // of a step; those unknown are the last column of their kernel
   Floats packed, packed_inputs;  // kernels
-  Floats input_terms;            // rows [4U]; zeros where the recurrent terms hold them
+  Floats input_terms;            // rows [4U]; backward, zeros where recurrent terms hold them
   Floats input_rows;
 
   Own(Shared& shared, int thread)
