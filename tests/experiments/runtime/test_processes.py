@@ -203,7 +203,7 @@ def test_a_sigterm_to_one_stops_all_after_one_call(book, tmp_path):
 
 
 def test_a_sigterm_in_the_last_evaluation_stops_all(book, tmp_path):
-    slow = ["--config.num_updates=5", "--config.eval_batch_size=1", "--config.chunk_length=2"]
+    slow = ["--config.num_updates=5", "--config.eval_batch_size=2", "--config.chunk_length=2"]
     job = Job(2, 1, tmp_path / "run", book, *slow)
     job.wait_for_checkpoint()
     job.members[1].send_signal(signal.SIGTERM)

@@ -198,7 +198,7 @@ def test_what_is_left_out_or_unknown_is_counted_and_told(config):
     answers = task.vocabulary.table[task.splits["train"].answers]
     unknown = sum(task.vocabulary.words[i] == "<unk>" for i in answers)
     assert 0 < unknown < 50 - left_out
-    told = f"{unknown} of {50 - left_out} train questions have an answer"
+    told = f"the answers of {unknown} of {50 - left_out} train questions are rarer"
     assert told in " ".join(task.notes)
 
 
