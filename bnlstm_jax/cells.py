@@ -74,6 +74,13 @@ def product(x: Array, kernel: Array, dtype: Any = None) -> Array:
     )
 
 
+def as_symbols(symbols: Array, size: int) -> Array:
+    """Integers of any width as 32-bit ones, those outside `[0, size)` as -1."""
+    # Compared as they are, 8 bits need not hold `size`, and 64 bits would wrap around in 32.
+    wide = symbols.astype(jnp.promote_types(symbols.dtype, jnp.int32))
+    return jnp.where((wide >= 0) & (wide < size), wide, -1).astype(jnp.int32)
+
+
 def look_up(symbols: Array, kernel: Array, dtype: Any = None) -> Array:
     """`product(one_hot(symbols), kernel, dtype)` as rows of the kernel.
 
@@ -81,9 +88,8 @@ def look_up(symbols: Array, kernel: Array, dtype: Any = None) -> Array:
     """
     dtype = dtype or kernel.dtype
     table = kernel.astype(dtype).astype(statistics_dtype(dtype))
-    # Indices below zero count from the end, and those of 64 bits would wrap around.
-    is_symbol = (symbols >= 0) & (symbols < len(table))
-    rows = jnp.where(is_symbol, symbols.astype(jnp.int32), len(table))
+    symbols = as_symbols(symbols, len(table))
+    rows = jnp.where(symbols < 0, len(table), symbols)  # indices below zero count from the end
     return jnp.take(table, rows, axis=0, mode="fill", fill_value=jnp.nan)
 
 

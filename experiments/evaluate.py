@@ -170,8 +170,8 @@ def evaluate_all(
     Each reading is evaluated with `population` statistics and, where there is a batch, with batch
     statistics; those of validation's length also with running averages. Batches have
     `config.eval_batch_size` examples, those of validation's reading with batch statistics
-    `config.batch_size`. Where the task has `batch_inputs`,
-    validation's reading is also evaluated with these, in batches of `config.batch_size`.
+    `config.batch_size`. Where the task has `batch_inputs`, validation's reading is also evaluated
+    with these, in batches of `config.batch_size`.
 
     Yields:
       Rows with `split`, `statistics`, the name of the `reading` where it has one, and the metrics.

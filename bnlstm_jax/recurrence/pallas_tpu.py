@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bnlstm_jax.cells import Carry, product
+from bnlstm_jax.cells import Carry, as_symbols, product
 from bnlstm_jax.jax_experimental import pl, pltpu
 from bnlstm_jax.recurrence.problem import (
     Problem,
@@ -159,7 +159,8 @@ def run(problem: Problem) -> Result:
     problem = problem.replace(statistics=jax.lax.stop_gradient(problem.statistics))
     problem, moments = with_input_terms(problem, ahead)
     if problem.symbols is not None:
-        problem = problem.replace(symbols=problem.symbols[..., None].astype(jnp.int32))
+        symbols = as_symbols(problem.symbols, len(problem.params["input_kernel"]))
+        problem = problem.replace(symbols=symbols[..., None])
     return Result.of(_run(problem), moments)
 
 

@@ -3,8 +3,8 @@
     python -m scripts.sweep --config=configs/digits.py --sweep=configs/sweeps/ablation_batch_size.py
 
 All points make the same number of updates, so small batches see fewer examples: compare the BN-LSTM
-with the LSTM at the same batch size. The paper uses batches of 40 to 128. Validation
-uses batch statistics. The final results show batch and population statistics.
+with the LSTM at the same batch size. The paper uses batches of 40 to 128. Validation uses batch
+statistics. The final results show batch and population statistics.
 """
 
 from experiments.launching.sweeps import Fields, product, values

@@ -452,9 +452,21 @@ def test_kernels_without_gradients_of_statistics_have_none_of_any(implementation
     assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(gradients))
 
 
-@pytest.mark.parametrize("implementation", ["xla", "cpu"])
+@pytest.mark.parametrize("implementation", ["xla", "cpu", "tpu"])
+@pytest.mark.parametrize("vocab_size", [256, 1000])
+def test_symbols_of_8_bits_may_be_fewer_than_the_vocabulary(implementation, vocab_size):
+    with emulation():
+        layer = LSTM(4, vocab_size=vocab_size, implementation=implementation)
+        symbols = jnp.array([[1, 255], [250, 0]])
+        variables = initialize(layer, symbols)
+        wide, narrow = (layer.apply(variables, symbols.astype(d)) for d in (jnp.int32, jnp.uint8))
+    assert np.all(np.isfinite(wide))
+    np.testing.assert_array_equal(narrow, wide)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "cpu", "tpu"])
 def test_symbols_of_64_bits_do_not_wrap_around(implementation):
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), emulation():
         layer = LSTM(4, vocab_size=6, implementation=implementation)
         symbols = np.array([[1, 2], [1, 2**32]])
         variables = initialize(layer, symbols)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bnlstm_jax.cells import TERMS
+from bnlstm_jax.cells import TERMS, as_symbols
 from bnlstm_jax.normalization import Statistics
 from bnlstm_jax.recurrence.native import common
 from bnlstm_jax.recurrence.problem import Problem, Result, with_input_terms
@@ -293,9 +293,7 @@ def to_inputs(problem: Problem) -> tuple[Options, Inputs]:
 
     inputs, symbols = zeros(0, 0, 0), zeros(0, 0, dtype=jnp.int32)
     if source == SYMBOLS:
-        symbols = problem.source
-        is_symbol = (symbols >= 0) & (symbols < len(params["input_kernel"]))
-        symbols = jnp.where(is_symbol, symbols.astype(jnp.int32), -1)  # 64 bits would wrap around
+        symbols = as_symbols(problem.source, len(params["input_kernel"]))
     else:
         inputs = problem.source.astype(jnp.float32)
     epsilon = norm.epsilon if norm.input_epsilon is None else norm.input_epsilon
