@@ -97,7 +97,8 @@ def test_trained_weights_classify_as_well_as_the_run_did(data_dir, monkeypatch):
 
 
 def links(text):
-    """Targets of links in a page, those of `[text][name]` too."""
+    """Targets of links in a page, those of `[text][name]` too; brackets in code are not links."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.M)
     named = dict(re.findall(r"^\[([^\]]+)\]: (\S+)$", text, re.M))
     return re.findall(r"\]\(([^)]+)", text) + [named[n] for n in re.findall(r"\]\[([^\]]+)", text)]
 
