@@ -91,7 +91,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def check_fields(argv: Sequence[str], config: ConfigDict) -> None:
-    """Refuses flags `--config.FIELD` for fields that a config does not have.
+    """Refuses flags `--config.FIELD` for fields that a config does not have, and for its task.
 
     Raises:
       UserError: names the field, and the nearest one that the config has.
@@ -99,6 +99,8 @@ def check_fields(argv: Sequence[str], config: ConfigDict) -> None:
     known = [f"config.{name}" for name in workdir.flat(config)]
     for word in argv:
         name = word.partition("=")[0].lstrip("-")
+        if name == "config.task":
+            raise UserError(f"{name}: the config file has its task: choose another by --config")
         if name.startswith("config.") and name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""

@@ -1,6 +1,7 @@
 """How programs are timed against each other, and on what machine that was."""
 
 import datetime
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+import bnlstm_jax
 from experiments.records import workdir
 from experiments.runtime import checks, memory, progress
 from experiments.runtime.errors import UserError
@@ -109,7 +111,7 @@ def check_output(path: Path) -> None:
 
 
 def circumstances(device: jax.Device) -> dict[str, Any]:
-    """The machine, versions, commit and date of a measurement."""
+    """The machine, versions, commit, library and date of a measurement."""
 
     def version(package: str) -> str | None:
         try:
@@ -131,5 +133,13 @@ def circumstances(device: jax.Device) -> dict[str, Any]:
         },
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "commit": workdir.current_commit(),
+        "library": library_digest(Path(bnlstm_jax.__file__).parent),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def library_digest(folder: Path) -> str:
+    """SHA-256 of the sources in a folder, which tells versions apart outside a repository too."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    contents = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    return hashlib.sha256(repr(sorted(contents.items())).encode()).hexdigest()

@@ -219,6 +219,8 @@ def _with(base: ConfigDict, point: Fields) -> ConfigDict:
     made = base.copy_and_resolve_references()
     known = flatten_dict(base.to_dict(), sep=".")
     for field, value in point.items():
+        if field == "task":
+            raise UserError("a sweep cannot set the field task, which is its config file's")
         if field not in known:
             raise UserError(unknown_name("a swept field", field, known))
         kind = type(known[field])

@@ -32,15 +32,15 @@ class Verdict(NamedTuple):
 
 
 def read(folder: Path) -> Findings:
-    """The files of a folder that are of one device and one commit.
+    """The files of a folder that are of one device and one version of the library.
 
-    That is the device and commit of the check, or of the first step that there is.
+    These are those of the check, or of the first step that there is.
     """
     paths = {step: folder / f"{step}.json" for step in SHARES}
     found = {step: files.read_json(path) for step, path in paths.items() if path.exists()}
 
     def origin(record: dict[str, Any]) -> tuple[str, str | None]:
-        return record["machine"]["device"], record["commit"]
+        return record["machine"]["device"], record.get("library")
 
     if not found:
         return {}

@@ -202,6 +202,7 @@ def test_configs_run_as_they_are(name, data, tmp_path):
         ("digits", "optimizer.decay=1", "config.optimizer.decay is 1.0: it must be less than 1"),
         ("digits", "dataset=babi", "config.dataset is babi, which has no images"),
         ("digits", "parallel.devices=1000000000000", "divisible by the 1000000000000 devices"),
+        ("digits", "task=char_lm", "config.task: the config file has its task"),
         ("mnist", "model.knd=lstm", "config.model.knd: "),
         ("text", "whole_text=1.5", "config.whole_text is '1.5'"),
         ("babi", "num_lengths=99999999", "config.num_lengths is 99999999"),

@@ -16,6 +16,18 @@ def test_spread_is_median_and_extremes():
     assert timing.spread([4.0, 1.0, 2.5]) == ("2.5", "1.0 to 4.0")
 
 
+def test_a_version_of_the_library_is_known_by_its_sources(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/cell.cu").write_text("a")
+    first = timing.library_digest(tmp_path)
+    (tmp_path / "kernels/cell.pyc").write_bytes(b"compiled")
+    assert timing.library_digest(tmp_path) == first
+    (tmp_path / "kernels/cell.cu").write_text("b")
+    changed = timing.library_digest(tmp_path)
+    (tmp_path / "kernels/cell.cu").rename(tmp_path / "kernels/layer.cu")
+    assert len({first, changed, timing.library_digest(tmp_path)}) == 3
+
+
 def test_a_missing_device_is_named(monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     monkeypatch.setattr(timing.memory, "keep_freed", lambda: None)

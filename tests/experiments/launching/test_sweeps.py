@@ -169,6 +169,7 @@ def test_values_reach_a_run_as_they_are():
         ({"model.inital_scale": 1.0}, "did you mean model.initial_scale"),
         ({"initial_scale": 1.0}, "did you mean model.initial_scale"),
         ({"model": 1}, "which is unknown"),
+        ({"task": "char_lm"}, "cannot set the field task"),
         ({"seed": 1.5}, "config.seed is swept and is 1.5: it must be int"),
         ({"seed": True}, "config.seed is swept and is True: it must be int"),
         ({"seed": None}, "config.seed is swept and is None: it must be int"),

@@ -13,6 +13,7 @@ RECORD = {
     "machine": {"device": "Some GPU", "platform": "gpu", "processor": "Some CPU", "cores": 16},
     "versions": {"jax": "0.11.2", "torch": None},
     "commit": "abc",
+    "library": "0123",
     "date": "2026-11-27T00:00:00+00:00",
 }
 UNITS = {"odd sizes": 7, "permuted MNIST": 100, "Penn Treebank": 1000, "text8": 2000}
@@ -156,9 +157,9 @@ def test_not_validated_before_all_was_run(cut, missing):
     assert all(what in words for what in missing)
 
 
-def test_findings_of_another_device_or_commit_do_not_count(tmp_path):
+def test_findings_of_another_device_or_library_do_not_count(tmp_path):
     findings = make_findings()
-    findings["benchmark"]["commit"] = "def"
+    findings["benchmark"]["library"] = "4567"
     findings["training"]["machine"] = {**RECORD["machine"], "device": "Another GPU"}
     for step, record in findings.items():
         files.write_json(tmp_path / f"{step}.json", record)
