@@ -7,9 +7,7 @@ The function `get_sweep()` of a sweep file returns a list of points, each a `{co
 """
 
 import hashlib
-import importlib
 import itertools
-import pkgutil
 import re
 import runpy
 from collections.abc import Iterable
@@ -23,7 +21,6 @@ from ml_collections import ConfigDict
 from experiments import config as shared
 from experiments import parallel, tasks
 from experiments.records import workdir
-from experiments.runtime import checks
 from experiments.runtime.errors import UserError, unknown_name
 from experiments.train import finished_results
 
@@ -202,9 +199,7 @@ def check_run(config: ConfigDict, folder: Path, processes: int = 1) -> dict[str,
     """
     shared.check(config)
     parallel.check(config, processes)
-    names = tuple(module.name for module in pkgutil.iter_modules(tasks.__path__))
-    checks.one_of("config.task", config.task, names)
-    importlib.import_module(f"experiments.tasks.{config.task}").check(config)
+    tasks.module(config).check(config)
     kinds = shared.model_kinds(config)
     runs = {kind: folder / kind if len(kinds) > 1 else folder for kind in kinds}
     for kind, run in runs.items():

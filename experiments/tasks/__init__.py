@@ -9,6 +9,7 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -18,7 +19,8 @@ from ml_collections import ConfigDict
 
 from experiments.config import check_batch_sizes, check_rows, has_batch_statistics
 from experiments.parallel import ONE_DEVICE, Parallel
-from experiments.runtime.errors import UserError, unknown_name
+from experiments.runtime.checks import one_of
+from experiments.runtime.errors import UserError
 
 Batch = Mapping[str, Any]
 # Sums over examples or predictions, and their number, so that averages over batches are exact.
@@ -111,16 +113,24 @@ class Task(Protocol):
         """Metrics of a batch, `loss` among them, which training minimises. Traced."""
 
 
+def module(config: ConfigDict) -> ModuleType:
+    """The module of this package that `config.task` names.
+
+    Raises:
+      UserError: there is no such module.
+    """
+    names = tuple(found.name for found in pkgutil.iter_modules(__path__))
+    one_of("config.task", config.task, names)
+    return importlib.import_module(f"{__name__}.{config.task}")
+
+
 def load(config: ConfigDict, parallel: Parallel = ONE_DEVICE) -> Task:
     """The task that `config.task` names, with its data, for the devices of `parallel`.
 
     Raises:
       UserError: there is no such task, or it cannot run with this config or data.
     """
-    names = [module.name for module in pkgutil.iter_modules(__path__)]
-    if config.task not in names:
-        raise UserError(unknown_name("config.task", config.task, names))
-    task = importlib.import_module(f"{__name__}.{config.task}").Task(config, parallel)
+    task = module(config).Task(config, parallel)
     task.notes = [*task.notes, *check_evaluation(task, config)]
     return task
 
