@@ -22,11 +22,12 @@ def page(findings: Findings, steps: list[tuple[str, str, str]], command: str) ->
     parts = []
     if findings:
         record = next(iter(findings.values()))
+        commits = dict.fromkeys(str(each["commit"]) for each in findings.values())
         machine, versions = record["machine"], record["versions"]
         is_small = findings.get("check", {}).get("small", False)
         parts += [
             f"# {machine['device']}",
-            f"`{command}`, commit {record['commit']}, {record['date']}, JAX {versions['jax']}, "
+            f"`{command}`, commit {', '.join(commits)}, {record['date']}, JAX {versions['jax']}, "
             f"PyTorch {versions['torch'] or 'not installed'}; {machine['processor']}, "
             f"{machine['cores']} cores.",
             "## Verdict",

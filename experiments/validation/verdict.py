@@ -40,7 +40,8 @@ def read(folder: Path) -> Findings:
     found = {step: files.read_json(path) for step, path in paths.items() if path.exists()}
 
     def origin(record: dict[str, Any]) -> tuple[str, str | None]:
-        return record["machine"]["device"], record.get("library")
+        # Earlier records have the commit alone.
+        return record["machine"]["device"], record.get("library", record["commit"])
 
     if not found:
         return {}

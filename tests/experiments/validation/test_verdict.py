@@ -166,6 +166,21 @@ def test_findings_of_another_device_or_library_do_not_count(tmp_path):
     assert set(verdict.read(tmp_path)) == {"check"}
 
 
+def test_findings_without_a_library_count_together_by_commit(tmp_path):
+    findings = make_findings()
+    findings["benchmark"]["commit"] = "def"
+    for step, record in findings.items():
+        del record["library"]
+        files.write_json(tmp_path / f"{step}.json", record)
+    assert set(verdict.read(tmp_path)) == {"check", "training"}
+
+
+def test_the_report_names_every_commit():
+    findings = make_findings()
+    findings["benchmark"]["commit"] = "def"
+    assert "`the command`, commit abc, def, 2026-" in report.page(findings, [], "the command")
+
+
 def test_kernels_that_failed_are_left_out():
     assert verdict.sound(make_findings(), "gpu") == ["xla", "gpu"]
     assert verdict.sound(make_findings(outcomes={"odd sizes": "failed"}), "gpu") == ["xla"]
