@@ -107,12 +107,13 @@ RUN_HEADER = ("run", "seed", "updates", "wall time", "machine", "commit", "date"
 def run_row(experiment: Experiment, run: Run) -> list[str]:
     """How far a run came, how long that took, where and when."""
     start = run.record["starts"][-1]
+    machine = "; ".join([start["machine"], *run.implementations])
     return [
         str(experiment),
         str(run.config.seed),
         f"{run.updates:,} of {experiment.get_config().num_updates:,}",
         wall_time(run) if run.is_evaluated else f"{wall_time(run)}, not finished",
-        f"{', '.join(sorted(set(start['devices'])))} ({start['machine']})",
+        f"{', '.join(sorted(set(start['devices'])))} ({machine})",
         (start["commit"] or "-")[:9],
         start["started"][:10],
     ]

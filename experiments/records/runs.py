@@ -111,6 +111,11 @@ class Run:
         seconds = [start.get("seconds") for start in self.record["starts"]]
         return None if None in seconds else sum(seconds)
 
+    @property
+    def implementations(self) -> list[str]:
+        """Those of the recurrence in its starts; runs of early versions do not record them."""
+        return sorted({name for s in self.record["starts"] if (name := s.get("implementation"))})
+
     def curve(self, split: str, metric: str) -> np.ndarray:
         """A metric by update, `[2, points]`: update and value, with batch statistics if any."""
         rows = [row for row in self.rows if row["split"] == split and metric in row]

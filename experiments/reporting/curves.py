@@ -146,7 +146,8 @@ class LearningCurves(Item):
 class CurvesByHours(Item):
     """Our validation curves by hours of training, on the machines of the runs.
 
-    The table has the latest values at six times, up to the end of the run that took least.
+    The table has the latest values at six times, up to the end of the run that took least. Labels
+    name the implementations of the recurrence, which runs on different machines differ in.
 
     Attributes:
       lines: what is drawn.
@@ -169,12 +170,13 @@ class CurvesByHours(Item):
         ends = [curve[0, -1] for of_line in curves for curve in of_line]
         if not ends:
             return Shown()
+        labels = [label_by_hours(line, found) for line in self.lines]
         figure = pictures.new_figure(self.title, 6, 4)
         axes = figure.subplots()
-        for line, of_line in zip(self.lines, curves, strict=True):
+        for line, label, of_line in zip(self.lines, labels, curves, strict=True):
+            style: dict[str, Any] = {"color": line.color, "linestyle": line.dashes}
             for seed, curve in enumerate(of_line):
-                label = None if seed else line.label
-                axes.plot(*curve, color=line.color, linestyle=line.dashes, label=label)
+                axes.plot(*curve, **style, label=None if seed else label)
         axes.set(xlabel="hours", ylabel=self.lines[0].axis, xlim=(0, None))
         axes.legend(fontsize="small")
         pictures.tidy(axes)
@@ -182,7 +184,13 @@ class CurvesByHours(Item):
         for hours in np.linspace(0, min(ends), 7)[1:]:
             latest = [[v for c in of_line for v in c[1, c[0] <= hours][-1:]] for of_line in curves]
             rows.append([f"{hours:.2f}", *map(spread, latest)])
-        return Shown(Table(["hours", *(line.label for line in self.lines)], rows), figure)
+        return Shown(Table(["hours", *labels], rows), figure)
+
+
+def label_by_hours(line: Line, found: Found) -> str:
+    """The line's label, with the implementations of its runs."""
+    names = sorted({name for run in found[line.experiment] for name in run.implementations})
+    return f"{line.label} ({'; '.join(names)})" if names else line.label
 
 
 def draw(axes: Any, line: Line, found: Found) -> None:

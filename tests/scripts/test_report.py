@@ -23,7 +23,8 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / ODD
     points = {500: {"accuracy": 0.5}, 1000: {"accuracy": 0.6}}
     finished = Experiment("pmnist", "bn_lstm")
-    write_run(folder / "runs", finished, 1, points, {"accuracy": 0.7}, command=EVIL, machine=ODD)
+    odd = {"command": EVIL, "machine": ODD, "implementation": "gpu"}
+    write_run(folder / "runs", finished, 1, points, {"accuracy": 0.7}, **odd)
     write_run(folder / "runs", Experiment("pmnist", "lstm"), 1, {500: {"accuracy": 0.3}})
     page = folder / "page.html"
     given = {"runs": str(folder / "runs"), "output": str(page), "data_dir": str(folder)}
@@ -78,7 +79,7 @@ def test_odd_names_read_as_they_are(page):
     rendered = Outline(MarkdownIt("commonmark", {"html": False}).enable("table").render(page[1]))
     for shown in (Outline(page[0]), rendered):
         text = re.sub(r"\s+", " ", "".join(shown.text))
-        assert text.count(f"cpu ({ODD})") == 4  # items that have the run
+        assert text.count(f"cpu ({ODD}; gpu)") == 4  # items that have the run
         assert f"/{ODD}/mnist. " in text
         assert "i" not in [element[0] for element in shown.elements]
 

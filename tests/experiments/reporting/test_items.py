@@ -103,6 +103,16 @@ def test_curves_by_hours(mnist_runs):
     assert table.rows[2] == ["0.54", "-", "0.6000 (0.5500 to 0.6500)"]
 
 
+def test_labels_by_hours_name_the_implementations_of_the_runs(tmp_path):
+    for kind, seed, name in (("lstm", 1, "gpu"), ("lstm", 2, "cpu, AVX2"), ("bn_lstm", 1, "gpu")):
+        test, run = {"accuracy": 0.7}, Experiment("pmnist", kind)
+        write_run(tmp_path, run, seed, {500: {"accuracy": 0.6}}, test, implementation=name)
+    table, figure = show("figure_pmnist_hours", tmp_path)
+    labels = ["LSTM (cpu, AVX2; gpu)", "BN-LSTM (gpu)"]
+    assert table.header == ["hours", *labels]
+    assert [text.get_text() for text in figure.axes[0].get_legend().texts] == labels
+
+
 def test_results_by_length(tmp_path):
     run = write_run(tmp_path, Experiment("ptb", "bn_lstm"), 1, {791: {"bits_per_character": 1.6}})
     row = {"split": "test", "reading": "segments of 300"}
