@@ -10,16 +10,14 @@ Not in the paper. Validation accuracy: LSTM about 0.4, BN-LSTM about 0.7.
 from ml_collections import ConfigDict
 
 from experiments.config import base_config
-from experiments.models.layers import layer_config
+from experiments.tasks.sequential_images import image_config
 
 
 def get_config() -> ConfigDict:
     """The config."""
-    config = layer_config(base_config())
-    config.task = "sequential_images"
+    config = image_config(base_config())
     config.dataset = "digits"
     config.pixel_order = "permutation"
-    config.pixel_order_seed = 1
     config.batch_size = 64
     config.num_updates = 600
     config.model.kind = "lstm,bn_lstm"

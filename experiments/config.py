@@ -137,19 +137,30 @@ def check_batch_sizes(config: ConfigDict) -> None:
         check_rows(config, config[field], f"config.{field} is {config[field]}")
 
 
+def check_fields(config: ConfigDict, expected: ConfigDict) -> None:
+    """Refuses a config that lacks a field of `expected`, or has another type of value there.
+
+    The command line checks types; a run's config.json may hold anything, or be of another version.
+
+    Raises:
+      UserError: names the field and its type.
+    """
+    flat = flatten_dict(config.to_dict(), sep=".")
+    for name, value in flatten_dict(expected.to_dict(), sep=".").items():
+        kinds = {float: (int, float), tuple: (tuple, list)}.get(type(value), type(value))
+        if not isinstance(flat.get(name), kinds):
+            given = repr(flat[name]) if name in flat else "missing"
+            raise UserError(f"config.{name} is {given}: it must be of type {type(value).__name__}")
+
+
 def check(config: ConfigDict) -> None:
     """Refuses values that no experiment can run with.
 
     Raises:
       UserError: names the field and what it may be.
     """
+    check_fields(config, base_config())
     flat = flatten_dict(config.to_dict(), sep=".")
-    for name, value in flatten_dict(base_config().to_dict(), sep=".").items():
-        # The command line checks types; a run's config.json may hold anything.
-        kinds = (int, float) if isinstance(value, float) else type(value)
-        if not isinstance(flat.get(name), kinds):
-            given = repr(flat[name]) if name in flat else "missing"
-            raise UserError(f"config.{name} is {given}: it must be of type {type(value).__name__}")
     for name, bound in LOWEST.items():
         at_least(f"config.{name}", flat[name], bound)
     for name, bound in HIGHEST.items():

@@ -18,10 +18,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import requests
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from configs import digits
-from experiments import config
+from configs import babi as babi_config
+from configs import digits, ptb
+from experiments import config, tasks
 from experiments.datasets import babi, cnn, prepared, text8
 from experiments.records import workdir
 from experiments.runtime.errors import UserError
@@ -168,12 +170,28 @@ def test_files_of_a_run_that_are_no_objects(tmp_path, name, content):
     ],
 )
 def test_a_runs_config_of_other_types(tmp_path, field, value):
-    (tmp_path / "config.json").write_text(json.dumps(run_config()))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(run_config()))
     config.check(workdir.read_config(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps(run_config() | {field: value}))
+    path.write_text(json.dumps(run_config() | {field: value}))
     with pytest.raises(UserError) as error:
-        config.check(workdir.read_config(tmp_path))
-    assert one_line(error).startswith(f"config.{field}")
+        workdir.read_config(tmp_path)
+    whole = f"{path} is damaged, or of another version: config.{field}"
+    assert one_line(error).startswith(whole)
+
+
+@pytest.mark.parametrize("file", [digits, ptb, babi_config])  # of each task
+def test_a_config_that_lacks_a_field_names_it(file):
+    whole = file.get_config()
+    tasks.module(whole).check(whole)
+    fields = flatten_dict(whole.to_dict(), sep=".")
+    assert len(fields) > 30
+    for field in fields.keys() - {"task"}:
+        rest = {name: value for name, value in fields.items() if name != field}
+        lacking = ConfigDict(unflatten_dict(rest, sep="."))
+        with pytest.raises(UserError) as error:
+            tasks.module(whole).check(lacking)
+        assert one_line(error).startswith(f"config.{field} is missing: it must be of type ")
 
 
 def test_a_runs_config_cannot_name_other_code(tmp_path, monkeypatch):

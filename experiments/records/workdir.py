@@ -23,6 +23,7 @@ from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
+from experiments.config import base_config, check_fields
 from experiments.runtime.errors import UserError
 from experiments.runtime.files import read_json, replacing, write_json
 
@@ -56,15 +57,20 @@ def read_config(workdir: Path) -> ConfigDict:
     """The config of the run in `workdir`.
 
     Raises:
-      UserError: there is no run, or there are several, in folders inside.
+      UserError: there is no run, or there are several, in folders inside; or its config is not one
+        of this version.
     """
     path = workdir / "config.json"
     if not path.exists():
         others = runs_around(workdir)
         problem = f"choose {' or '.join(map(str, others))}" if others else f"{path} is missing"
         raise UserError(f"--workdir={workdir} is not the folder of a run: {problem}")
-    # Early runs lack `wandb`.
-    return ConfigDict({"wandb": "", **_tuples(read_json(path))})
+    config = ConfigDict({"wandb": "", **_tuples(read_json(path))})  # early runs lack `wandb`
+    try:
+        check_fields(config, base_config())
+    except UserError as error:
+        raise UserError(f"{path} is damaged, or of another version: {error}") from error
+    return config
 
 
 def runs_around(workdir: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from experiments import tasks
-from experiments.config import has_batch_statistics
+from experiments.config import base_config, check_fields, has_batch_statistics
 from experiments.datasets import corpus
 from experiments.datasets.corpus import SPLITS, UNKNOWN
 from experiments.models import layers
@@ -225,6 +225,7 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: names the field and what it may be.
     """
+    check_fields(config, text_config(base_config()))
     layers.check(config.model)
     corpus.check(config.dataset, config.text_file, config.split)
     one_of("config.selection", config.selection, SELECTIONS)

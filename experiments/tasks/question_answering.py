@@ -14,6 +14,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from experiments import tasks
+from experiments.config import base_config, check_fields
 from experiments.datasets import questions
 from experiments.datasets.question_arrays import SPLITS
 from experiments.datasets.questions import SPECIALS, Selection, Split, Texts
@@ -324,6 +325,7 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: names the field and what it may be.
     """
+    check_fields(config, reader_config(base_config()))
     questions.check(config.dataset, config.subset)
     one_of("config.sentence_rule", config.sentence_rule, questions.SENTENCE_RULES)
     one_of("config.sentence_ties", config.sentence_ties, questions.SENTENCE_TIES)

@@ -10,9 +10,9 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from experiments import datasets, tasks
-from experiments.config import MAX_SEED
+from experiments.config import MAX_SEED, base_config, check_fields
 from experiments.models import layers
-from experiments.models.layers import recurrent_layer
+from experiments.models.layers import layer_config, recurrent_layer
 from experiments.models.sequence_classifier import SequenceClassifier
 from experiments.parallel import ONE_DEVICE, Parallel
 from experiments.runtime.checks import at_least, at_most, one_of
@@ -31,6 +31,16 @@ from experiments.tasks import (
 )
 
 PIXEL_ORDERS = ("in_order", "permutation", "released_draw")
+
+
+def image_config(config: ConfigDict) -> ConfigDict:
+    """Adds the fields of this task to those that all share."""
+    layer_config(config)
+    config.task = "sequential_images"
+    config.dataset = "mnist"  # or digits
+    config.pixel_order = "in_order"  # or permutation, released_draw; see `pixel_order`
+    config.pixel_order_seed = 1
+    return config
 
 
 def pixel_order(name: str, pixels: int, seed: int) -> np.ndarray:
@@ -131,6 +141,7 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: names the field and what it may be.
     """
+    check_fields(config, image_config(base_config()))
     layers.check(config.model)
     one_of("config.pixel_order", config.pixel_order, PIXEL_ORDERS)
     at_least("config.pixel_order_seed", config.pixel_order_seed, 0)
