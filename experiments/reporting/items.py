@@ -18,7 +18,11 @@ PMNIST = "Permuted MNIST (released draw)"
 BITS = "bits_per_character"
 PMNIST_CURVES = by_kind("pmnist_valid_accuracy", "pmnist", "accuracy")
 PTB_CURVES = by_kind("ptb_valid_bpc", "ptb", BITS)
-HOURS = "Not in the paper: whether normalisation is worth its time. Machines are those of the runs."
+HOURS = (
+    "Not in the paper: whether normalisation is worth its time. Hours are updates times the mean "
+    "time of an update of the run, on its machine and beside what else ran there. Hours on "
+    "different machines do not compare the models."
+)
 
 ITEMS: dict[str, Item] = {
     "figure_gradient_norm": GradientNorms(
