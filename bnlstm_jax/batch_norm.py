@@ -36,6 +36,8 @@ def check_fields(module: nn.Module) -> None:
     check("initial_hidden_noise", getattr(module, "initial_hidden_noise", 0) >= 0, "at least 0")
     most = getattr(module, "max_steps", None)
     check("max_steps", most is None or most >= 1, "at least 1, or None")
+    symbols = getattr(module, "vocab_size", None)
+    check("vocab_size", symbols is None or symbols >= 1, "at least 1, or None")
     dtype = getattr(module, "dtype", None)
     floating = dtype is None or jnp.issubdtype(dtype, jnp.floating)
     check("dtype", floating, "a floating-point dtype, or None")
@@ -150,6 +152,7 @@ class BatchNorm(nn.Module):
       axis_name: axis of `vmap`, `pmap` or `shard_map(check_vma=False)` over which batches are
         pooled for their statistics.
       scale_init: initialiser of the scale (gamma); 0.1 in the paper.
+      dtype: dtype of the output; by default that of the values and the scale, but float32 or wider.
       param_dtype: dtype of the scale.
     """
 
@@ -158,6 +161,7 @@ class BatchNorm(nn.Module):
     epsilon: float = 1e-5
     axis_name: str | None = None
     scale_init: Initializer = nn.initializers.constant(0.1)
+    dtype: Any = None
     param_dtype: Any = jnp.float32
 
     @nn.compact
@@ -175,7 +179,8 @@ class BatchNorm(nn.Module):
 
         Raises:
           ValueError: a field is out of range, `use_running_average` is set twice or never, `mask`
-            has another rank than `x`, or the batch has one row under batch statistics.
+            is not boolean or has another rank than `x`, or the batch has one row under batch
+            statistics.
         """
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
@@ -185,14 +190,17 @@ class BatchNorm(nn.Module):
         scale = self.param("scale", self.scale_init, features, self.param_dtype)
         variables = statistics_variables(self, features)
         if use_running_average:
-            return along(x, scale) * standardize(x, values(variables), self.epsilon, axis)
+            y = along(x, scale) * standardize(x, values(variables), self.epsilon, axis)
+            return y.astype(self.dtype or y.dtype)
         if mask is not None:
-            if mask.ndim != x.ndim:
-                raise ValueError(f"mask: expected {x.ndim} axes, got shape {list(mask.shape)}")
+            if mask.ndim != x.ndim or mask.dtype != bool:
+                got = f"{mask.dtype}{list(mask.shape)}"
+                raise ValueError(f"mask: expected booleans with {x.ndim} axes, got {got}")
             mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1))
         check_rows(self, x.size // features[0])
         axis_name = pooled_axis(self)
         moments = batch_moments(x, mask, axis, axis_name)
         rows = jnp.array(x.size // features[0]) if mask is None else jnp.sum(mask)
         update_statistics(self, variables, moments.statistics(axis), rows)
-        return batch_normalize(x, scale, mask, moments, self.epsilon, axis, axis_name)
+        y = batch_normalize(x, scale, mask, moments, self.epsilon, axis, axis_name)
+        return y.astype(self.dtype or y.dtype)

@@ -170,8 +170,10 @@ def check_rank(cell: nn.Module, inputs: Array) -> None:
 def make_param(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...]) -> Array:
     """A parameter in the module's `param_dtype`; 16-bit ones are initialised in float32."""
 
-    def init_wide(key: Array) -> Array:
-        return init(key, shape, statistics_dtype(module.param_dtype)).astype(module.param_dtype)
+    def init_wide(key: Array) -> Any:
+        wide = init(key, shape, statistics_dtype(module.param_dtype))
+        # The array may be in a box, as of `flax.linen.with_partitioning`.
+        return jax.tree.map(lambda x: x.astype(module.param_dtype), wide)
 
     return module.param(name, init_wide)
 
@@ -246,7 +248,8 @@ def initial_state(
     if centered is not False:
         h = jnp.where(centered, jax.lax.stop_gradient(h), h)
     if module.initial_hidden_noise > 0:
-        assert key is not None
+        if key is None:
+            raise ValueError("rng: expected a key for initial_hidden_noise, got None")
         h = initial_noise(key, h, module.initial_hidden_noise)
     return c, h
 

@@ -389,7 +389,8 @@ def _run(layer: RecurrentLayer, inputs: Array, call: _Call) -> Array | tuple[Car
     inputs, valid = call.enter(inputs, keep_padding=training and norm.counts_padding)
     steps, batch = inputs.shape[:2]
 
-    params = lstm_params(layer, layer.vocab_size or inputs.shape[-1], norm.terms)
+    features = inputs.shape[-1] if layer.vocab_size is None else layer.vocab_size
+    params = lstm_params(layer, features, norm.terms)
     kernel = params.pop("recurrent_kernel")
     variables = {term: _statistics(layer, term, steps) for term in norm.batch_terms}
     carry, key = call.initial_carry, call.init_key
@@ -458,26 +459,20 @@ def _state_dtype(layer: RecurrentLayer, inputs: Array) -> jnp.dtype:
 
 def _checked(layer: RecurrentLayer, inputs: Array, call: _Call, training: bool) -> _Call:
     """The arguments of a call, checked, with lengths from zero to the number of steps."""
-    got = f"got {inputs.dtype}{list(inputs.shape)}"
+    name, got = type(layer).__name__, f"got {inputs.dtype}{list(inputs.shape)}"
     axes = "time, batch" if call.time_major else "batch, time"
     if layer.vocab_size is None and inputs.ndim != 3:
         symbols = inputs.ndim == 2 and jnp.issubdtype(inputs.dtype, jnp.integer)
         hint = f"; set vocab_size for symbols [{axes}]" if symbols else ""
-        raise ValueError(f"expected inputs [{axes}, features], {got}{hint}")
+        raise ValueError(f"{name}: expected inputs [{axes}, features], {got}{hint}")
     if layer.vocab_size is not None and (
         inputs.ndim != 2 or not jnp.issubdtype(inputs.dtype, jnp.integer)
     ):
-        raise ValueError(f"with vocab_size: expected inputs of integers [{axes}], {got}")
+        raise ValueError(f"{name} with vocab_size: expected inputs of integers [{axes}], {got}")
     steps, batch = inputs.shape[:2] if call.time_major else inputs.shape[1::-1]
-    first_step = _known(call.first_step)
-    if first_step is not None and first_step < 0:
-        raise ValueError(f"first_step: expected at least 0, got {first_step}")
+    _check_first_step(call.first_step, training)
     if training:
         check_rows(layer, batch)
-        if call.first_step is not None and first_step != 0:
-            raise ValueError(
-                "first_step: expected None under batch statistics; run sequences whole"
-            )
     if call.initial_carry is not None:
         shapes = [jnp.shape(state) for state in call.initial_carry]
         if shapes != [(batch, layer.features)] * 2:
@@ -495,12 +490,21 @@ def _checked(layer: RecurrentLayer, inputs: Array, call: _Call, training: bool) 
     return call._replace(seq_lengths=jnp.clip(lengths.astype(jnp.int32), 0, steps))
 
 
-def _known(number: Array | int | None) -> int | None:
-    """A number that is known while the layer is traced, or None."""
+def _check_first_step(first_step: Array | int | None, training: bool) -> None:
+    """Raises a ValueError if `first_step` is no number of time steps, or cannot be given."""
+    if first_step is None:
+        return
+    dtype, shape = jnp.result_type(first_step), jnp.shape(first_step)
+    if shape or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"first_step: expected an integer, got {dtype}{list(shape)}")
     try:
-        return operator.index(number)  # type: ignore[arg-type]
-    except (TypeError, jax.errors.TracerIntegerConversionError):
-        return None
+        known = operator.index(first_step)
+    except jax.errors.TracerIntegerConversionError:
+        known = None
+    if known is not None and known < 0:
+        raise ValueError(f"first_step: expected at least 0, got {known}")
+    if training and known != 0:
+        raise ValueError("first_step: expected None under batch statistics; run sequences whole")
 
 
 def flip_sequences(x: Array, seq_lengths: Array | None) -> Array:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import DenyList
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
@@ -61,7 +62,8 @@ def estimate_population_statistics(
 
     Args:
       model: a `flax.linen.Module`.
-      variables: its variables, with the parameters to estimate statistics for.
+      variables: its variables, with the parameters to estimate statistics for. What calls of the
+        model change in other collections than `batch_stats` is discarded.
       batches: training data; each batch is the argument of a call of the model, or a tuple of all
         positional arguments. Leave labels out: see `inputs`.
       rngs: keys of the model's random streams, folded with the number of the batch.
@@ -71,8 +73,11 @@ def estimate_population_statistics(
       inputs: maps a batch to the model's argument or tuple of arguments, if it is not that already;
         for batches of `(x, labels)` it is `lambda batch: batch[0]`. Calls with the same model,
         function and options share a compiled program: in a loop define the function before it.
-      transform: compiles a function of variables, `rngs`, the number of a batch, and the batch. For
-        a model with an `axis_name` it also maps that axis. By default `jax.jit`.
+      transform: compiles a function of variables, `rngs`, the number of a batch, and the batch; by
+        default `jax.jit`. For a model with an `axis_name` it also maps that axis over the batch.
+        The results are then the same everywhere on the axis, so one of them is returned::
+
+            lambda f: jax.jit(jax.vmap(f, (None, None, None, 0), out_axes=None, axis_name="batch"))
       **kwargs: arguments that make the model use batch statistics, such as
         `use_running_average=False`.
 
@@ -167,13 +172,13 @@ def _contribution(
     keys = {name: jax.random.fold_in(key, index) for name, key in rngs.items()}
     before = flatten_dict(variables.get("batch_stats", {}))
     variables = {**variables, CURRENT_BATCH_STATS: _no_calls(before)}
-    mutable = ["batch_stats", CURRENT_BATCH_STATS]
     unlifted: set[Path] = set()
     with nn.intercept_methods(functools.partial(_note_unlifted, unlifted)):
         _, after = options.model.apply(
-            variables, *arguments, rngs=keys, mutable=mutable, **dict(options.kwargs)
+            variables, *arguments, rngs=keys, mutable=DenyList("params"), **dict(options.kwargs)
         )
-    updated, current = (flatten_dict(after.get(name, {})) for name in mutable)
+    names = "batch_stats", CURRENT_BATCH_STATS
+    updated, current = (flatten_dict(after.get(name, {})) for name in names)
     sums = _sums(before, updated, current, options.late_steps)
     return _Contribution(sums, frozenset(unlifted))
 
@@ -309,8 +314,8 @@ def _check(sums: dict[Path, _Sum], unlifted: frozenset[Path]) -> None:
     if not any(jnp.any(weight > 0) for _, weight, _ in sums.values()):
         raise ValueError(
             "no batch statistics to average: there are no batches (or no valid rows in them), or "
-            "no layer of the model has statistics, or an argument such as "
-            "use_running_average=False is missing"
+            "no layer of the model has statistics, or variables lack the collection "
+            "'batch_stats', or an argument such as use_running_average=False is missing"
         )
 
 

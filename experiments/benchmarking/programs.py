@@ -19,10 +19,10 @@ from jax import Array
 
 from bnlstm_jax import BNLSTM, LSTM
 from bnlstm_jax.cells import product
-from bnlstm_jax.jax_experimental import rnn
 from bnlstm_jax.recurrence.devices import default_device
 from bnlstm_jax.recurrence.problem import transpose
 from experiments.benchmarking.timing import Program
+from experiments.jax_experimental import rnn
 from experiments.runtime import progress
 
 RATE = 1e-3  # of gradient descent
@@ -149,10 +149,10 @@ def layer(
     model = nn.Bidirectional(make(), make()) if size.bidirectional else make()
     shapes = jax.eval_shape(model.init, jax.random.key(0), (learned | given)["inputs"])
     random, scale = np.random.default_rng(1), size.features**-0.5
-    batch_stats = jax.tree.map(
+    variables = jax.tree.map(
         lambda leaf: jnp.asarray(random.normal(0, scale, leaf.shape), leaf.dtype), shapes
     )
-    learned["params"] = batch_stats.pop("params")
+    learned["params"] = variables.pop("params")
 
     def apply(values: dict[str, Any], batch_stats: dict[str, Any]) -> tuple[Array, dict]:
         return model.apply(
@@ -162,7 +162,7 @@ def layer(
             mutable=["batch_stats"],
         )
 
-    return training_pass(apply, learned, batch_stats, given, is_update)
+    return training_pass(apply, learned, variables, given, is_update)
 
 
 def flax_lstm(size: Size, dtype: Any, is_update: bool) -> Program:

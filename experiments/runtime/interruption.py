@@ -10,7 +10,7 @@ from types import FrameType
 
 import jax
 
-from bnlstm_jax.jax_experimental import multihost_utils
+from experiments.jax_experimental import multihost_utils
 from experiments.runtime.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: a terminal was closed

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from bnlstm_jax.jax_experimental import multihost_utils
+from experiments.jax_experimental import multihost_utils
 from experiments.runtime.errors import UserError, report
 
 T = TypeVar("T")

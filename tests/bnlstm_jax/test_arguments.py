@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 import bnlstm_jax
-from bnlstm_jax import BNLSTM, LNLSTM, LSTM, BatchNorm, BNLSTMCell, BNSimpleCell, LSTMCell
+from bnlstm_jax import (
+    BNLSTM,
+    LNLSTM,
+    LSTM,
+    BatchNorm,
+    BNLSTMCell,
+    BNSimpleCell,
+    LNLSTMCell,
+    LSTMCell,
+)
 from bnlstm_jax.recurrence.devices import emulation
 
 LAYERS = {"LSTM": LSTM, "BNLSTM": BNLSTM, "LNLSTM": LNLSTM}
@@ -318,6 +327,9 @@ FIELDS = [
     (BatchNorm, "momentum", 2.0),
     (LSTM, "initial_hidden_noise", -1.0),
     (LSTM, "dtype", "int32"),
+    (BatchNorm, "dtype", "int8"),
+    (LSTM, "vocab_size", 0),
+    (BNLSTM, "vocab_size", -2),
     (BNLSTM, "normalize", 7),
 ]
 
@@ -352,6 +364,9 @@ def test_other_arguments_out_of_range_raise():
     variables = initialize(layer, x)
     with pytest.raises(ValueError, match="first_step: expected at least 0, got -1"):
         layer.apply(variables, x, first_step=-1, use_running_average=True)
+    for wrong in (jnp.arange(5), 1.9, -1.0, np.float32(2)):
+        with pytest.raises(ValueError, match="first_step: expected an integer, got"):
+            layer.apply(variables, x, first_step=wrong, use_running_average=True)
     for carry in ((jnp.zeros((3, 4)),) * 3, (jnp.zeros((2, 4)),) * 2, [jnp.zeros(4)] * 2):
         with pytest.raises(ValueError, match=r"initial_carry: expected .* each \[3, 4\]"):
             layer.apply(variables, x, initial_carry=carry, use_running_average=True)
@@ -362,8 +377,47 @@ def test_other_arguments_out_of_range_raise():
     for fields in ({"shared_statistics": True}, {"input_statistics": "sequence"}):
         with pytest.raises(ValueError, match=r"expected batch_stats/input_mean .* got \[5, 16\]"):
             BNLSTM(4, **fields).apply(variables, x, use_running_average=True)
-    with pytest.raises(ValueError, match=r"expected inputs .*, got float32\[3, 5\](?!;)"):
+    with pytest.raises(ValueError, match=r"BNLSTM: expected inputs .*, got float32\[3, 5\](?!;)"):
         layer.apply(variables, x[..., 0], use_running_average=True)
+
+
+@pytest.mark.parametrize("cell", [LSTMCell(4, initial_hidden_noise=0.1), BNSimpleCell(
+    4, initial_hidden_noise=0.1)])  # fmt: skip
+def test_noise_without_a_key_raises(cell):
+    with pytest.raises(ValueError, match="rng: expected a key"):
+        cell.initialize_carry(None, (3, 2))
+
+
+PARTITIONED = {kind.__name__: kind for kind in (LSTM, BNLSTM, LNLSTM, LSTMCell, BNLSTMCell,
+                                                LNLSTMCell, BNSimpleCell)}  # fmt: skip
+
+
+@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kind", PARTITIONED.values(), ids=PARTITIONED.keys())
+def test_initialisers_may_be_partitioned(kind, param_dtype):
+    """Sharding annotations of Flax stay with the parameters, which are those without them."""
+    initialiser = nn.initializers.lecun_normal()
+    x, options = jnp.asarray(draw(3, 5, 2)), {}
+    if kind.__name__.startswith("BN"):
+        options = {"use_running_average": True}
+    arguments = (x,)
+    if issubclass(kind, nn.RNNCellBase):
+        carry = kind(4, param_dtype=param_dtype).initialize_carry(jax.random.key(0), (3, 2))
+        arguments = carry, x[:, 0]
+    plain, partitioned = (
+        kind(4, input_kernel_init=each, param_dtype=param_dtype)
+        for each in (initialiser, nn.with_partitioning(initialiser, (None, "model")))
+    )
+    variables = partitioned.init(jax.random.key(0), *arguments, **options)
+    specs = nn.get_partition_spec(variables)["params"]
+    assert specs["input_kernel"] == jax.sharding.PartitionSpec(None, "model")
+    expected = plain.init(jax.random.key(0), *arguments, **options)
+    assert_equal(nn.unbox(variables), expected)
+    assert nn.unbox(variables)["params"]["input_kernel"].dtype == param_dtype
+    assert_equal(
+        partitioned.apply(variables, *arguments, **options),
+        plain.apply(expected, *arguments, **options),
+    )
 
 
 def test_a_cell_that_normalises_nothing_needs_no_choice_of_statistics():
@@ -383,7 +437,7 @@ def test_a_mask_of_batch_norm_is_broadcast():
     counted = np.asarray(x)[[0, 2, 3]].reshape(-1, 2)
     np.testing.assert_allclose(updated["batch_stats"]["mean"], counted.mean(0), rtol=1e-5)
     np.testing.assert_allclose(updated["batch_stats"]["var"], counted.var(0), rtol=1e-5)
-    with pytest.raises(ValueError, match="mask: expected 3 axes"):
+    with pytest.raises(ValueError, match="mask: expected booleans with 3 axes"):
         layer.apply(variables, x, mask=mask[:, 0, 0], mutable=["batch_stats"])
 
 

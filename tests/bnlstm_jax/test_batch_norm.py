@@ -180,6 +180,32 @@ def test_half_precision_has_float32_statistics():
     np.testing.assert_allclose(updated["batch_stats"]["var"], var, **SINGLE)
 
 
+def test_the_output_has_the_dtype_of_the_field():
+    variables, x, _ = draw()
+    module = BatchNorm(dtype=jnp.bfloat16)
+    for y, wanted in (
+        (train(module, variables, x)[0], train(BatchNorm(), variables, x)[0]),
+        (
+            module.apply(variables, x, use_running_average=True),
+            BatchNorm().apply(variables, x, use_running_average=True),
+        ),
+    ):
+        assert y.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(y, wanted.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_masks_of_another_type_or_rank_raise(compiled):
+    variables, x, where = draw()
+
+    def outputs(mask):
+        return train(BatchNorm(), variables, x, mask)[0]
+
+    for mask in (where.astype(np.int32), where.astype(np.float32), where[..., 0]):
+        with pytest.raises(ValueError, match="mask: expected booleans with 3 axes, got"):
+            (jax.jit(outputs) if compiled else outputs)(mask)
+
+
 MODULES = {
     "BatchNorm": (BatchNorm(axis_name="batch"), (jnp.ones((3, 2)),)),
     "BNLSTM": (bnlstm_jax.BNLSTM(2, axis_name="batch"), (jnp.ones((3, 4, 1)),)),

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import bnlstm_jax
-from bnlstm_jax.jax_experimental import topologies
 from bnlstm_jax.recurrence.devices import emulation
 from bnlstm_jax.recurrence.pallas_tpu import kernel_scan
+from experiments.jax_experimental import topologies
 
 
 @pytest.fixture(autouse=True)

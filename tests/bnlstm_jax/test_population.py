@@ -157,6 +157,44 @@ def test_says_what_is_wrong_where_there_is_nothing_to_average():
         bnlstm_jax.estimate_population_statistics(layer, variables, [], use_running_average=False)
     with pytest.raises(ValueError, match="use_running_average=False"):
         bnlstm_jax.estimate_population_statistics(layer, variables, [x], use_running_average=True)
+    parameters = {"params": variables["params"]}
+    with pytest.raises(ValueError, match="variables lack the collection 'batch_stats'"):
+        bnlstm_jax.estimate_population_statistics(layer, parameters, [x], use_running_average=False)
+
+
+def test_other_collections_may_change_and_stay_as_they_are():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            calls = self.variable("ema", "calls", jnp.zeros, ())
+            if train:
+                calls.value += 1
+            return BatchNorm(use_running_average=not train)(x + calls.value)
+
+    model, x = Model(), jax.random.normal(jax.random.key(1), (6, 3))
+    variables = model.init(jax.random.key(0), x, train=False)
+    got = bnlstm_jax.estimate_population_statistics(model, variables, [x, 2 * x], train=True)
+    # Both batches see one call: its change is not handed on.
+    np.testing.assert_allclose(got["BatchNorm_0"]["mean"], 1 + 1.5 * x.mean(0), **SINGLE)
+    assert variables["ema"]["calls"] == 0
+
+
+def test_a_transform_may_map_the_axis_of_pooled_statistics():
+    layer, pooled = (bnlstm_jax.BNLSTM(3, max_steps=STEPS, axis_name=axis) for axis in (None, "b"))
+    variables = make(layer)
+    x = jax.random.normal(jax.random.key(1), (2, 4, STEPS, 3))
+    got = bnlstm_jax.estimate_population_statistics(
+        pooled,
+        variables,
+        [x],
+        transform=lambda f: jax.vmap(f, (None, None, None, 0), out_axes=None, axis_name="b"),
+        use_running_average=False,
+    )
+    together = x.reshape(8, STEPS, 3)
+    wanted = bnlstm_jax.estimate_population_statistics(
+        layer, variables, [together], use_running_average=False
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **SINGLE), got, wanted)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["cut", "masked"])

@@ -38,7 +38,6 @@ SEQUENCES = (1, 0, 2)
 # ---- The library.
 
 
-@functools.cache
 def load() -> ctypes.CDLL:
     """The library, its two calls registered with XLA.
 

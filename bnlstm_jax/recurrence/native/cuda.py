@@ -45,7 +45,6 @@ def platform() -> str:
     return "gpu" if default_device().platform == "gpu" else "cpu"
 
 
-@functools.cache
 def load(platform: str) -> ctypes.CDLL:
     """The library, its two calls registered with XLA.
 
