@@ -70,12 +70,13 @@ def evaluate_batch(
 
 
 def make_evaluator(task: Task, noise: jax.Array, parallel: Parallel = ONE_DEVICE) -> Evaluator:
-    """A function of variables, reading, split, batch size and `use_running_average`: averages.
+    """Makes a function that evaluates a split and returns the average of each metric.
 
-    With a `title` it shows a progress bar; before each batch it calls `check`. For `adapt` see
-    `Options`. All predictions have equal weight, those of a short last batch too. A last batch of
-    one example is left out under batch statistics, which it does not have. The key `noise` feeds
-    noise on initial hidden states; each batch has its own, the same in each evaluation.
+    Its arguments are variables, reading, split, batch size and `use_running_average`. With a
+    `title` it shows a progress bar; before each batch it calls `check`. For `adapt` see `Options`.
+    All predictions have equal weight, those of a short last batch too. A last batch of one example
+    is left out under batch statistics, which it does not have. The key `noise` feeds noise on
+    initial hidden states; each batch has its own, the same in each evaluation.
     """
 
     @functools.partial(jax.jit, static_argnums=0)

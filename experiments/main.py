@@ -148,7 +148,7 @@ def main(_: list[str]) -> None:
 
 
 def run_all(base: ConfigDict) -> None:
-    """Trains or evaluates all kinds of model, and prints what they came to."""
+    """Trains or evaluates all kinds of model, and prints their results."""
     folder = Path(_WORKDIR.value or default_workdir())
     kinds = config.model_kinds(base)
     runs = {}

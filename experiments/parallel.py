@@ -53,6 +53,11 @@ class Parallel:
         """The mapped axis over which models take batch statistics, if any."""
         return None if self.mesh is None else STATISTICS_AXIS
 
+    def statistics_rows(self, batch_size: int) -> int | None:
+        """Number of rows that share batch statistics; None for all rows of a batch."""
+        groups = 1 if self.mesh is None else self.mesh.shape["group"]
+        return None if groups == 1 else batch_size // groups
+
     def in_one_group(self) -> "Parallel":
         """The same devices in one group, which takes batch statistics together."""
         if self.mesh is None:

@@ -45,7 +45,10 @@ class TrainState(train_state.TrainState):
 
 
 def watched(state: TrainState) -> dict[str, Any]:
-    """The values that must stay finite, by name; see `finite.watched`."""
+    """Values under the names of `finite.watched`, for errors; only names and number are used.
+
+    Parameters stand for their gradients, and the step for the loss.
+    """
     return finite.watched(state.params, state.batch_stats, state.params, state.step)
 
 
@@ -197,7 +200,7 @@ def updates_at_once(config: ConfigDict, done: int) -> int:
 
 
 def calls(task: tasks.Task, devices: Parallel, updates: range) -> list[tuple[list, bool]]:
-    """The batches of some updates, on devices, by call of the train step, and whether it is split.
+    """Calls of the train step for some updates: the batches of each, on devices, and `split`.
 
     Batches of equal shapes go into one call.
     """
@@ -289,6 +292,7 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
     processes.on_first(lambda: workdir.check(config, folder))
     setup = Setup.load(config, folder)
     task, devices = setup.task, setup.devices
+    record = {**task.record, "statistics_rows": devices.statistics_rows(config.batch_size)}
     state = create_state(task, config)
     train_step = make_train_step(task, setup.noise, devices)
     statistics = "batch" if state.batch_stats else "none"
@@ -299,7 +303,7 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
             stack.enter_context(workdir.in_use(folder))
             # Another run may have used the folder until now.
             workdir.check(config, folder)
-            workdir.check_record(task.record, folder)
+            workdir.check_record(record, folder)
         interruption = stack.enter_context(Interruption())
         checkpoints = stack.enter_context(setup.checkpoints())
         if (saved := checkpoints.latest_step()) is not None:
@@ -317,7 +321,7 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
                 return results
         if first:
             choice = {"selection": task.selection, "lower_is_better": task.lower_is_better}
-            workdir.open_workdir(config, folder, {**task.record, **choice}, task.implementation)
+            workdir.open_workdir(config, folder, {**record, **choice}, task.implementation)
             stack.callback(lambda: workdir.record_end(folder, done))
         shown = stack.enter_context(boards.opened(folder, config, start)) if first else []
         title = f"{task.data} {config.model.kind}"
@@ -455,24 +459,25 @@ def evaluation_fields(config: ConfigDict) -> dict[str, Any]:
 
 
 def other_rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of an earlier `results.json` that are as good as the new ones, and not among them."""
+    """Rows of an earlier `results.json` for other readings, if they are of the same model."""
     if not path.exists():
         return []
     earlier = files.read_json(path)
-
-    def model(results: dict[str, Any]) -> tuple[Any, ...]:
-        fields = results.get("evaluation", {})
-        population = [fields.get(name) for name in workdir.POPULATION_FIELDS]
-        return results.get("update"), *population
-
-    if model(earlier) != model(results):
+    if evaluated_model(earlier) != evaluated_model(results):
         return []
+    known = set(map(row_key, results["rows"]))
+    return [row for row in earlier["rows"] if row_key(row) not in known]
 
-    def way(row: dict[str, Any]) -> tuple[str, ...]:
-        return row["split"], row["statistics"], row.get("reading", "")
 
-    known = set(map(way, results["rows"]))
-    return [row for row in earlier["rows"] if way(row) not in known]
+def evaluated_model(results: dict[str, Any]) -> tuple[Any, ...]:
+    """The update of a checkpoint, and the fields on which its population statistics depend."""
+    fields = results.get("evaluation", {})
+    return results.get("update"), *map(fields.get, workdir.POPULATION_FIELDS)
+
+
+def row_key(row: dict[str, Any]) -> tuple[str, ...]:
+    """What distinguishes a row of final results from the others."""
+    return row["split"], row["statistics"], row.get("reading", "")
 
 
 def evaluate_run(config: ConfigDict, folder: Path) -> dict[str, Any]:

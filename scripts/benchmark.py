@@ -41,7 +41,7 @@ def main(_: list[str]) -> None:
     given = flags.FLAGS
     for flag, known in (("sizes", SIZES), ("dtypes", DTYPES), ("passes", PASSES)):
         timing.check_names(flag, getattr(given, flag), known)
-    timing.check_output(Path(given.output))
+    paths.check_output(Path(given.output))
     timing.use_device(given.device)
     implementations = given.implementations or available()
     timing.check_names("implementations", implementations, available())

@@ -8,7 +8,6 @@ statistics if the run is finished. A run that trained several kinds of model has
 
 import collections
 import functools
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from absl import flags
 from experiments.datasets.question_arrays import ENTITY, PLACEHOLDER, SPLITS
 from experiments.datasets.questions import SPECIALS
 from experiments.records import runs, workdir
+from experiments.records.checkpoints import tell_statistics
 from experiments.records.metrics import STATISTICS
 from experiments.reporting import pages
 from experiments.reporting.compare import LABELS
@@ -189,17 +189,10 @@ def main(_: list[str]) -> None:
             f"from 0 to {count - 1}"
         )
     page = Path(given.output or folder / f"attention_{split}_{example}.html")
-    if page.is_dir() or not page.parent.is_dir():  # before data are loaded, which may take minutes
-        problem = "it is a folder" if page.is_dir() else f"there is no folder {page.parent}"
-        raise UserError(f"--output={page} cannot be written: {problem}")
+    paths.check_output(page)  # before data are loaded, which may take minutes
     run = runs.load(folder, given.data_dir)
     task, which = run.task, run.statistics
-    if which == "running":
-        print(
-            f"no re-estimated population statistics of update {run.update} yet: using the running "
-            f"average; to have them: python -m experiments.main --mode=evaluate --workdir={folder}",
-            file=sys.stderr,
-        )
+    tell_statistics(folder, run.update, which)
 
     name, names = task.questions.describe(split, task.splits[split].indices[example])
     found = inspect(task, run.variables, split, example, names)

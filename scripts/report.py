@@ -177,6 +177,9 @@ def main(_: list[str]) -> None:
     folder, page = Path(given.runs), Path(given.output)
     if not folder.is_dir():
         raise UserError(f"--runs={folder} is not a folder")
+    if page.suffix == ".md":
+        raise UserError(f"--output={page}: it is a page of HTML, and the Markdown is beside it")
+    paths.check_output(page)
     found = find(ITEMS.values(), folder)
     sections = [make_section(n, item, found, given.data_dir) for n, item in ITEMS.items()]
     texts = ["# The paper, and what was measured here", *map(as_markdown, sections)]

@@ -9,7 +9,6 @@ a folder for each, as runs/ptb_small/bn_lstm.
 
 import itertools
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from jax import Array
 from experiments.datasets import corpus
 from experiments.models.language_model import LanguageModel
 from experiments.records import workdir
-from experiments.records.checkpoints import read_best
+from experiments.records.checkpoints import read_best, tell_statistics
 from experiments.runtime import cli, paths
 from experiments.runtime.errors import UserError
 from experiments.tasks import char_lm
@@ -129,12 +128,7 @@ def main(_: list[str]) -> None:
     config.model.implementation = "auto"  # the run's may be for another device
     model = char_lm.make_model(config, len(vocabulary))
     update, variables, statistics = read_best(folder)
-    if statistics == "running":
-        print(
-            f"no re-estimated population statistics of update {update} yet: using the running "
-            "average",
-            file=sys.stderr,
-        )
+    tell_statistics(folder, update, statistics)
     text = sample(model, variables, vocabulary, prompt, given.temperature, given.seed)
     try:
         print(prompt, end="", flush=True)

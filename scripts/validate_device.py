@@ -181,7 +181,7 @@ def main(_: list[str]) -> None:
         timing.check_names("cases", given.cases, check.SMALL_CASES if given.small else check.CASES)
     folder = Path(given.output or ("rehearsal" if given.small else "validation"))
     folder.mkdir(parents=True, exist_ok=True)
-    timing.check_output(folder / "report.md")
+    paths.check_output(folder / "report.md")
     if given.step:
         run_step(given.step, given, folder, given.minutes)
         return

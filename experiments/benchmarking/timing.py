@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -94,20 +93,6 @@ def check_names(flag: str, given: list[str], known: Iterable[str]) -> None:
         raise UserError(f"--{flag} is empty: there are {', '.join(known)}")
     for name in given:
         checks.one_of(f"--{flag}", name, tuple(known))
-
-
-def check_output(path: Path) -> None:
-    """Refuses a file that cannot be written.
-
-    Raises:
-      UserError: names the file and the reason.
-    """
-    if path.is_dir():
-        raise UserError(f"--output={path} cannot be written: it is a folder")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise UserError(f"--output={path} cannot be written: {error.strerror}") from error
 
 
 def circumstances(device: jax.Device) -> dict[str, Any]:

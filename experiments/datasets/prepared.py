@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import hashlib
 import importlib
 import importlib.metadata
@@ -22,6 +21,7 @@ from absl import logging
 
 from experiments.runtime import paths
 from experiments.runtime.errors import UserError, unknown_name
+from experiments.runtime.files import lock
 
 NAMES = ("babi", "cnn", "digits", "mnist", "ptb", "text8")  # the data sets, modules beside this one
 FORMAT = 1  # of the prepared folder; raised when older folders can no longer be read
@@ -137,25 +137,22 @@ def _work_dir(folder: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Makes a folder and locks it, waiting for a process that has done so before."""
+    place = path / "lock"  # NFS locks files alone, not folders
     for attempt in itertools.count():
         try:
             path.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDONLY)
+            file = place.open("a")
         except FileNotFoundError:  # another removed it in this moment; or there can be no folder
             if attempt == 100:
                 raise
             continue
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        with file:
+            if not lock(file):
                 logging.warning("Another process prepares data in %s: waiting for it", path)
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                lock(file, wait=True)
+            if place.exists() and os.path.samestat(os.fstat(file.fileno()), place.stat()):
                 yield
                 return
-        finally:
-            os.close(handle)
 
 
 def write(

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,7 +109,8 @@ class Checkpoints:
                 put_aside_damaged(self._folder)
             self._manager = _Manager(self._folder, options=options)
         except OSError as error:
-            raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
+            use = "read" if read_only else "written"
+            raise UserError(f"--workdir={workdir} cannot be {use}: {error.strerror}") from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -299,6 +301,16 @@ def read_best(folder: Path) -> tuple[int, dict[str, Any], str]:
     if population is None:
         return update, variables, "running"
     return update, {**variables, "batch_stats": population}, "population"
+
+
+def tell_statistics(folder: Path, update: int, statistics: str) -> None:
+    """Notes on stderr that a model has running averages alone; arguments as from `read_best`."""
+    if statistics == "running":
+        print(
+            f"no re-estimated population statistics of update {update} yet: using the running "
+            f"average; to have them: python -m experiments.main --mode=evaluate --workdir={folder}",
+            file=sys.stderr,
+        )
 
 
 def _read_best(

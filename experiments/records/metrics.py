@@ -28,7 +28,7 @@ from experiments.runtime.progress import SECONDS_AVERAGED, SECONDS_LOGGED, rest_
 
 FILE_NAME = "metrics.jsonl"
 SECONDS_SHOWN = 0.5  # between movements of the progress bar
-# What normalised: its name in files, and its name where people read a number.
+# The statistics that normalise: their name in files, and in tables.
 STATISTICS = {
     "batch": "batch statistics",
     "running": "population statistics, running average",

@@ -190,7 +190,7 @@ def find(root: Path) -> list[Run]:
 
 
 def of(experiment: Experiment, runs: list[Run]) -> list[Run]:
-    """Those of an experiment, by seed; of two with the same seed, that which came further."""
+    """The runs of an experiment, by seed; of two with the same seed, the one with more updates."""
     best: dict[int, Run] = {}
     for run in runs:
         if experiment.is_of(run.config):

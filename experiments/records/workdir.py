@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import errno
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -19,13 +18,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from experiments.config import base_config, check_fields
 from experiments.runtime.errors import UserError
-from experiments.runtime.files import read_json, replacing, write_json
+from experiments.runtime.files import lock, read_json, replacing, write_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections", "numpy")
 POPULATION_FIELDS = ("population_batch_size", "population_batches", "population_late_steps")
@@ -92,7 +90,7 @@ def read_record(workdir: Path) -> dict[str, Any]:
 
 
 def check_record(record: dict[str, Any], workdir: Path) -> None:
-    """Refuses to continue a run on data that differ from those that it began with.
+    """Refuses to continue a run on other data, or with statistics of more or fewer examples.
 
     The name of a file and the padding of batches may differ.
 
@@ -104,12 +102,15 @@ def check_record(record: dict[str, Any], workdir: Path) -> None:
     theirs = read_record(workdir)
     ours = json.loads(json.dumps(record))
     for name, value in ours.items():
-        if theirs.get(name) != value and name not in ("dataset", "padded_lengths"):
-            raise UserError(
-                f"--workdir={workdir} holds a run on other data: there {name} is "
-                f"{_short(theirs.get(name))}, here it is {_short(value)}; choose another workdir, "
-                "or restore the data of that run"
-            )
+        if theirs.get(name) == value or name in ("dataset", "padded_lengths"):
+            continue
+        run, restore = "a run on other data", "the data of that run"
+        if name == "statistics_rows":
+            run, restore = "a run with other batch statistics", "the number of devices"
+        raise UserError(
+            f"--workdir={workdir} holds {run}: there {name} is {_short(theirs.get(name))}, here it "
+            f"is {_short(value)}; choose another workdir, or restore {restore}"
+        )
 
 
 def write_statistics(workdir: Path, step: int, batch_stats: dict[str, Any]) -> None:
@@ -199,22 +200,12 @@ def in_use(workdir: Path) -> Iterator[None]:
     """
     with errors_told(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        # The system releases the lock when the process ends, however that happens.
         with (workdir / "lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+            if not lock(file):
                 file.seek(0)
                 raise UserError(
                     f"--workdir={workdir} is in use by {file.read().strip() or 'another run'}: "
                     "wait for it to end, or choose another workdir"
-                ) from error
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                    raise
-                logging.warning(
-                    "%s is on a file system without locks: make sure that no two runs use it",
-                    workdir,
                 )
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -1,4 +1,4 @@
-"""What a run, or several kinds of model side by side, came to: a table and a picture."""
+"""Results of a run, or of several kinds of model side by side: a table and a picture."""
 
 from pathlib import Path
 from typing import Any

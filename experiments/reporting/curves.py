@@ -136,7 +136,7 @@ class LearningCurves(Item):
                 panel.xaxis.set_major_formatter("{x:,.0f}")
                 pictures.tidy(panel)
             for panel in column[1:]:
-                panel.set_ylim(*range_of(lines, found, limits[1]))
+                panel.set_ylim(range_of(lines, found, limits[1]) or self.ylim)
                 panel.set_title("as far as measured here", fontsize="small")
         legend(axes[0, -1], self.lines, found)
         return Shown(curve_table(self.lines, found), figure)
@@ -204,14 +204,20 @@ def draw(axes: Any, line: Line, found: Found) -> None:
         axes.fill_between(updates, values.min(0), values.max(0), color=line.color, alpha=0.25)
 
 
-def range_of(lines: list[Line], found: Found, limit: float) -> tuple[float, float]:
-    """The range of our values, and of the paper's from our first update on, with some space."""
+def range_of(lines: list[Line], found: Found, limit: float) -> tuple[float, float] | None:
+    """The range of our values, and of the paper's from our first update on, with some space.
+
+    None if there are no values up to `limit`, or all are equal.
+    """
     ours = [line.measured(found) for line in lines]
     first = min((updates[0] for updates, _ in ours if updates.size), default=0)
-    values = [measured.ravel() for _, measured in ours]
+    of_each = [measured.ravel() for _, measured in ours]
     for updates, published in (line.published for line in lines):
-        values.append(published[(first <= updates) & (updates <= limit)])
-    low, high = np.min(np.concatenate(values)), np.max(np.concatenate(values))
+        of_each.append(published[(first <= updates) & (updates <= limit)])
+    values = np.concatenate(of_each)
+    if not values.size or values.min() == values.max():
+        return None
+    low, high = values.min(), values.max()
     return low - 0.04 * (high - low), high + 0.04 * (high - low)
 
 

@@ -1,11 +1,15 @@
-"""Files that are replaced as a whole, and JSON."""
+"""Files that are replaced as a whole, JSON, and locks."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from absl import logging
 
 from experiments.runtime.errors import UserError
 
@@ -60,3 +64,26 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: it is no JSON object; restore it from a backup")
     return value
+
+
+def lock(file: IO, wait: bool = False) -> bool:
+    """Locks a file that is open for writing; False if another process has it and `wait` is not set.
+
+    The system releases the lock when the file is closed, also when the process is killed. On a file
+    system without locks it warns, and returns True.
+
+    Raises:
+      OSError: it cannot be locked for another reason.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        folder = os.path.dirname(file.name)
+        logging.warning(
+            "%s is on a file system without locks: make sure that no two processes use it", folder
+        )
+    return True

@@ -2,6 +2,8 @@
 
 import os
 import re
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -50,3 +52,17 @@ def DEFINE_path(name: str, default: str | None, help: str, **options: Any) -> fl
     """Defines a flag that names a file or a folder; arguments as of `flags.DEFINE_string`."""
     serializer = flags.ArgumentSerializer()
     return flags.DEFINE(PathParser(), name, default, help, serializer=serializer, **options)
+
+
+def check_output(path: Path) -> None:
+    """Refuses the file of `--output` if it cannot be written.
+
+    Raises:
+      UserError: names the file and the reason.
+    """
+    if path.is_dir():
+        raise UserError(f"--output={path} cannot be written: it is a folder")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"--output={path} cannot be written: {error.strerror}") from error

@@ -178,8 +178,8 @@ def check_evaluation(task: Task, config: ConfigDict) -> list[str]:
             check_rows(config, count, f"of the {examples} there is 1")
             if count % config[field] == 1:
                 notes.append(
-                    f"of the {count:,} {examples} the last batch has one, which has no batch "
-                    f"statistics and counts for nothing under them (config.{field})"
+                    f"the last batch of the {count:,} {examples} has one example; evaluation with "
+                    f"batch statistics leaves it out (config.{field})"
                 )
     return notes
 

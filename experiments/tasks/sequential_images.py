@@ -16,7 +16,6 @@ from experiments.models.layers import layer_config, recurrent_layer
 from experiments.models.sequence_classifier import SequenceClassifier
 from experiments.parallel import ONE_DEVICE, Parallel
 from experiments.runtime.checks import at_least, at_most, one_of
-from experiments.runtime.errors import UserError
 from experiments.tasks import (
     Batch,
     Metrics,
@@ -30,6 +29,7 @@ from experiments.tasks import (
     shuffled_rows,
 )
 
+DATASETS = ("digits", "mnist")
 PIXEL_ORDERS = ("in_order", "permutation", "released_draw")
 
 
@@ -72,8 +72,6 @@ class Task(tasks.Task):
         """Loads `config.dataset` from `config.data_dir`."""
         check(config)
         data = datasets.load(config.dataset, config.data_dir)
-        if "max_pixel" not in data.info:
-            raise UserError(f"config.dataset is {config.dataset}, which has no images")
         self.config = config
         self.data = config.dataset
         self.max_pixel = data.info["max_pixel"]
@@ -143,6 +141,7 @@ def check(config: ConfigDict) -> None:
     """
     check_fields(config, image_config(base_config()))
     layers.check(config.model)
+    one_of("config.dataset", config.dataset, DATASETS)
     one_of("config.pixel_order", config.pixel_order, PIXEL_ORDERS)
     at_least("config.pixel_order_seed", config.pixel_order_seed, 0)
     at_most("config.pixel_order_seed", config.pixel_order_seed, MAX_SEED)

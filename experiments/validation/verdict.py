@@ -32,9 +32,9 @@ class Verdict(NamedTuple):
 
 
 def read(folder: Path) -> Findings:
-    """The files of a folder that are of one device and one version of the library.
+    """The results of steps in a folder that are of one device and one version of the library.
 
-    These are those of the check, or of the first step that there is.
+    Those of the check decide which; without a check, those of the first step that has results.
     """
     paths = {step: folder / f"{step}.json" for step in SHARES}
     found = {step: files.read_json(path) for step, path in paths.items() if path.exists()}

@@ -230,6 +230,22 @@ def test_devices_that_cannot_share_a_batch_raise(config, fields, message):
         parallel.make(config)
 
 
+def test_resuming_with_statistics_of_fewer_examples_is_refused(config, tmp_path):
+    """Devices may change, but not the examples that take batch statistics together."""
+    config = config.copy_and_resolve_references()
+    config.num_updates = config.eval_every = config.checkpoint_every = 1
+    config.parallel.update({"devices": 2, "statistics_devices": 1})
+    train.train(config, tmp_path)
+    config.num_updates = 2
+    for devices, rows in ((4, "8"), (1, "None")):
+        config.parallel.devices = devices
+        message = f"other batch statistics: there statistics_rows is 16, here it is {rows};"
+        with pytest.raises(UserError, match=message):
+            train.train(config, tmp_path)
+    config.parallel.devices = 2
+    assert train.train(config, tmp_path)["updates"] == 2
+
+
 def test_several_updates_in_one_call_are_shared_too(config):
     own, devices = on(config, 4)
     task, one_by_one = trained(own, devices, updates=3)

@@ -89,6 +89,16 @@ class Refused(item.Item):
         raise UserError("no data")
 
 
+@pytest.mark.parametrize("output", ["report.md", ".", "missing/report.html"])
+def test_pages_that_cannot_be_written_are_refused(call_main, tmp_path, output):
+    write_run(tmp_path / "runs", Experiment("pmnist", "lstm"), 1, {500: {"accuracy": 0.3}})
+    output = tmp_path / output
+    given = {"runs": str(tmp_path / "runs"), "output": str(output), "data_dir": str(tmp_path)}
+    with pytest.raises(UserError, match=f"--output={re.escape(str(output))}"):
+        call_main(report, **given, readme=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
 @pytest.mark.parametrize("is_there", [True, False])
 def test_without_data_the_committed_picture_is_shown(tmp_path, monkeypatch, is_there):
     monkeypatch.setattr(report, "COMMITTED", tmp_path)

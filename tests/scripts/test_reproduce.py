@@ -67,6 +67,13 @@ def test_runs_are_launched_as_those_of_a_sweep(call, tmp_path, monkeypatch, caps
     assert table in said.out and re.sub(" +", " ", table).count("| 0.7000 | 500 of 100,000 |") == 2
 
 
+def test_an_output_that_cannot_be_written_ends_before_runs_start(call, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        call("table_mnist", output=str(tmp_path / "file"))
+    assert not (tmp_path / ODD).exists()
+
+
 def test_table_and_figure_of_runs_that_exist_are_written(call, tmp_path):
     points = {500: {"accuracy": 0.55}, 1000: {"accuracy": 0.65}}
     write_run(tmp_path / ODD, Experiment("pmnist", "bn_lstm"), 1, points)

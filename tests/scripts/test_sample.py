@@ -144,7 +144,8 @@ def test_statistics_are_the_re_estimated_ones_if_there_are_any(finished, write):
         running["batch_stats"]["layer"]["cell_mean"], variables["batch_stats"]["layer"]["cell_mean"]
     )
     assert write(finished).err == (
-        "no re-estimated population statistics of update 3 yet: using the running average\n"
+        "no re-estimated population statistics of update 3 yet: using the running average; to have "
+        f"them: python -m experiments.main --mode=evaluate --workdir={finished}\n"
     )
 
 

@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import hashlib
 import importlib
 import json
@@ -17,6 +18,8 @@ import pytest
 
 from experiments import datasets
 from experiments.datasets import digits, load, prepared
+from experiments.records import workdir
+from experiments.runtime import files
 from experiments.runtime.errors import UserError
 
 REPOSITORY = Path(__file__).parents[3]
@@ -285,6 +288,24 @@ def test_second_process_waits_for_the_first(tmp_path, monkeypatch, caplog):
         "Another process prepares data in" in caplog.text and "cannot be written" not in caplog.text
     )
     assert [path.name for path in (tmp_path / "prepared").iterdir()] == ["digits"]
+
+
+@pytest.mark.parametrize("number, told", [(errno.EBADF, False), (errno.ENOLCK, True)])
+def test_file_systems_with_few_locks(tmp_path, monkeypatch, caplog, number, told):
+    """NFS locks only what is open for writing (EBADF); some file systems lock nothing (ENOLCK)."""
+    flock = files.fcntl.flock
+
+    def limited(file, operation):
+        is_read_only = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        if number == errno.ENOLCK or is_read_only:
+            raise OSError(number, os.strerror(number))
+        return flock(file, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", limited)
+    load("digits", str(tmp_path / "data"))
+    with workdir.in_use(tmp_path / "run"):
+        assert (tmp_path / "run/lock").read_text().startswith(f"process {os.getpid()} ")
+    assert ("is on a file system without locks" in caplog.text) == told
 
 
 @pytest.mark.parametrize("parent", ["file", "/proc"])  # mkdir calls the latter not found

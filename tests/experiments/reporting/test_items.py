@@ -91,6 +91,15 @@ def test_curves_of_a_run_without_validation(tmp_path):
     assert [row[:3] for row in table.rows] == [["gamma 0.1", "train", "791"]]
 
 
+def test_curves_of_a_run_before_its_first_validation_keep_the_axis(tmp_path):
+    points = {400: {"bits_per_character": 1.8}}  # the paper's first validation is at 767
+    run = write_run(tmp_path, Experiment("ptb", "bn_lstm"), 1, points)
+    training, _ = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text(training + "\n")
+    _, figure = show("figure_gamma_ptb", tmp_path)
+    assert {axes.get_ylim() for axes in figure.axes} == {ITEMS["figure_gamma_ptb"].ylim}
+
+
 def test_curves_by_hours(mnist_runs):
     """3,900 seconds are for 1,000 updates of the BN-LSTM, and for 500 of the LSTM."""
     table, figure = show("figure_pmnist_hours", mnist_runs)
