@@ -103,11 +103,21 @@ def links(text):
     return re.findall(r"\]\(([^)]+)", text) + [named[n] for n in re.findall(r"\]\[([^\]]+)", text)]
 
 
+def anchors(page):
+    """The fragments of links to a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere():
-    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/*.md")):
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/**/*.md")):
         for link in links(page.read_text()):
-            target = re.sub(REPOSITORY, f"{ROOT}/", link).partition("#")[0]
-            assert target.startswith("http") or (page.parent / target).exists(), (page, link)
+            target, _, fragment = re.sub(REPOSITORY, f"{ROOT}/", link).partition("#")
+            if target.startswith("http"):
+                continue
+            place = page.parent / target if target else page
+            assert place.exists(), (page, link)
+            assert not fragment or fragment in anchors(place), (page, link)
 
 
 def test_readme_links_are_absolute():
