@@ -21,9 +21,9 @@ POINTS = """
 from experiments.launching.sweeps import values
 
 def get_sweep():
-    return [*values("seed", 1), {"seed": 2, "dataset": "digitz"}]
+    return [*values("seed", 1), {"seed": 2, "batch_size": 5000}]
 """
-GOOD, BAD = "seed=1", "seed=2,dataset=digitz"  # the second fails as it looks for its data
+GOOD, BAD = "seed=1", "seed=2,batch_size=5000"  # the second fails when it has loaded its data
 SHARED = [
     "--config.model.kind=lstm",
     "--config.model.features=5",
@@ -76,7 +76,7 @@ def test_a_sweep_stops_and_goes_on(start, tmp_path):
     second = start(f"--config.num_updates={update + 2}", "--jobs=2")
     output, errors = second.communicate(timeout=120)
     assert (second.returncode, errors) == (1, "error: 1 of 2 points failed\n"), output
-    failed = rf"{re.escape(BAD)}: failed: error: .*'digitz'.* \({folder}/jobs/{BAD}\.log\)"
+    failed = rf"{re.escape(BAD)}: failed: error: .* is 5000, and .* \({folder}/jobs/{BAD}\.log\)"
     assert re.search(failed, output), output
     assert (folder / "results.md").read_text() in output
     assert len(json.loads((folder / GOOD / "run.json").read_text())["starts"]) == 2
@@ -97,7 +97,7 @@ def test_a_dry_run_for_slurm_prints_commands_and_scripts(start, tmp_path):
     assert (process.returncode, errors) == (0, "")
     assert [path.name for path in tmp_path.iterdir()] == ["two.py"]
     parts = re.split(r"^# seed=.*\n", output, flags=re.MULTILINE)[1:]
-    dataset = {GOOD: "digits", BAD: "digitz"}
+    batch_size = {GOOD: 64, BAD: 5000}
     for name, part in zip((GOOD, BAD), parts, strict=True):
         command, script = part.split("\n\n", 1)
         assert shlex.split(command) == [
@@ -106,7 +106,7 @@ def test_a_dry_run_for_slurm_prints_commands_and_scripts(start, tmp_path):
             *SHARED,
             f"--config.data_dir={tmp_path / 'data'}",
             f"--config.seed={name[5]}",
-            f"--config.dataset={dataset[name]}",
+            f"--config.batch_size={batch_size[name]}",
         ]
         jobs = tmp_path / "sweep/jobs" / name
         wanted = ["account=vision", "time=60", f"output={jobs}/%j_0_log.out", "requeue"]

@@ -319,9 +319,9 @@ def test_bad_values_are_refused(config, changes, message):
 def test_a_last_batch_of_one_is_told_of_each_reading(config):
     config.batch_size, config.eval_batch_size, config.eval_lengths = 10, 3, (33, 55)
     notes = tasks.load(config).notes  # 231 characters to test: 7 segments of 33, 4 of 55
-    assert [note.partition(",")[0] for note in notes] == [
-        "of the 7 test segments of 33 the last batch has one",
-        "of the 4 test segments of 55 the last batch has one",
+    assert [note.partition(";")[0] for note in notes] == [
+        "the last batch of the 7 test segments of 33 has one example",
+        "the last batch of the 4 test segments of 55 has one example",
     ]
 
 
