@@ -11,6 +11,8 @@ from flax.traverse_util import flatten_dict
 from configs import text
 from experiments import evaluate, parallel, tasks, train
 from experiments.models.attentive_reader import FORMS, AttentiveReader, Quirks
+from experiments.records import workdir
+from experiments.runtime import files
 from experiments.runtime.errors import UserError
 
 NOISE = jax.random.key(0)
@@ -244,6 +246,10 @@ def test_resuming_with_statistics_of_fewer_examples_is_refused(config, tmp_path)
             train.train(config, tmp_path)
     config.parallel.devices = 2
     assert train.train(config, tmp_path)["updates"] == 2
+    record = workdir.read_record(tmp_path)
+    rows = record.pop("statistics_rows")  # which earlier versions did not record
+    files.write_json(tmp_path / "run.json", record)
+    workdir.check_record({"statistics_rows": rows // 2}, tmp_path)
 
 
 def test_several_updates_in_one_call_are_shared_too(config):
