@@ -95,7 +95,7 @@ def by_gamma(file: str, config: str, metric: str, split: str) -> list[Line]:
 
 @dataclasses.dataclass(frozen=True)
 class LearningCurves(Item):
-    """Learning curves on the paper's axes, and a table of updates at which both have values.
+    """Learning curves on the paper's axes, and a table of their means over windows of updates.
 
     Where ours have not come far, more panels show the first updates alone.
 
@@ -236,16 +236,29 @@ def legend(axes: Any, lines: list[Line], found: Found) -> None:
 
 
 def curve_table(lines: list[Line], found: Found) -> Table | None:
-    """Where both have values: at most six updates of each line, the last among them."""
+    """Means over windows of updates at which both have values.
+
+    Single validations are noisy. Each window is as long as all before it together, as learning
+    slows down: the first update, the second, the next two, the next four.
+    """
     rows = []
     for line in lines:
         updates, values = line.measured(found)
-        if not updates.size:
-            continue
-        for column in np.unique(np.linspace(0, len(updates) - 1, 6).round().astype(int)):
-            theirs = paper.at(line.published, updates[column])
-            if not np.isnan(theirs):
-                point = [f"{updates[column]:,.0f}", f"{theirs:.4f}", spread(values[:, column])]
-                rows.append([line.label, line.split, *point, str(len(values))])
-    header = ["line", "split", "update", "paper", "here", "seeds"]
+        theirs = np.array([paper.at(line.published, update) for update in updates])
+        both = ~np.isnan(theirs)
+        updates, values, theirs = updates[both], values[:, both], theirs[both]
+        for window in doubling(updates):
+            first, last = updates[window][[0, -1]]
+            span = f"{first:,.0f}" if first == last else f"{first:,.0f} to {last:,.0f}"
+            means = [f"{theirs[window].mean():.4f}", spread(values[:, window].mean(1))]
+            rows.append([line.label, line.split, span, *means, str(len(values))])
+    header = ["line", "split", "updates", "paper", "here", "seeds"]
     return Table(header, rows) if rows else None
+
+
+def doubling(updates: np.ndarray) -> list[np.ndarray]:
+    """The windows up to the first update, twice it, four times it, and so on, as indices."""
+    if not updates.size:
+        return []
+    window = np.ceil(np.log2(updates / updates[0]))
+    return [np.flatnonzero(window == number) for number in np.unique(window)]

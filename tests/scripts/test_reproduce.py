@@ -81,7 +81,7 @@ def test_table_and_figure_of_runs_that_exist_are_written(call, tmp_path):
     assert (tmp_path / "new/figure_pmnist.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "new/figure_pmnist.md").read_text()
     assert text in printed and "![Permuted MNIST" in text
-    assert "| BN-LSTM | valid | 1,000  | 0.6560 | 0.6500 | 1     |" in text
+    assert "| BN-LSTM | valid | 1,000   | 0.6560 | 0.6500 | 1     |" in text
 
 
 def test_names_are_listed_and_looked_for(call):

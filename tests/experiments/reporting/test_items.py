@@ -82,6 +82,25 @@ def test_curves_lie_over_the_papers(mnist_runs):
     assert low < 0.2 and high > 0.75
 
 
+def test_the_table_of_curves_has_means_over_windows_that_double(tmp_path):
+    values = {500: 0.1, 1000: 0.2, 1500: 0.3, 2000: 0.5, 2500: 0.6, 3000: 0.7, 4500: 0.9}
+    for seed, more in ((1, 0), (2, 0.01)):
+        points = {update: {"accuracy": value + more} for update, value in values.items()}
+        write_run(tmp_path, Experiment("mnist", "bn_lstm"), seed, points)
+    table, _ = show("figure_mnist", tmp_path)
+    updates, published = paper.curves("mnist_valid_accuracy")[("bn_lstm",)]
+    theirs = dict(zip(updates, published, strict=True))
+    assert table.header[2:5] == ["updates", "paper", "here"]
+    windows = {"500": [500], "1,000": [1000], "1,500 to 2,000": [1500, 2000],
+               "2,500 to 3,000": [2500, 3000], "4,500": [4500]}  # fmt: skip
+    ours = [f"{mean:.4f} ({mean - 0.005:.4f} to {mean + 0.005:.4f})"
+            for mean in (0.105, 0.205, 0.405, 0.655, 0.905)]  # fmt: skip
+    assert [row[2:5] for row in table.rows] == [
+        [name, f"{np.mean([theirs[update] for update in window]):.4f}", mean]
+        for (name, window), mean in zip(windows.items(), ours, strict=True)
+    ]
+
+
 def test_curves_of_a_run_without_validation(tmp_path):
     run = write_run(tmp_path, Experiment("ptb", "bn_lstm"), 1, {791: {"bits_per_character": 1.6}})
     training, _ = (run / "metrics.jsonl").read_text().splitlines()
