@@ -10,11 +10,13 @@ digit where the spread is small against the mean, as in the first steps of a rec
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+T = TypeVar("T")
 
 
 class Statistics(NamedTuple):
@@ -304,17 +306,20 @@ def _forward(x, scale, where, moments, epsilon, axis, axis_name):
     return y, (x, scale, where, moments)
 
 
-@jax.custom_vjp
-def _last_derivative(x: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Cannot be differentiated: the moments behind `x` would count as constants."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def last_derivative(of: str, x: T) -> T:
+    """`x`, for gradients written by hand: differentiating them again raises, and names `of`."""
     return x
 
 
-def _refuse(x):
-    raise NotImplementedError("second derivatives of batch normalisation are not defined")
+def _refuse(of, x):
+    raise NotImplementedError(
+        f"second derivatives of {of} are not defined; layers have them with "
+        "implementation='reference'"
+    )
 
 
-_last_derivative.defvjp(_refuse, lambda residuals, gradients: (gradients,))
+last_derivative.defvjp(_refuse, lambda of, residuals, gradients: (gradients,))
 
 
 def _backward(epsilon, axis, axis_name, residuals, d_y):
@@ -333,8 +338,8 @@ def _backward(epsilon, axis, axis_name, residuals, d_y):
     d_x = along(x, scale) * inverse * d_x
     if where is not None:
         d_x = jnp.where(where, d_x, 0)
-    d_x, d_gamma = _last_derivative((d_x.astype(x.dtype), d_gamma))
-    return d_x, d_gamma, None, None
+    # In the next derivative, the moments would count as constants.
+    return *last_derivative("batch normalisation", (d_x.astype(x.dtype), d_gamma)), None, None
 
 
 batch_normalize.defvjp(_forward, _backward)

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bnlstm_jax import estimate_population_statistics
-from experiments.parallel import ONE_DEVICE, Parallel
+from experiments.parallel import ONE_DEVICE, Devices
 from experiments.records.metrics import describe
 from experiments.runtime.progress import track
 from experiments.tasks import Adapt, Batch, Metrics, Reading, Task, batch_size_field
@@ -45,7 +45,7 @@ def nothing() -> None:
 def evaluate_batch(
     task: Task,
     noise: jax.Array,
-    parallel: Parallel,
+    devices: Devices,
     options: Options,
     variables: Variables,
     carry: Any,
@@ -53,7 +53,7 @@ def evaluate_batch(
     batch: Batch,
 ) -> tuple[Any, Metrics]:
     """The carry after a batch, None unless `continued`, and its metrics, on every device."""
-    key = parallel.fold_in(jax.random.fold_in(noise, index), options.split)
+    key = devices.fold_in(jax.random.fold_in(noise, index), options.split)
     inputs = task.inputs(batch, carry)
     if options.adapt is not None:
         variables = options.adapt(variables, inputs)
@@ -66,10 +66,10 @@ def evaluate_batch(
         **({"return_carry": True} if options.continued else {}),
     )
     carry, outputs = outputs if options.continued else (None, outputs)
-    return carry, parallel.total(task.metrics(outputs, batch), options.split)
+    return carry, devices.total(task.metrics(outputs, batch), options.split)
 
 
-def make_evaluator(task: Task, noise: jax.Array, parallel: Parallel = ONE_DEVICE) -> Evaluator:
+def make_evaluator(task: Task, noise: jax.Array, devices: Devices = ONE_DEVICE) -> Evaluator:
     """Makes a function that evaluates a split and returns the average of each metric.
 
     Its arguments are variables, reading, split, batch size and `use_running_average`. With a
@@ -83,8 +83,8 @@ def make_evaluator(task: Task, noise: jax.Array, parallel: Parallel = ONE_DEVICE
     def run(
         options: Options, variables: Variables, carry: Any, index: int, batch: Batch
     ) -> tuple[Any, Metrics]:
-        function = functools.partial(evaluate_batch, task, noise, parallel, options)
-        return parallel.run(function, options.split, task.shared)(variables, carry, index, batch)
+        function = functools.partial(evaluate_batch, task, noise, devices, options)
+        return devices.run(function, options.split, task.shared)(variables, carry, index, batch)
 
     def evaluate(
         variables: Variables,
@@ -98,7 +98,7 @@ def make_evaluator(task: Task, noise: jax.Array, parallel: Parallel = ONE_DEVICE
     ) -> dict[str, float]:
         sums: dict[str, np.ndarray] = {}
         examples = task.num_examples(split, reading)
-        batches = task.batches(split, batch_size, reading, parallel.share)
+        batches = task.batches(split, batch_size, reading, devices.share)
         if title:
             batches = track(batches, title, math.ceil(examples / batch_size))
         carry = None
@@ -108,8 +108,8 @@ def make_evaluator(task: Task, noise: jax.Array, parallel: Parallel = ONE_DEVICE
             by_batch = adapt is not None or not use_running_average
             if rows == 1 and by_batch and "batch_stats" in variables:
                 continue
-            options = Options(use_running_average, reading.continued, parallel.splits(rows), adapt)
-            batch = parallel.place(batch, options.split, task.shared)
+            options = Options(use_running_average, reading.continued, devices.splits(rows), adapt)
+            batch = devices.place(batch, options.split, task.shared)
             carry, metrics = run(options, variables, carry, index, batch)
             for name, sum_and_count in metrics.items():
                 sums[name] = sums.get(name, 0) + np.asarray(sum_and_count, np.float64)
@@ -123,7 +123,7 @@ def population_statistics(
     config: ConfigDict,
     variables: Variables,
     noise: jax.Array,
-    parallel: Parallel = ONE_DEVICE,
+    devices: Devices = ONE_DEVICE,
     check: Check = nothing,
 ) -> Variables:
     """The collection `batch_stats`, re-estimated over one pass of the training data.
@@ -136,15 +136,15 @@ def population_statistics(
     examples = task.num_examples("train", reading)
     whole = max(1, examples // size)
     whole = min(whole, config.population_batches or whole)
-    parallel = parallel.in_one_group()
-    split = parallel.splits(min(size, examples))
-    batches = itertools.islice(task.batches("train", size, reading, parallel.share), whole)
+    devices = devices.in_one_group()
+    split = devices.splits(min(size, examples))
+    batches = itertools.islice(task.batches("train", size, reading, devices.share), whole)
     batches = track(batches, "re-estimating population statistics", whole)
 
     def placed() -> Iterator[Batch]:
         for batch in batches:
             check()
-            yield parallel.place(batch, split, task.shared)
+            yield devices.place(batch, split, task.shared)
 
     return estimate_population_statistics(
         task.model,
@@ -153,7 +153,7 @@ def population_statistics(
         rngs={"noise": noise},
         late_steps=config.population_late_steps,
         inputs=task.inputs,
-        transform=lambda function: jax.jit(parallel.run(function, split, task.shared)),
+        transform=lambda function: jax.jit(devices.run(function, split, task.shared)),
         use_running_average=False,
     )
 
@@ -178,8 +178,20 @@ def evaluate_all(
       Rows with `split`, `statistics`, the name of the `reading` where it has one, and the metrics.
     """
     first = task.readings[0]
-
-    def rows(statistics: str, values: Variables, reading: Reading) -> Iterator[dict[str, Any]]:
+    whole = [reading for reading in task.readings if not reading.continued]
+    of_validation = [reading for reading in whole if reading.length == first.length]
+    if population is None:
+        plan = [("none", variables, reading) for reading in task.readings]
+    else:
+        estimated = {**variables, "batch_stats": population}
+        plan = [
+            *(("batch", variables, reading) for reading in whole),
+            *(("running", variables, reading) for reading in of_validation),
+            *(("population", estimated, reading) for reading in task.readings),
+        ]
+        if task.batch_inputs is not None:
+            plan.append((BATCH_INPUTS, estimated, first))
+    for statistics, values, reading in plan:
         by_batch = statistics in ("batch", BATCH_INPUTS)
         field = batch_size_field(task, reading) if by_batch else "eval_batch_size"
         size = 1 if reading.continued else config[field]
@@ -189,19 +201,3 @@ def evaluate_all(
             title = f"evaluating {describe(row)}, {task.data}"
             running = statistics != "batch"
             yield row | evaluate(values, reading, split, size, running, title, check, adapt)
-
-    if population is None:
-        for reading in task.readings:
-            yield from rows("none", variables, reading)
-        return
-    for reading in task.readings:
-        if not reading.continued:
-            yield from rows("batch", variables, reading)
-    for reading in task.readings:
-        if reading.length == first.length and not reading.continued:
-            yield from rows("running", variables, reading)
-    variables = {**variables, "batch_stats": population}
-    for reading in task.readings:
-        yield from rows("population", variables, reading)
-    if task.batch_inputs is not None:
-        yield from rows(BATCH_INPUTS, variables, first)

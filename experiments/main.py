@@ -9,6 +9,7 @@ fields are listed and explained in experiments/config.py, others in the file of 
 
 import contextlib
 import difflib
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -24,38 +25,43 @@ from experiments.reporting import compare
 from experiments.runtime import cli, memory, paths, processes
 from experiments.runtime.errors import UserError, unknown_name
 
-_WORKDIR = paths.DEFINE_path(
-    "workdir", None, "Folder of the run; by default runs/ and the name of the config file."
-)
-_MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "evaluate"], "Train and evaluate, or evaluate the best checkpoint."
-)
-_PROFILE = flags.DEFINE_boolean(
-    "profile",
-    False,
-    "Trace the updates, which should be few, by JAX's profiler into WORKDIR/profile.",
-)
-
-_DISTRIBUTED = flags.DEFINE_boolean(
-    "distributed", False, "Join the other processes of a TPU pod, a SLURM or an Open MPI job."
-)
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator_address", None, "HOST:PORT of process 0, to join processes started by hand."
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of those processes.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this one among them, from 0.")
-_PEER_TIMEOUT = flags.DEFINE_integer(
-    "peer_timeout",
-    60,
-    "Seconds to wait for other processes; one that is silent for so long ends the job.",
-    lower_bound=2,
-)
-
 DEFAULT_CONFIG = "configs/digits.py"
 
 
+def define_flags() -> None:
+    """Defines the flags of a run, except for `--config`: see `parse_flags`."""
+    paths.DEFINE_path(
+        "workdir", None, "Folder of the run; by default runs/ and the name of the config file."
+    )
+    flags.DEFINE_enum(
+        "mode",
+        "train",
+        ["train", "evaluate"],
+        "Train and evaluate, or evaluate the best checkpoint.",
+    )
+    flags.DEFINE_boolean(
+        "profile",
+        False,
+        "Trace the updates, which should be few, by JAX's profiler into WORKDIR/profile.",
+    )
+    flags.DEFINE_boolean(
+        "distributed", False, "Join the other processes of a TPU pod, a SLURM or an Open MPI job."
+    )
+    flags.DEFINE_string(
+        "coordinator_address", None, "HOST:PORT of process 0, to join processes started by hand."
+    )
+    flags.DEFINE_integer("num_processes", None, "Number of those processes.")
+    flags.DEFINE_integer("process_id", None, "Number of this one among them, from 0.")
+    flags.DEFINE_integer(
+        "peer_timeout",
+        60,
+        "Seconds to wait for other processes; one that is silent for so long ends the job.",
+        lower_bound=2,
+    )
+
+
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line.
+    """Parses the command line, and defines the flags of the config's fields.
 
     The config is that of `--config`; without it, of the run to evaluate; else of the digits.
 
@@ -128,46 +134,45 @@ def cache_programs() -> None:
 
 def job() -> contextlib.AbstractContextManager:
     """The job of several processes that flags ask to join, if they do."""
-    explicit = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
-    if not _DISTRIBUTED.value and explicit == (None, None, None):
+    given = flags.FLAGS
+    explicit = given.coordinator_address, given.num_processes, given.process_id
+    if not given.distributed and explicit == (None, None, None):
         return contextlib.nullcontext()
-    return processes.joined(*explicit, _PEER_TIMEOUT.value)
+    return processes.joined(*explicit, given.peer_timeout)
 
 
 def main(_: list[str]) -> None:
     """Runs every kind of model that the config names, in one process or many."""
-    if _PROFILE.value and _MODE.value == "evaluate":
+    given = flags.FLAGS
+    if given.profile and given.mode == "evaluate":
         raise UserError("--profile traces updates, and --mode=evaluate makes none: leave one out")
     memory.keep_freed()
-    base = flags.FLAGS.config
+    base = given.config
     config.check(base)
     with job():
         fields = json.loads(base.to_json_best_effort())
-        processes.check_same({"--mode": _MODE.value, "config": fields}, "")
+        processes.check_same({"--mode": given.mode, "config": fields}, "")
         run_all(base)
 
 
 def run_all(base: ConfigDict) -> None:
     """Trains or evaluates all kinds of model, and prints their results."""
-    folder = Path(_WORKDIR.value or default_workdir())
-    kinds = config.model_kinds(base)
-    runs = {}
-    for kind in kinds:
-        own = base.copy_and_resolve_references()
-        own.model.kind = kind
-        runs[kind] = own, folder / kind if len(kinds) > 1 else folder
-        processes.on_first(lambda run=runs[kind]: workdir.check(*run))
+    given = flags.FLAGS
+    folder = Path(given.workdir or default_workdir())
+    runs = workdir.of_kinds(base, folder)
+    for run in runs.values():
+        processes.on_first(functools.partial(workdir.check, *run))
     cache_programs()
-    if _MODE.value == "evaluate":
-        results = [train.evaluate_run(*runs[kind]) for kind in kinds]
+    if given.mode == "evaluate":
+        results = [train.evaluate_run(*run) for run in runs.values()]
     else:
-        results = [train.train(*runs[kind], profile=_PROFILE.value) for kind in kinds]
+        results = [train.train(*run, profile=given.profile) for run in runs.values()]
 
     if not processes.is_first():
         return
     print(f"\n{compare.results_table(results)}\n")
     picture = folder / compare.PICTURE_NAME
-    folders = {kind: runs[kind][1] for kind in kinds}
+    folders = {kind: run for kind, (_, run) in runs.items()}
     first = results[0]
     if compare.draw_curves(folders, first["data"], first["shown"][0], picture):
         print(f"Curves: {picture}")
@@ -175,4 +180,4 @@ def run_all(base: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, parse=parse_flags)
+    cli.run(main, define_flags, parse_flags)

@@ -24,7 +24,7 @@ EVERYWHERE, BY_ROWS = PartitionSpec(), PartitionSpec(AXES)
 
 
 @dataclasses.dataclass(frozen=True)
-class Parallel:
+class Devices:
     """Devices that share the work; without a mesh, the single default device.
 
     Attributes:
@@ -58,11 +58,11 @@ class Parallel:
         groups = 1 if self.mesh is None else self.mesh.shape["group"]
         return None if groups == 1 else batch_size // groups
 
-    def in_one_group(self) -> "Parallel":
+    def in_one_group(self) -> "Devices":
         """The same devices in one group, which takes batch statistics together."""
         if self.mesh is None:
             return self
-        return Parallel(Mesh(self.mesh.devices.reshape(1, -1), AXES))
+        return Devices(Mesh(self.mesh.devices.reshape(1, -1), AXES))
 
     # ---- Batches and state, from the host to the devices.
 
@@ -149,7 +149,7 @@ class Parallel:
         return jax.random.fold_in(key, jax.lax.axis_index(AXES))
 
 
-ONE_DEVICE = Parallel()
+ONE_DEVICE = Devices()
 
 
 def check(config: ConfigDict, num_processes: int = 1, num_local_devices: int | None = None) -> None:
@@ -189,7 +189,7 @@ def check(config: ConfigDict, num_processes: int = 1, num_local_devices: int | N
         check_rows(config, config.batch_size * members // size, source)
 
 
-def make(config: ConfigDict) -> Parallel:
+def make(config: ConfigDict) -> Devices:
     """The devices of all processes that `config.parallel` asks for.
 
     Raises:
@@ -205,4 +205,4 @@ def make(config: ConfigDict) -> Parallel:
     if len(devices) == 1:
         return ONE_DEVICE
     members = config.parallel.statistics_devices or len(devices)
-    return Parallel(Mesh(np.array(devices).reshape(-1, members), AXES))
+    return Devices(Mesh(np.array(devices).reshape(-1, members), AXES))

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -18,14 +17,12 @@ from ml_collections import ConfigDict
 
 from experiments import evaluate, parallel, tasks
 from experiments.optimizers import make_optimizer
-from experiments.parallel import ONE_DEVICE, Parallel
-from experiments.records import boards, metrics, milestones, workdir
+from experiments.parallel import ONE_DEVICE, Devices
+from experiments.records import boards, metrics, milestones, results_file, workdir
 from experiments.records.checkpoints import Checkpoints
-from experiments.runtime import files, finite, processes
+from experiments.runtime import finite, processes
 from experiments.runtime.errors import Stopped, UserError
 from experiments.runtime.interruption import Interruption
-
-RESULTS_NAME = "results.json"
 
 
 class TrainState(train_state.TrainState):
@@ -35,21 +32,13 @@ class TrainState(train_state.TrainState):
       batch_stats: running averages of batch statistics.
       window: sums and counts of training metrics, and of `gradient_norm` over updates, since the
         last log.
-      refused: which values of `watched` the next update would have made non-finite. From then on no
-        update is applied.
+      refused: which values of `finite.names` the next update would have made non-finite. From then
+        on no update is applied.
     """
 
     batch_stats: Any
     window: tasks.Metrics
     refused: jax.Array
-
-
-def watched(state: TrainState) -> dict[str, Any]:
-    """Values under the names of `finite.watched`, for errors; only names and number are used.
-
-    Parameters stand for their gradients, and the step for the loss.
-    """
-    return finite.watched(state.params, state.batch_stats, state.params, state.step)
 
 
 def random_keys(seed: int) -> tuple[jax.Array, jax.Array]:
@@ -88,16 +77,16 @@ def create_state(task: tasks.Task, config: ConfigDict) -> TrainState:
         **jax.eval_shape(metrics_of, variables, batch),
         "gradient_norm": jax.eval_shape(gradient_norm, variables["params"]),
     }
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
     state = TrainState.create(
         apply_fn=task.model.apply,
-        params=variables["params"],
+        params=params,
         tx=make_optimizer(config.optimizer),
-        batch_stats=variables.get("batch_stats", {}),
+        batch_stats=batch_stats,
         window=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), window),
-        refused=None,
+        refused=jnp.zeros(len(finite.names(params, batch_stats)), bool),
     )
-    nothing = jnp.zeros(len(watched(state)), bool)
-    return state.replace(step=jnp.zeros((), jnp.int32), refused=nothing)
+    return state.replace(step=jnp.zeros((), jnp.int32))
 
 
 def variables_of(state: TrainState) -> dict[str, Any]:
@@ -110,7 +99,7 @@ def variables_of(state: TrainState) -> dict[str, Any]:
 def update(
     task: tasks.Task,
     noise: jax.Array,
-    parallel: Parallel,
+    devices: Devices,
     split: bool,
     state: TrainState,
     batch: tasks.Batch,
@@ -120,7 +109,7 @@ def update(
     Devices have rows of their own if `split`. The update changes nothing but `refused` if it would
     bring in non-finite values, and nothing at all if one before it would have.
     """
-    key = parallel.fold_in(jax.random.fold_in(noise, state.step), split)
+    key = devices.fold_in(jax.random.fold_in(noise, state.step), split)
 
     def loss_of(params: Any) -> tuple[jax.Array, tuple[tasks.Metrics, Any]]:
         outputs, updated = task.model.apply(
@@ -133,27 +122,28 @@ def update(
         batch_metrics = task.metrics(outputs, batch)
         total, count = batch_metrics["loss"]
         # A device's part of the mean over the whole batch; gradients are added up below.
-        loss = total / parallel.total(count, split)
+        loss = total / devices.total(count, split)
         return loss, (batch_metrics, updated.get("batch_stats", {}))
 
     gradients, (batch_metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)
-    gradients = parallel.total(gradients, split)
-    batch_metrics = parallel.total(batch_metrics, split)
+    gradients = devices.total(gradients, split)
+    batch_metrics = devices.total(batch_metrics, split)
     # Before clipping. The optimiser computes the norm too; XLA computes it once.
     batch_metrics["gradient_norm"] = gradient_norm(gradients)
     after = state.apply_gradients(
         grads=gradients,
-        batch_stats=parallel.mean_of_groups(batch_stats),
+        batch_stats=devices.mean_of_groups(batch_stats),
         window=jax.tree.map(jnp.add, state.window, batch_metrics),
     )
-    values = finite.watched(after.params, after.batch_stats, gradients, batch_metrics["loss"][0])
-    refused = jnp.where(jnp.any(state.refused), state.refused, finite.not_finite(values))
+    loss, _ = batch_metrics["loss"]
+    refused = finite.not_finite(after.params, after.batch_stats, gradients, loss)
+    refused = jnp.where(jnp.any(state.refused), state.refused, refused)
     after = jax.tree.map(functools.partial(jnp.where, jnp.any(refused)), state, after)
     return after.replace(refused=refused)
 
 
 def make_train_step(
-    task: tasks.Task, noise: jax.Array, parallel: Parallel = ONE_DEVICE
+    task: tasks.Task, noise: jax.Array, devices: Devices = ONE_DEVICE
 ) -> Callable[..., TrainState]:
     """A compiled function of a state, a batch and `split`: the state after an `update`.
 
@@ -162,8 +152,8 @@ def make_train_step(
     """
 
     def one(split: bool, state: TrainState, batch: tasks.Batch) -> TrainState:
-        function = functools.partial(update, task, noise, parallel, split)
-        return parallel.run(function, split, task.shared)(state, batch)
+        function = functools.partial(update, task, noise, devices, split)
+        return devices.run(function, split, task.shared)(state, batch)
 
     def several(
         split: bool, state: TrainState, shared: tasks.Batch, own: list[tasks.Batch]
@@ -199,12 +189,12 @@ def updates_at_once(config: ConfigDict, done: int) -> int:
     return at_once if free >= at_once else 1
 
 
-def calls(task: tasks.Task, devices: Parallel, updates: range) -> list[tuple[list, bool]]:
+def calls(task: tasks.Task, devices: Devices, updates: range) -> list[tuple[list, bool]]:
     """Calls of the train step for some updates: the batches of each, on devices, and `split`.
 
     Batches of equal shapes go into one call.
     """
-    splits = [devices.splits(task.train_rows(update)) for update in updates]
+    splits = [devices.splits(len(task.train_indices(update))) for update in updates]
     batches = [
         devices.place(task.train_batch(update, devices.share), split, task.shared)
         for update, split in zip(updates, splits, strict=True)
@@ -224,13 +214,14 @@ def check_finite(state: TrainState, folder: Path, saved: int | None) -> None:
     refused = jax.device_get(state.refused)
     if not np.any(refused):
         return
+    names = finite.names(state.params, state.batch_stats)
     latest = "there is no checkpoint yet"
     if saved is not None:
         latest = f"the latest checkpoint, of update {saved}, is in {folder}"
     raise UserError(
         f"update {int(state.step) + 1} was not applied: "
-        f"{finite.describe(watched(state), refused)}; {latest}; a lower "
-        "config.optimizer.learning_rate may help, in another workdir"
+        f"{finite.describe(names, refused)}; {latest}; a lower config.optimizer.learning_rate "
+        "may help, in another workdir"
     )
 
 
@@ -249,7 +240,7 @@ class Setup:
 
     config: ConfigDict
     folder: Path
-    devices: Parallel
+    devices: Devices
     task: tasks.Task
     noise: jax.Array
     evaluator: evaluate.Evaluator
@@ -316,7 +307,7 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
                 f"{start}: ask for more, or leave it as it is with --mode=evaluate"
             )
         if start == config.num_updates:
-            results = processes.on_first(lambda: finished_results(config, folder, start))
+            results = processes.on_first(lambda: results_file.read_finished(folder, config, start))
             if results is not None:
                 return results
         if first:
@@ -392,16 +383,6 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
         return results
 
 
-def finished_results(config: ConfigDict, folder: Path, updates: int) -> dict[str, Any] | None:
-    """What `results.json` says, if it is of so many updates and evaluated as `config` has it."""
-    path = folder / RESULTS_NAME
-    results = files.read_json(path) if path.exists() else {}
-    evaluation = evaluation_fields(config)
-    if (results.get("updates"), results.get("evaluation")) != (updates, evaluation):
-        return None
-    return results
-
-
 def evaluate_best(
     setup: Setup, state: TrainState, checkpoints: Checkpoints, check: evaluate.Check
 ) -> dict[str, Any]:
@@ -443,41 +424,10 @@ def evaluate_best(
         "updates": checkpoints.latest_step(),
         "selection": task.selection,
         "shown": list(task.shown),
-        "evaluation": evaluation_fields(config),
+        "evaluation": results_file.evaluation_fields(config),
         "rows": list(rows),
     }
-    if processes.is_first():
-        results["rows"] += other_rows(folder / RESULTS_NAME, results)
-        files.write_json(folder / RESULTS_NAME, results)
-    return results
-
-
-def evaluation_fields(config: ConfigDict) -> dict[str, Any]:
-    """The fields on which the final evaluation depends, as JSON has them."""
-    fields = json.loads(config.to_json_best_effort())
-    return {name: fields[name] for name in workdir.EVALUATION_FIELDS if name in fields}
-
-
-def other_rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of an earlier `results.json` for other readings, if they are of the same model."""
-    if not path.exists():
-        return []
-    earlier = files.read_json(path)
-    if evaluated_model(earlier) != evaluated_model(results):
-        return []
-    known = set(map(row_key, results["rows"]))
-    return [row for row in earlier["rows"] if row_key(row) not in known]
-
-
-def evaluated_model(results: dict[str, Any]) -> tuple[Any, ...]:
-    """The update of a checkpoint, and the fields on which its population statistics depend."""
-    fields = results.get("evaluation", {})
-    return results.get("update"), *map(fields.get, workdir.POPULATION_FIELDS)
-
-
-def row_key(row: dict[str, Any]) -> tuple[str, ...]:
-    """What distinguishes a row of final results from the others."""
-    return row["split"], row["statistics"], row.get("reading", "")
+    return results_file.write(folder, results) if processes.is_first() else results
 
 
 def evaluate_run(config: ConfigDict, folder: Path) -> dict[str, Any]:

@@ -24,8 +24,14 @@ from experiments.launching import slurm, sweeps
 from experiments.runtime import cli
 
 
-def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines the flags that are not those of a run."""
+def define_flags() -> None:
+    """Defines the flags of a run, and those that are not."""
+    main.define_flags()
+    define_own_flags(flags.FLAGS)
+
+
+def define_own_flags(values: flags.FlagValues) -> None:
+    """Defines the flags that are not those of a run, as flags of `values`."""
     flags.DEFINE_integer("nodes", 1, "Nodes of the cluster.", lower_bound=1, flag_values=values)
     described = "Name of the job; by default that of the workdir."
     flags.DEFINE_string("job_name", None, described, flag_values=values)
@@ -36,7 +42,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses the command line; returns the part that is for `experiments.main`."""
     main.parse_flags(argv)
     own = flags.FlagValues()
-    define_flags(own)
+    define_own_flags(own)
     own.set_gnu_getopt(True)
     return own(argv, known_only=True)[1:]
 

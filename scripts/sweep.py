@@ -27,6 +27,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from experiments import main as run
 from experiments.launching import launchers, runner, sweep_table, sweeps
 from experiments.runtime import cli, paths
 from experiments.runtime.errors import UserError
@@ -34,10 +35,6 @@ from experiments.runtime.errors import UserError
 
 def define_flags() -> None:
     """Defines the flags of the command."""
-    from experiments import main as run  # defines flags of a run, which a sweep does not take
-
-    for flag in list(flags.FLAGS.flags_by_module_dict()[run.__name__]):
-        delattr(flags.FLAGS, flag.name)
     paths.DEFINE_path("sweep", None, "File with the points; see configs/sweeps.", required=True)
     paths.DEFINE_path(
         "workdir", None, "Folder of the sweep; by default runs/sweeps/ and the sweep file's name."
@@ -51,8 +48,6 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     Raises:
       UserError: there is no config.
     """
-    from experiments import main as run
-
     words = run.parse_flags(argv)
     if not flags.FLAGS["config"].present:
         raise UserError("--config is missing: name the config file whose fields are swept")

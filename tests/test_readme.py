@@ -34,7 +34,9 @@ def final(results):
     return rows["test", "population"]
 
 
-def test_the_layer_examples_run():
+@pytest.mark.parametrize("number_of_devices", [1, 8])  # one: the CPU kernel; several: XLA
+def test_the_layer_examples_run(number_of_devices, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: number_of_devices)
     names = {}
     exec(example("nn.Module"), names)
     assert names["logits"].shape == (1, 10)

@@ -20,6 +20,7 @@ from jax import Array
 
 from bnlstm_jax.cells import Carry, as_symbols, product
 from bnlstm_jax.jax_experimental import pl, pltpu
+from bnlstm_jax.normalization import last_derivative
 from bnlstm_jax.recurrence.problem import (
     Problem,
     Result,
@@ -202,12 +203,14 @@ def _run(problem: Problem) -> tuple[Carry, Array, Any]:
 
 
 def _forward(problem: Problem) -> tuple[tuple, tuple]:
+    problem = last_derivative("implementation 'tpu'", problem)
     last, (hidden, moments, (cells, recurrent_terms)) = _forward_scan(problem, keep=True)
     entering = jnp.concatenate([problem.carry[1][None], hidden[:-1]])
     return (last, hidden, moments), (problem, (cells, entering), recurrent_terms, moments)
 
 
 def _backward(residuals: tuple, gradients: tuple) -> tuple[Problem]:
+    residuals, gradients = last_derivative("implementation 'tpu'", (residuals, gradients))
     problem, carries, recurrent_terms, moments = residuals
     d_last, d_hidden, _ = gradients
     dtype = problem.operand_dtype

@@ -1,7 +1,6 @@
 """Questions on passages, in the form of the CNN data set: loaded, cut to sentences, numbered."""
 
 import dataclasses
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -219,15 +218,12 @@ def make_vocabulary(questions: Questions, min_count: int, join_numbers: bool) ->
     return Vocabulary(words, table, entities)
 
 
-def select_sentences(
-    questions: Questions, selection: Selection, splits: Iterable[str] = SPLITS
-) -> Questions:
-    """Cuts each passage of some splits to the sentences that are most like its question."""
+def select_sentences(questions: Questions, selection: Selection) -> Questions:
+    """Cuts each passage to the sentences that are most like its question."""
     ends_sentence = np.isin(questions.words, SENTENCE_ENDS)
     weights = word_weights(questions, selection.rule)
     cut = {}
-    for split in splits:
-        part = questions.splits[split]
+    for split, part in questions.splits.items():
         starts = range(0, len(part.answers), CHOSEN)
         chosen = [
             choose_sentences(
@@ -243,7 +239,7 @@ def select_sentences(
             passages=_concatenate([text for texts in chosen for text in texts])
         )
     name = f"{questions.name}, {selection.number} sentences"
-    return dataclasses.replace(questions, name=name, splits=questions.splits | cut)
+    return dataclasses.replace(questions, name=name, splits=cut)
 
 
 def word_weights(questions: Questions, rule: str) -> np.ndarray:

@@ -20,9 +20,8 @@ from ml_collections import ConfigDict
 
 from experiments import config as shared
 from experiments import parallel, tasks
-from experiments.records import workdir
+from experiments.records import results_file, workdir
 from experiments.runtime.errors import UserError, unknown_name
-from experiments.train import finished_results
 
 Fields = dict[str, Any]  # values by the names of config fields, as in `model.features`
 
@@ -156,7 +155,7 @@ class Point(NamedTuple):
 
     def results(self, kind: str) -> dict[str, Any] | None:
         """Results of the run of a kind of model; None if it has not finished."""
-        return finished_results(self.config, self.runs[kind], self.config.num_updates)
+        return results_file.read_finished(self.runs[kind], self.config, self.config.num_updates)
 
     def finished(self) -> bool:
         """Whether all runs have finished."""
@@ -200,13 +199,10 @@ def check_run(config: ConfigDict, folder: Path, processes: int = 1) -> dict[str,
     shared.check(config)
     parallel.check(config, processes)
     tasks.module(config).check(config)
-    kinds = shared.model_kinds(config)
-    runs = {kind: folder / kind if len(kinds) > 1 else folder for kind in kinds}
-    for kind, run in runs.items():
-        own = config.copy_and_resolve_references()
-        own.model.kind = kind
+    runs = workdir.of_kinds(config, folder)
+    for own, run in runs.values():
         workdir.check(own, run)
-    return runs
+    return {kind: run for kind, (_, run) in runs.items()}
 
 
 def _with(base: ConfigDict, point: Fields) -> ConfigDict:

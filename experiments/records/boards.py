@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from ml_collections import ConfigDict
 from tensorboardX.event_file_writer import EventsWriter
@@ -23,19 +23,6 @@ from experiments.runtime import files
 from experiments.runtime.errors import UserError
 
 IDS_NAME = "wandb.json"  # of the run's pages, by project
-
-
-class Board(Protocol):
-    """Something that shows the curves of a run."""
-
-    def write(self, scalars: dict[str, float], update: int) -> None:
-        """Adds a point to each of the curves."""
-
-    def write_results(self, scalars: dict[str, float], update: int) -> None:
-        """Adds the final results, of the checkpoint of an update."""
-
-    def flush(self) -> None:
-        """Flushes to the disk."""
 
 
 class TensorBoard:
@@ -73,7 +60,7 @@ class TensorBoard:
         self.flush()
 
     def flush(self) -> None:
-        """Has what was written on the disk."""
+        """Flushes to the disk."""
         self._file.flush()
 
     def _write(self, event: Event) -> None:
@@ -131,6 +118,9 @@ class WeightsAndBiases:
 
     def flush(self) -> None:
         """Does nothing: the package writes in its own process."""
+
+
+Board = TensorBoard | WeightsAndBiases
 
 
 @contextlib.contextmanager

@@ -182,7 +182,7 @@ class Checkpoints:
             with self._written():
                 self._manager.wait_until_finished()
             try:
-                arrays, _ = read_checkpoint(self._folder, step)
+                arrays = read_checkpoint(self._folder, step)
             except Damaged as damage:
                 raise UserError(f"{damage}; start the run again, to use another one") from damage
             # Early runs lack `gradient_norm`.
@@ -211,8 +211,8 @@ def digest(step: int, arrays: Any, metrics: dict[str, float] | None) -> str:
     return total.hexdigest()
 
 
-def read_checkpoint(folder: Path, step: int) -> tuple[Any, dict[str, float] | None]:
-    """The arrays and the metrics of a checkpoint, verified.
+def read_checkpoint(folder: Path, step: int) -> Any:
+    """The arrays of a checkpoint, verified.
 
     Raises:
       Damaged: they differ from what was saved.
@@ -232,7 +232,7 @@ def read_checkpoint(folder: Path, step: int) -> tuple[Any, dict[str, float] | No
         if (path / "metrics").exists():
             metrics = json.loads((path / "metrics" / "metrics").read_text())
         if digest(step, arrays, metrics) == seal["sha256"]:
-            return arrays, metrics
+            return arrays
         reason = "its checksum differs"
     except MemoryError:
         raise
@@ -321,7 +321,7 @@ def _read_best(
     if update is None:
         return None, {}
     try:
-        arrays, _ = read_checkpoint(folder.absolute() / "checkpoints", update)
+        arrays = read_checkpoint(folder.absolute() / "checkpoints", update)
     except Damaged as damage:  # or deleted at this moment by the run, which has a better one
         if tries == 1:
             raise UserError(str(damage)) from damage

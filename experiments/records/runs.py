@@ -12,10 +12,9 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from experiments import tasks
-from experiments.records import workdir
+from experiments.records import results_file, workdir
 from experiments.records.checkpoints import read_best
 from experiments.records.metrics import read_metrics
-from experiments.runtime import files
 from experiments.runtime.errors import UserError
 
 
@@ -86,9 +85,8 @@ class Run:
 
     @functools.cached_property
     def results(self) -> dict[str, Any]:
-        """Its `results.json`; empty while the run is in progress."""
-        path = self.folder / "results.json"
-        return files.read_json(path) if path.exists() else {}
+        """Its `results.json`; empty before its first final evaluation."""
+        return results_file.read(self.folder)
 
     @functools.cached_property
     def rows(self) -> list[dict[str, Any]]:

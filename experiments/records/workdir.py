@@ -21,7 +21,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from experiments.config import base_config, check_fields
+from experiments.config import base_config, check_fields, model_kinds
 from experiments.runtime.errors import UserError
 from experiments.runtime.files import lock, read_json, replacing, write_json
 
@@ -69,6 +69,20 @@ def read_config(workdir: Path) -> ConfigDict:
     except UserError as error:
         raise UserError(f"{path} is damaged, or of another version: {error}") from error
     return config
+
+
+def of_kinds(config: ConfigDict, folder: Path) -> dict[str, tuple[ConfigDict, Path]]:
+    """Config and workdir of the run of each kind of model that a config names.
+
+    The workdir is `folder`, or a folder in it for each of several kinds.
+    """
+    kinds = model_kinds(config)
+    runs = {}
+    for kind in kinds:
+        own = config.copy_and_resolve_references()
+        own.model.kind = kind
+        runs[kind] = own, folder / kind if len(kinds) > 1 else folder
+    return runs
 
 
 def runs_around(workdir: Path) -> list[Path]:

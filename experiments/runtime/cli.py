@@ -43,7 +43,6 @@ def run(
     main: Callable[[list[str]], Any],
     define_flags: Callable[[], None] | None = None,
     parse: Callable[[Sequence[str]], Any] = flags.FLAGS,
-    argv: Sequence[str] | None = None,
 ) -> NoReturn:
     """Runs a command: absl's `app.run`, with user errors reported plainly.
 
@@ -56,7 +55,6 @@ def run(
       main: called with what `parse` returns.
       define_flags: defines the flags of the command, so that importing its module defines none.
       parse: called with the command line; parses `flags.FLAGS`.
-      argv: the command line, program name first; `sys.argv` if None.
     """
 
     def parse_flags(argv: Sequence[str]) -> Any:
@@ -70,7 +68,7 @@ def run(
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):  # a terminal may lack a character
         stream.reconfigure(errors="replace")
-    words = list(sys.argv if argv is None else argv)
+    words = list(sys.argv)
     if not any(word.lstrip("-").startswith(("verbosity", "v=")) for word in words):
         words.insert(1, "--verbosity=-1")  # warnings; else Orbax logs every save
     app.run(_reported(main), argv=words, flags_parser=_reported(parse_flags))

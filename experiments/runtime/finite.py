@@ -8,22 +8,25 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 
-def watched(params: Any, batch_stats: Any, gradients: Any, loss: Any) -> dict[str, Any]:
-    """The values to check, by their names in messages; causes come before consequences."""
-    named = {}
-    for kind, tree in (("statistic", batch_stats), ("gradient of", gradients)):
-        named |= {f"the {kind} {k}": v for k, v in flatten_dict(tree, sep="/").items()}
-        if kind == "statistic":
-            named["the loss"] = loss
-    return named | {f"the parameter {k}": v for k, v in flatten_dict(params, sep="/").items()}
+def names(params: Any, batch_stats: Any) -> list[str]:
+    """The names of the values that `not_finite` checks; causes come before consequences."""
+    statistics, of_params = (sorted(flatten_dict(tree, sep="/")) for tree in (batch_stats, params))
+    return [
+        *(f"the statistic {name}" for name in statistics),
+        "the loss",
+        *(f"the gradient of {name}" for name in of_params),
+        *(f"the parameter {name}" for name in of_params),
+    ]
 
 
-def not_finite(named: dict[str, Any]) -> jax.Array:
-    """Whether each array holds a value that is infinite or NaN, boolean `[len(named)]`."""
-    return jnp.stack([~jnp.all(jnp.isfinite(value)) for value in named.values()])
+def not_finite(params: Any, batch_stats: Any, gradients: Any, loss: Any) -> jax.Array:
+    """Whether each array has an infinite value or NaN: booleans, in the order of `names`."""
+    trees = batch_stats, {"loss": loss}, gradients, params
+    values = [value for tree in trees for _, value in sorted(flatten_dict(tree, sep="/").items())]
+    return jnp.stack([~jnp.all(jnp.isfinite(value)) for value in values])
 
 
-def describe(named: dict[str, Any], flags: np.ndarray) -> str:
-    """The first of the arrays flagged, and how many more there are."""
-    first, *others = [name for name, flag in zip(named, flags, strict=True) if flag]
+def describe(names: list[str], flags: np.ndarray) -> str:
+    """The first of the values flagged, and how many more there are."""
+    first, *others = [name for name, flag in zip(names, flags, strict=True) if flag]
     return f"{first} would not be finite{f' (and {len(others)} more)' if others else ''}"

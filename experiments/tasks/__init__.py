@@ -1,6 +1,6 @@
 """Tasks: a model, its batches and its loss. The training loop knows a task as `Task` alone.
 
-A new task is a module here, which `config.task` names. It has a class `Task(config, parallel)` that
+A new task is a module here, which `config.task` names. It has a class `Task(config, devices)` that
 inherits from the one below, and `check(config)`, which refuses values that the task cannot run
 with. `sequential_images.py` is the smallest.
 """
@@ -18,7 +18,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from experiments.config import check_batch_sizes, check_rows, has_batch_statistics
-from experiments.parallel import ONE_DEVICE, Parallel
+from experiments.parallel import ONE_DEVICE, Devices
 from experiments.runtime.checks import one_of
 from experiments.runtime.errors import UserError
 
@@ -89,11 +89,11 @@ class Task(Protocol):
     shared: Collection[str] = ()
     batch_inputs: Adapt | None = None
 
-    def train_rows(self, update: int) -> int:
-        """Number of examples of the batch of update 0, 1, ..."""
+    def train_indices(self, update: int) -> np.ndarray:
+        """The examples of update 0, 1, ...: a pure function of the config's seed and `update`."""
 
     def train_batch(self, update: int, share: Share = all_rows) -> Batch:
-        """A share of the batch of an update: a pure function of the config's seed and `update`."""
+        """A share of the batch of these examples."""
 
     def num_examples(self, split: str, reading: Reading) -> int:
         """Number of examples of a split, the training split `train` among them."""
@@ -124,13 +124,13 @@ def module(config: ConfigDict) -> ModuleType:
     return importlib.import_module(f"{__name__}.{config.task}")
 
 
-def load(config: ConfigDict, parallel: Parallel = ONE_DEVICE) -> Task:
-    """The task that `config.task` names, with its data, for the devices of `parallel`.
+def load(config: ConfigDict, devices: Devices = ONE_DEVICE) -> Task:
+    """The task that `config.task` names, with its data, on these devices.
 
     Raises:
       UserError: there is no such task, or it cannot run with this config or data.
     """
-    task = module(config).Task(config, parallel)
+    task = module(config).Task(config, devices)
     task.notes = [*task.notes, *check_evaluation(task, config)]
     return task
 
@@ -191,12 +191,6 @@ def updates_per_epoch(num_examples: int, batch_size: int) -> int:
     """
     whole, rest = divmod(num_examples, batch_size)
     return whole + (rest > 1)
-
-
-def shuffled_rows(num_examples: int, batch_size: int, update: int) -> int:
-    """Number of examples of the batch of an update; see `shuffled_batch`."""
-    number = update % updates_per_epoch(num_examples, batch_size)
-    return min(batch_size, num_examples - number * batch_size)
 
 
 def shuffled_batch(num_examples: int, batch_size: int, seed: int, update: int) -> np.ndarray:

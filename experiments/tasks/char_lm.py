@@ -18,7 +18,7 @@ from experiments.datasets.corpus import SPLITS, UNKNOWN
 from experiments.models import layers
 from experiments.models.language_model import LanguageModel
 from experiments.models.layers import layer_config, recurrent_layer
-from experiments.parallel import ONE_DEVICE, Parallel
+from experiments.parallel import ONE_DEVICE, Devices
 from experiments.runtime.checks import one_of, words
 from experiments.runtime.errors import UserError
 from experiments.tasks import (
@@ -31,7 +31,6 @@ from experiments.tasks import (
     evaluation_order,
     in_batches,
     shuffled_batch,
-    shuffled_rows,
     updates_per_epoch,
 )
 
@@ -71,7 +70,7 @@ class Task(tasks.Task):
     shown = ("bits_per_character", "accuracy")
     shared = ("text", "steps")
 
-    def __init__(self, config: ConfigDict, parallel: Parallel = ONE_DEVICE) -> None:
+    def __init__(self, config: ConfigDict, devices: Devices = ONE_DEVICE) -> None:
         """Loads the corpus `config.dataset`."""
         check(config)
         data = corpus.load(config.dataset, config.data_dir, config.text_file, config.split)
@@ -84,9 +83,9 @@ class Task(tasks.Task):
         self.num_segments = self.sizes["train"] // config.segment_length - 1  # at every offset
         self._check_sizes()
         self._tell_unknown(data)
-        self.model = make_model(config, len(data.vocabulary), parallel.statistics_axis)
+        self.model = make_model(config, len(data.vocabulary), devices.statistics_axis)
         self.implementation = layers.implementation_of(self.model.layer, config.batch_size)
-        self.text = {split: parallel.replicate(data.splits[split]) for split in SPLITS}
+        self.text = {split: devices.replicate(data.splits[split]) for split in SPLITS}
         self.record: dict[str, Any] = {
             "dataset": data.name,
             "vocabulary": data.vocabulary,
@@ -94,17 +93,17 @@ class Task(tasks.Task):
             "characters": self.sizes,
         }
 
-    def train_rows(self, update: int) -> int:
-        """Number of segments of an update."""
-        return shuffled_rows(self.num_segments, self.config.batch_size, update)
+    def train_indices(self, update: int) -> np.ndarray:
+        """The segments of an update."""
+        config = self.config
+        return shuffled_batch(self.num_segments, config.batch_size, config.seed, update)
 
     def train_batch(self, update: int, share: Share = all_rows) -> Batch:
         """Segments of an update. Each epoch cuts the text from another random offset."""
         length, seed = self.config.segment_length, self.config.seed
-        schedule = self.num_segments, self.config.batch_size
-        epoch = update // updates_per_epoch(*schedule)
+        epoch = update // updates_per_epoch(self.num_segments, self.config.batch_size)
         offset = np.random.default_rng([seed, epoch, 1]).integers(length)
-        indices = shuffled_batch(*schedule, seed, update)
+        indices = self.train_indices(update)
         indices = indices[share(len(indices))]
         return self._segments("train", offset + length * indices, length)
 

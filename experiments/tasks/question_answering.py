@@ -25,7 +25,7 @@ from experiments.models.attentive_reader import (
     with_input_statistics,
 )
 from experiments.models.layers import check_max_steps, implementation_of
-from experiments.parallel import ONE_DEVICE, Parallel
+from experiments.parallel import ONE_DEVICE, Devices
 from experiments.runtime.checks import at_least, at_most, one_of
 from experiments.runtime.errors import UserError
 from experiments.tasks import (
@@ -115,7 +115,7 @@ class Task(tasks.Task):
     lower_is_better = True
     shown = ("error", "entity_error")
 
-    def __init__(self, config: ConfigDict, parallel: Parallel = ONE_DEVICE) -> None:
+    def __init__(self, config: ConfigDict, devices: Devices = ONE_DEVICE) -> None:
         """Loads `config.dataset`, cuts its passages, and numbers its words."""
         check(config)
         self.config = config
@@ -140,7 +140,7 @@ class Task(tasks.Task):
             int(texts.lengths.max()) + config.model.count_padding
             for texts in self.splits["train"][:2]
         ]
-        self.model = make_model(config.model, len(words), *steps, parallel.statistics_axis)
+        self.model = make_model(config.model, len(words), *steps, devices.statistics_axis)
         layer = self.model.recurrent_layer(nn.initializers.zeros_init(), None)
         self.implementation = implementation_of(layer, config.batch_size)
         if self.model.input_statistics == "sequence":
@@ -158,22 +158,22 @@ class Task(tasks.Task):
             f"{', '.join(map(str, self.passage_lengths))} words"
         )
 
-    def train_rows(self, update: int) -> int:
-        """Number of questions of an update."""
-        return self.config.batch_size
+    def train_indices(self, update: int) -> np.ndarray:
+        """The questions of an update. Each epoch has its own order, and only whole batches."""
+        epoch, number = divmod(update, self.updates_per_epoch)
+        size = self.config.batch_size
+        return self.train_order(epoch)[number * size : (number + 1) * size]
 
     def train_batch(self, update: int, share: Share = all_rows) -> Batch:
-        """The batch of an update. Each epoch has its own order, and only whole batches."""
-        epoch, number = divmod(update, self.updates_per_epoch)
-        size, seed = self.config.batch_size, self.config.seed
-        indices = self.train_order(epoch)[number * size : (number + 1) * size]
+        """A share of the batch of an update, with entities permuted as the config says."""
         table = self.vocabulary.table
         if self.config.permute_entities:
             entities = self.vocabulary.entities
             permuted = np.arange(len(self.vocabulary.words), dtype=np.int32)
-            permuted[entities] = np.random.default_rng([seed, update, 1]).permutation(entities)
+            random = np.random.default_rng([self.config.seed, update, 1])
+            permuted[entities] = random.permutation(entities)
             table = permuted[table]
-        return self.make_batch("train", indices, table, share)
+        return self.make_batch("train", self.train_indices(update), table, share)
 
     def num_examples(self, split: str, reading: Reading) -> int:
         """Number of questions of a split."""

@@ -14,7 +14,7 @@ from experiments.config import MAX_SEED, base_config, check_fields
 from experiments.models import layers
 from experiments.models.layers import layer_config, recurrent_layer
 from experiments.models.sequence_classifier import SequenceClassifier
-from experiments.parallel import ONE_DEVICE, Parallel
+from experiments.parallel import ONE_DEVICE, Devices
 from experiments.runtime.checks import at_least, at_most, one_of
 from experiments.tasks import (
     Batch,
@@ -26,7 +26,6 @@ from experiments.tasks import (
     evaluation_order,
     in_batches,
     shuffled_batch,
-    shuffled_rows,
 )
 
 DATASETS = ("digits", "mnist")
@@ -68,7 +67,7 @@ class Task(tasks.Task):
     lower_is_better = False
     shown = ("accuracy", "loss")
 
-    def __init__(self, config: ConfigDict, parallel: Parallel = ONE_DEVICE) -> None:
+    def __init__(self, config: ConfigDict, devices: Devices = ONE_DEVICE) -> None:
         """Loads `config.dataset` from `config.data_dir`."""
         check(config)
         data = datasets.load(config.dataset, config.data_dir)
@@ -81,7 +80,7 @@ class Task(tasks.Task):
         self.images = {split: data.arrays[f"{split}_images"][:, order] for split in splits}
         self.labels = {split: data.arrays[f"{split}_labels"] for split in splits}
         check_batch_size(config, len(self.labels["train"]), self.data)
-        layer = recurrent_layer(config.model, pixels, axis_name=parallel.statistics_axis)
+        layer = recurrent_layer(config.model, pixels, axis_name=devices.statistics_axis)
         self.implementation = layers.implementation_of(layer, config.batch_size)
         self.model = SequenceClassifier(layer, data.info["num_classes"], dtype=config.model.dtype)
         self.record: dict[str, Any] = {
@@ -91,15 +90,14 @@ class Task(tasks.Task):
             "pixel_order": order.tolist(),
         }
 
-    def train_rows(self, update: int) -> int:
-        """Number of images of an update."""
-        return shuffled_rows(len(self.labels["train"]), self.config.batch_size, update)
+    def train_indices(self, update: int) -> np.ndarray:
+        """The images of an update."""
+        config = self.config
+        return shuffled_batch(len(self.labels["train"]), config.batch_size, config.seed, update)
 
     def train_batch(self, update: int, share: Share = all_rows) -> Batch:
         """Images `[batch, time]` in uint8 and labels `[batch]` of an update."""
-        indices = shuffled_batch(
-            len(self.labels["train"]), self.config.batch_size, self.config.seed, update
-        )
+        indices = self.train_indices(update)
         return self._batch("train", indices[share(len(indices))])
 
     def num_examples(self, split: str, reading: Reading) -> int:

@@ -310,7 +310,7 @@ def test_each_choice_of_normalised_terms(normalize):
 
 @pytest.mark.parametrize("normalize", SUBSETS, ids=lambda terms: "+".join(terms) or "none")
 @pytest.mark.parametrize("input_statistics", ["per_step", "sequence"])
-def test_names_shapes_and_initial_statistics(normalize, input_statistics):
+def test_names_and_shapes_of_variables(normalize, input_statistics):
     case = Case(normalize=normalize, input_statistics=input_statistics, max_steps=6)
     params, stats = case.shapes()
     layer = case.layer(param_dtype=jnp.float32)

@@ -158,7 +158,7 @@ def test_mapped_axis_pools_the_batch(masked):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **SINGLE), mine, dict(of_all))
 
 
-def test_call_overrides_the_attribute_and_one_of_them_is_needed():
+def test_use_running_average_is_set_in_the_field_or_in_the_call():
     variables, x, _ = draw()
     inference = BatchNorm(use_running_average=True).apply(variables, x)
     only_called = BatchNorm().apply(variables, x, use_running_average=True)
@@ -194,6 +194,15 @@ def test_the_output_has_the_dtype_of_the_field():
         np.testing.assert_array_equal(y, wanted.astype(jnp.bfloat16))
 
 
+def test_a_mask_is_broadcast():
+    variables, x, _ = draw()
+    mask = np.array([True, False, True, True])[:, None, None]
+    _, updated = train(BatchNorm(momentum=0.0), variables, x, mask)
+    counted = x[[0, 2, 3]].reshape(-1, FEATURES)
+    np.testing.assert_allclose(updated["batch_stats"]["mean"], counted.mean(0), **SINGLE)
+    np.testing.assert_allclose(updated["batch_stats"]["var"], counted.var(0), **SINGLE)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_masks_of_another_type_or_rank_raise(compiled):
     variables, x, where = draw()
@@ -226,3 +235,31 @@ def test_initialising_and_inference_need_no_mapped_axis(module, inputs):
     module.apply(variables, *inputs, use_running_average=True)
     with pytest.raises(NameError, match="batch"):
         module.apply(variables, *inputs, use_running_average=False, mutable=["batch_stats"])
+    with pytest.raises(ValueError, match="use_running_average"):
+        module.clone(use_running_average=True).apply(variables, *inputs, use_running_average=True)
+
+
+@pytest.mark.parametrize("kind", [bnlstm_jax.BNLSTMCell, bnlstm_jax.BNSimpleCell])
+def test_cells_pool_the_batch_over_a_mapped_axis(kind):
+    random = np.random.default_rng(0)
+    x, c, h = (random.normal(size=(6, n)).astype(np.float32) for n in (2, 3, 3))
+    carry = (c, h) if kind is bnlstm_jax.BNLSTMCell else h
+    alone, pooled = (kind(3, momentum=0.0, axis_name=name) for name in (None, "shards"))
+    variables = alone.init(jax.random.key(0), carry, x, use_running_average=False)
+
+    def outputs(cell, carry, x):
+        (carry, _), updated = cell.apply(
+            variables, carry, x, use_running_average=False, mutable=["batch_stats"]
+        )
+        return carry, dict(updated["batch_stats"])
+
+    def assert_close(ours, theirs):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **SINGLE), ours, theirs)
+
+    wanted, statistics = outputs(alone, carry, x)
+    shards = jax.tree.map(lambda a: a.reshape(2, 3, -1), (carry, x))
+    mapped = jax.vmap(lambda shard: outputs(pooled, *shard), axis_name="shards")
+    found, of_shards = mapped(shards)
+    assert_close(jax.tree.map(lambda a: a.reshape(6, -1), found), wanted)
+    for shard in range(2):
+        assert_close(jax.tree.map(lambda a, shard=shard: a[shard], of_shards), statistics)

@@ -62,11 +62,3 @@ def test_the_first_step_matters_until_statistics_end():
     runs = [layer.apply(variables, inputs[:, :1], first_step=t) for t in (0, 1, ROWS - 1, 999)]
     assert not np.allclose(runs[0], runs[1], atol=1e-3)
     np.testing.assert_array_equal(runs[2], runs[3])
-
-
-def test_pieces_have_no_batch_statistics():
-    layer, variables, inputs = layer_and_variables("bn_lstm")
-    training = layer.clone(use_running_average=False)
-    with pytest.raises(ValueError, match="first_step"):
-        training.apply(variables, inputs, first_step=3, mutable=["batch_stats"])
-    training.apply(variables, inputs, first_step=0, mutable=["batch_stats"])

@@ -146,7 +146,14 @@ def test_takes_tuples_and_finds_layers_within_models():
     variables = Model().init(jax.random.key(0), x, lengths, train=False)
     got = bnlstm_jax.estimate_population_statistics(Model(), variables, [(x, lengths)], train=True)
     assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, variables["batch_stats"])
-    assert all(np.any(leaf != 1) and np.any(leaf != 0) for leaf in jax.tree.leaves(got))
+    for name, reverse in (("BNLSTM_0", False), ("BNLSTM_1", True)):
+        layer = bnlstm_jax.BNLSTM(4, max_steps=STEPS, reverse=reverse)
+        own = {collection: variables[collection][name] for collection in variables}
+        wanted = batch_statistics(layer, own, x, seq_lengths=lengths)
+        for statistic, leaf in got[name].items():
+            # Two of the sequences have four steps: one alone has no variance.
+            np.testing.assert_allclose(leaf[:4], wanted[statistic][:4], rtol=1e-5, atol=1e-6)
+            np.testing.assert_array_equal(leaf[4:], leaf[3:4].repeat(2, 0))
 
 
 def test_says_what_is_wrong_where_there_is_nothing_to_average():

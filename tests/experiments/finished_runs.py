@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from experiments.records import checkpoints, metrics, workdir
-from experiments.train import RESULTS_NAME
+from experiments.records import checkpoints, metrics, results_file, workdir
 
-COMPARED = (metrics.FILE_NAME, RESULTS_NAME, "config.json")
+COMPARED = (metrics.FILE_NAME, results_file.NAME, "config.json")
 
 
 def differences(ours: Path, theirs: Path) -> Iterator[str]:
@@ -32,10 +31,10 @@ def differences(ours: Path, theirs: Path) -> Iterator[str]:
 def final_arrays(folder: Path) -> dict[str, np.ndarray]:
     """All arrays of a finished run, by name: latest and best checkpoint, population statistics."""
     saved = folder / "checkpoints"
-    best = json.loads((folder / RESULTS_NAME).read_text())["update"]
+    best = json.loads((folder / results_file.NAME).read_text())["update"]
     found = {}
     for kind, step in ("latest", checkpoints.steps_in(saved)[0]), ("best", best):
-        arrays, _ = checkpoints.read_checkpoint(saved, step)
+        arrays = checkpoints.read_checkpoint(saved, step)
         found[f"{kind} checkpoint"] = {"update": step, **arrays}
     if (folder / workdir.STATISTICS_NAME).exists():
         with np.load(folder / workdir.STATISTICS_NAME) as file:

@@ -81,6 +81,7 @@ def fields_of(name: str) -> dict[str, object]:
     """The fields of a config, `model.kind` and the like, and their values."""
     argv = ["main", config_flag(name)]
     with fresh_flags(argv):
+        main.define_flags()
         main.parse_flags(argv)
         return flatten_dict(flags.FLAGS.config.to_dict(), sep=".")
 
@@ -150,6 +151,7 @@ def attempt(name: str, data: Path, words: list[str]) -> str | None:
     with fresh_flags(argv), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
+            main.define_flags()
             main.parse_flags(argv)
             base = flags.FLAGS.config
             config.check(base)

@@ -45,7 +45,7 @@ def trained(config, devices, updates=20):
     state = devices.replicate(train.create_state(task, config))
     step = train.make_train_step(task, NOISE, devices)
     for update in range(updates):
-        split = devices.splits(task.train_rows(update))
+        split = devices.splits(len(task.train_indices(update)))
         batch = devices.place(task.train_batch(update, devices.share), split, task.shared)
         state = step(state, batch, split=split)
     return task, state
@@ -230,6 +230,23 @@ def test_devices_that_cannot_share_a_batch_raise(config, fields, message):
     config.parallel.update(fields)
     with pytest.raises(UserError, match=re.escape(message)):
         parallel.make(config)
+
+
+@pytest.mark.parametrize("split, keys", [(True, 4), (False, 1)])
+def test_devices_with_rows_of_their_own_draw_noise_of_their_own(config, split, keys):
+    _, devices = on(config, 4)
+
+    def own_key(noise):
+        return jax.random.key_data(devices.fold_in(noise, split))[None]
+
+    mapped = jax.shard_map(
+        own_key,
+        mesh=devices.mesh,
+        in_specs=parallel.EVERYWHERE,
+        out_specs=parallel.BY_ROWS,
+        check_vma=False,
+    )
+    assert len(np.unique(mapped(NOISE), axis=0)) == keys
 
 
 def test_resuming_with_statistics_of_fewer_examples_is_refused(config, tmp_path):

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from experiments import train
 from experiments.launching.sweeps import Point
+from experiments.records import results_file
 from experiments.records.runs import Experiment
 from experiments.runtime import files
 
@@ -16,7 +16,7 @@ def results_of(point: Point, updates: int | None = None) -> dict[str, object]:
     """What `results.json` of a point's run says at least, once it has finished."""
     config = point.config
     updates = updates or config.num_updates
-    return {"updates": updates, "evaluation": train.evaluation_fields(config)}
+    return {"updates": updates, "evaluation": results_file.evaluation_fields(config)}
 
 
 def write_run(
@@ -59,7 +59,7 @@ def write_run(
             {"split": "valid", "statistics": statistics, **{name: -1.0 for name in test}},
         ]
         update = config.num_updates
-        evaluation = train.evaluation_fields(config)
+        evaluation = results_file.evaluation_fields(config)
         rows = [*others, row]
         results = {"update": update, "updates": update, "evaluation": evaluation, "rows": rows}
         files.write_json(run / "results.json", results)

@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array
 
 from bnlstm_jax.cells import TERMS, as_symbols
-from bnlstm_jax.normalization import Statistics
+from bnlstm_jax.normalization import Statistics, last_derivative
 from bnlstm_jax.recurrence.native import common
 from bnlstm_jax.recurrence.problem import Problem, Result, with_input_terms
 
@@ -217,11 +217,13 @@ def call_kernel(options: Options, inputs: Inputs) -> tuple[Array, ...]:
 
 
 def _forward(options, inputs):
+    inputs = last_derivative("implementation 'cpu'", inputs)
     hidden, last_cell, cell, recurrent_term, *moments = forward_call(options, inputs, keep=True)
     return (hidden, last_cell, *moments), (inputs, hidden, cell, recurrent_term, *moments)
 
 
 def _backward(options, residuals, gradients):
+    residuals, gradients = last_derivative("implementation 'cpu'", (residuals, gradients))
     inputs, hidden, cell, recurrent_term, *moments = residuals
     d_hidden, d_cell, *_ = gradients
     if not options.given:

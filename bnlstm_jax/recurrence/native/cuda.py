@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from bnlstm_jax.normalization import Statistics, along
+from bnlstm_jax.normalization import Statistics, along, last_derivative
 from bnlstm_jax.recurrence.devices import default_device
 from bnlstm_jax.recurrence.native import common
 from bnlstm_jax.recurrence.problem import Problem, Result, with_input_terms
@@ -177,6 +177,7 @@ def call_kernel(options: Options, inputs: Inputs) -> tuple[Array, ...]:
 
 
 def _forward(options, inputs):
+    inputs = last_derivative("implementation 'gpu'", inputs)
     # `jax.checkpoint` around the call computes `inputs` again rather than store them.
     results = forward_call(options, inputs, keep=True)
     hidden, cell, recurrent_term, *moments = (checkpoint_name(x, _RESIDUAL) for x in results)
@@ -184,6 +185,7 @@ def _forward(options, inputs):
 
 
 def _backward(options, residuals, gradients):
+    residuals, gradients = last_derivative("implementation 'gpu'", (residuals, gradients))
     inputs, hidden, cell, recurrent_term, *moments = residuals
     d_hidden, d_cell, *_ = gradients
     if not options.given:

@@ -63,7 +63,7 @@ def test_flags_may_come_from_files(tmp_path):
     program = """
         from experiments.runtime import (cli)
         from experiments import (main)
-        cli.run(main.main, parse=main.parse_flags)
+        cli.run(main.main, main.define_flags, main.parse_flags)
     """
     status, _, errors = run(program, "--workdir=other", f"--flagfile={tmp_path}/outer")
     assert (status, errors) == (

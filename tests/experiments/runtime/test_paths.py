@@ -22,6 +22,7 @@ def parsed(*words):
     """The flags of `experiments.main` for some words: the workdir, the file and the config."""
     argv = ["main", *words]
     with fresh_flags(argv):
+        main.define_flags()
         main.parse_flags(argv)
         config.check(flags.FLAGS.config)
         return flags.FLAGS.workdir, flags.FLAGS["config"].config_filename, flags.FLAGS.config
@@ -54,6 +55,7 @@ def test_evaluation_finds_its_config_at_home(home):
     (home / "run" / "config.json").write_text(text.get_config().to_json_best_effort())
     argv = ["main", "--mode=evaluate", "--workdir=~/run"]
     with fresh_flags(argv):
+        main.define_flags()
         main.parse_flags(argv)
         assert flags.FLAGS.config.task == "char_lm"
 
@@ -80,5 +82,6 @@ def test_the_last_of_several_workdirs_is_evaluated(tmp_path):
     (tmp_path / "config.json").write_text(text.get_config().to_json_best_effort())
     argv = ["main", "--workdir=none", f"--workdir={tmp_path}", "--mode=train", "--mode=evaluate"]
     with fresh_flags(argv):
+        main.define_flags()
         main.parse_flags(argv)
         assert flags.FLAGS.config.task == "char_lm"

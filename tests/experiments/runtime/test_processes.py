@@ -121,7 +121,7 @@ def assert_finished(ended):
 def assert_equal(ours, theirs, atol=1e-5):
     """Checkpoints, metrics and results; measured differences are 2e-7."""
     a, b = (
-        flatten_dict(checkpoints.read_checkpoint(run / "checkpoints", 20)[0], sep="/")
+        flatten_dict(checkpoints.read_checkpoint(run / "checkpoints", 20), sep="/")
         for run in (ours, theirs)
     )
     assert a.keys() == b.keys()

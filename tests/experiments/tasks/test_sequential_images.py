@@ -18,6 +18,30 @@ def test_pixel_orders():
     assert np.any(pixel_order("permutation", 784, 1) != pixel_order("permutation", 784, 2))
 
 
+def test_config_fields_reach_the_layer(small_config):
+    model = small_config.model
+    model.kind = "bn_lstm"
+    fields = {"momentum": 0.7, "initial_hidden_noise": 0.1, "input_statistics": "sequence",
+              "normalize": ("input", "cell"), "max_steps": 9, "dtype": "bfloat16",
+              "implementation": "xla"}  # fmt: skip
+    model.update(fields | {"features": 3, "recurrent_init": "identity", "initial_scale": 0.3})
+    layer = layers.recurrent_layer(model, 16, axis_name="devices")
+    assert {name: getattr(layer, name) for name in fields} == fields
+    assert layer.axis_name == "devices"
+    x = jnp.ones((2, 16, 1))
+    params = layer.init(jax.random.key(0), x, use_running_average=True)["params"]
+    np.testing.assert_array_equal(params["recurrent_kernel"][:, 9:], np.eye(3))
+    np.testing.assert_array_equal(params["input_scale"], np.full(12, np.float32(0.3)))
+
+    model.update({"shared_statistics": True, "max_steps": 0, "recurrent_init": "orthogonal"})
+    layer = layers.recurrent_layer(model, 16)
+    assert layer.shared_statistics and layer.max_steps is None
+    params = layer.init(jax.random.key(0), x, use_running_average=True)["params"]
+    assert np.abs(params["recurrent_kernel"][:, 9:] - np.eye(3)).max() > 0.1
+    model.update({"kind": "ln_lstm", "normalize": ("recurrent",)})
+    assert layers.recurrent_layer(model, 16).normalize == ("recurrent",)
+
+
 def test_every_epoch_holds_every_example_once():
     epochs = [
         np.concatenate([tasks.shuffled_batch(10, 4, 1, 3 * epoch + n) for n in range(3)])
@@ -35,7 +59,7 @@ def test_an_example_left_over_alone_is_left_out_of_its_epoch():
     ]
     assert all(len(np.unique(examples)) == 8 for examples in epochs)
     assert len({(set(range(9)) - set(examples.tolist())).pop() for examples in epochs}) > 3
-    assert [tasks.shuffled_rows(9, 4, n) for n in range(3)] == [4, 4, 4]
+    assert [len(tasks.shuffled_batch(9, 4, 1, n)) for n in range(3)] == [4, 4, 4]
     assert [len(tasks.shuffled_batch(3, 1, 1, n)) for n in range(3)] == [1, 1, 1]
 
 
