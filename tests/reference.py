@@ -55,6 +55,8 @@ def bn_lstm(
     reverse=False,
     keep_order=False,
     epsilon=1e-5,
+    input_epsilon=None,
+    bias_factor=1.0,
     operand=lambda x: x,
     over="batch",
 ):
@@ -63,22 +65,27 @@ def bn_lstm(
     statistics: None to normalise with the statistics of this batch (training), else a dict with
         `{term}_mean` and `{term}_var`; their last row serves all the steps beyond it (inference).
     seq_lengths: number of valid steps of each row; beyond it the state of the row is held.
-    mask_statistics: count only the valid rows in the statistics, or all of them.
+    mask_statistics: count only the valid rows in the statistics, of some terms or of all.
+    input_epsilon: that of the input term, if it is another.
+    bias_factor: how often the bias is added.
     operand: applied to both factors of every matrix product, to imitate a coarser precision.
     over: `features` for layer normalisation, each row by its own mean and variance.
 
     The returned statistics are a dict like `statistics`, [time, features] each, or [features] for
-    sequence-wide input statistics. Steps with fewer than two rows to count have NaN.
+    sequence-wide input statistics. Steps with fewer than two rows to count have NaN. Parameters
+    `initial_cell` and `cell_bias` that are missing are zero.
     """
     x = np.asarray(inputs, np.float64)
     p = {name: np.asarray(value, np.float64) for name, value in params.items()}
     batch, time = x.shape[:2]
-    features = p["initial_cell"].shape[0]
+    features = len(p["initial_hidden"])
+    p = {"initial_cell": np.zeros(features), "cell_bias": np.zeros(features)} | p
     lengths = np.full(batch, time) if seq_lengths is None else np.asarray(seq_lengths)
     if reverse:
         x = flip(x, lengths)
     valid = np.arange(time) < lengths[:, None]  # [batch, time]
-    counted = valid if mask_statistics else np.ones_like(valid)
+    masked = {True: TERMS, False: ()}.get(mask_statistics, mask_statistics)
+    counted = {term: valid if term in masked else np.ones_like(valid) for term in TERMS}
     found = {f"{term}_{kind}": [] for term in normalize for kind in ("mean", "var")}
 
     def normalised(term, values, rows, step):
@@ -96,12 +103,14 @@ def bn_lstm(
             if mean.ndim == 2:
                 row = min(step, len(mean) - 1)
                 mean, var = mean[row], var[row]
-        return p[f"{term}_scale"] * (values - mean) / np.sqrt(var + epsilon)
+        other = term == "input" and input_epsilon is not None
+        deviation = np.sqrt(var + (input_epsilon if other else epsilon))
+        return p[f"{term}_scale"] * (values - mean) / deviation
 
     projected = operand(x) @ operand(p["input_kernel"])  # [batch, time, 4 * features]
     whole_sequence = input_statistics == "sequence"
     if whole_sequence:
-        projected = normalised("input", projected, counted, None)
+        projected = normalised("input", projected, counted["input"], None)
 
     if initial_carry is None:
         c = np.tile(p["initial_cell"], (batch, 1))
@@ -111,15 +120,16 @@ def bn_lstm(
 
     outputs = np.empty((batch, time, features))
     for t in range(time):
-        rows, keep = counted[:, t], valid[:, t, None]
+        keep = valid[:, t, None]
         from_input = projected[:, t]
         if not whole_sequence:
-            from_input = normalised("input", from_input, rows, t)
+            from_input = normalised("input", from_input, counted["input"][:, t], t)
         recurrent = operand(h) @ operand(p["recurrent_kernel"])
-        a = normalised("recurrent", recurrent, rows, t) + from_input + p["bias"]
+        recurrent = normalised("recurrent", recurrent, counted["recurrent"][:, t], t)
+        a = recurrent + from_input + bias_factor * p["bias"]
         f, i, o, g = np.split(a, 4, axis=-1)
         c = np.where(keep, sigmoid(f) * c + sigmoid(i) * np.tanh(g), c)
-        shown = np.tanh(normalised("cell", c, rows, t) + p["cell_bias"])
+        shown = np.tanh(normalised("cell", c, counted["cell"][:, t], t) + p["cell_bias"])
         h = np.where(keep, sigmoid(o) * shown, h)
         outputs[:, t] = h
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.reference import TERMS, flip, moments, sigmoid
+from tests.reference import TERMS, bn_lstm, moments
 
 SEQUENCE_EPSILON = 1e-6  # of sequence-wide input statistics
 
@@ -29,84 +29,6 @@ FORMS = {
     "bn_e_star": Form(recurrence=True, sequence=True, attention=True),
     "bn_e_star_star": Form(True, True, True, True),
 }
-
-
-def normalise(name, values, counted, scale, epsilon, given, step=None):
-    """BN without its shift, by the moments of the counted values or by given ones; and the moments.
-
-    Given are `{name}mean` and `{name}var`. For a step it is one of the rows of a table, the last
-    one for all steps beyond.
-    """
-    if given is None:
-        mean, var = moments(values, counted)
-    else:
-        mean, var = (np.asarray(given[name + kind], float) for kind in ("mean", "var"))
-        if mean.ndim == 2:
-            mean, var = (table[min(step, len(table) - 1)] for table in (mean, var))
-    return scale * (values - mean) / np.sqrt(var + epsilon), (mean, var)
-
-
-def recur(
-    p,
-    x,
-    lengths,
-    recurrence,
-    sequence,
-    masked,
-    input_epsilon=1e-5,
-    bias_factor=1,
-    given=None,
-    epsilon=1e-5,
-):
-    """A (BN-)LSTM over x [batch, time, D], all of whose normalised terms may be masked or not.
-
-    Returns outputs, the last hidden state, and all moments: [time, F], or [F] of whole sequences.
-    Steps with fewer than two rows to count have NaN.
-    """
-    batch, time = x.shape[:2]
-    valid = np.arange(time) < np.asarray(lengths)[:, None]
-    counted = {term: valid if term in masked else np.ones_like(valid) for term in TERMS}
-    found = {f"{term}_{kind}": [] for term in TERMS * recurrence for kind in ("mean", "var")}
-
-    def norm(term, values, rows, epsilon, step):
-        if not recurrence:
-            return values
-        values, pair = normalise(f"{term}_", values, rows, p[f"{term}_scale"], epsilon, given, step)
-        if given is None and np.sum(rows) < 2:
-            pair = np.full_like(pair, np.nan)  # one row has no variance
-        for kind, moment in zip(("mean", "var"), pair, strict=True):
-            found[f"{term}_{kind}"].append(moment)
-        return values
-
-    from_input = x @ p["input_kernel"]
-    if sequence:
-        from_input = norm("input", from_input, counted["input"], input_epsilon, None)
-    else:
-        steps = [
-            norm("input", from_input[:, t], counted["input"][:, t], input_epsilon, t)
-            for t in range(time)
-        ]
-        from_input = np.stack(steps, axis=1)
-
-    h = np.tile(p["initial_hidden"], (batch, 1))
-    c = np.zeros_like(h)
-    outputs = []
-    for t in range(time):
-        recurrent = norm(
-            "recurrent", h @ p["recurrent_kernel"], counted["recurrent"][:, t], epsilon, t
-        )
-        f, i, o, g = np.split(recurrent + from_input[:, t] + bias_factor * p["bias"], 4, axis=1)
-        keep = valid[:, t, None]
-        c = np.where(keep, sigmoid(f) * c + sigmoid(i) * np.tanh(g), c)
-        shown = norm("cell", c, counted["cell"][:, t], epsilon, t)
-        if recurrence:
-            shown = shown + p["cell_bias"]
-        h = np.where(keep, sigmoid(o) * np.tanh(shown), h)
-        outputs.append(h)
-    found = {name: np.stack(rows) for name, rows in found.items()}
-    if sequence and recurrence:
-        found |= {name: found[name][0] for name in ("input_mean", "input_var")}
-    return np.stack(outputs, axis=1), h, found
 
 
 def read(
@@ -137,19 +59,20 @@ def read(
         hidden, last, found[name] = [], [], {}
         for direction in ("forward", "backward")[: 1 + form.bidirectional]:
             backward = direction == "backward"
-            y, u, moments_of_layer = recur(
+            y, (_, u), found[name][direction] = bn_lstm(
                 params[name][direction],
-                flip(x, lengths) if backward else x,
-                lengths,
-                form.recurrence,
-                form.sequence,
-                masked,
-                SEQUENCE_EPSILON if form.sequence else epsilon,
-                given=None if statistics is None else statistics.get(name, {}).get(direction),
+                x,
+                normalize=TERMS if form.recurrence else (),
+                statistics=None if statistics is None else statistics.get(name, {}).get(direction),
+                seq_lengths=lengths,
+                input_statistics="sequence" if form.sequence else "per_step",
+                mask_statistics=masked,
+                reverse=backward,
+                keep_order=backward,
                 epsilon=epsilon,
+                input_epsilon=SEQUENCE_EPSILON if form.sequence else None,
             )
-            found[name][direction] = moments_of_layer
-            hidden.append(flip(y, lengths) * valid[..., None] if backward else y)
+            hidden.append(y * valid[..., None] if backward else y)
             last.append(u)
         return np.concatenate(hidden, axis=2), np.concatenate(last, axis=1)
 
@@ -157,10 +80,12 @@ def read(
         x = x @ params[f"{name}_kernel"]
         if not form.attention:
             return x
-        given = None if statistics is None else statistics[f"{name}_norm"]
-        x, (mean, var) = normalise("", x, counted, params[f"{name}_norm"]["scale"], epsilon, given)
+        if statistics is None:
+            mean, var = moments(x, counted)
+        else:
+            mean, var = (np.asarray(statistics[f"{name}_norm"][k], float) for k in ("mean", "var"))
         found[f"{name}_norm"] = {"mean": mean, "var": var}
-        return x
+        return params[f"{name}_norm"]["scale"] * (x - mean) / np.sqrt(var + epsilon)
 
     y, _ = encode("passage", passages, passage_lengths)
     _, u = encode("question", questions, question_lengths)

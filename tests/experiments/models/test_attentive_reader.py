@@ -15,10 +15,8 @@ import numpy as np
 import pytest
 
 import bnlstm_jax
-from bnlstm_jax.cells import Variant
 from experiments.models.attentive_reader import FORMS, AttentiveReader, Encoder, Quirks
-from tests import reference, reference_reader
-from tests.reference import TERMS
+from tests import reference_reader
 
 WORDS, UNITS, BATCH, TIME, QUESTION = 11, 3, 4, 6, 4
 ROWS = TIME - 1  # of the passage's tables: the last one serves the last step too
@@ -556,117 +554,3 @@ def test_matrix_products_have_operands_in_bfloat16():
     # The others are sums over the batch for statistics, as products with a row of weights.
     sums = [pair for pair in pairs if pair.startswith(f"tensor<1x{BATCH}xf32>")]
     assert sums and len(coarse) + len(sums) == len(pairs)
-
-
-# ---- The options that the reader has of the layers.
-
-
-@pytest.mark.parametrize(
-    "input_statistics, masked", [("per_step", ("recurrent",)), ("sequence", ("input", "cell"))]
-)
-def test_each_term_is_masked_by_itself_and_input_has_its_epsilon(input_statistics, masked, double):
-    params, _, _ = draw("bn_lstm")
-    params = params["passage"]["forward"]
-    # Small inputs, so that the variance is not large against what is added.
-    x = 1e-2 * np.random.default_rng(0).normal(size=(BATCH, TIME, UNITS))
-    lengths = np.array([4, 1, 3, 2])
-    layer = bnlstm_jax.BNLSTM(
-        UNITS,
-        max_steps=TIME,
-        input_statistics=input_statistics,
-        mask_statistics=masked,
-        variant=Variant(learned_cell=False, input_epsilon=1e-3),
-        momentum=0.0,
-        param_dtype=jnp.float64,
-    )
-    y, updated = layer.apply(
-        {"params": params}, x, seq_lengths=lengths, use_running_average=False, mutable=True
-    )
-    expected, _, found = reference_reader.recur(
-        params, x, lengths, True, input_statistics == "sequence", masked, 1e-3
-    )
-    np.testing.assert_allclose(y, expected, **VALUES)
-    initial = {n: np.full_like(m, float(n.endswith("var"))) for n, m in found.items()}
-    assert_close(dict(updated["batch_stats"]), statistics_after(initial, found), **VALUES)
-
-
-def test_lstm_layer_and_cell_without_the_parameters_that_the_reader_has_not(double):
-    params, _, _ = draw("lstm")
-    params = params["passage"]["forward"]
-    x = np.random.default_rng(0).normal(size=(BATCH, TIME, UNITS))
-    lengths = np.full(BATCH, TIME)
-    variant = Variant(bias_factor=2.0, cell_bias=False, learned_cell=False)
-    options = dict(variant=variant, param_dtype=jnp.float64)
-    layer = bnlstm_jax.LSTM(UNITS, **options)
-    cell = nn.RNN(bnlstm_jax.LSTMCell(UNITS, **options))
-    expected, _, _ = reference_reader.recur(params, x, lengths, False, False, (), bias_factor=2)
-    for module, variables in ((layer, params), (cell, {"cell": params})):
-        made = module.init(jax.random.key(0), x)["params"]
-        assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, variables)
-        np.testing.assert_allclose(module.apply({"params": variables}, x), expected, **VALUES)
-
-    # The cell bias that an LSTM has otherwise, and the cell state that it starts from.
-    learned = params | {"cell_bias": np.full(UNITS, 0.5), "initial_cell": np.full(UNITS, 0.7)}
-    layer = layer.clone(variant=Variant(bias_factor=2.0))
-    doubled = learned | {"bias": 2 * params["bias"]}
-    expected, _, _ = reference.bn_lstm(doubled, x, normalize=())
-    np.testing.assert_allclose(layer.apply({"params": learned}, x), expected, **VALUES)
-
-
-def test_normalised_layer_and_cell_take_the_options_too(double):
-    params, stats, _ = draw("bn_lstm")
-    params, stats = params["passage"]["forward"], stats["passage"]["forward"]
-    stats = {name: moment[:1] for name, moment in stats.items()}
-    x = np.random.default_rng(0).normal(size=(BATCH, 1, UNITS))
-    variant = Variant(2.0, cell_bias=False, learned_cell=False, input_epsilon=0.1)
-    options = dict(variant=variant, param_dtype=jnp.float64, use_running_average=True)
-    params.pop("cell_bias")
-    layer = bnlstm_jax.BNLSTM(UNITS, **options).apply({"params": params, "batch_stats": stats}, x)
-    cell = bnlstm_jax.BNLSTMCell(UNITS, **options)
-    start = np.zeros((BATCH, UNITS)), np.tile(params["initial_hidden"], (BATCH, 1))
-    variables = {"params": params, "batch_stats": {k: m[0] for k, m in stats.items()}}
-    _, output = cell.apply(variables, start, x[:, 0])
-    expected, _, _ = reference_reader.recur(
-        params | {"cell_bias": np.zeros(UNITS)},
-        x,
-        np.ones(BATCH, int),
-        True,
-        False,
-        (),
-        0.1,
-        2,
-        stats,
-    )
-    np.testing.assert_allclose(layer, expected, **VALUES)
-    np.testing.assert_allclose(output, expected[:, 0], **VALUES)
-
-
-# ---- The reference itself.
-
-
-def test_the_reference_has_the_recurrence_of_the_other():
-    params, stats, _ = draw("bn_lstm")
-    params = params["passage"]["forward"]
-    full = params | {"initial_cell": np.zeros(UNITS)}
-    x = np.random.default_rng(0).normal(size=(BATCH, TIME, UNITS))
-    lengths = np.array([4, 1, 3, 2])
-    for sequence, masked, table in itertools.product((False, True), (False, True), (False, True)):
-        if sequence and table:
-            continue
-        given = stats["passage"]["forward"] if table else None
-        terms = TERMS if masked else ()
-        mine, h, found = reference_reader.recur(
-            params, x, lengths, True, sequence, terms, given=given
-        )
-        other, (_, last), moments = reference.bn_lstm(
-            full,
-            x,
-            statistics=given,
-            seq_lengths=lengths,
-            input_statistics="sequence" if sequence else "per_step",
-            mask_statistics=masked,
-        )
-        np.testing.assert_allclose(mine, other, rtol=1e-12)
-        np.testing.assert_allclose(h, last, rtol=1e-12)
-        if not table:
-            assert_close(found, moments, rtol=1e-12, atol=1e-14)
