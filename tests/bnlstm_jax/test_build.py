@@ -1,5 +1,6 @@
 """Native sources are compiled once, whatever happens meanwhile."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,18 @@ def test_what_the_compiler_says_is_kept_in_a_log(cache, monkeypatch, tmp_path):
         build.build(cpu.SOURCE, "cpu")
     (log,) = cache.iterdir()
     assert log.read_text().endswith("\nno such thing\n")
+
+
+def test_a_library_that_cannot_be_loaded_is_an_error_of_one_line(cache, monkeypatch, tmp_path):
+    compiler = fake_compiler(tmp_path, 'echo called >> "$0.log"; echo no library > "$output"')
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(common, "_load", functools.cache(common._load.__wrapped__))
+    for _ in range(2):
+        with pytest.raises(
+            RuntimeError, match=r"recurrence\.cc .* cannot be loaded: .*; where Python"
+        ):
+            cpu.load()
+    assert (tmp_path / "compiler.log").read_text() == "called\n"
 
 
 def test_a_compiler_that_is_not_there_is_named(cache, monkeypatch, tmp_path):

@@ -237,6 +237,37 @@ def test_a_wrong_number_of_threads_is_refused(value, monkeypatch):
         jax.block_until_ready(run("cpu"))
 
 
+@pytest.mark.parametrize("files, processors", [
+    ({"cpu.max": "250000 100000\n"}, 3),
+    ({"cpu.max": "50000 100000\n"}, 1),
+    ({"cpu.max": "max 100000\n"}, 0),
+    ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+    ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0),
+    ({}, 0),
+])  # fmt: skip
+def test_a_containers_quota_is_a_number_of_processors(files, processors, tmp_path):
+    (tmp_path / "cpu").mkdir()
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert cpu.load().BnlstmProcessorsOfQuota(bytes(tmp_path)) == processors
+
+
+def test_an_infinite_input_spoils_gradients_of_its_own_kernel_row_alone():
+    x = jnp.ones((3, 4, 2)).at[1, 2, 0].set(jnp.inf)
+    layer = LSTM(5, implementation="cpu")
+    variables = layer.init(jax.random.key(0), x)
+
+    def gradients(implementation):
+        apply = layer.clone(implementation=implementation).apply
+        return jax.grad(lambda p: jnp.sum(jnp.sin(apply({"params": p}, x))))(variables["params"])
+
+    found, expected = gradients("cpu"), gradients("reference")
+    assert np.isnan(expected["input_kernel"][0]).all()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected
+    )
+
+
 # ---- Symbols.
 
 

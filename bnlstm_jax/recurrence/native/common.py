@@ -21,7 +21,8 @@ def load(source: Path, platform: str, symbol: str, target: str) -> ctypes.CDLL:
     Its `{symbol}Forward` and `{symbol}Backward` become `{target}_forward` and `{target}_backward`.
 
     Raises:
-      RuntimeError: it cannot be compiled. Later calls raise the same, without another try.
+      RuntimeError: it cannot be compiled or loaded. Later calls raise the same, without another
+        try.
     """
     library = _load(source, platform, symbol, target)
     if isinstance(library, RuntimeError):
@@ -35,6 +36,11 @@ def _load(source: Path, platform: str, symbol: str, target: str) -> ctypes.CDLL 
         library = ctypes.CDLL(str(build(source, platform)))
     except RuntimeError as error:
         return error
+    except OSError as error:
+        return RuntimeError(
+            f"{source.name} is compiled, and cannot be loaded: {error}; where Python has an older "
+            "libstdc++ than the compiler, set CXX='g++ -static-libstdc++ -static-libgcc'"
+        )
     name = "CUDA" if platform == "gpu" else platform
     for call in ("Forward", "Backward"):
         handler = jax.ffi.pycapsule(getattr(library, f"{symbol}{call}"))

@@ -6,7 +6,8 @@ Like `cuda` this is not made of the step of `bnlstm_jax.cells`, but written out 
 float32.
 
 `BNLSTM_NUM_THREADS` is the number of threads of a call; by default the processors that the process
-may use. Results do not depend on it.
+may use, by its affinity and its container's quota. Results do not depend on it. `jax.vmap` runs the
+mapped calls one after the other.
 """
 
 import ctypes

@@ -52,22 +52,22 @@ struct Backward : Own {
         steps_of_product(product_steps(a)),
         most_rows(steps_of_product * a.batch),
         product_stride(most_rows + kLanes),
-        entering_data(most_rows * round_up(a.units)),
-        entering_inputs_data(many_features() ? most_rows * round_up(a.features) : 0),
+        entering_data(most_rows * round_up(a.units), false),
+        entering_inputs_data(many_features() ? most_rows * round_up(a.features) : 0, false),
         entering{entering_data.get(), Panels(round_up(a.units) / kLanes),
                  static_cast<size_t>(most_rows)},
         entering_inputs{entering_inputs_data.get(), Panels(round_up(a.features) / kLanes),
                         static_cast<size_t>(most_rows)},
-        d_terms(gates() * product_stride, false),
-        d_input_terms(many_features() && !a.merged() ? gates() * product_stride : 0, false),
-        d_packed(gates() * round_up(a.units)),
-        d_packed_inputs(gates() * input_width()),
+        d_terms(own_gates() * product_stride, false),
+        d_input_terms(many_features() && !a.merged() ? own_gates() * product_stride : 0, false),
+        d_packed(own_gates() * round_up(a.units), false),
+        d_packed_inputs(own_gates() * input_width(), false),
         d_hidden(units * width),
         d_cells(units * width),
         kept_back(units * width),
         cells(2 * units * width),
         scratch(kUnits * UnitRows::kRows * width),
-        d_inputs(a.source == Source::kTerms ? gates() * width : 0),
+        d_inputs(a.source == Source::kTerms ? own_gates() * width : 0),
         packed_transposed(features * a.gates(), false),
         feature_gradients(features * width),
         feature_rows(few_features() ? a.features * width : 0) {}
@@ -84,6 +84,9 @@ struct Backward : Own {
   }
 
   void run() {
+    // All threads at once; the constructors run one after the other.
+    std::fill_n(d_packed.get(), own_gates() * round_up(a.units), 0.f);
+    std::fill_n(d_packed_inputs.get(), own_gates() * input_width(), 0.f);
     pack(packed.get(), units, a.gates(), [&](int64_t row, int64_t k) {
       return a.kernel[(first + row) * a.gates() + column(k)];
     });
@@ -131,12 +134,13 @@ struct Backward : Own {
   // recurrent term, and writes the gradient by the inputs of that step.
   void pass_back(int64_t t) {
     if (t + 1 == a.steps) return;
-    const size_t gates = a.gates();
+    const size_t all_gates = a.gates();
     const PanelMatrix d_terms = shared.state_at(t + 1);
-    multiply({packed.get(), gates, true}, units, d_terms, gates, d_hidden.get(), width, true);
+    multiply({packed.get(), all_gates, true}, units, d_terms, all_gates, d_hidden.get(), width,
+             true);
     if (features == 0) return;
     const PanelMatrix d_input_terms = a.merged() ? d_terms : shared.d_inputs_at(t + 1);
-    multiply({packed_transposed.get(), gates, true}, features, d_input_terms, gates,
+    multiply({packed_transposed.get(), all_gates, true}, features, d_input_terms, all_gates,
              feature_gradients.get(), width);
     from_rows(a.d_inputs, feature_gradients.get(), t + 1, a.features, first_feature, features);
   }
@@ -281,8 +285,9 @@ struct Backward : Own {
     for (int gate = 0; gate < kGates; ++gate) {
       const int64_t row = kGates * u + gate;
       const float* d = rows.d_gates + gate * width;
-      const float *recurrent = rows.recurrent + gate * width;
-      const float* input = input_rows_of(u) + gate * width;
+      // Terms without moments of the batch have no correction: 0 times an infinite term would be NaN.
+      const float* recurrent = by_batch(a.recurrent) ? rows.recurrent + gate * width : d;
+      const float* input = by_batch(a.input) ? input_rows_of(u) + gate * width : d;
       float *d_input = rows.gates + gate * width, *for_product = product_row(d_terms, row);
       d_terms_of_step.compute_row(kGates * first + row, [&](int i) {
         const Vector d_term =
@@ -300,6 +305,7 @@ struct Backward : Own {
       input_backward(t, row, d_input);
     }
   }
+  bool by_batch(const Term& term) const { return term.normalized && !a.given; }
   // Where the step's gradients of a row of terms are collected. Whole vectors are written: what is
   // past the batch belongs to the next step, or to none.
   float* product_row(const Floats& rows, int64_t row) const {
@@ -338,10 +344,10 @@ struct Backward : Own {
     if (++collected < steps_of_product && t > 0) return;
     const size_t stride = product_stride;
     const int64_t rows = collected * a.batch;
-    multiply({d_terms.get(), stride, false}, gates(), entering, rows, d_packed.get(),
+    multiply({d_terms.get(), stride, false}, own_gates(), entering, rows, d_packed.get(),
              round_up(a.units), true);
     if (many_features())
-      multiply({a.merged() ? d_terms.get() : d_input_terms.get(), stride, false}, gates(),
+      multiply({a.merged() ? d_terms.get() : d_input_terms.get(), stride, false}, own_gates(),
                entering_inputs, rows, d_packed_inputs.get(), input_width(), true);
     collected = 0;
   }

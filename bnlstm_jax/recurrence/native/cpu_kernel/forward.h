@@ -14,7 +14,7 @@ struct Forward : Own {
   Forward(Shared& shared, int thread)
       : Own(shared, thread),
         thread(thread),
-        terms(gates() * width),
+        terms(own_gates() * width),
         cells(units * width),
         hidden(units * width),
         output_gates(kUnits * width),
@@ -27,7 +27,7 @@ struct Forward : Own {
       populate(a.cell, states, thread, shared.threads);
       populate(a.recurrent_term, kGates * states, thread, shared.threads);
     }
-    pack(packed.get(), gates(), a.units, [&](int64_t row, int64_t k) {
+    pack(packed.get(), own_gates(), a.units, [&](int64_t row, int64_t k) {
       return a.kernel[k * a.gates() + column(kGates * first + row)];
     });
     pack_input_kernel();
@@ -40,7 +40,7 @@ struct Forward : Own {
     const LeftMatrix kernel = {packed.get(), static_cast<size_t>(a.units), true};
     for (int64_t t = 0; t < a.steps; ++t) {
       enter(t);
-      multiply(kernel, gates(), shared.state_at(t), a.units, terms.get(), width);
+      multiply(kernel, own_gates(), shared.state_at(t), a.units, terms.get(), width);
       compute_input_terms(t);
       for (int64_t u = 0; u < units; u += kUnits) step(t, u, std::min(u + kUnits, units));
       if (t + 1 < a.steps) share_inputs(t + 1);

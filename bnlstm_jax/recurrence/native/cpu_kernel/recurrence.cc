@@ -22,8 +22,10 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <fstream>
 #include <memory>
 #include <new>
 #include <string>
@@ -39,38 +41,58 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-// Threads that the process may use: BNLSTM_NUM_THREADS, or the processors of its affinity; 0 if the
-// variable is not a number of threads.
+// The number of processors that a container's quota of time is worth, rounded up, by the files of
+// cgroups v2 or v1 in a folder; 0 if there is no quota.
+int processors_of_quota(const std::string& folder) {
+  double time = 0, period = 0;
+  if (!(std::ifstream(folder + "/cpu.max") >> time >> period)) {  // "max 100000": no quota
+    std::ifstream(folder + "/cpu/cpu.cfs_quota_us") >> time;
+    std::ifstream(folder + "/cpu/cpu.cfs_period_us") >> period;
+  }
+  return time > 0 && period > 0 ? std::ceil(time / period) : 0;
+}
+
+// Processors that the process may use, by its affinity and the quota of its container.
+int processors_of_process() {
+  int processors = std::max(1u, std::thread::hardware_concurrency());
+#if defined(__linux__)
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) == 0) processors = CPU_COUNT(&allowed);
+  static const int quota = processors_of_quota("/sys/fs/cgroup");
+  if (quota > 0) processors = std::min(processors, quota);
+#endif
+  return processors;
+}
+
+// Threads that the process may use: BNLSTM_NUM_THREADS, or one a processor; 0 if the variable is
+// not a number of threads.
 int threads_of_process() {
   if (const char* set = std::getenv("BNLSTM_NUM_THREADS")) {
     char* end;
     const long number = std::strtol(set, &end, 10);
     return *set && !*end && number > 0 && number <= 4096 ? number : 0;
   }
-#if defined(__linux__)
-  cpu_set_t allowed;
-  if (sched_getaffinity(0, sizeof(allowed), &allowed) == 0) return CPU_COUNT(&allowed);
-#endif
-  return std::max(1u, std::thread::hardware_concurrency());
+  return processors_of_process();
 }
 
 // As many threads as have enough to do in a step that waiting for each other does not count.
-int threads_for(const Arguments& a) {
+int threads_for(const Arguments& a, int most) {
   constexpr int64_t kLeast = 1 << 15;  // multiplications of a thread in a step
   const int64_t worth = a.gates() * a.units * a.batch / kLeast;
-  return std::clamp<int64_t>(std::min(worth, a.units), 1, threads_of_process());
+  return std::clamp<int64_t>(std::min(worth, a.units), 1, most);
 }
 
 template <typename Pass>
 ffi::Error run(const Arguments& a, bool backward) {
-  if (threads_of_process() == 0)
+  const int most = threads_of_process();
+  if (most == 0)
     return ffi::Error::InvalidArgument("BNLSTM_NUM_THREADS: expected a number of threads, got '" +
                                        std::string(std::getenv("BNLSTM_NUM_THREADS")) + "'");
   std::unique_ptr<Shared> shared;
   std::vector<std::unique_ptr<Pass>> passes;
   try {
     run_in_threads(
-        threads_for(a),
+        threads_for(a, most),
         [&](int threads) {
           shared = std::make_unique<Shared>(a, threads, backward);
           for (int i = 0; i < threads; ++i) passes.push_back(std::make_unique<Pass>(*shared, i));
@@ -229,6 +251,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(BnlstmCpuBackward, backward,
 
 // The instruction set that the library is compiled for.
 extern "C" const char* BnlstmInstructionSet() { return kInstructionSet; }
+
+// For a test.
+extern "C" int BnlstmProcessorsOfQuota(const char* folder) { return processors_of_quota(folder); }
 
 // Floating-point operations a second of as many threads as a call may have: of multiplications and
 // additions that wait for nothing, half a second of them.

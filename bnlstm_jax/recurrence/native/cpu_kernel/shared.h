@@ -21,9 +21,9 @@ struct Shared {
   const int width;  // of a row
   const Panels panels;
   Barrier barrier;
-  // Two buffers each, used in turn: hidden states (backward: gradients of recurrent terms), inputs,
-  // gradients of input terms.
-  const int64_t rows, input_rows, d_input_rows;
+  // Two buffers each, used in turn, of so many rows: hidden states (backward: gradients of recurrent
+  // terms), inputs, gradients of input terms.
+  const int64_t rows, input_count, d_input_count;
   Floats state, inputs, d_inputs;
 
   Shared(const Arguments& a, int threads, bool backward)
@@ -33,18 +33,18 @@ struct Shared {
         panels(width / kLanes),
         barrier(threads),
         rows(backward ? a.gates() : a.units),
-        input_rows(a.dense() ? a.features : 0),
-        d_input_rows(backward && a.dense() && !a.merged() ? a.gates() : 0),
+        input_count(a.dense() ? a.features : 0),
+        d_input_count(backward && a.dense() && !a.merged() ? a.gates() : 0),
         state(2 * rows * width),
-        inputs(2 * input_rows * width),
-        d_inputs(2 * d_input_rows * width) {}
+        inputs(2 * input_count * width),
+        d_inputs(2 * d_input_count * width) {}
 
   PanelMatrix buffer(const Floats& floats, int64_t rows, int64_t turn) const {
     return {floats.get() + turn % 2 * rows * width, panels, static_cast<size_t>(rows)};
   }
   PanelMatrix state_at(int64_t t) const { return buffer(state, rows, t); }
-  PanelMatrix inputs_at(int64_t t) const { return buffer(inputs, input_rows, t); }
-  PanelMatrix d_inputs_at(int64_t t) const { return buffer(d_inputs, d_input_rows, t); }
+  PanelMatrix inputs_at(int64_t t) const { return buffer(inputs, input_count, t); }
+  PanelMatrix d_inputs_at(int64_t t) const { return buffer(d_inputs, d_input_count, t); }
 };
 
 struct Own {
@@ -65,16 +65,16 @@ struct Own {
         width(shared.width),
         first(a.units * thread / shared.threads),
         units(a.units * (thread + 1) / shared.threads - first),
-        first_feature(shared.input_rows * thread / shared.threads),
-        features(shared.input_rows * (thread + 1) / shared.threads - first_feature),
+        first_feature(shared.input_count * thread / shared.threads),
+        features(shared.input_count * (thread + 1) / shared.threads - first_feature),
         masks(width / kLanes, a.batch),
         symbols(a.batch),
-        packed(gates() * a.units, false),
-        packed_inputs(gates() * input_columns(), false),
-        input_terms(gates() * width),
+        packed(own_gates() * a.units, false),
+        packed_inputs(own_gates() * input_columns(), false),
+        input_terms(own_gates() * width),
         input_rows(features * width) {}
 
-  int64_t gates() const { return kGates * units; }
+  int64_t own_gates() const { return kGates * units; }
   // Columns of a row of the input kernel, transposed; symbols have one more, of NaN.
   int64_t input_columns() const {
     if (a.source == Source::kTerms) return 0;
@@ -87,9 +87,9 @@ struct Own {
     const auto element = [&](int64_t row, int64_t k) {
       return a.input_kernel[k * a.gates() + column(kGates * first + row)];
     };
-    if (a.dense()) pack(packed_inputs.get(), gates(), a.features, element);
+    if (a.dense()) pack(packed_inputs.get(), own_gates(), a.features, element);
     if (a.source != Source::kSymbols) return;
-    for (int64_t row = 0; row < gates(); ++row) {
+    for (int64_t row = 0; row < own_gates(); ++row) {
       float* to = packed_inputs.get() + row * input_columns();
       for (int64_t k = 0; k < a.features; ++k) to[k] = element(row, k);
       to[a.features] = std::numeric_limits<float>::quiet_NaN();
@@ -135,9 +135,9 @@ struct Own {
   void compute_input_terms(int64_t t) {
     if (a.dense()) {
       const LeftMatrix kernel = {packed_inputs.get(), static_cast<size_t>(a.features), true};
-      multiply(kernel, gates(), shared.inputs_at(t), a.features, input_terms.get(), width);
+      multiply(kernel, own_gates(), shared.inputs_at(t), a.features, input_terms.get(), width);
     } else if (a.source == Source::kSymbols) {
-      for (int64_t row = 0; row < gates(); ++row) {
+      for (int64_t row = 0; row < own_gates(); ++row) {
         const float* from = packed_inputs.get() + row * input_columns();
         float* to = input_terms.get() + row * width;
         for (int64_t b = 0; b < a.batch; ++b) to[b] = from[symbols[b]];

@@ -88,7 +88,7 @@ INLINE Vector where(Mask mask, Vector x, Vector y) {
 // Elements of the vectors x and y, side by side, by index.
 template <int... I, typename V>
 INLINE auto shuffle(V x, V y, std::integer_sequence<int, I...>) {
-#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+#if defined(__clang__) || __GNUC__ >= 12
   return __builtin_shufflevector(x, y, I...);
 #else
   constexpr int n = sizeof(V) / 4;
