@@ -37,10 +37,13 @@ def _load(source: Path, platform: str, symbol: str, target: str) -> ctypes.CDLL 
     except RuntimeError as error:
         return error
     except OSError as error:
-        return RuntimeError(
-            f"{source.name} is compiled, and cannot be loaded: {error}; where Python has an older "
-            "libstdc++ than the compiler, set CXX='g++ -static-libstdc++ -static-libgcc'"
-        )
+        hint = ""
+        if platform == "cpu":
+            hint = (
+                "; where Python has an older libstdc++ than the compiler, set "
+                "CXX='g++ -static-libstdc++ -static-libgcc'"
+            )
+        return RuntimeError(f"{source.name} is compiled, and cannot be loaded: {error}{hint}")
     name = "CUDA" if platform == "gpu" else platform
     for call in ("Forward", "Backward"):
         handler = jax.ffi.pycapsule(getattr(library, f"{symbol}{call}"))
