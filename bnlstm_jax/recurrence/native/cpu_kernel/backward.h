@@ -285,7 +285,7 @@ struct Backward : Own {
     for (int gate = 0; gate < kGates; ++gate) {
       const int64_t row = kGates * u + gate;
       const float* d = rows.d_gates + gate * width;
-      // Terms without moments of the batch have no correction: 0 times an infinite one would be NaN.
+      // Terms without moments of the batch have no correction: 0 times infinity would be NaN.
       const float* recurrent = by_batch(a.recurrent) ? rows.recurrent + gate * width : d;
       const float* input = by_batch(a.input) ? input_rows_of(u) + gate * width : d;
       float *d_input = rows.gates + gate * width, *for_product = product_row(d_terms, row);

@@ -21,8 +21,8 @@ struct Shared {
   const int width;  // of a row
   const Panels panels;
   Barrier barrier;
-  // Two buffers each, used in turn, of so many rows: hidden states (backward: gradients of recurrent
-  // terms), inputs, gradients of input terms.
+  // Two buffers each, used in turn, of so many rows: hidden states (backward: gradients of
+  // recurrent terms), inputs, gradients of input terms.
   const int64_t rows, input_count, d_input_count;
   Floats state, inputs, d_inputs;
 
