@@ -158,8 +158,8 @@ class LSTM(RecurrentLayer):
 class LNLSTM(RecurrentLayer):
     """A layer-normalised LSTM over whole sequences, to compare with the batch-normalised one.
 
-    Training and inference are the same, and there are no statistics. Normalisation leaves only the
-    sign of inputs of one feature: for those leave `input` out of `normalize`.
+    Training and inference are the same, and there are no statistics. Of the input term of a single
+    feature, normalisation keeps only the sign.
 
     Attributes:
       features: number of hidden units H.

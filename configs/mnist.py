@@ -4,8 +4,8 @@
     python -m experiments.main --config=configs/mnist.py --workdir=runs/mnist_lstm \
         --config.model.kind=lstm
 
-Paper, test accuracy: LSTM 0.989, BN-LSTM 0.990. An update of the BN-LSTM takes 95 ms on two CPU
-cores with AVX-512 (all 100,000: three hours) and 9 ms on an H100 (15 minutes).
+Paper, test accuracy: LSTM 0.989, BN-LSTM 0.990. An update of the layer takes 95 ms on two CPU
+cores with AVX-512 (2.6 hours for 100,000) and 9 ms on an H100 (15 minutes); docs/speed.md.
 
 The settings are those of the paper's released code except RMSProp's decay. It is 0.9, where
 the code was released with 0.5 (`--config.optimizer.decay=0.5`), because 0.9 comes nearer to the

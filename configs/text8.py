@@ -5,7 +5,7 @@
         --config.model.kind=lstm
 
 Paper, test text as one sequence: LSTM 1.43, BN-LSTM 1.36 bits per character, with the split
-90M / 5M / 5M. An update of the BN-LSTM takes 5.3 s on two CPU cores: all 50 epochs need a GPU.
+90M / 5M / 5M. An update of the layer takes 5.3 s on two CPU cores: all 50 epochs need a GPU.
 
 Results of another split do not compare with the paper's, and carry the split in their name:
 

@@ -5,7 +5,7 @@
 
 It normalises the same terms, with the same initial gamma and with gamma 1, its usual value. Images
 have one number per step, of whose input term layer normalisation keeps only the sign. Other points
-therefore leave the input term unnormalised. The BN-LSTM is the config's own.
+therefore leave the input term unnormalised, and so does one of the two BN-LSTMs.
 """
 
 from experiments.launching.sweeps import Fields, product, values
