@@ -41,8 +41,12 @@ def check_fields(module: nn.Module) -> None:
     dtype = getattr(module, "dtype", None)
     floating = dtype is None or jnp.issubdtype(dtype, jnp.floating)
     check("dtype", floating, "a floating-point dtype, or None")
-    check("epsilon", getattr(module, "epsilon", 1) > 0, "a number above 0")
-    check("momentum", 0 <= getattr(module, "momentum", 0) <= 1, "a number from 0 to 1")
+    epsilon = getattr(module, "epsilon", 1)
+    known = not isinstance(epsilon, Array)
+    check("epsilon", known and epsilon > 0, "a number above 0")
+    momentum = getattr(module, "momentum", 0)  # an array where it is scheduled
+    known = not isinstance(momentum, Array)
+    check("momentum", not known or 0 <= momentum <= 1, "a number from 0 to 1")
 
 
 def check_rows(module: nn.Module, rows: int) -> None:
@@ -193,6 +197,7 @@ class BatchNorm(nn.Module):
             y = along(x, scale) * standardize(x, values(variables), self.epsilon, axis)
             return y.astype(self.dtype or y.dtype)
         if mask is not None:
+            mask = jnp.asarray(mask)
             if mask.ndim != x.ndim or mask.dtype != bool:
                 got = f"{mask.dtype}{list(mask.shape)}"
                 raise ValueError(f"mask: expected booleans with {x.ndim} axes, got {got}")

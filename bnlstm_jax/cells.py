@@ -68,10 +68,9 @@ def product(x: Array, kernel: Array, dtype: Any = None) -> Array:
 
     Shapes `[..., D]` and `[D, F]` give `[..., F]`; as in `jax.numpy.matmul` both may be stacked.
     """
-    dtype = dtype or jnp.promote_types(x.dtype, kernel.dtype)
-    return jnp.matmul(
-        x.astype(dtype), kernel.astype(dtype), preferred_element_type=statistics_dtype(dtype)
-    )
+    dtype = dtype or jnp.result_type(x, kernel)  # of NumPy's float64 arrays, JAX's float
+    x, kernel = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
+    return jnp.matmul(x, kernel, preferred_element_type=statistics_dtype(dtype))
 
 
 def as_symbols(symbols: Array, size: int) -> Array:
@@ -271,6 +270,7 @@ class RecurrentCell(nn.RNNCellBase):
         """Makes the learned initial state."""
         self.initial_cell, self.initial_hidden = initial_params(self)
 
+    @nn.nowrap
     def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Carry:
         """The learned initial `(c, h)`, each `[B, H]`, for inputs `[B, D]`; zeros if unbound.
 
@@ -409,6 +409,7 @@ class BNLSTMCell(RecurrentCell):
                     update_statistics(self, variables[term], batch.statistics(), rows, f"{term}_")
         return carry, output
 
+    @nn.nowrap
     def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Carry:
         """The learned initial `(c, h)`, each `[B, H]`, for inputs `[B, D]`; zeros if unbound.
 
@@ -545,10 +546,12 @@ class BNSimpleCell(nn.RNNCellBase):
         h = jnp.tanh(joint + along(joint, bias))
         return h, h.astype(self.dtype or h.dtype)
 
+    @nn.nowrap
     def _param(self, name: str, init: Initializer, *rows: int) -> Array:
         """A parameter `[*rows, H]`."""
         return make_param(self, name, init, (*rows, self.features))
 
+    @nn.nowrap
     def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Array:
         """The learned initial state `[B, H]` for inputs `[B, D]`; zeros if unbound.
 

@@ -52,6 +52,7 @@ class RecurrentLayer(nn.Module):
     def __call__(
         self,
         inputs: Array,
+        use_running_average: bool | None = None,
         *,
         initial_carry: Carry | None = None,
         init_key: Array | None = None,
@@ -61,13 +62,14 @@ class RecurrentLayer(nn.Module):
         time_major: bool | None = None,
         reverse: bool | None = None,
         keep_order: bool | None = None,
-        use_running_average: bool | None = None,
     ) -> Array | tuple[Carry, Array]:
         """Runs over sequences `[batch, time, input]`, giving outputs `[batch, time, features]`.
 
         Args:
           inputs: sequences `[batch, time, input]`, or `[time, batch, input]` if `time_major`; with
             `vocab_size` integers, without the last axis.
+          use_running_average: as the attribute of BNLSTM; set one of them. LSTM and LNLSTM ignore
+            it, so that a model can hold any of the three.
           initial_carry: `(c, h)`, each `[batch, features]`; the learned state if None.
           init_key: key of the initial hidden state's noise; the rng stream `noise` if None.
           first_step: number of time steps run before, for a long sequence run in pieces with the
@@ -77,8 +79,6 @@ class RecurrentLayer(nn.Module):
             state, and its outputs repeat the last one; what the padding holds has no effect, unless
             `mask_statistics` counts it.
           return_carry, time_major, reverse, keep_order: override the attributes.
-          use_running_average: as the attribute of BNLSTM; set one of them. LSTM and LNLSTM ignore
-            it, so that a model can hold any of the three.
 
         Returns:
           The outputs h; with `return_carry` the carry `(c, h)` after the last valid step, and the
@@ -131,7 +131,7 @@ class LSTM(RecurrentLayer):
       unroll: time steps per iteration of a compiled loop.
       implementation: `auto`, `xla`, `reference`, or a kernel, `cpu`, `gpu` or `tpu`; see
         `bnlstm_jax.recurrence`. Only `reference` has forward mode; kernels have first derivatives
-        alone. `gpu` runs batches above 128 by `xla`. `jax.export` does not support `cpu` and `gpu`.
+        alone. `gpu` runs batches above 128 by `xla`. `jax.export` needs `xla` or `reference`.
       dtype: dtype of products' operands and of outputs; by default that of inputs and parameters,
         but float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
@@ -183,7 +183,7 @@ class LNLSTM(RecurrentLayer):
       unroll: time steps per iteration of a compiled loop.
       implementation: `auto`, `xla`, `reference`, or a kernel, `cpu`, `gpu` or `tpu`; see
         `bnlstm_jax.recurrence`. Only `reference` has forward mode; kernels have first derivatives
-        alone. `gpu` runs batches above 128 by `xla`. `jax.export` does not support `cpu` and `gpu`.
+        alone. `gpu` runs batches above 128 by `xla`. `jax.export` needs `xla` or `reference`.
       dtype: dtype of products' operands and of outputs; by default that of inputs and parameters,
         but float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
@@ -269,7 +269,7 @@ class BNLSTM(RecurrentLayer):
       implementation: `auto`, `xla`, `reference`, or a kernel, `cpu`, `gpu` or `tpu`; see
         `bnlstm_jax.recurrence`. Under batch statistics only `reference` has forward mode and second
         derivatives. `tpu` and `gpu` have no gradients of running statistics. `gpu` runs batches
-        above 128 by `xla`. `jax.export` does not support `cpu` and `gpu`.
+        above 128 by `xla`. `jax.export` needs `xla` or `reference`.
       dtype: dtype of products' operands and of outputs; by default that of inputs and parameters,
         but float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
@@ -366,7 +366,8 @@ class _Call(NamedTuple):
         inputs = flip_sequences(inputs, self.seq_lengths) if self.reverse else inputs
         if self.seq_lengths is None:
             return inputs, None
-        valid = (jnp.arange(inputs.shape[0])[:, None] < self.seq_lengths[None])[..., None]
+        t = jnp.arange(inputs.shape[0], dtype=jnp.int32)[:, None]
+        valid = (t < self.seq_lengths[None])[..., None]
         if not keep_padding:
             inputs = jnp.where(valid if inputs.ndim == 3 else valid[..., 0], inputs, 0)
         return inputs, valid
@@ -511,7 +512,7 @@ def flip_sequences(x: Array, seq_lengths: Array | None) -> Array:
     """Reverses `x` `[T, B, ...]` in time; with lengths `[B]`, padding stays at the end."""
     if seq_lengths is None:
         return jnp.flip(x, axis=0)
-    t, seq_lengths = jnp.arange(x.shape[0])[:, None], seq_lengths[None]
+    t, seq_lengths = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None], seq_lengths[None]
     source = jnp.where(t < seq_lengths, seq_lengths - 1 - t, t)
     return jnp.take_along_axis(x, source.reshape(source.shape + (1,) * (x.ndim - 2)), axis=0)
 
@@ -550,7 +551,8 @@ def _running(
     layer: RecurrentLayer, variables: dict[str, list], first_step: Array | int | None, steps: int
 ) -> dict[str, Statistics] | None:
     """Running statistics of steps from `first_step` on; beyond the rows, the last row."""
-    t = jnp.asarray(0 if first_step is None else first_step, jnp.int32) + jnp.arange(steps)
+    first = jnp.asarray(0 if first_step is None else first_step, jnp.int32)
+    t = first + jnp.arange(steps, dtype=jnp.int32)
 
     def at_steps(statistics: Array) -> Array:
         rows = jnp.atleast_2d(statistics)

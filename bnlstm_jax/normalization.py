@@ -10,11 +10,13 @@ digit where the spread is small against the mean, as in the first steps of a rec
 import dataclasses
 import functools
 import math
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 T = TypeVar("T")
 
@@ -140,6 +142,20 @@ def statistics_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def on_any_mesh(function: Callable[..., T], specs: Any, *args: Any) -> T:
+    """`function(*args)`; if arguments are sharded over an explicit mesh, XLA shards what is inside.
+
+    `specs` is a prefix of the result's tree, with the `PartitionSpec` of each array on such a mesh.
+    """
+    shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(args)]
+    meshes = [sharding.mesh for sharding in shardings if any(sharding.spec)]
+    if not meshes:
+        return function(*args)
+    places = jax.tree.map(lambda spec: NamedSharding(meshes[0], spec), specs)
+    axes = meshes[0].explicit_axes
+    return jax.sharding.auto_axes(function, axes=axes, out_sharding=places)(*args)
+
+
 def standardize(x: Array, statistics: Statistics, epsilon: float, axis: tuple[int, ...]) -> Array:
     """`(x - mean) / sqrt(var + epsilon)`: equation 5 without scale and shift.
 
@@ -171,6 +187,19 @@ def batch_moments(
         are pooled.
       differentiable: whether they have a gradient; `batch_normalize` takes them without.
     """
+    moments = functools.partial(
+        _moments, axis=axis, axis_name=axis_name, differentiable=differentiable
+    )
+    return on_any_mesh(moments, PartitionSpec(), x, where)
+
+
+def _moments(
+    x: Array,
+    where: Array | None,
+    axis: tuple[int, ...],
+    axis_name: str | None,
+    differentiable: bool,
+) -> Moments:
     values = _counted(x, where)
     if not differentiable:
         values = jax.lax.stop_gradient(values)
@@ -201,7 +230,6 @@ def batch_moments(
     return Moments(center + error, jnp.maximum(var - jnp.square(error), 0), count)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def batch_normalize(
     x: Array,
     scale: Array,
@@ -226,6 +254,20 @@ def batch_normalize(
     Returns:
       The normalised values, in the shape of `x`, in float32 or wider.
     """
+    normalize = functools.partial(_normalize, epsilon, axis, axis_name)
+    return on_any_mesh(normalize, jax.typeof(x).sharding.spec, x, scale, where, moments)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _normalize(
+    epsilon: float,
+    axis: tuple[int, ...],
+    axis_name: str | None,
+    x: Array,
+    scale: Array,
+    where: Array | None,
+    moments: Moments,
+) -> Array:
     return _by_moments(x, scale, where, moments, epsilon)
 
 
@@ -301,8 +343,8 @@ def _row_product(weights: Array, x: Array) -> Array:
     return jnp.matmul(weights, x, precision=jax.lax.Precision.HIGHEST)
 
 
-def _forward(x, scale, where, moments, epsilon, axis, axis_name):
-    y = batch_normalize(x, scale, where, moments, epsilon, axis, axis_name)
+def _forward(epsilon, axis, axis_name, x, scale, where, moments):
+    y = _normalize(epsilon, axis, axis_name, x, scale, where, moments)
     return y, (x, scale, where, moments)
 
 
@@ -342,7 +384,7 @@ def _backward(epsilon, axis, axis_name, residuals, d_y):
     return *last_derivative("batch normalisation", (d_x.astype(x.dtype), d_gamma)), None, None
 
 
-batch_normalize.defvjp(_forward, _backward)
+_normalize.defvjp(_forward, _backward)
 
 
 def layer_normalize(x: Array, scale: Array, epsilon: float) -> Array:
@@ -362,7 +404,7 @@ def pool_steps(statistics: Statistics, count: Array) -> Statistics:
 
     `count` `[T]` is the number of rows at each step; zeros if there are no rows at all.
     """
-    weight = (count / jnp.maximum(jnp.sum(count), 1))[:, None]
+    weight = (count / jnp.maximum(jnp.sum(count), 1)).astype(statistics.mean.dtype)[:, None]
     mean = jnp.sum(weight * statistics.mean, 0)
     deviation = statistics.mean - along(statistics.mean, mean)
     var = jnp.sum(weight * (statistics.var + jnp.square(deviation)), 0)

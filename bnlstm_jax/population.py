@@ -23,6 +23,7 @@ from jax import Array
 from bnlstm_jax.batch_norm import CURRENT_BATCH_STATS, BatchNorm
 from bnlstm_jax.cells import BNLSTMCell, BNSimpleCell
 from bnlstm_jax.layers import BNLSTM
+from bnlstm_jax.normalization import Statistics
 
 MODULES = (BatchNorm, BNLSTM, BNLSTMCell, BNSimpleCell)
 Path = tuple[str, ...]  # of a module, or of a variable within a collection
@@ -39,7 +40,7 @@ def estimate_population_statistics(
     transform: Callable[[Callable], Callable] | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """The collection `batch_stats` of `model`, re-estimated from `batches` of training data.
+    """The collection `batch_stats` of `model`, re-estimated from `batches` of training data::
 
         stats = estimate_population_statistics(model, variables, batches, use_running_average=False)
         y = model.apply({**variables, "batch_stats": stats}, x, use_running_average=True)
@@ -117,7 +118,7 @@ def estimate_population_statistics(
     for path, (total, weight, _) in sums.items():
         if not jnp.any(weight > 0):
             continue
-        average, reached = _repeat_last(total / jnp.maximum(weight, 1), weight > 0)
+        average, reached = _repeat_last(path, total / jnp.maximum(weight, 1), weight > 0)
         old = statistics[path]
         statistics[path] = jnp.where(reached, average.astype(old.dtype), old)
     return unflatten_dict(statistics)
@@ -238,23 +239,25 @@ def _sums(
             continue
         value, reached = current[path], (current[count_path] > 0)[..., None]
         if late_steps == "repeat":
-            value, reached = _repeat_last(value, reached)
+            value, reached = _repeat_last(path, value, reached)
         total = jnp.where(reached, value, jnp.zeros_like(value))
         sums[path] = _Sum(total, reached.astype(value.dtype), moved)
     return sums
 
 
-def _repeat_last(statistic: Array, reached: Array) -> tuple[Array, Array]:
+def _repeat_last(path: Path, statistic: Array, reached: Array) -> tuple[Array, Array]:
     """Fills time steps that are not `reached` with the last one before them that is.
 
     Args:
-      statistic: `[..., T, F]`; `[F]`, of all time steps together, is returned as it is.
+      path: of the statistic in `batch_stats`.
+      statistic: `[..., T, F]`; `[F]`, of all time steps together, is returned as it is, and so is
+        that of a `BatchNorm`, which lifted transforms give other axes.
       reached: boolean `[..., T, 1]` or `[1]`.
 
     Returns:
       The filled statistic; boolean `[..., T, 1]`, whether any step is reached.
     """
-    if statistic.ndim < 2:
+    if statistic.ndim < 2 or path[-1] in Statistics._fields:
         return statistic, reached
     step = jax.lax.broadcasted_iota(jnp.int32, reached.shape, reached.ndim - 2)
     source = jax.lax.cummax(jnp.where(reached, step, jnp.zeros_like(step)), axis=reached.ndim - 2)

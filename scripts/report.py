@@ -5,8 +5,8 @@
 
 The page is one file that needs no network. It lists the runs of each: how far they came, how long
 that took, on which machine, at which commit, by which command; and what has not been run yet, with
-the command for it. A run in progress is shown as far as it has written metrics. Beside the page is a Markdown
-file with the same tables; `--readme` puts its summary into README.md.
+the command for it. A run in progress is shown as far as it has written metrics. Beside the page is
+a Markdown file with the same tables; `--readme` puts its summary into README.md.
 """
 
 import base64

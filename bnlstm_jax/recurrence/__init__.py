@@ -20,12 +20,13 @@ import functools
 import logging
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from bnlstm_jax.normalization import Statistics
+from bnlstm_jax.normalization import Statistics, on_any_mesh
 from bnlstm_jax.recurrence import pallas_tpu, scan
 from bnlstm_jax.recurrence.devices import default_device, runs_here
 from bnlstm_jax.recurrence.native import cpu, cuda
@@ -106,7 +107,7 @@ def run(name: str, problem: Problem) -> Result:
     """Runs a problem by a chosen implementation; without steps or sequences, by none of them."""
     (steps, batch), units = problem.source.shape[:2], problem.recurrent_kernel.shape[0]
     if steps and batch:
-        return IMPLEMENTATIONS[name].run(problem)
+        return on_any_mesh(IMPLEMENTATIONS[name].run, _specs(problem), problem)
     moments, norm = {}, problem.norm
     for term in norm.batch_terms if problem.statistics is None else ():
         (features,) = problem.params[f"{term}_scale"].shape
@@ -115,6 +116,13 @@ def run(name: str, problem: Problem) -> Result:
         moments[term] = Statistics(zeros, zeros)
     hidden = jnp.zeros((steps, batch, units), problem.carry[1].dtype)
     return Result(problem.carry, hidden, moments)
+
+
+def _specs(problem: Problem) -> Any:
+    """How a result is sharded on an explicit mesh: its sequences as those of the inputs."""
+    rows, spec = jax.typeof(problem.source).sharding.spec[1], PartitionSpec
+    fields: dict[str, Any] = {"carry": spec(rows), "hidden": spec(None, rows), "moments": spec()}
+    return Result(**fields)
 
 
 def _validated(problem: Problem) -> tuple[str, str, int]:

@@ -18,6 +18,7 @@ from bnlstm_jax import (
     LNLSTMCell,
     LSTMCell,
 )
+from bnlstm_jax.batch_norm import CURRENT_BATCH_STATS
 from bnlstm_jax.recurrence.devices import emulation
 
 LAYERS = {"LSTM": LSTM, "BNLSTM": BNLSTM, "LNLSTM": LNLSTM}
@@ -43,6 +44,11 @@ def training_results(layer, variables, x, **options):
 
     gradients, (y, updated) = jax.grad(loss, has_aux=True)(variables["params"])
     return y, updated, gradients
+
+
+def fields_of(module):
+    names = (field.name for field in dataclasses.fields(module))
+    return {name: getattr(module, name) for name in names if name not in ("parent", "name")}
 
 
 def assert_equal(ours, theirs, rtol=0.0, atol=0.0):
@@ -586,6 +592,44 @@ def test_cells_and_batch_norm_pass_strict_modes(mode):
             assert y.shape[:2] == (3, 5)
 
 
+@pytest.mark.parametrize("options", [{}, {"shared_statistics": True}, {"reverse": True}])
+def test_strict_dtypes_pass_with_float64_enabled(options):
+    x = jnp.asarray(draw(3, 5, 2))
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        layer = BNLSTM(4, **options)
+        variables = initialize(layer, x)
+        lengths = jnp.array(LENGTHS, jnp.int32)
+        mutable = ["batch_stats", CURRENT_BATCH_STATS]
+        _, updated = layer.apply(variables, x, False, seq_lengths=lengths, mutable=mutable)
+        layer.apply(variables, x, True, seq_lengths=lengths)
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(updated["batch_stats"])}
+    current = updated[CURRENT_BATCH_STATS].items()
+    dtypes |= {leaf.dtype for name, leaf in current if not name.endswith("count")}
+    assert dtypes == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("cell", [LSTMCell(4), BNLSTMCell(4, use_running_average=False)])
+def test_cells_take_float64_arrays_of_numpy(cell):
+    x = np.random.default_rng(0).normal(size=(3, 2))
+    carry = tuple(np.zeros((3, 4)) for _ in range(2))
+    (_, y), _ = cell.init_with_output(jax.random.key(0), carry, x)
+    assert y.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("module", [BatchNorm(), BNLSTM(4)])
+def test_modules_may_be_rematerialised_with_a_static_argument(module):
+    x = jnp.asarray(draw(3, 5, 2))
+    variables = module.init(jax.random.key(0), x, True)
+    again = nn.remat(type(module), static_argnums=(2,))(**fields_of(module))
+    for use_running_average in (False, True):
+        wanted, got = (
+            each.apply(variables, x, use_running_average, mutable=["batch_stats"])
+            for each in (module, again)
+        )
+        assert_equal(got, wanted, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("axes", ["b, t, 2", "3, t, 2"])
 @pytest.mark.parametrize("kind", LAYERS.values(), ids=LAYERS.keys())
 def test_training_is_exported_with_symbolic_axes(kind, axes):
@@ -606,6 +650,14 @@ def test_training_is_exported_with_symbolic_axes(kind, axes):
 )
 def test_tabulate_counts_operations(module):
     assert "flops" in module.tabulate(jax.random.key(0), jnp.ones((2, 5, 3)), compute_flops=True)
+
+
+@pytest.mark.parametrize("cell", [LSTMCell, BNLSTMCell, LNLSTMCell, BNSimpleCell])
+def test_tabulate_shows_the_call_of_a_cell(cell):
+    options = {"use_running_average": True} if "BN" in cell.__name__ else {}
+    rnn = nn.RNN(cell(4, **options), variable_axes={"batch_stats": 0})
+    table = rnn.tabulate(jax.random.key(0), jnp.ones((2, 5, 3)))
+    assert "initialize_carry" not in table and "_param" not in table
 
 
 # ---- Derivatives.

@@ -203,6 +203,31 @@ def test_a_mask_is_broadcast():
     np.testing.assert_allclose(updated["batch_stats"]["var"], counted.var(0), **SINGLE)
 
 
+def test_a_mask_may_be_a_list():
+    variables, x, where = draw()
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        train(BatchNorm(), variables, x, where.tolist()),
+        train(BatchNorm(), variables, x, where),
+    )
+
+
+@pytest.mark.parametrize("kind", [BatchNorm, lambda **fields: bnlstm_jax.BNLSTM(2, **fields)])
+def test_momentum_may_be_an_array_of_a_compiled_function(kind):
+    x = draw()[1]
+    variables = kind().init(jax.random.key(0), x, True)
+
+    @jax.jit
+    def updated(momentum):
+        module = kind(momentum=momentum)
+        return module.apply(variables, x, False, mutable=["batch_stats"])[1]
+
+    wanted = kind(momentum=0.7).apply(variables, x, False, mutable=["batch_stats"])[1]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, **SINGLE), updated(jnp.float32(0.7)), wanted
+    )
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_masks_of_another_type_or_rank_raise(compiled):
     variables, x, where = draw()

@@ -606,6 +606,30 @@ def test_a_module_that_no_row_reaches_keeps_its_statistics():
     assert all(np.any(got["some"][name] != old["some"][name]) for name in old["some"])
 
 
+def test_a_member_of_an_ensemble_that_no_row_reaches_keeps_its_statistics():
+    axes = {"params": 0, "batch_stats": 0, bnlstm_jax.CURRENT_BATCH_STATS: 0}
+
+    class Ensemble(nn.Module):
+        @nn.compact
+        def __call__(self, x, masks, use_running_average=False):
+            member = nn.vmap(
+                lambda module, x, mask: module(x, use_running_average, mask=mask),
+                variable_axes=axes,
+                split_rngs={"params": True},
+                in_axes=(None, 0),
+            )
+            return member(bnlstm_jax.BatchNorm(name="norm"), x, masks)
+
+    x = jax.random.normal(jax.random.key(1), (5, 2))
+    masks = jnp.stack([jnp.ones((5, 1), bool), jnp.zeros((5, 1), bool)])
+    variables = Ensemble().init(jax.random.key(0), x, masks, True)
+    got = bnlstm_jax.estimate_population_statistics(Ensemble(), variables, [(x, masks)])["norm"]
+    np.testing.assert_allclose(got["mean"][0], x.mean(0), rtol=1e-5, atol=1e-6)
+    old = variables["batch_stats"]["norm"]
+    for name in ("mean", "var"):
+        np.testing.assert_array_equal(got[name][1], old[name][1])
+
+
 @pytest.mark.filterwarnings("ignore:/flax_norm")
 def test_a_train_flag_that_drives_dropout_takes_a_key():
     model, x = Mixed(0.5), jax.random.normal(jax.random.key(1), (8, STEPS, 3))
