@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -151,7 +152,8 @@ def main(_: list[str]) -> None:
     config.check(base)
     with job():
         fields = json.loads(base.to_json_best_effort())
-        processes.check_same({"--mode": given.mode, "config": fields}, "")
+        versions = {"jax": jax.__version__, "numpy": np.__version__}
+        processes.check_same({"--mode": given.mode, "config": fields, "version of": versions}, "")
         run_all(base)
 
 

@@ -218,7 +218,7 @@ def check_finite(state: TrainState, folder: Path, saved: int | None) -> None:
     latest = "there is no checkpoint yet"
     if saved is not None:
         latest = f"the latest checkpoint, of update {saved}, is in {folder}"
-    raise UserError(
+    raise processes.Everywhere(
         f"update {int(state.step) + 1} was not applied: "
         f"{finite.describe(names, refused)}; {latest}; a lower config.optimizer.learning_rate "
         "may help, in another workdir"
@@ -299,6 +299,8 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
         checkpoints = stack.enter_context(setup.checkpoints())
         if (saved := checkpoints.latest_step()) is not None:
             state = checkpoints.restore(saved, state)
+        else:
+            state = processes.from_first(state)  # processors may round initial values differently
         state = devices.replicate(state)
         start = done = int(state.step)
         if start > config.num_updates:
@@ -320,9 +322,10 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
 
         # ---- Train.
         total = config.num_updates
+        trace = jax.profiler.trace(folder / "profile") if profile and first else None
         with (
             metrics.Reporter(folder, title, task.data, start, total, shown) as reporter,
-            jax.profiler.trace(folder / "profile") if profile else contextlib.nullcontext(),
+            trace or contextlib.nullcontext(),
         ):
             parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
             reporter.print(
@@ -340,8 +343,10 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
                 validate = last or done % config.eval_every == 0
                 save = validate or done % config.checkpoint_every == 0
 
-                if log or save or reporter.due():
+                if log or save:
                     check_finite(state, folder, saved)
+                if log or save or reporter.due():
+                    jax.block_until_ready(state.refused)
                     reporter.advance(done)
                 if log:
                     window = jax.device_get(state.window)

@@ -3,6 +3,7 @@
 import math
 import os
 import shlex
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -58,6 +59,11 @@ class Local:
     def running(self, point: Point) -> bool:
         """Whether the process of a point runs."""
         return self._processes[point.name].poll() is None
+
+    def ending(self, point: Point) -> str:
+        """How the process of a point ended."""
+        status = self._processes[point.name].wait()
+        return f"status {status}" if status >= 0 else f"killed by {signal.Signals(-status).name}"
 
     def stop(self) -> None:
         """Stops all processes, which save first."""
@@ -130,6 +136,11 @@ class Slurm:
             return True
         ended = self._ended.setdefault(point.name, time.monotonic())
         return not point.finished() and time.monotonic() - ended < FILES_ARRIVE_S
+
+    def ending(self, point: Point) -> str:
+        """How a point's job ended."""
+        job = self._jobs[point.name]
+        return f"job {job.job_id} {job.state}"
 
     def stop(self) -> None:
         """Leaves jobs in the queue, and tells how to cancel them."""

@@ -98,7 +98,7 @@ def _run(
                 _say(f"{point.name}: finished, {finished} of {len(points)}")
             else:
                 log = launcher.log(point)
-                errors[point.name] = f"{_last_error(log)} ({log})"
+                errors[point.name] = f"{_last_error(log) or launcher.ending(point)} ({log})"
                 _say(f"{point.name}: failed: {errors[point.name]}")
             write(errors)
         if not ended:
@@ -111,12 +111,14 @@ def _say(line: str) -> None:
 
 
 def _last_error(log: Path) -> str:
-    """The last error in a log, in one line."""
+    """The last error in a log, in one line; empty if there is none."""
     if not log.exists():
         return "no log: the job did not start"
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-    errors = [line for line in lines if line.startswith("error: ")] or list(filter(None, lines))
-    return errors[-1] if errors else "ended without an error message"
+    errors = [line for line in lines if line.startswith("error: ")]
+    if not errors and any(line.startswith("Traceback ") for line in lines):
+        errors = list(filter(None, lines))  # the exception comes last
+    return errors[-1] if errors else ""
 
 
 class Signals:

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -87,6 +88,8 @@ def parameters(values: flags.FlagValues) -> dict[str, Any]:
         "setup": values.setup,
         "time": minutes(values.time, values.time_to_save),
         "signal_delay_s": values.time_to_save,
+        # srun of SLURM 22.05 and 23.02 does not take it from sbatch.
+        "srun_args": [f"--cpus-per-task={values.cpus_per_task}"] if values.cpus_per_task else None,
         "additional_parameters": extra,
     }
     return {name: value for name, value in given.items() if value}
@@ -108,6 +111,7 @@ class Job(Checkpointable):
 
         Raises:
           CalledProcessError: the command failed.
+          SystemExit: SLURM stopped it.
         """
         requeue: Any = signal.getsignal(signal.SIGUSR2)  # submitit's; only process 0 requeues
         received = set()
@@ -122,10 +126,18 @@ class Job(Checkpointable):
         signal.signal(signal.SIGUSR2, stop)
         signal.signal(signal.SIGTERM, stop)
         status = process.wait()
-        if status and signal.SIGUSR2 in received:
-            requeue(signal.SIGUSR2, None)
-        elif status:
+        if not status:
+            return
+        if not received:
             raise subprocess.CalledProcessError(status, self.command)
+        if signal.SIGUSR2 in received:
+            # It fails where SLURM itself has queued the job again.
+            with contextlib.suppress(subprocess.CalledProcessError):
+                requeue(signal.SIGUSR2, None)
+                return
+        # An exception would leave a result, which submitit takes for the end of the job. SLURM may
+        # start it again: after a preemption, or where an administrator requeues it.
+        sys.exit(128 + signal.SIGTERM)
 
 
 class Executor(submitit.SlurmExecutor):

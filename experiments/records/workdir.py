@@ -221,7 +221,8 @@ def in_use(workdir: Path) -> Iterator[None]:
                 file.seek(0)
                 raise UserError(
                     f"--workdir={workdir} is in use by {file.read().strip() or 'another run'}: "
-                    "wait for it to end, or choose another workdir"
+                    "wait for it to end, or choose another workdir; if that machine is gone, "
+                    f"delete {file.name}"
                 )
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
@@ -26,7 +27,10 @@ def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
 
     Shows nothing if `total` is 0, which means unknown.
     """
-    if not processes.is_first() or not total:
+    # A process of its own does not look for devices: on one worker of a TPU pod, JAX would wait for
+    # the others.
+    first = not jax.distributed.is_initialized() or processes.is_first()
+    if not first or not total:
         yield from items
         return
     console = Console()

@@ -89,6 +89,21 @@ def test_points_run_so_many_at_once_and_failed_ones_again(tmp_path, capsys):
     assert again.started == ["seed=2"]
 
 
+@pytest.mark.parametrize(
+    "code, error",
+    [
+        ("print('update 100'); import os; os.kill(os.getpid(), 9)", "killed by SIGKILL"),
+        ("print('update 100'); raise SystemExit(3)", "status 3"),
+        ("print('update 100'); 1 / 0", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_the_error_of_a_point_is_not_its_progress(tmp_path, code, error):
+    (point,) = make(tmp_path, [1])
+    commands = {point.name: python(code)}
+    errors = runner.run([point], commands, Observed(tmp_path, 1), lambda _: None)
+    assert errors == {"seed=1": f"{error} ({tmp_path}/jobs/seed=1.log)"}
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_points_which_save(tmp_path, number):
     points = make(tmp_path, range(2))

@@ -34,6 +34,13 @@ def test_time_limits(time, expected):
     assert slurm.minutes(time, 120) == expected
 
 
+def test_srun_gets_the_cores_of_a_process(tmp_path):
+    values = SimpleNamespace(**FLAGS | {"cpus_per_task": 8})
+    executor = slurm.make_executor(tmp_path, **slurm.parameters(values))
+    (srun,) = (line for line in executor.script().splitlines() if line.startswith("srun "))
+    assert "--cpus-per-task=8" in srun
+
+
 # ---- What a job does on a node.
 
 # Stands for a run: has SLURM signal the job, and saves when it is told to stop.
@@ -77,9 +84,19 @@ def test_a_signal_stops_the_command(handlers, tmp_path, number, requeued):
     if requeued:
         job()
     else:
-        with pytest.raises(subprocess.CalledProcessError):
+        with pytest.raises(SystemExit):
             job()
     assert (tmp_path / "told").read_text() == "x" and called == [True] * requeued
+
+
+def test_a_job_that_slurm_has_queued_again_ends(handlers, tmp_path):
+    def refused(*_):
+        raise subprocess.CalledProcessError(1, ["scontrol", "requeue"])
+
+    signal.signal(signal.SIGUSR2, refused)
+    with pytest.raises(SystemExit):
+        Job([sys.executable, "-c", RUN, str(tmp_path), str(int(signal.SIGUSR2))])()
+    assert (tmp_path / "told").read_text() == "x"
 
 
 # Loads the job as it was submitted, and runs it as submitit does on a node.
@@ -108,6 +125,19 @@ def test_submitit_requeues_a_job_in_its_first_process(tmp_path, cluster):
         assert (tmp_path / number / "told").read_text() == "x"
     again = DelayedSubmission.load(tmp_path / "0" / "7_submitted.pkl")
     assert isinstance(again.function, Job) and not (tmp_path / "0/7_0_result.pkl").exists()
+
+
+def test_a_stopped_job_leaves_no_result(tmp_path):
+    command = [sys.executable, "-c", RUN, str(tmp_path), str(int(signal.SIGTERM))]
+    delayed = DelayedSubmission(Job(command))
+    delayed.set_timeout(60, 3)
+    delayed.dump(tmp_path / "7_submitted.pkl")
+    environment = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SUBMITIT_EXECUTOR": "slurm"}
+    process = subprocess.run(
+        [sys.executable, "-c", PROCESS, tmp_path], cwd=ROOT, env=os.environ | environment
+    )
+    assert process.returncode == 143 and (tmp_path / "told").exists()
+    assert not (tmp_path / "7_0_result.pkl").exists()
 
 
 # ---- What a sweep asks of a cluster.

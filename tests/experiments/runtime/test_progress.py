@@ -1,4 +1,7 @@
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -13,6 +16,14 @@ def test_a_log_file_gets_lines_with_the_time_left(capsys, monkeypatch):
     # A step takes 25 seconds by this clock: a line after every third of them.
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["reading: 3 of 7, 0:01:40 left", "reading: 6 of 7, 0:00:25 left"]
+
+
+def test_a_process_of_its_own_does_not_look_for_devices():
+    code = "from experiments.runtime import progress; print(*progress.track([1, 2], 'reading', 2))"
+    # Where JAX looks for one, the process fails.
+    environment = os.environ | {"JAX_PLATFORMS": "absent"}
+    command = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, env=environment, text=True) == "1 2\n"
 
 
 @pytest.mark.parametrize("title", ["reading", "reading [red]" + 20 * " a very long name"])
