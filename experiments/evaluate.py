@@ -146,6 +146,13 @@ def population_statistics(
             check()
             yield devices.place(batch, split, task.shared)
 
+    def on_devices(contribution: Callable) -> Callable:
+        def with_own_noise(variables: Any, rngs: Any, index: Any, batch: Batch) -> Any:
+            own = {name: devices.fold_in(key, split) for name, key in rngs.items()}
+            return contribution(variables, own, index, batch)
+
+        return jax.jit(devices.run(with_own_noise, split, task.shared))
+
     return estimate_population_statistics(
         task.model,
         variables,
@@ -153,7 +160,7 @@ def population_statistics(
         rngs={"noise": noise},
         late_steps=config.population_late_steps,
         inputs=task.inputs,
-        transform=lambda function: jax.jit(devices.run(function, split, task.shared)),
+        transform=on_devices,
         use_running_average=False,
     )
 

@@ -34,12 +34,14 @@ class Corpus:
       splits: `train`, `valid` and `test` as symbols [N], of the smallest unsigned type that
         holds them.
       digest: SHA-256 over vocabulary and splits.
+      unknown: by split, the share of characters that the training text lacks.
     """
 
     name: str
     vocabulary: str
     splits: dict[str, np.ndarray]
     digest: str
+    unknown: dict[str, float]
 
 
 def check(dataset: str, text_file: str, split: tuple[float, ...]) -> None:
@@ -124,15 +126,18 @@ def _codes(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), "<u4")
 
 
-def _corpus(name: str, vocabulary: str, splits: dict[str, np.ndarray]) -> Corpus:
+def _corpus(
+    name: str, vocabulary: str, splits: dict[str, np.ndarray], unknown: dict[str, float]
+) -> Corpus:
     values = {split: hashlib.sha256(symbols).hexdigest() for split, symbols in splits.items()}
     digest = hashlib.sha256(json.dumps([vocabulary, values]).encode()).hexdigest()
-    return Corpus(name, vocabulary, splits, digest)
+    return Corpus(name, vocabulary, splits, digest, unknown)
 
 
 def _ptb(data_dir: str) -> Corpus:
     data = datasets.load("ptb", data_dir)
-    return _corpus("ptb", data.info["vocabulary"], {name: data.arrays[name] for name in SPLITS})
+    splits = {name: data.arrays[name] for name in SPLITS}
+    return _corpus("ptb", data.info["vocabulary"], splits, unknown={})
 
 
 def _text8(data_dir: str, split: tuple[float, ...]) -> Corpus:
@@ -143,7 +148,7 @@ def _text8(data_dir: str, split: tuple[float, ...]) -> Corpus:
     name = "text8"
     if sizes != TEXT8_SPLIT:  # only the complete text is long enough for it
         name = f"text8{' prefix' if sum(sizes) < sum(TEXT8_SPLIT) else ''} {_described(sizes)}"
-    return _corpus(name, data.info["vocabulary"], _cut(text, sizes))
+    return _corpus(name, data.info["vocabulary"], _cut(text, sizes), unknown={})
 
 
 def _text(text_file: str, split: tuple[float, ...]) -> Corpus:
@@ -156,7 +161,8 @@ def _text(text_file: str, split: tuple[float, ...]) -> Corpus:
     if UNKNOWN not in vocabulary:
         vocabulary += UNKNOWN
     splits = {name: encode(part, vocabulary) for name, part in parts.items()}
-    return _corpus(f"{Path(text_file).name} {_described(sizes)}", vocabulary, splits)
+    unknown = {name: float(np.mean(~seen[_codes(part)])) for name, part in parts.items()}
+    return _corpus(f"{Path(text_file).name} {_described(sizes)}", vocabulary, splits, unknown)
 
 
 def _read(text_file: str) -> str:

@@ -220,7 +220,7 @@ def make_vocabulary(questions: Questions, min_count: int, join_numbers: bool) ->
 
 def select_sentences(questions: Questions, selection: Selection) -> Questions:
     """Cuts each passage to the sentences that are most like its question."""
-    ends_sentence = np.isin(questions.words, SENTENCE_ENDS)
+    ends_sentence = np.array([word in SENTENCE_ENDS for word in questions.words])
     weights = word_weights(questions, selection.rule)
     cut = {}
     for split, part in questions.splits.items():

@@ -30,13 +30,20 @@ def read_finished(folder: Path, config: ConfigDict, updates: int) -> dict[str, A
 def write(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
     """Replaces the file, but keeps its rows of the same model for readings not evaluated now.
 
+    Rows with batch statistics stay only if their batches had as many examples.
+
     Returns:
       What it contains now.
     """
     earlier = read(folder)
     if _evaluated_model(earlier) == _evaluated_model(results):
         known = {_row_key(row) for row in results["rows"]}
-        others = [row for row in earlier["rows"] if _row_key(row) not in known]
+        sizes = {each["evaluation"].get("eval_batch_size") for each in (earlier, results)}
+        others = [
+            row
+            for row in earlier["rows"]
+            if _row_key(row) not in known and (len(sizes) == 1 or row["statistics"] != "batch")
+        ]
         results = {**results, "rows": [*results["rows"], *others]}
     files.write_json(folder / NAME, results)
     return results

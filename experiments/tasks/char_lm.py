@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from experiments import tasks
 from experiments.config import base_config, check_fields, has_batch_statistics
 from experiments.datasets import corpus
-from experiments.datasets.corpus import SPLITS, UNKNOWN
+from experiments.datasets.corpus import SPLITS
 from experiments.models import layers
 from experiments.models.language_model import LanguageModel
 from experiments.models.layers import layer_config, recurrent_layer
@@ -150,14 +150,11 @@ class Task(tasks.Task):
 
     def _tell_unknown(self, data: corpus.Corpus) -> None:
         """Warns of characters that the training text lacks."""
-        symbol = data.vocabulary.find(UNKNOWN)
-        if symbol < 0 or np.any(data.splits["train"] == symbol):
-            return
-        for split in ("valid", "test"):
-            if share := np.mean(data.splits[split] == symbol):
+        for split, share in data.unknown.items():
+            if share:
                 logging.warning(
                     "%.3f%% of the %s text of %s are characters that the training text lacks; "
-                    "they count as one symbol, which is never learned",
+                    "they count as one symbol, U+FFFD",
                     100 * share,
                     split,
                     self.data,

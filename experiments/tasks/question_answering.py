@@ -123,12 +123,14 @@ class Task(tasks.Task):
         self.record: dict[str, Any] = {}
         data = self._cut(questions.load(config.dataset, config.data_dir, config.subset))
         self.data = data.name
+        self.splits = {split: self._within_limit(split, data.splits[split]) for split in SPLITS}
+        data = dataclasses.replace(data, splits=self.splits)
         self.vocabulary = questions.make_vocabulary(data, config.min_count, config.join_numbers)
         self.questions = data
         words = self.vocabulary.words
         self.is_entity = np.zeros(len(words), bool)
         self.is_entity[self.vocabulary.entities] = True
-        self.splits = {split: self._within_limit(split, data.splits[split]) for split in SPLITS}
+        self._tell_unknown()
         counts = {split: len(part.answers) for split, part in self.splits.items()}
         check_batch_size(config, counts["train"], self.data)
         self.updates_per_epoch = counts["train"] // config.batch_size
@@ -272,7 +274,7 @@ class Task(tasks.Task):
         return data
 
     def _within_limit(self, split: str, part: Split) -> Split:
-        """Leaves out passages that are too long, and notes that and unknown answers."""
+        """Leaves out passages that are too long, and notes that."""
         limit = self.config.max_passage_length
         within = np.flatnonzero(part.passages.lengths <= limit)
         if left_out := len(part.answers) - len(within):
@@ -287,13 +289,17 @@ class Task(tasks.Task):
                 "within it: make it greater"
             )
         self.record.setdefault("too_long", {})[split] = left_out
-        unknown = int(np.sum(~self.is_entity[self.vocabulary.table[part.answers]]))
-        if unknown:
-            self.notes.append(
-                f"the answers of {unknown:,} of {len(part.answers):,} {split} questions are rarer "
-                "in training questions than config.min_count: they count as errors"
-            )
         return part
+
+    def _tell_unknown(self) -> None:
+        """Notes answers that are not in the vocabulary."""
+        for split, part in self.splits.items():
+            unknown = int(np.sum(~self.is_entity[self.vocabulary.table[part.answers]]))
+            if unknown:
+                self.notes.append(
+                    f"the answers of {unknown:,} of {len(part.answers):,} {split} questions are "
+                    "rarer in training questions than config.min_count: they count as errors"
+                )
 
     def _padded_lengths(self) -> list[int]:
         """Lengths to which passages are padded, each for about as many batches of an epoch."""

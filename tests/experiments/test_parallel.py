@@ -249,6 +249,17 @@ def test_devices_with_rows_of_their_own_draw_noise_of_their_own(config, split, k
     assert len(np.unique(mapped(NOISE), axis=0)) == keys
 
 
+def test_population_statistics_of_several_devices_have_noise_of_their_own(small_config):
+    small_config.model.initial_hidden_noise = 0.1
+    small_config.population_batch_size, small_config.population_batches = 2, 1
+    config, devices = on(small_config, 2)
+    task = tasks.load(config, devices)
+    variables = devices.replicate(train.variables_of(train.create_state(task, config)))
+    found = evaluate.population_statistics(task, config, variables, NOISE, devices)
+    # The first recurrent term is that of the initial state, which differs by its noise alone.
+    assert np.all(flatten_dict(found, sep="/")["layer/recurrent_var"][0] > 1e-6)
+
+
 def test_resuming_with_statistics_of_fewer_examples_is_refused(config, tmp_path):
     """Devices may change, but not the examples that take batch statistics together."""
     config = config.copy_and_resolve_references()

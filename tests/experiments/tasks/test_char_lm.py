@@ -370,9 +370,11 @@ def test_evaluation_of_a_finished_run_can_be_extended(config, tmp_path):
     assert (folder / "config.json").read_text() == saved
 
 
-def test_characters_that_training_lacks_are_told(config, tmp_path, caplog):
+@pytest.mark.parametrize("first", ["", "\ufffd"], ids=["none", "one in training"])
+def test_characters_that_training_lacks_are_told(config, tmp_path, caplog, first):
     letters = (tmp_path / "letters.txt").read_text()
-    (tmp_path / "letters.txt").write_text(letters[:-100] + "ü" * 100)
+    letters = first + letters[len(first) : -100] + "ü" * 100
+    (tmp_path / "letters.txt").write_text(letters)
     config.batch_size = 30
     with caplog.at_level("WARNING"):
         task = tasks.load(config)

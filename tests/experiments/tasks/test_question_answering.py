@@ -202,6 +202,17 @@ def test_what_is_left_out_or_unknown_is_counted_and_told(config):
     assert told in " ".join(task.notes)
 
 
+def test_words_of_passages_that_are_left_out_are_not_in_the_vocabulary(config):
+    config.min_count = 1
+    config.max_passage_length = 30
+    task = tasks.load(config)
+    part, words = task.splits["train"], task.questions.words
+    kept = {words[i] for i in np.concatenate([part.passages.words, part.questions.words])}
+    kept |= {words[i] for i in part.answers}
+    specials = {"<nil>", "<unk>", "<num>"}
+    assert set(task.vocabulary.words) - specials <= kept
+
+
 @pytest.mark.parametrize(
     "field, value, message",
     [
