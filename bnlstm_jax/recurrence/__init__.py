@@ -39,7 +39,7 @@ class Implementation(NamedTuple):
     Attributes:
       run: runs a problem that it supports.
       why_unsupported: why it cannot run a problem, whose arrays may be `jax.ShapeDtypeStruct`s;
-        None if it can. Raises RuntimeError if a kernel cannot be compiled.
+        None if it can. Raises RuntimeError if a kernel cannot be compiled, or a device fails.
       platform: the platform of JAX that it is for; None for all.
       max_batch: the largest batch that it runs, or None; `xla` runs larger ones.
     """

@@ -10,6 +10,7 @@ JAX, with the residuals of `bnlstm_jax.recurrence.scan.xla`. On other devices th
 interpreted, which is slow and serves to test it.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from jax import Array
 from bnlstm_jax.cells import Carry, as_symbols, product
 from bnlstm_jax.jax_experimental import pl, pltpu
 from bnlstm_jax.normalization import last_derivative
+from bnlstm_jax.recurrence.devices import default_device
 from bnlstm_jax.recurrence.problem import (
     Problem,
     Result,
@@ -149,6 +151,13 @@ def why_unsupported(problem: Problem) -> str | None:
     """See `bnlstm_jax.recurrence.Implementation`."""
     if problem.norm.pools and problem.statistics is None:
         return "does not support axis_name: the batch is on one device"
+    of_products = jnp.dtype(problem.dtype or jnp.float32)
+    dtypes = {of_products, problem.recurrent_kernel.dtype, problem.carry[0].dtype}
+    has = {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}
+    wide = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+    # Interpreted, it computes in any.
+    if default_device().platform == "tpu" and (dtypes - has or wide):
+        return "computes in float32, with products of float32 or bfloat16, without jax_enable_x64"
     return None
 
 
@@ -165,15 +174,31 @@ def run(problem: Problem) -> Result:
     return Result.of(_run(problem), moments)
 
 
+def _precision(dtype: Any) -> contextlib.AbstractContextManager:
+    """The precision of products in a kernel that comes nearest to what the user has asked for.
+
+    Mosaic has the default for all operands, and the highest for those of 32 bits.
+    """
+    asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    is_default = asked in (None, "default", "fastest", "bfloat16")
+    is_default |= jnp.dtype(dtype).itemsize < 4
+    return jax.default_matmul_precision("default" if is_default else "highest")
+
+
 def _step(problem: Problem, recurrent_term: Array, known: Any = None) -> tuple[Carry, Any]:
     """As `problem.step`, with one-hot vectors of symbols: a kernel cannot index by arrays."""
     if problem.symbols is not None:
-        kernel = problem.params["input_kernel"]
+        params = dict(problem.params)
+        kernel = params.pop("input_kernel")
         vocabulary = jax.lax.broadcasted_iota(jnp.int32, (1, len(kernel)), 1)
         is_symbol = (problem.symbols >= 0) & (problem.symbols < len(kernel))
         one_hot = (problem.symbols == vocabulary).astype(kernel.dtype)
         one_hot = jnp.where(is_symbol, one_hot, jnp.nan)
-        problem = problem.replace(inputs=one_hot, symbols=None)
+        # The default would round rows of the kernel.
+        wide = jnp.dtype(problem.dtype or kernel.dtype).itemsize >= 4
+        with jax.default_matmul_precision("highest" if wide else "default"):
+            terms = product(one_hot, kernel, problem.dtype)
+        problem = problem.replace(inputs=terms, symbols=None, params=params)
     return step(problem, recurrent_term, known)
 
 
@@ -188,8 +213,9 @@ def _forward_scan(problem: Problem, keep: bool) -> tuple[Carry, tuple]:
     dtype = problem.operand_dtype
 
     def body(constants, carry, now):
-        recurrent_term = product(carry[1], constants.recurrent_kernel, dtype)
-        after, moments = _step(constants.replace(carry=carry, **now), recurrent_term)
+        with _precision(dtype):
+            recurrent_term = product(carry[1], constants.recurrent_kernel, dtype)
+            after, moments = _step(constants.replace(carry=carry, **now), recurrent_term)
         return after, (after[1], moments, (carry[0], recurrent_term) if keep else None)
 
     return kernel_scan(body, _constants(problem), problem.carry, problem.over_time)
@@ -220,15 +246,16 @@ def _backward(residuals: tuple, gradients: tuple) -> tuple[Problem]:
         carry, recurrent_term, of_step, moments, d_output = now
         d_carry = d_carry[0], d_carry[1] + d_output
         at_step = constants.replace(carry=carry, **of_step)
-        d_of_step, d_carry, d_term, d_inputs = step_gradients(
-            _step, at_step, recurrent_term, moments, d_carry
-        )
-        d_h = jax.lax.dot_general(
-            d_term.astype(dtype),
-            constants.recurrent_kernel,
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=d_term.dtype,
-        )
+        with _precision(dtype):
+            d_of_step, d_carry, d_term, d_inputs = step_gradients(
+                _step, at_step, recurrent_term, moments, d_carry
+            )
+            d_h = jax.lax.dot_general(
+                d_term.astype(dtype),
+                constants.recurrent_kernel,
+                (((1,), (1,)), ((), ())),
+                preferred_element_type=d_term.dtype,
+            )
         d_carry = d_carry[0], d_carry[1] + d_h
         return (d_carry, jax.tree.map(jnp.add, d_params, d_of_step)), (d_term, d_inputs)
 

@@ -92,6 +92,15 @@ def test_what_the_compiler_says_is_kept_in_a_log(cache, monkeypatch, tmp_path):
     assert log.read_text().endswith("\nno such thing\n")
 
 
+def test_a_full_disk_is_no_problem_of_loading(monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(common, "build", full)
+    with pytest.raises(RuntimeError, match=r"^source\.cc cannot be compiled: .*No space left"):
+        common.load(tmp_path / "source.cc", "cpu", "Symbol", "target")
+
+
 def test_a_library_that_cannot_be_loaded_is_an_error_of_one_line(cache, monkeypatch, tmp_path):
     compiler = fake_compiler(tmp_path, 'echo called >> "$0.log"; echo no library > "$output"')
     monkeypatch.setenv("CXX", str(compiler))
@@ -117,7 +126,7 @@ def test_a_compiler_that_is_not_there_is_named(cache, monkeypatch, tmp_path):
 def test_nvcc_is_found_among_packages(monkeypatch, tmp_path):
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(build.site, "getsitepackages", lambda: [str(tmp_path)])
+    monkeypatch.setattr(build.sys, "path", [str(tmp_path)])
     with pytest.raises(RuntimeError, match=r"nvcc is neither .*implementation='xla'"):
         build.find_nvcc()
     packaged = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"

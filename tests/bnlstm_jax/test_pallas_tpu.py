@@ -132,6 +132,31 @@ def test_is_lowered_for_a_tpu(kind, options):
     assert lowered.as_text().count("tpu_custom_call") >= 3
 
 
+def products(value, in_kernel=False):
+    """Dtype and precision of the products in Pallas kernels within a jaxpr."""
+    if isinstance(value, tuple | list):
+        for each in value:
+            yield from products(each, in_kernel)
+    for equation in getattr(getattr(value, "jaxpr", value), "eqns", ()):
+        name, params = equation.primitive.name, equation.params
+        if in_kernel and name == "dot_general":
+            (precision,) = set(params["precision"])
+            yield equation.invars[0].aval.dtype, precision
+        yield from products([*params.values()], in_kernel or name == "pallas_call")
+
+
+@pytest.mark.parametrize("precision", [None, "bfloat16", "high", "highest"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_products_have_a_precision_that_a_tpu_has(dtype, precision):
+    """Mosaic has no other for operands of 16 bits, and `highest` beside it for those of 32."""
+    both, arguments = training_and_inference(bnlstm_jax.LSTM, {"dtype": dtype}, inputs=3)
+    with jax.default_matmul_precision(precision):
+        found = list(products(jax.make_jaxpr(both)(*arguments)))
+    highest = dtype == jnp.float32 and precision in ("high", "highest")
+    expected = jax.lax.Precision.HIGHEST if highest else jax.lax.Precision.DEFAULT
+    assert (dtype, expected) in found and {each for _, each in found} == {expected}
+
+
 COMPILED = {  # at the paper's sizes
     "pMNIST": ({"max_steps": 784}, {"batch": 100, "steps": 784}),
     "PTB": (

@@ -1,8 +1,8 @@
 """Compiles native sources at first use: for NVIDIA GPUs by CUDA's nvcc, for CPUs by a C++ compiler.
 
 Libraries are kept in `bnlstm_jax` in the user's cache folder (`XDG_CACHE_HOME`, or `~/.cache`). A
-library's name has a hash of sources, command, compiler and processor: different machines can share
-a cache.
+library's name has a hash of sources, command, compiler, C library and processor: different machines
+can share a cache.
 """
 
 import functools
@@ -13,8 +13,8 @@ import platform as system
 import re
 import shlex
 import shutil
-import site
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def build(source: Path, platform: str) -> Path:
     """
     command = compile_command(source, platform)
     contents = [path.read_bytes() for path in (source, *headers(source))]
-    key = command, compiler(command, platform), jax.__version__, contents
+    key = command, compiler(command, platform), system.libc_ver(), jax.__version__, contents
     version = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     cache = cache_folder()
     target = cache / f"{source.stem}_{platform}_{version}.so"
@@ -159,7 +159,7 @@ def find_nvcc() -> str:
     Raises:
       RuntimeError: there is none.
     """
-    places = [Path(site_packages) / "nvidia" for site_packages in site.getsitepackages()]
+    places = [Path(folder) / "nvidia" for folder in sys.path]
     places = [found for place in places for found in sorted(place.glob("cu*/bin/nvcc"))]
     if found := shutil.which("nvcc"):
         places.insert(0, Path(found))

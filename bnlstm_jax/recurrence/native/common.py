@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import threading
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ from jax import Array
 from bnlstm_jax.recurrence.native.build import build
 from bnlstm_jax.recurrence.problem import Problem
 
+_LOADING = threading.Lock()  # so that a compiler runs once
 # Flags of a row at a step: it is valid; it counts in the statistics of a term.
 VALID, COUNTS = 1, {"recurrent": 2, "cell": 4, "input": 8}
 
@@ -24,7 +26,8 @@ def load(source: Path, platform: str, symbol: str, target: str) -> ctypes.CDLL:
       RuntimeError: it cannot be compiled or loaded. Later calls raise the same, without another
         try.
     """
-    library = _load(source, platform, symbol, target)
+    with _LOADING:
+        library = _load(source, platform, symbol, target)
     if isinstance(library, RuntimeError):
         raise library
     return library
@@ -33,9 +36,13 @@ def load(source: Path, platform: str, symbol: str, target: str) -> ctypes.CDLL:
 @functools.cache
 def _load(source: Path, platform: str, symbol: str, target: str) -> ctypes.CDLL | RuntimeError:
     try:
-        library = ctypes.CDLL(str(build(source, platform)))
+        path = build(source, platform)
     except RuntimeError as error:
         return error
+    except OSError as error:
+        return RuntimeError(f"{source.name} cannot be compiled: {error}")
+    try:
+        library = ctypes.CDLL(str(path))
     except OSError as error:
         hint = ""
         if platform == "cpu":

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <mutex>
 #include <string>
 
 #include "xla/ffi/api/ffi.h"
@@ -691,7 +692,7 @@ __global__ void __launch_bounds__(Sharing<U, B>::kThreads, 1) forward(Arguments 
     if (at.owner) {  // before the product, during which they arrive
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        flags[r] = a.flags[t * B + at.row(r)];
+        flags[r] = a.flags[static_cast<size_t>(t) * B + at.row(r)];
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate)
           terms[gate][r] = a.pre_activation[(gates_at + gate * H + unit) * B + at.row(r)];
@@ -784,7 +785,7 @@ struct Read {
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       const int row = at.row(r);
-      flags[r] = a.flags[t * B + row];
+      flags[r] = a.flags[static_cast<size_t>(t) * B + row];
 #pragma unroll
       for (int gate = 0; gate < 4; ++gate) {
         const size_t here = (gates_at + gate * H + unit) * B + row;
@@ -985,16 +986,19 @@ struct Plan {
 using Stream = cudaStream_t;
 
 void check_on_device(Plan* plan) {
-  int device, processors, resident;
+  int device, memory, processors, resident = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    error = cudaDeviceGetAttribute(&memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess && plan->memory <= static_cast<size_t>(memory)) {
     error = cudaFuncSetAttribute(plan->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  plan->memory);
-  if (error == cudaSuccess)
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, plan->kernel, plan->threads,
-                                                          plan->memory);
+    if (error == cudaSuccess)
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, plan->kernel,
+                                                            plan->threads, plan->memory);
+  }
   if (error == cudaSuccess)
     plan->fits = plan->blocks <= processors * resident;
   else
@@ -1012,26 +1016,20 @@ ffi::Error run(const Plan& plan, Arguments arguments, Stream stream) {
   return ffi::Error::Internal(std::string("cannot run the recurrence: ") +
                               cudaGetErrorString(error));
 }
-
-size_t shared_memory_of_block() {
-  int device = 0, bytes = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return bytes;
-}
 #else
 using Stream = void*;
 
 // With one block on each multiprocessor; a real device may hold more.
-void check_on_device(Plan* plan) { plan->fits = plan->blocks <= emulation::device.processors; }
+void check_on_device(Plan* plan) {
+  plan->fits = plan->blocks <= emulation::device.processors &&
+               plan->memory <= emulation::device.shared_memory;
+}
 
 ffi::Error run(const Plan& plan, Arguments arguments, Stream) {
   *arguments.arrived = 0;
   emulation::run(plan.blocks, plan.threads, plan.memory, [&] { plan.kernel(arguments); });
   return ffi::Error::Success();
 }
-
-size_t shared_memory_of_block() { return emulation::device.shared_memory; }
 #endif
 
 template <typename T, int U, int B>
@@ -1042,7 +1040,7 @@ Plan plan_of(int units, bool is_forward) {
   plan.threads = Sharing<U, B>::kThreads;
   plan.memory = is_forward ? Shared<T, 4 * U, 1, U, B>::bytes(units)
                            : Shared<T, U, 4, U, B>::bytes(4 * units);
-  if (plan.memory <= shared_memory_of_block()) check_on_device(&plan);
+  check_on_device(&plan);
   return plan;
 }
 
@@ -1078,8 +1076,12 @@ Plan plan_of(bool in_bfloat16, int64_t units_of_block, int batch, int units, boo
                      : plan_of<float>(units_of_block, batch, units, is_forward);
 }
 
+// A kernel's size of shared memory is set before its launch, and is that of all its launches.
+std::mutex launching;
+
 ffi::Error launch(const Arguments& a, ffi::DataType dtype, int batch, int64_t units_of_block,
                   bool is_forward, Stream stream) {
+  const std::lock_guard<std::mutex> lock(launching);
   const Plan plan = plan_of(dtype == ffi::BF16, units_of_block, batch, a.units, is_forward);
   if (plan.fits) return run(plan, a, stream);
   if (plan.problem) return ffi::Error::Internal(std::string("no recurrence: ") + plan.problem);
@@ -1235,10 +1237,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(BnlstmBackward, backward_call,
                                   .Attr<float>("epsilon")
                                   .Attr<int64_t>("units_of_block"));
 
-// Whether both calls fit on the device, for a padded batch.
-extern "C" int BnlstmFits(int units, int batch, int in_bfloat16) {
-  return plan_of(in_bfloat16, 0, batch, units, true).fits &&
-         plan_of(in_bfloat16, 0, batch, units, false).fits;
+// Null if both calls fit on the device, for a padded batch; else what the device says, or "".
+extern "C" const char* BnlstmProblem(int units, int batch, int in_bfloat16) {
+  const std::lock_guard<std::mutex> lock(launching);
+  for (bool is_forward : {true, false}) {
+    const Plan plan = plan_of(in_bfloat16, 0, batch, units, is_forward);
+    if (!plan.fits) return plan.problem ? plan.problem : "";
+  }
+  return nullptr;
 }
 
 #ifndef __CUDACC__

@@ -76,7 +76,12 @@ def why_unsupported(problem: Problem) -> str | None:
         if not has.replace(".", "").isdigit() or float(has) < OLDEST:
             return f"needs a GPU of compute capability {OLDEST} or newer, and this one's is {has}"
     units, rows = kernel.shape[0], padded(min(problem.carry[1].shape[0], LARGEST_BATCH))
-    if not load(platform()).BnlstmFits(units, rows, operands == jnp.bfloat16):
+    ask = load(platform()).BnlstmProblem
+    ask.restype = ctypes.c_char_p
+    problem_of_device = ask(units, rows, operands == jnp.bfloat16)
+    if problem_of_device:
+        raise RuntimeError(f"the GPU cannot run {SOURCE.name}: {problem_of_device.decode()}")
+    if problem_of_device is not None:
         return f"does not fit this device with {units} units, {rows} rows and {operands} products"
     return None
 

@@ -27,7 +27,7 @@ struct Panels {
 
   explicit Panels(int vectors) : vectors(vectors), count((vectors + kPanel - 1) / kPanel) {}
   // The first vector of a panel.
-  int start(int panel) const { return vectors * panel / count; }
+  int start(int panel) const { return static_cast<int64_t>(vectors) * panel / count; }
   int size(int panel) const { return start(panel + 1) - start(panel); }
 };
 
