@@ -151,6 +151,16 @@ def test_inference_of_few_sequences_is_equal(make, batch, inputs):
     np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-6)
 
 
+def test_a_batch_may_have_more_than_a_million_sequences():
+    x = np.random.default_rng(0).normal(size=(1_500_000, 1, 1)).astype(np.float32)
+    layer = LSTM(1, implementation="cpu")
+    variables = layer.init(jax.random.key(0), jnp.asarray(x[:2]))
+    found, expected = (
+        layer.clone(implementation=name).apply(variables, jnp.asarray(x)) for name in ("cpu", "xla")
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_given_statistics_have_the_gradients_of_the_plain_scan():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4, 3)), jnp.float32)
     found = []
