@@ -41,12 +41,10 @@ def check_fields(module: nn.Module) -> None:
     dtype = getattr(module, "dtype", None)
     floating = dtype is None or jnp.issubdtype(dtype, jnp.floating)
     check("dtype", floating, "a floating-point dtype, or None")
-    epsilon = getattr(module, "epsilon", 1)
-    known = not isinstance(epsilon, Array)
-    check("epsilon", known and epsilon > 0, "a number above 0")
-    momentum = getattr(module, "momentum", 0)  # an array where it is scheduled
-    known = not isinstance(momentum, Array)
-    check("momentum", not known or 0 <= momentum <= 1, "a number from 0 to 1")
+    epsilon, momentum = getattr(module, "epsilon", 1), getattr(module, "momentum", 0)
+    check("epsilon", not isinstance(epsilon, Array) and epsilon > 0, "a number above 0")
+    is_scheduled = isinstance(momentum, Array)
+    check("momentum", is_scheduled or 0 <= momentum <= 1, "a number from 0 to 1")
 
 
 def check_rows(module: nn.Module, rows: int) -> None:
