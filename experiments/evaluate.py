@@ -118,6 +118,20 @@ def make_evaluator(task: Task, noise: jax.Array, devices: Devices = ONE_DEVICE) 
     return evaluate
 
 
+def contribute(
+    contribution: Callable,
+    devices: Devices,
+    split: bool,
+    variables: Variables,
+    rngs: dict[str, jax.Array],
+    index: int,
+    batch: Batch,
+) -> Any:
+    """What a batch adds to population statistics, with noise of its own on every device."""
+    own = {name: devices.fold_in(key, split) for name, key in rngs.items()}
+    return contribution(variables, own, index, batch)
+
+
 def population_statistics(
     task: Task,
     config: ConfigDict,
@@ -147,11 +161,8 @@ def population_statistics(
             yield devices.place(batch, split, task.shared)
 
     def on_devices(contribution: Callable) -> Callable:
-        def with_own_noise(variables: Any, rngs: Any, index: Any, batch: Batch) -> Any:
-            own = {name: devices.fold_in(key, split) for name, key in rngs.items()}
-            return contribution(variables, own, index, batch)
-
-        return jax.jit(devices.run(with_own_noise, split, task.shared))
+        function = functools.partial(contribute, contribution, devices, split)
+        return jax.jit(devices.run(function, split, task.shared))
 
     return estimate_population_statistics(
         task.model,

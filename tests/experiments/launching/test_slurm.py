@@ -103,40 +103,31 @@ def test_a_job_that_slurm_has_queued_again_ends(handlers, tmp_path):
 PROCESS = "import sys; from submitit.core.submission import process_job; process_job(sys.argv[1])"
 
 
+def start_job(folder, number, rank="0"):
+    """Starts a process of job 7, whose command has SLURM send it the signal `number`."""
+    folder.mkdir(exist_ok=True)
+    delayed = DelayedSubmission(Job([sys.executable, "-c", RUN, str(folder), str(int(number))]))
+    delayed.set_timeout(60, 3)
+    delayed.dump(folder / "7_submitted.pkl")
+    environment = {"SLURM_JOB_ID": "7", "SLURM_PROCID": rank, "SUBMITIT_EXECUTOR": "slurm"}
+    command = [sys.executable, "-c", PROCESS, folder]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment)
+
+
 def test_submitit_requeues_a_job_in_its_first_process(tmp_path, cluster):
-    processes = []
-    for number in ("0", "1"):
-        folder = tmp_path / number
-        folder.mkdir()
-        command = [sys.executable, "-c", RUN, str(folder), str(int(signal.SIGUSR2))]
-        delayed = DelayedSubmission(Job(command))
-        delayed.set_timeout(60, 3)
-        delayed.dump(folder / "7_submitted.pkl")
-        environment = {"SLURM_JOB_ID": "7", "SLURM_PROCID": number, "SUBMITIT_EXECUTOR": "slurm"}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", PROCESS, folder], cwd=ROOT, env=os.environ | environment
-            )
-        )
+    processes = [start_job(tmp_path / rank, signal.SIGUSR2, rank) for rank in ("0", "1")]
     first, other = (process.wait(60) for process in processes)
     assert first != 0 and other == 0  # an error of the other would end the job
     assert (cluster / "scontrol.called").read_text() == "requeue 7\n"
-    for number in ("0", "1"):
-        assert (tmp_path / number / "told").read_text() == "x"
+    for rank in ("0", "1"):
+        assert (tmp_path / rank / "told").read_text() == "x"
     again = DelayedSubmission.load(tmp_path / "0" / "7_submitted.pkl")
     assert isinstance(again.function, Job) and not (tmp_path / "0/7_0_result.pkl").exists()
 
 
 def test_a_stopped_job_leaves_no_result(tmp_path):
-    command = [sys.executable, "-c", RUN, str(tmp_path), str(int(signal.SIGTERM))]
-    delayed = DelayedSubmission(Job(command))
-    delayed.set_timeout(60, 3)
-    delayed.dump(tmp_path / "7_submitted.pkl")
-    environment = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SUBMITIT_EXECUTOR": "slurm"}
-    process = subprocess.run(
-        [sys.executable, "-c", PROCESS, tmp_path], cwd=ROOT, env=os.environ | environment
-    )
-    assert process.returncode == 143 and (tmp_path / "told").exists()
+    assert start_job(tmp_path, signal.SIGTERM).wait(60) == 143
+    assert (tmp_path / "told").exists()
     assert not (tmp_path / "7_0_result.pkl").exists()
 
 
