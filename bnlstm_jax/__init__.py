@@ -1,7 +1,7 @@
 """Recurrent batch normalisation for Flax: LSTMs normalised at every time step.
 
 "Recurrent Batch Normalization", Cooijmans, Ballas, Laurent, Gulcehre, Courville; ICLR 2017.
-Equations have the paper's numbers, and are written out in `bnlstm_jax/cells.py`.
+Equation numbers are the paper's; `bnlstm_jax/cells.py` lists the equations.
 """
 
 from bnlstm_jax import batch_norm
@@ -13,8 +13,8 @@ from bnlstm_jax.population import estimate_population_statistics
 __version__ = "0.1.0"
 
 CURRENT_BATCH_STATS = batch_norm.CURRENT_BATCH_STATS
-"""Collection of the statistics of the current batch, for lifted transforms to list beside
-`batch_stats`: see `estimate_population_statistics`."""
+"""Name of the collection of the current batch's statistics. Lifted transforms must list it beside
+`batch_stats`; see `estimate_population_statistics`."""
 
 __all__ = [
     "CURRENT_BATCH_STATS",

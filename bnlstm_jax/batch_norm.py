@@ -19,9 +19,9 @@ from bnlstm_jax.normalization import (
     statistics_dtype,
 )
 
-# Collection of the statistics of the current batch, `{term}_mean` and `{term}_var`, and of the
-# numbers of rows behind them, `{term}_count`. An `apply` returns it if it is mutable; see
-# `bnlstm_jax.population`. Lifted transforms list it beside `batch_stats`.
+# Collection of the current batch's statistics, `{term}_mean` and `{term}_var`, and their numbers of
+# rows, `{term}_count`. `apply` returns it if it is mutable; see `bnlstm_jax.population`. Lifted
+# transforms must list it beside `batch_stats`.
 CURRENT_BATCH_STATS = "current_batch_stats"
 
 
@@ -50,7 +50,8 @@ def check_fields(module: nn.Module) -> None:
 def check_rows(module: nn.Module, rows: int) -> None:
     """Raises a ValueError if batch statistics would be taken over a single row.
 
-    `rows` are those of this device. A module that initialises takes one.
+    `rows` is this device's number of rows. One is enough to initialise a module, or if statistics
+    are pooled over several devices.
     """
     if rows == 1 and not module.is_initializing() and pooled_axis(module) is None:
         raise ValueError(
@@ -63,8 +64,7 @@ def check_rows(module: nn.Module, rows: int) -> None:
 def pooled_axis(module: nn.Module, use_running_average: bool = False) -> str | None:
     """The `axis_name` of a module, or None where there is nothing to pool.
 
-    As in `flax.linen.BatchNorm`, variables are initialised, and running averages used, outside of
-    mapped axes.
+    As in `flax.linen.BatchNorm`, initialisation and inference need no mapped axis.
     """
     if use_running_average or module.is_initializing() or module.axis_name is None:
         return None
@@ -74,7 +74,7 @@ def pooled_axis(module: nn.Module, use_running_average: bool = False) -> str | N
 def statistics_variables(
     module: nn.Module, shape: tuple[int, ...], prefix: str = ""
 ) -> list[nn.Variable]:
-    """The running mean (from 0) and variance (from 1) of a term, in `batch_stats`."""
+    """The running mean (initially 0) and variance (initially 1) of a term, in `batch_stats`."""
     dtype = statistics_dtype(module.param_dtype)
     return [
         module.variable("batch_stats", f"{prefix}mean", jnp.zeros, shape, dtype),
@@ -94,15 +94,15 @@ def update_statistics(
     count: Array,
     prefix: str = "",
 ) -> None:
-    """Moves running statistics towards those of the batch; adds those to `current_batch_stats`.
+    """Updates running statistics with batch statistics; adds these to `current_batch_stats`.
 
     Args:
-      module: has `momentum` and `axis_name`. Nothing happens while it is initialised.
+      module: has `momentum` and `axis_name`. Nothing changes while it is initialised.
       variables: the running statistics, `[T, F]` or `[F]`.
-      batch: statistics of the batch. `[T, F]` are pooled over time for running statistics `[F]`.
-      count: number of rows behind them, `[T]` or `[]`. Where it is 0 or 1 nothing changes: one row
-        has no variance.
-      prefix: of names in the collections.
+      batch: batch statistics. `[T, F]` is pooled over time if running statistics are `[F]`.
+      count: this device's number of rows, `[T]` or `[]`. Statistics of fewer than two rows over all
+        devices are ignored: one row has no variance.
+      prefix: prefix of the variables' names.
     """
     if module.is_initializing():
         return
@@ -122,9 +122,9 @@ def update_statistics(
 
 
 def _add_to_current(module: nn.Module, batch: Statistics, count: Array, prefix: str) -> None:
-    """Averages `batch` with earlier calls in `current_batch_stats`, weighted by their rows.
+    """Averages `batch` with earlier calls in `current_batch_stats`, weighted by numbers of rows.
 
-    Variances are averaged like means, as in running averages: each call is normalised by its own.
+    Variances are averaged like means, as in running averages: each call normalises by its own.
     """
 
     def earlier(name: str, like: Array) -> Array:
@@ -139,23 +139,26 @@ def _add_to_current(module: nn.Module, batch: Statistics, count: Array, prefix: 
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation of the last axis over all others: equation 5 without its shift.
+    """Batch normalisation over all axes but the last: equation 5 without its shift.
 
-    Unlike `flax.linen.BatchNorm` it computes statistics in two passes, and
-    `bnlstm_jax.estimate_population_statistics` re-estimates them. Parameter `scale [F]`; statistics
-    `mean` and `var`, each `[F]`. Under batch statistics only first derivatives in reverse mode are
-    defined. Updated statistics have no gradient.
+    The parameter is `scale [F]`. The collection `batch_stats` holds the running statistics `mean`
+    and `var`, each `[F]`. `bnlstm_jax.estimate_population_statistics` re-estimates them.
+
+    Statistics are computed in two passes, as by `flax.linen.BatchNorm` with
+    `use_fast_variance=False`. Under batch statistics, only first derivatives in reverse mode are
+    supported. Updated statistics have no gradient.
 
     Attributes:
-      use_running_average: normalise by `batch_stats` (inference) rather than by the batch's own
-        moments (training). Set here or in the call.
-      momentum: decay of the running averages.
+      use_running_average: if True, normalise by `batch_stats` (inference), else by the batch's own
+        moments (training). Set it here or in the call.
+      momentum: decay rate of the running averages.
       epsilon: added to the variance.
-      axis_name: axis of `vmap`, `pmap` or `shard_map(check_vma=False)` over which batches are
-        pooled for their statistics.
+      axis_name: axis of `vmap`, `pmap` or `shard_map(check_vma=False)` over which batch statistics
+        are pooled.
       scale_init: initialiser of the scale (gamma); 0.1 in the paper.
-      dtype: dtype of the output; by default that of the values and the scale, but float32 or wider.
-      param_dtype: dtype of the scale.
+      dtype: dtype of the output; by default the promoted dtype of `x` and the scale, float32 or
+        wider.
+      param_dtype: dtype of the scale. Statistics are in float32 or wider.
     """
 
     use_running_average: bool | None = None
@@ -170,14 +173,17 @@ class BatchNorm(nn.Module):
     def __call__(
         self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
     ) -> Array:
-        """Normalises values `[..., F]`.
+        """Normalises `x` over all axes but the last.
 
         Args:
-          x: the values.
-          use_running_average: as the attribute; set one of them.
-          mask: rows that count in statistics, boolean, broadcast to `[..., 1]`; None for all. In
-            training the other rows are normalised as if they were zero, and have no gradient:
-            whatever padding holds, such as NaN, has no effect.
+          x: values, `[..., F]`.
+          use_running_average: as the attribute; set exactly one of the two.
+          mask: rows that count in batch statistics, boolean, broadcastable to `[..., 1]`; None for
+            all rows. In training, values of the other rows are replaced by zero and have no
+            gradient: padding may hold anything, NaN included.
+
+        Returns:
+          The normalised values, in the shape of `x`.
 
         Raises:
           ValueError: a field is out of range, `use_running_average` is set twice or never, `mask`

@@ -1,4 +1,4 @@
-"""LSTM and BN-LSTM as Flax recurrent cells: the definition that all else here is tested against.
+"""Recurrent cells for Flax: LSTM, BN-LSTM, LN-LSTM, and a batch-normalised tanh RNN.
 
 Equations of "Recurrent Batch Normalization" (Cooijmans et al., ICLR 2017), for row vectors:
 
@@ -10,12 +10,12 @@ Equations of "Recurrent Batch Normalization" (Cooijmans et al., ICLR 2017), for 
                c' = sigmoid(f) c + sigmoid(i) tanh(g)                                           (7)
                h' = sigmoid(o) tanh(BN(c'; gamma_c, b_c))                                       (8)
 
-Along an axis of size 4H the gates stand in the order f, i, o, g: here and everywhere. Statistics
-are those of the batch, at each time step separately. The bias b_c in (3) is not in the paper: its
-released baseline has it, being the BN-LSTM with each BN left out.
+In the whole library, an axis of size 4H has the gates in the order f, i, o, g. BN uses the batch
+statistics of each time step separately. The bias b_c in (3) is not in the paper. The paper's
+released baseline has it, because it is the BN-LSTM with each BN left out.
 
-LN-LSTM, for comparison, has layer normalisation (Ba et al., 2016) in place of each BN: statistics
-of an example's own features, the four gates of a product together.
+LN-LSTM, for comparison, has layer normalisation (Ba et al., 2016) in place of each BN: moments over
+an example's features, the four gates of a product together.
 
 The carry is `(c, h)`, as in `flax.linen.LSTMCell`.
 """
@@ -48,12 +48,12 @@ TERMS = ("input", "recurrent", "cell")
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Departures from the equations above, for the paper's released Attentive Reader.
+    """Departures from the equations, as in the paper's released Attentive Reader.
 
     Attributes:
       bias_factor: factor of b. The released reader adds b twice, which doubles its learning rate.
       cell_bias: whether b_c is added in (3) and (8).
-      learned_cell: whether the initial cell state is learned, from zero; otherwise it is zero.
+      learned_cell: whether the initial cell state is learned, starting at zero; else it is zero.
       input_epsilon: overrides `epsilon` for the input term.
     """
 
@@ -64,24 +64,24 @@ class Variant:
 
 
 def product(x: Array, kernel: Array, dtype: Any = None) -> Array:
-    """`x @ kernel` with operands in `dtype`, by default their common one; sums in float32 or wider.
+    """`x @ kernel` with operands in `dtype` (default: promoted), summed in float32 or wider.
 
     Shapes `[..., D]` and `[D, F]` give `[..., F]`; as in `jax.numpy.matmul` both may be stacked.
     """
-    dtype = dtype or jnp.result_type(x, kernel)  # of NumPy's float64 arrays, JAX's float
+    dtype = dtype or jnp.result_type(x, kernel)  # NumPy's float64 becomes JAX's default float
     x, kernel = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
     return jnp.matmul(x, kernel, preferred_element_type=statistics_dtype(dtype))
 
 
 def as_symbols(symbols: Array, size: int) -> Array:
-    """Integers of any width as 32-bit ones, those outside `[0, size)` as -1."""
-    # Compared as they are, 8 bits need not hold `size`, and 64 bits would wrap around in 32.
+    """Converts integers of any width to int32; those outside `[0, size)` become -1."""
+    # Compared in 32 bits or more: 8 bits may not hold `size`, and 64 bits would wrap around in 32.
     wide = symbols.astype(jnp.promote_types(symbols.dtype, jnp.int32))
     return jnp.where((wide >= 0) & (wide < size), wide, -1).astype(jnp.int32)
 
 
 def look_up(symbols: Array, kernel: Array, dtype: Any = None) -> Array:
-    """`product(one_hot(symbols), kernel, dtype)` as rows of the kernel.
+    """Rows of the kernel, equal to `product(one_hot(symbols), kernel, dtype)`.
 
     Integers `[...]` in `[0, V)` and a kernel `[V, F]` give `[..., F]`; other integers give NaN.
     """
@@ -106,7 +106,7 @@ def gate_activations(x: Array) -> tuple[Array, Array, Array, Array]:
 
 @gate_activations.defjvp
 def _gate_activations_jvp(primals, tangents):
-    # From the four outputs: XLA would compute the gradient of the whole row again for each use.
+    # Uses the four outputs: else XLA recomputes the gradient of the whole row for each use.
     f, i, o, g = gate_activations(*primals)
     slopes = f * (1 - f), i * (1 - i), o * (1 - o), 1 - g * g
     tangents = jnp.split(tangents[0], 4, axis=-1)
@@ -121,17 +121,17 @@ def lstm_step(
     normalize: Normalizer,
     valid: Array | None = None,
 ) -> tuple[Carry, dict[str, Moments | None]]:
-    """One step of (BN-)LSTM from its two products: equations 1 to 3, or 6 to 8.
+    """One step of an LSTM from its two products: equations 1 to 3, or 6 to 8 if normalised.
 
     Args:
-      params: `bias [4H]` and, if there is one, `cell_bias [H]`; others are not used.
+      params: `bias [4H]` and optionally `cell_bias [H]`; other entries are ignored.
       carry: `(c, h)`, each `[B, H]`.
       recurrent_term, input_term: `h W_h` and `x W_x`, each `[B, 4H]`.
-      normalize: normalises a term by name, without its shift.
-      valid: boolean `[B, 1]`; rows that are not valid keep their state. None if all are.
+      normalize: normalises a term, given its name and value; adds no shift.
+      valid: boolean `[B, 1]`; rows that are not valid keep their state. None if all are valid.
 
     Returns:
-      The new carry, and by term the batch's moments, None where it was not normalised by them.
+      The new carry, and for each term the batch moments that normalised it, or None.
     """
     c, h = carry
     moments = {}
@@ -152,7 +152,7 @@ def lstm_step(
 
 
 def check_terms(field: str, terms: Sequence[str]) -> None:
-    """Raises a ValueError if a field names other terms than an LSTM has."""
+    """Raises a ValueError if a field is not a tuple or list of an LSTM's terms."""
     if not isinstance(terms, tuple | list) or set(terms) - set(TERMS):
         raise ValueError(
             f"{field}: expected a tuple of 'input', 'recurrent', 'cell', got {terms!r}"
@@ -171,25 +171,25 @@ def make_param(module: nn.Module, name: str, init: Initializer, shape: tuple[int
 
     def init_wide(key: Array) -> Any:
         wide = init(key, shape, statistics_dtype(module.param_dtype))
-        # The array may be in a box, as of `flax.linen.with_partitioning`.
+        # The array may be boxed, as by `flax.linen.with_partitioning`.
         return jax.tree.map(lambda x: x.astype(module.param_dtype), wide)
 
     return module.param(name, init_wide)
 
 
 def term_size(module: nn.Module, term: str) -> int:
-    """Number of features F of a term: H of the cell, otherwise 4H."""
+    """Number of features F of a term: H for the cell, else 4H."""
     return module.features if term == "cell" else 4 * module.features
 
 
 def lstm_params(module: nn.Module, input_size: int, terms: Sequence[str] = ()) -> dict[str, Array]:
-    """The parameters of a step by their names in the variables, for inputs of D features.
+    """The parameters of a step by name, for inputs of D features.
 
     `input_kernel [D, 4H]`, `recurrent_kernel [H, 4H]`, `bias [4H]`, `cell_bias [H]`, and the scale
     of each normalised term, `{term}_scale [F]`.
 
     Raises:
-      ValueError: `terms`, the module's `normalize`, has other names than an LSTM's terms.
+      ValueError: `terms`, the module's `normalize`, contains a name that is not a term.
     """
     check_terms("normalize", terms)
     units, gates = module.features, 4 * module.features
@@ -226,15 +226,15 @@ def initial_params(module: nn.Module) -> tuple[Array | None, Array]:
 def initial_state(
     module: nn.Module, batch: tuple[int, ...], key: Array | None, centered: bool | Array = False
 ) -> Carry:
-    """The initial `(c, h)` of an LSTM, each `[*batch, H]`; zeros of an unbound module.
+    """The initial `(c, h)` of an LSTM, each `[*batch, H]`; zeros for an unbound module.
 
-    The learned state is that of `initial_params`, in the module's attributes; `key` is that of
-    `initial_hidden_noise`.
-
-    `centered`, a boolean or `[*batch, 1]`: moments of the batch normalise the first recurrent term
-    of these rows. They remove what all examples share, so the learned hidden state has neither
-    effect nor gradient there. Stopping the gradient keeps rounding errors out of it, of which Adam
-    would make full steps.
+    Args:
+      module: if bound, its attributes hold the learned state of `initial_params`.
+      batch: the batch axes.
+      key: key of `initial_hidden_noise`; None without noise.
+      centered: boolean, or `[*batch, 1]`: rows whose first recurrent term is normalised by batch
+        moments. The mean removes the learned hidden state, which is equal in all rows, so its exact
+        gradient is zero. Its rounding errors are removed: Adam would turn them into full steps.
     """
 
     def broadcast(name: str) -> Array:
@@ -264,7 +264,7 @@ def cell_step(
 
 
 class RecurrentCell(nn.RNNCellBase):
-    """The initial state of LSTMCell, BNLSTMCell and LNLSTMCell. It has no fields of its own."""
+    """Base of LSTMCell, BNLSTMCell and LNLSTMCell: their initial state. It has no fields."""
 
     def setup(self) -> None:
         """Makes the learned initial state."""
@@ -274,9 +274,13 @@ class RecurrentCell(nn.RNNCellBase):
     def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Carry:
         """The learned initial `(c, h)`, each `[B, H]`, for inputs `[B, D]`; zeros if unbound.
 
-        `rng` is the key of `initial_hidden_noise`. With variables::
+        To get the learned state, pass the variables::
 
             cell.apply(variables, rng, input_shape, method="initialize_carry")
+
+        Args:
+          rng: key of `initial_hidden_noise`.
+          input_shape: shape of the inputs of one step.
         """
         return initial_state(self, input_shape[:-1], rng)
 
@@ -289,18 +293,20 @@ class RecurrentCell(nn.RNNCellBase):
 class LSTMCell(RecurrentCell):
     """One step of an LSTM with a learned initial state, equations 1 to 3.
 
-    For `flax.linen.RNN` and `flax.linen.scan`. Over whole sequences `bnlstm_jax.LSTM` is faster.
+    Use it with `flax.linen.RNN` or `flax.linen.scan`. For whole sequences, `bnlstm_jax.LSTM` is
+    faster.
 
     Attributes:
       features: number of hidden units H.
       input_kernel_init, recurrent_kernel_init, bias_init: initialisers of `input_kernel [D, 4H]`,
         `recurrent_kernel [H, 4H]`, `bias [4H]`.
       initial_hidden_init: initialiser of the learned initial hidden state `[H]`.
-      initial_hidden_noise: standard deviation of Gaussian noise on it, at inference too.
-      variant: departures from the equations, which `bnlstm_jax.cells.Variant` lists.
-      dtype: dtype of products' operands and of the output. By default operands keep the dtypes of
-        inputs and parameters, and the output is in float32 or wider.
-      param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
+      initial_hidden_noise: standard deviation of Gaussian noise on the initial hidden state, at
+        inference too.
+      variant: departures from the equations; see `bnlstm_jax.cells.Variant`.
+      dtype: dtype of the output and of the operands of matrix products. By default, the operands of
+        a product have their promoted dtype, and the output is in float32 or wider.
+      param_dtype: dtype of the parameters. The state is in float32 or wider.
     """
 
     features: int
@@ -315,7 +321,7 @@ class LSTMCell(RecurrentCell):
 
     @nn.compact
     def __call__(self, carry: Carry, inputs: Array) -> tuple[Carry, Array]:
-        """`(c, h)` and inputs `[B, D]` to the new carry and the output h `[B, H]`."""
+        """Maps `(c, h)` and inputs `[B, D]` to the new carry and the output h `[B, H]`."""
         params = lstm_params(self, inputs.shape[-1])
         carry, output, _ = cell_step(self, params, carry, inputs, lambda term, x: (x, None))
         return carry, output
@@ -324,33 +330,37 @@ class LSTMCell(RecurrentCell):
 class BNLSTMCell(RecurrentCell):
     """One step of a batch-normalised LSTM, equations 6 to 8.
 
-    The collection `batch_stats` holds running means and variances of one step,
-    `{input,recurrent,cell}_{mean,var}`, each `[F]`. For statistics per time step unroll the cell
-    with `variable_axes={'batch_stats': 0, 'current_batch_stats': 0}`, in `flax.linen.RNN` or
-    `flax.linen.scan`; `bnlstm_jax.estimate_population_statistics` needs the second collection. The
-    layer `bnlstm_jax.BNLSTM` has both by itself.
+    The collection `batch_stats` holds the running statistics of one step,
+    `{input,recurrent,cell}_{mean,var}`, each `[F]`: F is H for the cell, else 4H. For statistics
+    per time step, use the cell in `flax.linen.RNN` or `flax.linen.scan` with these axes::
 
-    `flax.linen.RNN` does not pass `use_running_average` on: set the field. It does not tell the
-    cell which steps are padding: with its `seq_lengths`, padding counts in batch statistics. Give
-    it an `init_key` in each call if there is `initial_hidden_noise`: its default is a constant.
+        nn.RNN(cell, variable_axes={"batch_stats": 0, "current_batch_stats": 0})
+
+    `bnlstm_jax.estimate_population_statistics` needs `current_batch_stats`. The layer
+    `bnlstm_jax.BNLSTM` keeps statistics per time step by itself.
+
+    Under `flax.linen.RNN`, set `use_running_average` as a field, because RNN does not pass the
+    argument on. With RNN's `seq_lengths`, padding counts in batch statistics. With
+    `initial_hidden_noise`, pass an `init_key` in each call: RNN's default key is a constant.
 
     Attributes:
       features: number of hidden units H.
-      normalize: the normalised terms, of `input`, `recurrent` and `cell`. Others enter as they are
-        and have neither scale nor statistics.
-      use_running_average: normalise by `batch_stats` (inference) rather than by the batch's own
-        moments (training). Set here or in the call.
-      momentum: decay of the running averages.
+      normalize: the terms to normalise, a subset of `input`, `recurrent` and `cell`. Other terms
+        are used as they are, and have neither scale nor statistics.
+      use_running_average: if True, normalise by `batch_stats` (inference), else by the batch's own
+        moments (training). Set it here or in the call.
+      momentum: decay rate of the running averages.
       epsilon: added to variances.
-      axis_name: mapped axis over which batches are pooled for their statistics.
+      axis_name: mapped axis over which batch statistics are pooled.
       scale_init: initialiser of the scales (gamma); 0.1 in the paper.
       input_kernel_init, recurrent_kernel_init, bias_init: initialisers of `input_kernel [D, 4H]`,
         `recurrent_kernel [H, 4H]`, `bias [4H]`.
       initial_hidden_init: initialiser of the learned initial hidden state `[H]`.
-      initial_hidden_noise: standard deviation of Gaussian noise on it, at inference too.
-      variant: departures from the equations, which `bnlstm_jax.cells.Variant` lists.
-      dtype: dtype of products' operands and of the output. By default operands keep the dtypes of
-        inputs and parameters, and the output is in float32 or wider.
+      initial_hidden_noise: standard deviation of Gaussian noise on the initial hidden state, at
+        inference too.
+      variant: departures from the equations; see `bnlstm_jax.cells.Variant`.
+      dtype: dtype of the output and of the operands of matrix products. By default, the operands of
+        a product have their promoted dtype, and the output is in float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
     """
 
@@ -374,7 +384,10 @@ class BNLSTMCell(RecurrentCell):
     def __call__(
         self, carry: Carry, inputs: Array, use_running_average: bool | None = None
     ) -> tuple[Carry, Array]:
-        """`(c, h)` and inputs `[B, D]` to the new carry and the output h `[B, H]`."""
+        """Maps `(c, h)` and inputs `[B, D]` to the new carry and the output h `[B, H]`.
+
+        `use_running_average` is as the attribute; set exactly one of the two.
+        """
         # A cell that normalises nothing needs no choice of statistics.
         use_running_average = not self.normalize or nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
@@ -413,8 +426,8 @@ class BNLSTMCell(RecurrentCell):
     def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Carry:
         """The learned initial `(c, h)`, each `[B, H]`, for inputs `[B, D]`; zeros if unbound.
 
-        `rng` is the key of `initial_hidden_noise`. With the field `use_running_average=False` h has
-        no gradient: the batch's moments remove it.
+        `rng` is the key of `initial_hidden_noise`. If the recurrent term is normalised and the
+        field `use_running_average` is False, h has no gradient: batch normalisation removes it.
         """
         centered = "recurrent" in self.normalize and self.use_running_average is False
         return initial_state(self, input_shape[:-1], rng, centered)
@@ -425,19 +438,20 @@ class LNLSTMCell(RecurrentCell):
 
     Attributes:
       features: number of hidden units H.
-      normalize: the normalised terms, of `input`, `recurrent` and `cell`. Others enter as they are
-        and have no scale.
+      normalize: the terms to normalise, a subset of `input`, `recurrent` and `cell`. Other terms
+        are used as they are, and have no scale.
       epsilon: added to variances.
       scale_init: initialiser of the scales (gamma).
       input_kernel_init, recurrent_kernel_init, bias_init: initialisers of `input_kernel [D, 4H]`,
         `recurrent_kernel [H, 4H]`, `bias [4H]`.
-      initial_hidden_init: initialiser of the learned initial hidden state `[H]`. From zeros, zero
-        inputs would leave all terms without variance, and gradients without bound.
-      initial_hidden_noise: standard deviation of Gaussian noise on it, at inference too.
-      variant: departures from the equations, which `bnlstm_jax.cells.Variant` lists.
-      dtype: dtype of products' operands and of the output. By default operands keep the dtypes of
-        inputs and parameters, and the output is in float32 or wider.
-      param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
+      initial_hidden_init: initialiser of the learned initial hidden state `[H]`. With zeros, zero
+        inputs would give all terms zero variance, and gradients would explode.
+      initial_hidden_noise: standard deviation of Gaussian noise on the initial hidden state, at
+        inference too.
+      variant: departures from the equations; see `bnlstm_jax.cells.Variant`.
+      dtype: dtype of the output and of the operands of matrix products. By default, the operands of
+        a product have their promoted dtype, and the output is in float32 or wider.
+      param_dtype: dtype of the parameters. Moments and state are in float32 or wider.
     """
 
     features: int
@@ -455,7 +469,7 @@ class LNLSTMCell(RecurrentCell):
 
     @nn.compact
     def __call__(self, carry: Carry, inputs: Array) -> tuple[Carry, Array]:
-        """`(c, h)` and inputs `[B, D]` to the new carry and the output h `[B, H]`."""
+        """Maps `(c, h)` and inputs `[B, D]` to the new carry and the output h `[B, H]`."""
         params = lstm_params(self, inputs.shape[-1], self.normalize)
         norm = Normalization(
             tuple(self.normalize), "layer", self.epsilon, self.variant.input_epsilon
@@ -473,24 +487,24 @@ class BNSimpleCell(nn.RNNCellBase):
 
         h' = tanh(BN(h W_h + x W_x; gamma, b))
 
-    The network of the paper's figure on gradient flow, in which W_h starts as the identity.
-    Parameters `input_kernel [D, H]`, `recurrent_kernel [H, H]`, `joint_scale [H]`, `bias [H]`,
-    `initial_hidden [H]`; statistics `joint_mean` and `joint_var`, each `[H]`. The carry is h.
-    For statistics per time step see `BNLSTMCell`.
+    The paper's figure on gradient flow uses this network, with W_h initialised to the identity. The
+    parameters are `input_kernel [D, H]`, `recurrent_kernel [H, H]`, `joint_scale [H]`, `bias [H]`
+    and `initial_hidden [H]`, the statistics `joint_mean` and `joint_var`, each `[H]`. The carry is
+    h. For statistics per time step, and for the limits under `flax.linen.RNN`, see `BNLSTMCell`.
 
     Attributes:
       features: number of hidden units H.
-      use_running_average: normalise by `batch_stats` (inference) rather than by the batch's own
-        moments (training). Set here or in the call.
-      momentum: decay of the running averages.
+      use_running_average: if True, normalise by `batch_stats` (inference), else by the batch's own
+        moments (training). Set it here or in the call.
+      momentum: decay rate of the running averages.
       epsilon: added to variances.
-      axis_name: mapped axis over which batches are pooled for their statistics.
+      axis_name: mapped axis over which batch statistics are pooled.
       scale_init, input_kernel_init, recurrent_kernel_init: initialisers of `joint_scale` (gamma),
         `input_kernel`, `recurrent_kernel`.
       initial_hidden_noise: standard deviation of Gaussian noise on the initial hidden state, at
         inference too.
-      dtype: dtype of products' operands and of the output. By default operands keep the dtypes of
-        inputs and parameters, and the output is in float32 or wider.
+      dtype: dtype of the output and of the operands of matrix products. By default, the operands of
+        a product have their promoted dtype, and the output is in float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
     """
 
@@ -515,7 +529,10 @@ class BNSimpleCell(nn.RNNCellBase):
     def __call__(
         self, carry: Array, inputs: Array, use_running_average: bool | None = None
     ) -> tuple[Array, Array]:
-        """h `[B, H]` and inputs `[B, D]` to the new h, as carry and as output."""
+        """Maps h `[B, H]` and inputs `[B, D]` to the new h, which is both carry and output.
+
+        `use_running_average` is as the attribute; set exactly one of the two.
+        """
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )

@@ -1,4 +1,4 @@
-"""Initial values of the paper's experiments, in the gate order f, i, o, g of `bnlstm_jax.cells`."""
+"""Initialisers of the paper's experiments, in the gate order f, i, o, g of `bnlstm_jax.cells`."""
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,10 @@ def semi_orthogonal() -> Initializer:
 
 
 def identity_block() -> Initializer:
-    """A recurrent kernel `[H, 4H]`: the candidate's block (g) the identity, the gates' orthonormal.
+    """A recurrent kernel `[H, 4H]`: identity for the candidate g, semi-orthogonal for the gates.
 
     The three gate blocks f, i, o are one `[H, 3H]` semi-orthogonal matrix. This is the "W_h
-    initialised to the identity" of the paper's MNIST experiments. Raises a ValueError for another
-    shape.
+    initialised to the identity" of the paper's MNIST experiments. Other shapes raise a ValueError.
     """
 
     def init(key: Array, shape: tuple[int, ...], dtype=jnp.float32, **kwargs) -> Array:

@@ -1,11 +1,11 @@
 """LSTM, BN-LSTM and LN-LSTM over whole sequences.
 
-Equal to the cells of `bnlstm_jax.cells` under `flax.linen.RNN` on sequences of one length, and
-faster: see `bnlstm_jax.recurrence`. Beyond the cells, BNLSTM masks statistics by `seq_lengths`, and
-at inference goes on past `max_steps` with the last time step's statistics.
+On sequences of equal length, the layers compute the same as the cells of `bnlstm_jax.cells` under
+`flax.linen.RNN`, and are faster; see `bnlstm_jax.recurrence`. Unlike its cell, BNLSTM masks
+statistics by `seq_lengths`, and at inference uses the last time step's statistics past `max_steps`.
 
-Call arguments are those of `flax.linen.RNN`, and the layers fit `flax.linen.Bidirectional`. Within
-this file arrays are time-major: `[T, B, F]`.
+The layers take the call arguments of `flax.linen.RNN`, and work in `flax.linen.Bidirectional`. In
+this file, arrays are time-major: `[T, B, F]`.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ from bnlstm_jax.recurrence.problem import Problem
 
 
 class RecurrentLayer(nn.Module):
-    """The call of LSTM, BNLSTM and LNLSTM. It has no fields of its own."""
+    """Base of LSTM, BNLSTM and LNLSTM: their call. It has no fields."""
 
     def setup(self) -> None:
         """Makes the learned initial state."""
@@ -63,32 +63,34 @@ class RecurrentLayer(nn.Module):
         reverse: bool | None = None,
         keep_order: bool | None = None,
     ) -> Array | tuple[Carry, Array]:
-        """Runs over sequences `[batch, time, input]`, giving outputs `[batch, time, features]`.
+        """Maps sequences `[batch, time, input]` to outputs `[batch, time, features]`.
 
         Args:
-          inputs: sequences `[batch, time, input]`, or `[time, batch, input]` if `time_major`; with
-            `vocab_size` integers, without the last axis.
-          use_running_average: as the attribute of BNLSTM; set one of them. LSTM and LNLSTM ignore
-            it, so that a model can hold any of the three.
-          initial_carry: `(c, h)`, each `[batch, features]`; the learned state if None.
-          init_key: key of the initial hidden state's noise; the rng stream `noise` if None.
-          first_step: number of time steps run before, for a long sequence run in pieces with the
-            carry handed on. At inference statistics are those of the steps from there.
-          seq_lengths: valid steps of each sequence, integers `[batch]`; all if None. Lengths beyond
-            the sequence mean all of it, those below zero nothing. After them a sequence keeps its
-            state, and its outputs repeat the last one; what the padding holds has no effect, unless
-            `mask_statistics` counts it.
+          inputs: sequences `[batch, time, input]`, or `[time, batch, input]` if `time_major`. With
+            `vocab_size`, integers without the last axis.
+          use_running_average: as the attribute of BNLSTM; set exactly one of the two. LSTM and
+            LNLSTM ignore it, so that a model can use any of the three layers.
+          initial_carry: `(c, h)`, each `[batch, features]`; None for the learned state.
+          init_key: key of `initial_hidden_noise`; None for the rng stream `noise`.
+          first_step: number of time steps before these inputs, if a long sequence is run in pieces:
+            inference then uses the statistics of the steps from `first_step` on. Pass the carry of
+            the previous piece as `initial_carry`.
+          seq_lengths: number of valid steps of each sequence, integers `[batch]`, clipped to
+            `[0, time]`; None if all steps are valid. In the padding after its valid steps, a
+            sequence keeps its state, and its outputs repeat the last hidden state. Values of the
+            padding have no effect, unless BNLSTM's `mask_statistics` counts them.
           return_carry, time_major, reverse, keep_order: override the attributes.
 
         Returns:
-          The outputs h; with `return_carry` the carry `(c, h)` after the last valid step, and the
-          outputs.
+          The outputs h, or with `return_carry` a tuple of the carry `(c, h)` after the last valid
+          step and the outputs.
 
         Raises:
-          ValueError: a field is out of range; inputs or lengths have another shape or type than
-            the layer takes; the implementation does not support the layer. Under batch statistics
-            also: the batch has one sequence; a sequence is not given from its first step on, or,
-            without `max_steps`, is longer than the one that initialised the layer.
+          ValueError: a field is out of range, an argument has the wrong shape or dtype, or the
+            implementation does not support the layer. Under batch statistics, also if the batch has
+            one sequence, if `first_step` is not zero, or if, without `max_steps`, a sequence is
+            longer than the one that initialised the layer.
+          RuntimeError: the kernel that `implementation` names cannot be compiled.
         """
         call = _Call(
             initial_carry,
@@ -115,26 +117,26 @@ class LSTM(RecurrentLayer):
 
     Attributes:
       features: number of hidden units H.
-      vocab_size: number of symbols V, for inputs that are integers in `[0, V)`. A symbol stands for
-        its one-hot vector, whose product with the kernel is a row of it. Any other integer gives
-        NaN. None for dense inputs.
-      input_kernel_init, recurrent_kernel_init, bias_init: initialisers of `input_kernel`,
-        `[D, 4H]` or `[V, 4H]`, `recurrent_kernel [H, 4H]`, `bias [4H]`.
+      vocab_size: number of symbols V, if inputs are integers in `[0, V)`; None for dense inputs. A
+        symbol is equivalent to its one-hot vector. Integers out of range give NaN.
+      input_kernel_init, recurrent_kernel_init, bias_init: initialisers of `input_kernel [D, 4H]`
+        (or `[V, 4H]`), `recurrent_kernel [H, 4H]`, `bias [4H]`.
       initial_hidden_init: initialiser of the learned initial hidden state `[H]`.
-      initial_hidden_noise: standard deviation of Gaussian noise on it, at inference too, from the
-        rng stream `noise`.
-      variant: departures from the equations, which `bnlstm_jax.cells.Variant` lists.
+      initial_hidden_noise: standard deviation of Gaussian noise on the initial hidden state, at
+        inference too, from the rng stream `noise`.
+      variant: departures from the equations; see `bnlstm_jax.cells.Variant`.
       time_major: sequences are `[time, batch, ...]` rather than `[batch, time, ...]`.
-      return_carry: return `(carry, outputs)` rather than outputs alone.
-      reverse, keep_order: run from the last valid step of each sequence to its first; then return
-        outputs in the order of the inputs.
-      unroll: time steps per iteration of a compiled loop.
-      implementation: `auto`, `xla`, `reference`, or a kernel, `cpu`, `gpu` or `tpu`; see
-        `bnlstm_jax.recurrence`. Only `reference` has forward mode; kernels have first derivatives
-        alone. `gpu` runs batches above 128 by `xla`. `jax.export` needs `xla` or `reference`.
-      dtype: dtype of products' operands and of outputs; by default that of inputs and parameters,
-        but float32 or wider.
-      param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
+      return_carry: return `(carry, outputs)` rather than the outputs alone.
+      reverse, keep_order: `reverse` runs each sequence from its last valid step to its first;
+        `keep_order` then returns outputs in the order of the inputs.
+      unroll: time steps per loop iteration of `xla` and `reference`; no effect on kernels.
+      implementation: `auto`, `xla`, `reference`, or a kernel: `cpu`, `gpu` or `tpu`; see
+        `bnlstm_jax.recurrence`. Only `reference` supports forward mode. Kernels support only first
+        derivatives. `gpu` leaves batches above 128 to `xla`. `jax.export` needs `xla` or
+        `reference`.
+      dtype: dtype of outputs and of the operands of matrix products; by default the promoted dtype
+        of inputs and parameters, float32 or wider.
+      param_dtype: dtype of the parameters. The state is in float32 or wider.
     """
 
     features: int
@@ -156,37 +158,37 @@ class LSTM(RecurrentLayer):
 
 
 class LNLSTM(RecurrentLayer):
-    """A layer-normalised LSTM over whole sequences, to compare with the batch-normalised one.
+    """A layer-normalised LSTM over whole sequences, for comparison with BNLSTM.
 
-    Training and inference are the same, and there are no statistics. Of the input term of a single
-    feature, normalisation keeps only the sign.
+    Training and inference are the same, and there are no statistics. If inputs have one feature,
+    normalisation of the input term keeps only the feature's sign.
 
     Attributes:
       features: number of hidden units H.
-      normalize: the normalised terms, of `input`, `recurrent` and `cell`. Others enter as they are
-        and have no scale.
+      normalize: the terms to normalise, a subset of `input`, `recurrent` and `cell`. Other terms
+        are used as they are, and have no scale.
       epsilon: added to variances.
       scale_init: initialiser of the scales (gamma).
-      vocab_size: number of symbols V, for inputs that are integers in `[0, V)`; see `LSTM`. None
-        for dense inputs.
-      input_kernel_init, recurrent_kernel_init, bias_init: initialisers of `input_kernel`,
-        `[D, 4H]` or `[V, 4H]`, `recurrent_kernel [H, 4H]`, `bias [4H]`.
-      initial_hidden_init: initialiser of the learned initial hidden state `[H]`. From zeros, zero
-        inputs would leave all terms without variance, and gradients without bound.
-      initial_hidden_noise: standard deviation of Gaussian noise on it, at inference too, from the
-        rng stream `noise`.
-      variant: departures from the equations, which `bnlstm_jax.cells.Variant` lists.
+      vocab_size: number of symbols V, if inputs are integers in `[0, V)`; None for dense inputs.
+        See `LSTM`.
+      input_kernel_init, recurrent_kernel_init, bias_init: initialisers of `input_kernel [D, 4H]`
+        (or `[V, 4H]`), `recurrent_kernel [H, 4H]`, `bias [4H]`.
+      initial_hidden_init: initialiser of the learned initial hidden state `[H]`. With zeros, zero
+        inputs would give all terms zero variance, and gradients would explode.
+      initial_hidden_noise: standard deviation of Gaussian noise on the initial hidden state, at
+        inference too, from the rng stream `noise`.
+      variant: departures from the equations; see `bnlstm_jax.cells.Variant`.
       time_major: sequences are `[time, batch, ...]` rather than `[batch, time, ...]`.
-      return_carry: return `(carry, outputs)` rather than outputs alone.
-      reverse, keep_order: run from the last valid step of each sequence to its first; then return
-        outputs in the order of the inputs.
-      unroll: time steps per iteration of a compiled loop.
-      implementation: `auto`, `xla`, `reference`, or a kernel, `cpu`, `gpu` or `tpu`; see
-        `bnlstm_jax.recurrence`. Only `reference` has forward mode; kernels have first derivatives
-        alone. `gpu` runs batches above 128 by `xla`. `jax.export` needs `xla` or `reference`.
-      dtype: dtype of products' operands and of outputs; by default that of inputs and parameters,
-        but float32 or wider.
-      param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
+      return_carry: return `(carry, outputs)` rather than the outputs alone.
+      reverse, keep_order: `reverse` runs each sequence from its last valid step to its first;
+        `keep_order` then returns outputs in the order of the inputs.
+      unroll: time steps per loop iteration of `xla` and `reference`; no effect on kernels.
+      implementation: `auto`, `xla`, `reference`, or the kernel `tpu`; see `bnlstm_jax.recurrence`.
+        Only `reference` supports forward mode. `tpu` supports only first derivatives. `jax.export`
+        needs `xla` or `reference`.
+      dtype: dtype of outputs and of the operands of matrix products; by default the promoted dtype
+        of inputs and parameters, float32 or wider.
+      param_dtype: dtype of the parameters. Moments and state are in float32 or wider.
     """
 
     features: int
@@ -222,56 +224,57 @@ class BNLSTM(RecurrentLayer):
             variables, x, use_running_average=False, mutable=["batch_stats"])
         y = layer.apply({**variables, **updated}, x, use_running_average=True)
 
-    The collection `batch_stats` has statistics of each time step,
-    `{input,recurrent,cell}_{mean,var}`, each `[max_steps, F]`. Training moves them towards those of
-    the batch; `bnlstm_jax.estimate_population_statistics` re-estimates them. Inference goes on past
-    `max_steps` with the last row. In a reversed layer the rows follow the recurrence, not the
-    inputs. Updated statistics have no gradient. `flax.linen.Bidirectional` does not pass
-    `use_running_average` on: set it in its layers.
+    The collection `batch_stats` holds the statistics of each time step,
+    `{input,recurrent,cell}_{mean,var}`, each `[max_steps, F]`: F is H for the cell, else 4H.
+    Training updates them as running averages; `bnlstm_jax.estimate_population_statistics`
+    re-estimates them. Inference uses the last row for all steps past `max_steps`. In a reversed
+    layer, the first row belongs to the first step of the recurrence. Updated statistics have no
+    gradient. `flax.linen.Bidirectional` does not pass `use_running_average` on: set it as a field
+    of its layers.
 
     Attributes:
       features: number of hidden units H.
-      max_steps: number of time steps with statistics of their own; those of later steps are not
-        recorded. If None, the length of the sequence that initialises the layer; longer training
-        sequences raise.
-      normalize: the normalised terms, of `input`, `recurrent` and `cell`. Others enter as they are
-        and have neither scale nor statistics.
-      use_running_average: normalise by `batch_stats` (inference) rather than by the batch's own
-        moments (training). Set here or in the call.
-      momentum: decay of the running averages.
+      max_steps: number of time steps with statistics of their own. Training does not record the
+        statistics of later steps. If None, it is the length of the sequence that initialises the
+        layer, and longer training sequences raise a ValueError.
+      normalize: the terms to normalise, a subset of `input`, `recurrent` and `cell`. Other terms
+        are used as they are, and have neither scale nor statistics.
+      use_running_average: if True, normalise by `batch_stats` (inference), else by the batch's own
+        moments (training). Set it here or in the call.
+      momentum: decay rate of the running averages.
       epsilon: added to variances.
-      axis_name: axis of `vmap`, `pmap` or `shard_map(check_vma=False)` over which batches are
-        pooled for their statistics. With `xla`, take gradients within `vmap`: `vmap(grad(...))`.
-        Kernels do not support it.
+      axis_name: axis of `vmap`, `pmap` or `shard_map(check_vma=False)` over which batch statistics
+        are pooled. With `xla`, take gradients within `vmap`: `vmap(grad(...))`. Kernels do not
+        support it in training.
       scale_init: initialiser of the scales (gamma); 0.1 in the paper.
-      shared_statistics: record statistics `[F]` of all time steps together rather than of each,
-        without `max_steps`. Training normalises each step by its own moments either way. The paper
-        finds separate ones necessary; this is to see why.
-      input_statistics: `per_step`, or `sequence` for input moments `[4H]` of all time steps
-        together, in training too.
+      shared_statistics: record one set of statistics `[F]` for all time steps; `max_steps` must be
+        None. Training still normalises each step by its own moments. The paper finds statistics per
+        time step necessary; this field is for comparison.
+      input_statistics: `per_step`, or `sequence` to normalise the input term by moments `[4H]` of
+        all time steps together, in training too.
       mask_statistics: count only valid steps of `seq_lengths` in statistics. A tuple of terms
-        applies this to those terms only. A time step with one valid sequence has variance 0. The
-        paper's released code counts all steps, finished sequences with their frozen state: so does
-        False.
-      vocab_size: number of symbols V, for inputs that are integers in `[0, V)`; see `LSTM`. None
-        for dense inputs.
-      input_kernel_init, recurrent_kernel_init, bias_init: initialisers of `input_kernel`,
-        `[D, 4H]` or `[V, 4H]`, `recurrent_kernel [H, 4H]`, `bias [4H]`.
+        applies this to those terms only. A time step with one valid sequence has variance 0. If
+        False, all steps count, finished sequences with their last state, as in the paper's released
+        code.
+      vocab_size: number of symbols V, if inputs are integers in `[0, V)`; None for dense inputs.
+        See `LSTM`.
+      input_kernel_init, recurrent_kernel_init, bias_init: initialisers of `input_kernel [D, 4H]`
+        (or `[V, 4H]`), `recurrent_kernel [H, 4H]`, `bias [4H]`.
       initial_hidden_init: initialiser of the learned initial hidden state `[H]`.
-      initial_hidden_noise: standard deviation of Gaussian noise on it, at inference too, from the
-        rng stream `noise`.
-      variant: departures from the equations, which `bnlstm_jax.cells.Variant` lists.
+      initial_hidden_noise: standard deviation of Gaussian noise on the initial hidden state, at
+        inference too, from the rng stream `noise`.
+      variant: departures from the equations; see `bnlstm_jax.cells.Variant`.
       time_major: sequences are `[time, batch, ...]` rather than `[batch, time, ...]`.
-      return_carry: return `(carry, outputs)` rather than outputs alone.
-      reverse, keep_order: run from the last valid step of each sequence to its first; then return
-        outputs in the order of the inputs.
-      unroll: time steps per iteration of a compiled loop.
-      implementation: `auto`, `xla`, `reference`, or a kernel, `cpu`, `gpu` or `tpu`; see
-        `bnlstm_jax.recurrence`. Under batch statistics only `reference` has forward mode and second
-        derivatives. `tpu` and `gpu` have no gradients of running statistics. `gpu` runs batches
-        above 128 by `xla`. `jax.export` needs `xla` or `reference`.
-      dtype: dtype of products' operands and of outputs; by default that of inputs and parameters,
-        but float32 or wider.
+      return_carry: return `(carry, outputs)` rather than the outputs alone.
+      reverse, keep_order: `reverse` runs each sequence from its last valid step to its first;
+        `keep_order` then returns outputs in the order of the inputs.
+      unroll: time steps per loop iteration of `xla` and `reference`; no effect on kernels.
+      implementation: `auto`, `xla`, `reference`, or a kernel: `cpu`, `gpu` or `tpu`; see
+        `bnlstm_jax.recurrence`. Under batch statistics, only `reference` supports forward mode and
+        second derivatives. `tpu` and `gpu` give no gradients of running statistics. `gpu` leaves
+        batches above 128 to `xla`. `jax.export` needs `xla` or `reference`.
+      dtype: dtype of outputs and of the operands of matrix products; by default the promoted dtype
+        of inputs and parameters, float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
     """
 
@@ -345,7 +348,7 @@ def normalization(layer: RecurrentLayer) -> Normalization:
 
 
 class _Call(NamedTuple):
-    """The arguments of `RecurrentLayer.__call__` beside its inputs, attributes in place of None."""
+    """The arguments of `RecurrentLayer.__call__` except inputs; attributes replace None."""
 
     initial_carry: Carry | None
     init_key: Array | None
@@ -358,9 +361,9 @@ class _Call(NamedTuple):
     keep_order: bool
 
     def enter(self, inputs: Array, keep_padding: bool) -> tuple[Array, Array | None]:
-        """Inputs in the order of the recurrence, `[T, B, ...]`; which are valid, `[T, B, 1]`.
+        """Inputs in the order of the recurrence, `[T, B, ...]`, and which are valid, `[T, B, 1]`.
 
-        Unless `keep_padding`, padding becomes zero: NaN or infinity would return in gradients.
+        Unless `keep_padding`, padding is set to zero: NaN or infinity would reach the gradients.
         """
         inputs = inputs if self.time_major else jnp.swapaxes(inputs, 0, 1)
         inputs = flip_sequences(inputs, self.seq_lengths) if self.reverse else inputs
@@ -373,7 +376,7 @@ class _Call(NamedTuple):
         return inputs, valid
 
     def leave(self, carry: Carry, outputs: Array) -> Array | tuple[Carry, Array]:
-        """What the call returns."""
+        """The result of the call, with outputs in the layout of its inputs."""
         if self.reverse and self.keep_order:
             outputs = flip_sequences(outputs, self.seq_lengths)
         outputs = outputs if self.time_major else jnp.swapaxes(outputs, 0, 1)
@@ -381,7 +384,7 @@ class _Call(NamedTuple):
 
 
 def _run(layer: RecurrentLayer, inputs: Array, call: _Call) -> Array | tuple[Carry, Array]:
-    """The call of all layers."""
+    """Runs a layer."""
     norm = normalization(layer)
     training = bool(norm.batch_terms) and not nn.merge_param(
         "use_running_average", layer.use_running_average, call.use_running_average
@@ -432,10 +435,11 @@ def _run(layer: RecurrentLayer, inputs: Array, call: _Call) -> Array | tuple[Car
 def _centered(
     layer: RecurrentLayer, norm: Normalization, valid: Array | None, steps: int
 ) -> Array | bool:
-    """Sequences whose first recurrent term is normalised by the batch; see `initial_state`.
+    """Sequences whose first recurrent term is normalised by batch moments; see `initial_state`.
 
-    A sequence without steps ends with its initial state. If it counts in the moments of the others
-    nonetheless, these do not remove its gradient: then no sequence is centered.
+    A sequence without steps outputs its initial state, whose gradient is then needed. If it counts
+    in the moments of the others, gradients cancel only over all sequences together: then no
+    sequence is centered.
     """
     if "recurrent" not in norm.terms or not steps:
         return False
@@ -459,7 +463,7 @@ def _state_dtype(layer: RecurrentLayer, inputs: Array) -> jnp.dtype:
 
 
 def _checked(layer: RecurrentLayer, inputs: Array, call: _Call, training: bool) -> _Call:
-    """The arguments of a call, checked, with lengths from zero to the number of steps."""
+    """Checks the arguments of a call, and clips lengths to the number of steps."""
     name, got = type(layer).__name__, f"got {inputs.dtype}{list(inputs.shape)}"
     axes = "time, batch" if call.time_major else "batch, time"
     if layer.vocab_size is None and inputs.ndim != 3:
@@ -487,12 +491,12 @@ def _checked(layer: RecurrentLayer, inputs: Array, call: _Call, training: bool) 
     if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         got = f"{lengths.dtype}{list(lengths.shape)}"
         raise ValueError(f"seq_lengths: expected integers [{batch}], one a sequence, got {got}")
-    # In 32 bits: fewer need not hold the number of steps.
+    # In 32 bits: narrower integers may not hold the number of steps.
     return call._replace(seq_lengths=jnp.clip(lengths.astype(jnp.int32), 0, steps))
 
 
 def _check_first_step(first_step: Array | int | None, training: bool) -> None:
-    """Raises a ValueError if `first_step` is no number of time steps, or cannot be given."""
+    """Raises a ValueError unless `first_step` is a number of steps, in training a constant 0."""
     if first_step is None:
         return
     dtype, shape = jnp.result_type(first_step), jnp.shape(first_step)
@@ -521,7 +525,7 @@ def flip_sequences(x: Array, seq_lengths: Array | None) -> Array:
 
 
 def _statistics_shape(layer: RecurrentLayer, term: str, steps: int) -> tuple[int, ...]:
-    """Shape of a term's statistics in a layer that sequences of `steps` steps initialise."""
+    """Shape of a term's statistics in a layer initialised by sequences of `steps` time steps."""
     if layer.shared_statistics and layer.max_steps is not None:
         raise ValueError("max_steps: expected None with shared_statistics, which are of all steps")
     whole = term == "input" and layer.input_statistics == "sequence"
@@ -532,12 +536,12 @@ def _statistics_shape(layer: RecurrentLayer, term: str, steps: int) -> tuple[int
 
 
 def _statistics(layer: RecurrentLayer, term: str, steps: int) -> list[nn.Variable]:
-    """The running statistics of a term, in a layer that sequences of `steps` steps initialise."""
+    """The running statistics of a term; `steps` is the length of this call's sequences."""
     shape = _statistics_shape(layer, term, steps)
     variables = statistics_variables(layer, shape, f"{term}_")
     there = variables[0].value.shape
     if layer.max_steps is None and len(there) == 2:
-        shape = there[:1] + shape[-1:] if len(shape) == 2 else shape  # of any number of steps
+        shape = there[:1] + shape[-1:] if len(shape) == 2 else shape  # any number of steps
     if there != shape:
         raise ValueError(
             f"max_steps={layer.max_steps}, shared_statistics={layer.shared_statistics}, "
@@ -550,7 +554,7 @@ def _statistics(layer: RecurrentLayer, term: str, steps: int) -> list[nn.Variabl
 def _running(
     layer: RecurrentLayer, variables: dict[str, list], first_step: Array | int | None, steps: int
 ) -> dict[str, Statistics] | None:
-    """Running statistics of steps from `first_step` on; beyond the rows, the last row."""
+    """Running statistics of the steps from `first_step` on; the last row for later steps."""
     first = jnp.asarray(0 if first_step is None else first_step, jnp.int32)
     t = first + jnp.arange(steps, dtype=jnp.int32)
 
@@ -570,7 +574,7 @@ def _running(
 def _record(
     layer: RecurrentLayer, term: str, variables: list[nn.Variable], batch: Statistics, count: Array
 ) -> None:
-    """Moves a term's running statistics towards `batch`, `[T, F]` or `[F]`.
+    """Updates a term's running statistics with those of the batch, `[T, F]` or `[F]`.
 
     Steps past the last row of the running statistics are not recorded.
     """

@@ -3,8 +3,8 @@
     BN(x; gamma, beta) = beta + gamma * (x - mean) / sqrt(var + epsilon)                        (5)
 
 Mean and variance are computed in at least float32 whatever the dtype of `x`, in two passes: the
-mean first, then the mean squared deviation from it. The one-pass form E[x^2] - E[x]^2 loses every
-digit where the spread is small against the mean, as in the first steps of a recurrence.
+mean first, then the mean squared deviation from it. The one-pass form E[x^2] - E[x]^2 loses all
+digits if the deviation is small compared to the mean, as in the first steps of a recurrence.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class Moments(NamedTuple):
 
     Attributes:
       mean, var: the mean and the biased variance.
-      rows: number of rows behind them, at least one; None for all rows of an unmapped batch.
+      rows: number of rows that count, at least one; None for all rows of an unmapped batch.
     """
 
     mean: Array
@@ -51,14 +51,14 @@ class Normalization:
 
     Attributes:
       terms: names of the normalised terms. The scale of each is the parameter `{term}_scale`.
-      kind: `batch`, by statistics of the batch or given ones, or `layer`, over each row's features.
+      kind: `batch`, by batch moments or given statistics; or `layer`, over each row's features.
       epsilon: added to the variance.
       input_epsilon: overrides `epsilon` for the term `input`.
-      masked: terms in whose moments only valid rows count.
-      whole_input: moments of the input are those of all time steps together.
-      axis_name: mapped axis over which batches are pooled.
-      analytic: differentiate by `batch_normalize`, which takes less time and memory; otherwise JAX
-        does it, in forward mode and more than once too.
+      masked: terms whose moments count only valid rows.
+      whole_input: whether moments of the input term are of all time steps together.
+      axis_name: mapped axis over which moments are pooled.
+      analytic: use the hand-written gradient of `batch_normalize`, which takes less time and
+        memory. Else JAX differentiates, also in forward mode and repeatedly.
     """
 
     terms: tuple[str, ...] = ()
@@ -98,19 +98,19 @@ class Normalization:
         valid: Array | None = None,
         moments: Moments | None = None,
     ) -> tuple[Array, Moments | None]:
-        """Equation 5 without its shift.
+        """Normalises a term: equation 5 without its shift.
 
         Args:
           term: name of the term.
           x: its values, `[..., B, F]`.
-          params: parameters, the scales among them.
-          statistics: of each term, to normalise by; None to normalise by the batch's own moments.
-          valid: valid rows, boolean `[..., B, 1]`; None if all are.
+          params: parameters that include the scales.
+          statistics: given statistics, by term; None to normalise by the batch's own moments.
+          valid: valid rows, boolean `[..., B, 1]`; None if all are valid.
           moments: the batch's moments of the term, if they are known.
 
         Returns:
-          The normalised term, or `x` if it is not normalised; the moments that normalised it, or
-          None.
+          The normalised term, or `x` if the term is not normalised; and the batch moments that
+          normalised it, or None.
         """
         if term not in self.terms:
             return x, None
@@ -143,9 +143,9 @@ def statistics_dtype(dtype: jnp.dtype) -> jnp.dtype:
 
 
 def on_any_mesh(function: Callable[..., T], specs: Any, *args: Any) -> T:
-    """`function(*args)`; if arguments are sharded over an explicit mesh, XLA shards what is inside.
+    """`function(*args)`; if arguments are sharded over an explicit mesh, XLA shards its operations.
 
-    `specs` is a prefix of the result's tree, with the `PartitionSpec` of each array on such a mesh.
+    `specs` is a tree prefix of the result: the `PartitionSpec` of each array on such a mesh.
     """
     shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(args)]
     meshes = [sharding.mesh for sharding in shardings if any(sharding.spec)]
@@ -163,7 +163,7 @@ def standardize(x: Array, statistics: Statistics, epsilon: float, axis: tuple[in
       x: values, `[..., B, F]`.
       statistics: given statistics, in the shape of `x` without `axis`.
       epsilon: added to the variance.
-      axis: the axes of which statistics are taken, negative numbers.
+      axis: the axes that the statistics reduce, as negative numbers.
     """
     mean, var = (jnp.expand_dims(s, axis) for s in statistics)
     return (x - mean) * jax.lax.rsqrt(var + epsilon)
@@ -180,12 +180,12 @@ def batch_moments(
 
     Args:
       x: values, `[..., B, F]`.
-      where: rows that count, boolean `[..., B, 1]`; None for all. If none does, mean and variance
-        are zero.
-      axis: the axes over which moments are taken, negative numbers.
-      axis_name: mapped axis of `vmap`, `pmap` or `shard_map(check_vma=False)` over which batches
+      where: rows that count, boolean `[..., B, 1]`; None for all. If no row counts, mean and
+        variance are zero.
+      axis: the axes to reduce, as negative numbers.
+      axis_name: mapped axis of `vmap`, `pmap` or `shard_map(check_vma=False)` over which moments
         are pooled.
-      differentiable: whether they have a gradient; `batch_normalize` takes them without.
+      differentiable: whether the moments have a gradient; `batch_normalize` needs none.
     """
     moments = functools.partial(
         _moments, axis=axis, axis_name=axis_name, differentiable=differentiable
@@ -203,8 +203,8 @@ def _moments(
     values = _counted(x, where)
     if not differentiable:
         values = jax.lax.stop_gradient(values)
-    # Relative to a row that counts, the variance loses no digits to the batch's distance from
-    # zero, and the mean of equal rows is exact: the first recurrent term is equal in all examples.
+    # Moments are computed relative to a row that counts. So the variance loses no digits if the
+    # mean is large, and the mean of equal rows, such as the first recurrent term's, is exact.
     origin = jax.lax.stop_gradient(_first_row(values, axis, where))
     count = None
     if where is not None:
@@ -216,8 +216,8 @@ def _moments(
     if axis_name is None:
         return Moments(origin + offset, squares / rows, count)
 
-    # Two exchanges: means, then deviations from the pooled mean. The latter correct its rounding
-    # error, so that the mean of equal rows stays exact.
+    # Two all-reduces: of means, then of deviations from the pooled mean. The second corrects the
+    # rounding error of the first, so that the mean of equal rows stays exact.
     if where is None:
         count = jnp.asarray(rows * jax.lax.psum(1, axis_name), values.dtype)
     else:
@@ -241,9 +241,9 @@ def batch_normalize(
 ) -> Array:
     """Equation 5 without its shift, by the moments that `batch_moments` returns.
 
-    Gradients flow through the moments as functions of `x`. They are written out below: the short
-    form needs two sums where differentiating the two passes needs several, and moments can be
-    residuals where values are recomputed. Only first derivatives in reverse mode are defined.
+    The gradient treats the moments as functions of `x`. It is written by hand: it needs two sums,
+    and automatic differentiation of the two passes needs more. Moments can also be residuals while
+    the values are recomputed. Only first derivatives in reverse mode are supported.
 
     Args:
       x, where, axis, axis_name: as in `batch_moments`.
@@ -289,7 +289,7 @@ def _rows(x: Array, axis: tuple[int, ...]) -> int:
 
 
 def _total(x: Array, axis: tuple[int, ...], where: Array | None = None) -> Array:
-    """Sum of the rows `where`, or of all, over `axis`, which stays with size one."""
+    """Sum over `axis` of the rows that `where` selects, or of all; `axis` stays with size one."""
 
     def by_reduction(x: Array) -> Array:
         return jnp.sum(x, axis, where=where, keepdims=True)
@@ -331,8 +331,8 @@ def _first_row(x: Array, axis: tuple[int, ...], where: Array | None) -> Array:
     def by_sum(x: Array) -> Array:
         return jnp.sum(jnp.where(row == first, x, 0), -2, keepdims=True)
 
-    # On CPU, XLA would read the row again for each row it is subtracted from. A TPU kernel has no
-    # take_along_axis.
+    # With by_index, XLA on CPU reads the row again for each row that it is subtracted from. TPU
+    # kernels do not support take_along_axis.
     default = by_index if where is None else by_sum
     return jax.lax.platform_dependent(x, cpu=by_product, default=default)
 
@@ -350,7 +350,7 @@ def _forward(epsilon, axis, axis_name, x, scale, where, moments):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def last_derivative(of: str, x: T) -> T:
-    """`x`, for gradients written by hand: differentiating them again raises, and names `of`."""
+    """Identity for hand-written gradients: differentiating it raises an error that names `of`."""
     return x
 
 
@@ -375,12 +375,12 @@ def _backward(epsilon, axis, axis_name, residuals, d_y):
         sums = jax.lax.psum(jnp.concatenate([d_shift, d_scale], axis[-1]), axis_name)
         d_shift, d_scale = jnp.split(sums, 2, axis[-1])
     count = _rows(x, axis) if moments.rows is None else moments.rows
-    # A row that counts moves the mean by 1 / count and the variance by 2 (x - mean) / count.
+    # Derivatives by a row that counts: 1 / count of the mean, 2 (x - mean) / count of the variance.
     d_x = d_y - d_shift / count - deviation * (inverse * d_scale / count)
     d_x = along(x, scale) * inverse * d_x
     if where is not None:
         d_x = jnp.where(where, d_x, 0)
-    # In the next derivative, the moments would count as constants.
+    # A second derivative would wrongly treat the moments as constants.
     return *last_derivative("batch normalisation", (d_x.astype(x.dtype), d_gamma)), None, None
 
 
@@ -388,7 +388,7 @@ _normalize.defvjp(_forward, _backward)
 
 
 def layer_normalize(x: Array, scale: Array, epsilon: float) -> Array:
-    """`scale * (x - mean) / sqrt(var + epsilon)`, moments over each row's features.
+    """`scale * (x - mean) / sqrt(var + epsilon)`, with moments over each row's features.
 
     Ba, Kiros and Hinton (2016), without the shift. `x` `[..., F]` has any floating dtype; the
     result is in float32 or wider.
@@ -400,9 +400,9 @@ def layer_normalize(x: Array, scale: Array, epsilon: float) -> Array:
 
 
 def pool_steps(statistics: Statistics, count: Array) -> Statistics:
-    """Statistics `[F]` of all time steps together, from those of each, `[T, F]`.
+    """Pools statistics of each time step, `[T, F]`, to those of all time steps together, `[F]`.
 
-    `count` `[T]` is the number of rows at each step; zeros if there are no rows at all.
+    `count` `[T]` is the number of rows at each step. Without any row, the result is zero.
     """
     weight = (count / jnp.maximum(jnp.sum(count), 1)).astype(statistics.mean.dtype)[:, None]
     mean = jnp.sum(weight * statistics.mean, 0)

@@ -1,9 +1,9 @@
-"""Population statistics, re-estimated: the mean of batch statistics over training data.
+"""Re-estimates population statistics: the mean of batch statistics over training data.
 
 The running averages that training keeps in `batch_stats` lag behind the parameters, and early in
-training they still hold part of their initial values. The paper's final numbers use this estimate
-instead: statistics of whole batches under the final parameters, averaged with equal weight, for
-each time step.
+training they still hold part of their initial values. For its final numbers, the paper instead
+averages the statistics of batches under the final parameters, at each time step and with equal
+weights.
 """
 
 import dataclasses
@@ -40,13 +40,15 @@ def estimate_population_statistics(
     transform: Callable[[Callable], Callable] | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """The collection `batch_stats` of `model`, re-estimated from `batches` of training data::
+    """Re-estimates the collection `batch_stats` of a model from batches of training data.
+
+    Example::
 
         stats = estimate_population_statistics(model, variables, batches, use_running_average=False)
         y = model.apply({**variables, "batch_stats": stats}, x, use_running_average=True)
 
     If the model's `train` flag also enables dropout, pass a key for it. The statistics are then
-    those under dropout, as running averages are::
+    those under dropout, like the running averages::
 
         stats = estimate_population_statistics(
             model, variables, batches, train=True, rngs={"dropout": key})
@@ -63,30 +65,31 @@ def estimate_population_statistics(
 
     Args:
       model: a `flax.linen.Module`.
-      variables: its variables, with the parameters to estimate statistics for. What calls of the
-        model change in other collections than `batch_stats` is discarded.
-      batches: training data; each batch is the argument of a call of the model, or a tuple of all
-        positional arguments. Leave labels out: see `inputs`.
-      rngs: keys of the model's random streams, folded with the number of the batch.
+      variables: the model's variables, with the parameters to estimate statistics for. The model's
+        changes to other collections than `batch_stats` are discarded.
+      batches: training data. Each batch is the model's argument, or a tuple of all its positional
+        arguments, without labels; see `inputs`.
+      rngs: keys of the model's rng streams, folded with the index of the batch.
       late_steps: what a batch of shorter sequences contributes to time steps that it does not
-        reach: `skip`, nothing; `repeat`, the statistics of its last step, as in the released
-        reader.
-      inputs: maps a batch to the model's argument or tuple of arguments, if it is not that already;
-        for batches of `(x, labels)` it is `lambda batch: batch[0]`. Calls with the same model,
-        function and options share a compiled program: in a loop define the function before it.
-      transform: compiles a function of variables, `rngs`, the number of a batch, and the batch; by
-        default `jax.jit`. For a model with an `axis_name` it also maps that axis over the batch.
-        The results are then the same everywhere on the axis, so one of them is returned::
+        reach: `skip`, nothing; `repeat`, the statistics of its last step, as in the paper's
+        released Attentive Reader.
+      inputs: maps a batch to the model's argument or tuple of arguments. For batches
+        `(x, labels)`, use `lambda batch: batch[0]`. Calls with the same model, function and options
+        share a compiled program, so define the function outside of loops.
+      transform: transforms the function that is called for each batch, with the arguments
+        variables, `rngs`, index of the batch, batch; by default `jax.jit`. For a model with an
+        `axis_name`, it must also map that axis over the batch. The results are equal along the
+        axis, hence `out_axes=None`::
 
             lambda f: jax.jit(jax.vmap(f, (None, None, None, 0), out_axes=None, axis_name="batch"))
-      **kwargs: arguments that make the model use batch statistics, such as
+      **kwargs: keyword arguments of the model, one of which selects batch statistics, such as
         `use_running_average=False`.
 
     Returns:
       `batch_stats`, with every statistic of those modules, `[..., T, F]` or `[..., F]`, replaced by
-      its average over the batches that reach its time step. Steps that no batch reaches take the
-      statistics of the last step that one does. Statistics that no batch reaches at any step stay
-      as they are.
+      its average over the batches that reach its time step. Steps that no batch reaches get the
+      statistics of the last step that a batch reaches. Statistics that no batch reaches at any step
+      stay as they are.
 
     Raises:
       TypeError: `model` is not a `flax.linen.Module`, `rngs` is not a dict, or a batch is a list.
@@ -144,8 +147,8 @@ class _Contribution:
     """What a batch adds to the estimate.
 
     Attributes:
-      sums: to the sum of every statistic.
-      unlifted: the modules that could not write `current_batch_stats`, known while traced.
+      sums: what it adds to the sum of every statistic.
+      unlifted: the modules that could not write `current_batch_stats`; known at trace time.
     """
 
     sums: dict[Path, _Sum]
@@ -164,7 +167,7 @@ class _Options(NamedTuple):
 def _contribution(
     options: _Options, variables: Any, rngs: dict[str, Array], index: int, batch: Any
 ) -> _Contribution:
-    """Calls the model on a batch, the number `index`."""
+    """Calls the model on the batch with index `index`."""
     arguments = batch if options.inputs is None else options.inputs(batch)
     if isinstance(arguments, list):
         raise TypeError("batches: expected an argument of the model or a tuple, got a list")
@@ -190,7 +193,7 @@ def _compiled_for(options: _Options) -> Callable[..., _Contribution]:
 
 
 def _compiled(options: _Options) -> Callable[..., _Contribution]:
-    """`_contribution`, compiled; the same function for equal options, if they have a hash."""
+    """`_contribution`, compiled; equal options share one function if they are hashable."""
     try:
         return _compiled_for(options)
     except TypeError:
@@ -246,16 +249,16 @@ def _sums(
 
 
 def _repeat_last(path: Path, statistic: Array, reached: Array) -> tuple[Array, Array]:
-    """Fills time steps that are not `reached` with the last one before them that is.
+    """Fills each time step that is not `reached` with the last reached step before it.
 
     Args:
-      path: of the statistic in `batch_stats`.
-      statistic: `[..., T, F]`; `[F]`, of all time steps together, is returned as it is, and so is
-        that of a `BatchNorm`, which lifted transforms give other axes.
+      path: path of the statistic in `batch_stats`.
+      statistic: `[..., T, F]`. A statistic `[F]` of all time steps together is returned as it is,
+        and so is a `BatchNorm`'s, whose other axes come from lifted transforms.
       reached: boolean `[..., T, 1]` or `[1]`.
 
     Returns:
-      The filled statistic; boolean `[..., T, 1]`, whether any step is reached.
+      The filled statistic, and a boolean `[..., T, 1]`: whether any step is reached.
     """
     if statistic.ndim < 2 or path[-1] in Statistics._fields:
         return statistic, reached
@@ -296,7 +299,7 @@ def _check_model(model: Any) -> None:
 
 
 def _check(sums: dict[Path, _Sum], unlifted: frozenset[Path]) -> None:
-    """Raises or warns if running averages moved and the batch's statistics are unknown."""
+    """Raises or warns if running averages moved but their batch statistics are unknown."""
     left = {
         path[:-1] for path, (_, weight, moved) in sums.items() if moved and not jnp.any(weight > 0)
     }

@@ -1,13 +1,13 @@
-"""bAbI (Weston et al., 2015) in the form of the CNN questions, for the five readers.
+"""bAbI (Weston et al., 2015) in the format of the CNN questions, for the five readers.
 
     python -m experiments.main --config=configs/babi.py --workdir=runs/babi
     python -m experiments.main --config=configs/babi.py:qa1 --workdir=runs/babi_1
 
-The variant names the task: qa1 and qa2, where someone or something is, from one or two supporting
-facts; qa4 and qa5, relations of two and of three. Each has nine thousand training questions. Of
-qa4's validation and test questions seven in ten are training questions, too. Trains all five
-readers on a laptop. Not in the paper. Validation error of qa2 after 2,000 updates, in the paper's
-order: LSTM 0.6, BN-LSTM 0.54, BN-e** 0.51.
+The variant names the task. qa1 and qa2 ask where a person or thing is, with one or two supporting
+facts; qa4 and qa5 ask about relations with two or three arguments. Each task has 9,000 training
+questions. Seven in ten of qa4's validation and test questions are also training questions. Trains
+all five readers on a laptop. Not in the paper. Validation error of qa2 after 2,000 updates, ranked
+as in the paper: LSTM 0.6, BN-LSTM 0.54, BN-e** 0.51.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ from experiments.tasks.question_answering import reader_config
 
 
 def get_config(subset: str = "qa2") -> ConfigDict:
-    """The config of a task: `qa1`, `qa2`, `qa4` or `qa5`."""
+    """The config; `subset` is the task: `qa1`, `qa2`, `qa4` or `qa5`."""
     config = reader_config(base_config())
     config.dataset = "babi"
     config.subset = subset

@@ -1,4 +1,4 @@
-"""Questions on CNN news (Hermann et al., 2015), read by the Attentive Reader in five forms.
+"""CNN question answering (Hermann et al., 2015) with the five forms of the Attentive Reader.
 
     python -m experiments.main --config=configs/cnn_qa.py --workdir=runs/cnn_bn_e_star_star
     python -m experiments.main --config=configs/cnn_qa.py --workdir=runs/cnn_lstm \
@@ -6,18 +6,18 @@
     python -m experiments.main --config=configs/cnn_qa.py:four_sentences --workdir=runs/cnn_4 \
         --config.model.kind=lstm,bn_lstm,bn_everywhere,bn_e_star,bn_e_star_star
 
-Whole passages: error in the paper, validation / test, LSTM 45.5 / 45.0, BN-e** 37.9 / 36.3. On a
-CPU both take days. The paper does not give the settings of its LSTM; here it has those of BN-e**,
-in one direction. The name of the plotted run suggests that the paper's BN-e** was also
-unidirectional: --config.model.kind=bn_e_star. The row of the final table to compare with 37.9 and
-36.3 is likely "population statistics, input terms by the batch", since the released code evaluates
-in this way; see docs/differences.md.
+Whole passages. The paper's validation / test error in percent: LSTM 45.5 / 45.0, BN-e** 37.9 /
+36.3. Both take days on a CPU. The paper does not give the settings of its LSTM; here the LSTM has
+the settings of BN-e**, in one direction. The name of the plotted run suggests that the paper's
+BN-e** was also unidirectional: --config.model.kind=bn_e_star. Of the final table, the row
+"population statistics, input terms by the batch" is likely the one to compare with 37.9 and 36.3,
+because the released code evaluates this way; see docs/differences.md.
 
-`configs/cnn_qa.py:four_sentences` cuts each passage to the four sentences most like its question.
-Validation error in the paper: LSTM 50.3, BN-LSTM 49.5, BN-everywhere 50.0, BN-e* 47.1, BN-e** 43.9,
-on sentences that hold 57% of the answers. The paper's rule for choosing them was never released.
-The rule here is among those that come nearest to it (results/tables/sentence_rules.md); a run
-prints how many answers its sentences hold when it starts. BN-e* ran with
+`configs/cnn_qa.py:four_sentences` keeps the four sentences of each passage that are most similar to
+its question. The paper's validation error: LSTM 50.3, BN-LSTM 49.5, BN-everywhere 50.0, BN-e* 47.1,
+BN-e** 43.9. The paper's sentences contain 57% of the answers; the rule that selects them was never
+released. The rule here is among the closest in results/tables/sentence_rules.md. A run prints the
+share of answers that its sentences contain when it starts. In the paper BN-e* ran with
 
     --config.batch_size=40 --config.population_batch_size=40 --config.optimizer.learning_rate=8e-4
 
@@ -72,14 +72,14 @@ def get_config(variant: str = "full") -> ConfigDict:
         config.model.features = 100
         config.model.dropout_rate = 0.0
         config.model.square_scale = 1.0
-        # Adam remembers the large gradients of the start for a thousand updates, and the LSTM's are
-        # then too small to go on.
+        # Adam's second moments keep the large first gradients for a thousand updates. The LSTM's
+        # later gradients are so small that it stops learning.
         config.optimizer.name = "rmsprop"
         config.optimizer.decay = 0.9
         config.optimizer.learning_rate = 2e-3
         config.permute_entities = False
         config.num_lengths = 2
-        config.num_updates = 2000  # of which the normalised readers need 360
+        config.num_updates = 2000  # the normalised readers need 360
         config.log_every = 13
         config.eval_every = 130
         config.checkpoint_every = 130

@@ -2,7 +2,7 @@
 
     python -m experiments.main --config=configs/digits.py
 
-Handwritten digits that ship with scikit-learn, read one pixel a time step in a random order: 64
+Handwritten digits that ship with scikit-learn, read one pixel per time step in a random order: 64
 steps, 1,297 training, 250 validation and 250 test images. Trains both models, one after the other.
 Not in the paper. Validation accuracy: LSTM about 0.4, BN-LSTM about 0.7.
 """
@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config.model.kind = "lstm,bn_lstm"
     config.model.features = 64
     config.model.recurrent_init = "identity"
-    config.model.momentum = 0.9  # 0.99 would not forget its start within 600 updates
+    config.model.momentum = 0.9  # running averages with 0.99 are too slow for 600 updates
     config.log_every = 20
     config.eval_every = 50
     config.checkpoint_every = 100

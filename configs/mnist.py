@@ -1,4 +1,4 @@
-"""Sequential MNIST: the digit from 784 pixels in order, one a time step.
+"""Sequential MNIST: a digit is classified from its 784 pixels in order, one per time step.
 
     python -m experiments.main --config=configs/mnist.py --workdir=runs/mnist_bn_lstm
     python -m experiments.main --config=configs/mnist.py --workdir=runs/mnist_lstm \
@@ -7,9 +7,9 @@
 Paper, test accuracy: LSTM 0.989, BN-LSTM 0.990. An update of the layer takes 95 ms on two CPU
 cores with AVX-512 (2.6 hours for 100,000) and 9 ms on an H100 (15 minutes); docs/speed.md.
 
-The settings are those of the paper's released code except RMSProp's decay. It is 0.9, where
-the code was released with 0.5 (`--config.optimizer.decay=0.5`), because 0.9 comes nearer to the
-paper's curves of permuted MNIST (results/findings.md).
+The settings are those of the paper's released code, except RMSProp's decay: 0.9 instead of 0.5
+(`--config.optimizer.decay=0.5`), because 0.9 is closer to the paper's curves of permuted MNIST
+(results/findings.md).
 """
 
 from ml_collections import ConfigDict

@@ -1,15 +1,15 @@
-"""Permuted sequential MNIST: the digit from 784 pixels in one random order for all images.
+"""Permuted sequential MNIST: the 784 pixels in a random order, the same for all images.
 
     python -m experiments.main --config=configs/pmnist.py --workdir=runs/pmnist_bn_lstm
     python -m experiments.main --config=configs/pmnist.py --workdir=runs/pmnist_lstm \
         --config.model.kind=lstm
 
-Paper, test accuracy: LSTM 0.902, BN-LSTM 0.954. Here: 0.899 and 0.952. For the
-run time see configs/mnist.py.
+Paper, test accuracy: LSTM 0.902, BN-LSTM 0.954. Here: 0.899 and 0.952. For the run time see
+configs/mnist.py.
 
-The default order is the one that the paper's released code draws, with replacement: it reads 501 of
-the 784 pixels. The paper's numbers are most likely of this order. `configs/pmnist.py:true` reads
-every pixel once, as the task is understood elsewhere. Results of the two orders do not compare.
+The default order comes from the paper's released code, which draws pixels with replacement and so
+reads 501 of the 784. The paper's numbers most likely use this order. `configs/pmnist.py:true` reads
+every pixel once, the usual definition of the task. Results of the two orders are not comparable.
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,10 @@
-"""A text of your own, any UTF-8 file, character by character.
+"""Your own text, any UTF-8 file, character by character.
 
     python -m experiments.main --config=configs/text.py --config.text_file=book.txt
 
-The first 90% train, the next 5% validate, the last 5% test (`--config.split`). The symbols are the
-characters of the training text and one more, which stands for all others of validation and test
-text. The model never learns to expect it.
+The first 90% are for training, the next 5% for validation, the last 5% for testing
+(`--config.split`). The symbols are the characters of the training text, and one more for all other
+characters of the validation and test text, which the model never learns to predict.
 """
 
 from ml_collections import ConfigDict

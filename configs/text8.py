@@ -1,4 +1,4 @@
-"""text8, character by character: 27 symbols, segments of 180, one epoch 3,907 updates.
+"""text8, character by character: 27 symbols, segments of 180, 3,907 updates per epoch.
 
     python -m experiments.main --config=configs/text8.py --workdir=runs/text8_bn_lstm
     python -m experiments.main --config=configs/text8.py --workdir=runs/text8_lstm \
@@ -7,7 +7,7 @@
 Paper, test text as one sequence: LSTM 1.43, BN-LSTM 1.36 bits per character, with the split
 90M / 5M / 5M. An update of the layer takes 5.3 s on two CPU cores: all 50 epochs need a GPU.
 
-Results of another split do not compare with the paper's, and carry the split in their name:
+Results of another split are not comparable with the paper's; the name of the data states the split:
 
     --config.split="(1_000_000, 50_000, 50_000)"     the first 1.1 million characters
 """

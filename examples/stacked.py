@@ -3,8 +3,8 @@
     python -m examples.stacked
 
 The counterpart of `torch.nn.LSTM(num_layers=2, bidirectional=True, dropout=0.5)`. The command
-trains it, in seconds, on sequences of random numbers of which two are marked: do the two have the
-same sign?
+trains the model in seconds. Its inputs are sequences of random numbers, two of which are marked. It
+classifies whether these two have the same sign.
 """
 
 from typing import Any
@@ -22,13 +22,13 @@ MAX_STEPS = 20
 
 
 class StackedBNLSTM(nn.Module):
-    """Layers of two BN-LSTMs each, one in either direction.
+    """Stacked layers of two BN-LSTMs each, one for each direction.
 
     Attributes:
       features: hidden units H of a direction.
       max_steps: time steps with statistics of their own; see `BNLSTM`.
       num_layers: number of layers.
-      dropout_rate: of the outputs of all layers but the last, in training.
+      dropout_rate: dropout rate of the outputs of all layers but the last, in training.
     """
 
     features: int
@@ -42,17 +42,17 @@ class StackedBNLSTM(nn.Module):
     ) -> tuple[Array, Array]:
         """Runs over sequences `[batch, time, input]`, with valid steps `seq_lengths [batch]`.
 
-        In training pass an rng stream `dropout`, and make `batch_stats` mutable.
+        In training, pass an rng stream `dropout`, and make `batch_stats` mutable.
 
         Returns:
-          Outputs `[batch, time, 2H]` of the last layer, forward and backward side by side; and its
-          last hidden states `[batch, 2H]`, each after the whole sequence in its direction.
+          The last layer's outputs `[batch, time, 2H]` and last hidden states `[batch, 2H]`, each
+          with both directions concatenated.
         """
         for index in range(self.num_layers):
             if index > 0:
                 x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
             forward, backward = (
-                # Set here, because nn.Bidirectional does not pass it on.
+                # Set as a field, because nn.Bidirectional does not pass the argument on.
                 BNLSTM(self.features, self.max_steps, use_running_average=not train)
                 for _ in range(2)
             )
@@ -117,7 +117,7 @@ def update(
 
 
 def main(updates: int = 300) -> None:
-    """Trains, and prints the accuracy on new sequences, by either kind of statistics."""
+    """Trains, and prints the accuracy on new sequences by running and re-estimated statistics."""
     key = jax.random.key(0)
     x, lengths, _ = make_batch(0, 2)
     variables = MODEL.init(key, x, lengths)

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 
 def end_at_once(number: int = signal.SIGINT, frame: FrameType | None = None) -> NoReturn:
-    """Ends the process at a Ctrl-C, without exceptions in half-loaded modules."""
+    """Ends the process on Ctrl-C, without raising an exception in a half-loaded module."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     with contextlib.suppress(OSError):
@@ -17,6 +17,6 @@ def end_at_once(number: int = signal.SIGINT, frame: FrameType | None = None) -> 
     os._exit(130)
 
 
-# While the modules of a command load, which takes seconds. `cli.run` ends it.
+# Handles Ctrl-C while a command's modules load, which takes seconds. `cli.run` removes the handler.
 if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, end_at_once)

@@ -13,9 +13,9 @@ from experiments.runtime.checks import at_least, at_most, one_of
 from experiments.runtime.errors import UserError
 
 MODEL_KINDS = ("lstm", "bn_lstm", "ln_lstm")
-READER_KINDS = tuple(FORMS)  # answer questions
+READER_KINDS = tuple(FORMS)  # of the task question_answering
 NO_BATCH_STATISTICS = ("lstm", "ln_lstm")
-MAX_SEED = 2**32 - 1  # JAX takes no more bits of it
+MAX_SEED = 2**32 - 1  # JAX uses 32 bits of a seed
 
 # The values that `check` accepts, by field.
 LOWEST = {
@@ -48,56 +48,56 @@ CHOICES = {
 
 
 def base_config() -> ConfigDict:
-    """The shared fields. A config file starts from these and adds those of its task."""
+    """The shared fields. A config file adds the fields of its task to them."""
     config = ConfigDict()
     config.task = ""  # a module of experiments.tasks
-    config.seed = 1  # of parameters, order of examples and noise
+    config.seed = 1  # of initial parameters, example order and noise
     config.data_dir = "data"
-    config.wandb = ""  # a project of Weights & Biases, to show the run there too
+    config.wandb = ""  # Weights & Biases project that also shows the run; empty: none
     config.batch_size = 100
     config.num_updates = 100_000
-    config.updates_per_call = 1  # in one call of the device, if nothing is due between them
+    config.updates_per_call = 1  # updates in one device call; see train.updates_at_once
 
     config.model = ConfigDict()
-    config.model.kind = "bn_lstm"  # lstm, ln_lstm; several with commas: trains and compares them
+    config.model.kind = "bn_lstm"  # or lstm, ln_lstm; a list with commas trains and compares them
     config.model.features = 100
     config.model.initial_scale = 0.1  # gamma
     config.model.momentum = 0.99  # of the running average of batch statistics
-    config.model.max_steps = 0  # time steps with statistics; 0: all of training sequences
-    config.model.dtype = "float32"  # of matrix products' operands; or bfloat16
+    config.model.max_steps = 0  # time steps with statistics; 0: the length of training sequences
+    config.model.dtype = "float32"  # of the operands of matrix products; or bfloat16
     config.model.implementation = "auto"  # of the recurrence; see bnlstm_jax/recurrence
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "rmsprop"  # or adam
     config.optimizer.learning_rate = 1e-3
     config.optimizer.decay = 0.9  # of RMSProp's mean square
-    config.optimizer.clip_norm = 1.0  # global norm of the whole gradient
+    config.optimizer.clip_norm = 1.0  # maximum global norm of the gradient
     config.optimizer.clip_rule = "norm"  # or released_reader: see experiments/optimizers.py
-    config.optimizer.adam_epsilon = "published"  # or released: added before the bias is corrected
+    config.optimizer.adam_epsilon = "published"  # or released: added before the bias correction
 
     # Data parallelism; see docs/parallel.md.
     config.parallel = ConfigDict()
-    config.parallel.devices = 1  # of each process, which share a batch; 0: all it has
-    # Devices that take batch statistics together: 0: all, over the whole batch; 1: each its own.
+    config.parallel.devices = 1  # devices of each process that share a batch; 0: all
+    # Number of devices that share batch statistics. 0: all, over the whole batch; 1: none share.
     config.parallel.statistics_devices = 0
 
-    # In updates. Validation uses batch statistics and chooses the best checkpoint.
+    # Intervals in updates. Validation uses batch statistics and chooses the best checkpoint.
     config.log_every = 50
     config.eval_every = 500
     config.checkpoint_every = 500
-    config.eval_batch_size = 1000  # of the final evaluation; of validation it is batch_size
-    # Population statistics average over whole batches of this size. Reduce it if memory is short:
-    # 5,000 examples of 784 steps and 100 units have float32 hidden states of 1.6 GB.
+    config.eval_batch_size = 1000  # of the final evaluation; validation uses batch_size
+    # Population statistics average over full batches of this size. Reduce it if memory is short:
+    # with 784 time steps and 100 units, the float32 hidden states of 5,000 examples take 1.6 GB.
     config.population_batch_size = 5000
-    config.population_batches = 0  # at most so many; 0: one pass of the training data
-    # What a batch contributes to time steps that it does not reach: skip (nothing), or repeat (the
+    config.population_batches = 0  # maximum number; 0: one pass over the training data
+    # What a batch contributes to time steps after its last: skip (nothing), or repeat (the
     # statistics of its last step).
     config.population_late_steps = "skip"
     return config
 
 
 def model_kinds(config: ConfigDict) -> list[str]:
-    """The kinds of model that a config asks for.
+    """The kinds of model that a config names.
 
     Raises:
       UserError: `config.model.kind` names something else.
@@ -110,15 +110,16 @@ def model_kinds(config: ConfigDict) -> list[str]:
 
 
 def has_batch_statistics(config: ConfigDict) -> bool:
-    """Whether one of the models takes statistics of its batches."""
+    """Whether any of the config's models uses batch statistics."""
     return not set(model_kinds(config)).issubset(NO_BATCH_STATISTICS)
 
 
 def check_rows(config: ConfigDict, rows: int, source: str) -> None:
-    """Refuses a batch of one example, which has no statistics, if a model takes them.
+    """Refuses a batch of one example if a model uses batch statistics.
 
     Raises:
-      UserError: `rows` is 1; the message begins with `source`, the origin of the batch.
+      UserError: `rows` is 1, and a model uses them. The message begins with `source`, the origin of
+        the batch.
     """
     if rows == 1 and has_batch_statistics(config):
         raise UserError(
@@ -137,9 +138,10 @@ def check_batch_sizes(config: ConfigDict) -> None:
 
 
 def check_fields(config: ConfigDict, expected: ConfigDict) -> None:
-    """Refuses a config that lacks a field of `expected`, or has another type of value there.
+    """Refuses a config in which a field of `expected` is missing or has another type.
 
-    The command line checks types; a run's config.json may hold anything, or be of another version.
+    The command line checks types, but a run's config.json may hold any value, or be of another
+    version.
 
     Raises:
       UserError: names the field and its type.
@@ -153,7 +155,7 @@ def check_fields(config: ConfigDict, expected: ConfigDict) -> None:
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses values that no experiment can run with.
+    """Refuses values that are invalid for every task.
 
     Raises:
       UserError: names the field and what it may be.
@@ -183,7 +185,7 @@ def check(config: ConfigDict) -> None:
             )
     for name in paths.FIELDS:
         if name in config:
-            paths.expand(f"config.{name}", config[name])  # as it is where the path is used
+            paths.expand(f"config.{name}", config[name])  # refuses invalid paths
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError(
             f"config.wandb is {config.wandb}, and the package is not installed: pip install wandb"

@@ -1,4 +1,4 @@
-"""Evaluation: with the batch's statistics, with running averages, with population statistics."""
+"""Evaluation with batch statistics, running averages or re-estimated population statistics."""
 
 import functools
 import itertools
@@ -18,7 +18,7 @@ from experiments.tasks import Adapt, Batch, Metrics, Reading, Task, batch_size_f
 
 Variables = dict[str, Any]
 Evaluator = Callable[..., dict[str, float]]
-Check = Callable[[], None]  # is called between batches, and may raise
+Check = Callable[[], None]  # called between batches; may raise
 BATCH_INPUTS = "population_batch_inputs"  # see `Task.batch_inputs`
 
 
@@ -26,9 +26,9 @@ class Options(NamedTuple):
     """How a batch is evaluated.
 
     Attributes:
-      use_running_average: whether `batch_stats` of the variables normalise, not the batch's own.
-      continued: whether the batch continues the one before it, from the model's carry.
-      split: whether devices have rows of their own.
+      use_running_average: normalise by the variables' `batch_stats`, not by batch statistics.
+      continued: the batch starts from the carry of the batch before it.
+      split: each device has its own rows.
       adapt: changes the variables for the batch, such as `Task.batch_inputs`.
     """
 
@@ -52,7 +52,7 @@ def evaluate_batch(
     index: int,
     batch: Batch,
 ) -> tuple[Any, Metrics]:
-    """The carry after a batch, None unless `continued`, and its metrics, on every device."""
+    """The carry after a batch (None unless `continued`) and its metrics, on every device."""
     key = devices.fold_in(jax.random.fold_in(noise, index), options.split)
     inputs = task.inputs(batch, carry)
     if options.adapt is not None:
@@ -62,7 +62,7 @@ def evaluate_batch(
         *inputs,
         use_running_average=options.use_running_average,
         rngs={"noise": key},
-        mutable=["batch_stats"],  # so that batch statistics may be taken; they are dropped
+        mutable=["batch_stats"],  # batch statistics require it; the new averages are dropped
         **({"return_carry": True} if options.continued else {}),
     )
     carry, outputs = outputs if options.continued else (None, outputs)
@@ -74,9 +74,9 @@ def make_evaluator(task: Task, noise: jax.Array, devices: Devices = ONE_DEVICE) 
 
     Its arguments are variables, reading, split, batch size and `use_running_average`. With a
     `title` it shows a progress bar; before each batch it calls `check`. For `adapt` see `Options`.
-    All predictions have equal weight, those of a short last batch too. A last batch of one example
-    is left out under batch statistics, which it does not have. The key `noise` feeds noise on
-    initial hidden states; each batch has its own, the same in each evaluation.
+    All predictions have equal weight, also in a short last batch. With batch statistics, a last
+    batch of one example is left out. The key `noise` is for noise on initial hidden states: each
+    batch has its own noise, the same in every evaluation.
     """
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -127,7 +127,7 @@ def contribute(
     index: int,
     batch: Batch,
 ) -> Any:
-    """What a batch adds to population statistics, with noise of its own on every device."""
+    """A batch's contribution to population statistics; each device has its own noise if `split`."""
     own = {name: devices.fold_in(key, split) for name, key in rngs.items()}
     return contribution(variables, own, index, batch)
 
@@ -142,9 +142,10 @@ def population_statistics(
 ) -> Variables:
     """The collection `batch_stats`, re-estimated over one pass of the training data.
 
-    Averages over whole batches of `config.population_batch_size`, at most
-    `config.population_batches` of them; the examples after the last whole one are not used.
-    Statistics are those of the whole batch, also if devices share it. Calls `check` before each.
+    Averages over full batches of `config.population_batch_size` examples, at most
+    `config.population_batches` of them. Examples after the last full batch are not used; if there
+    is no full batch, one batch has all examples. Moments are of the whole batch even if devices
+    share it. Calls `check` before each batch.
     """
     size, reading = config.population_batch_size, task.readings[0]
     examples = task.num_examples("train", reading)
@@ -184,16 +185,18 @@ def evaluate_all(
     evaluate: Evaluator,
     check: Check = nothing,
 ) -> Iterator[dict[str, Any]]:
-    """Every split, read and normalised in every way, through `make_evaluator(task, ...)`.
+    """Evaluates all splits of all readings with all kinds of statistics.
 
-    Each reading is evaluated with `population` statistics and, where there is a batch, with batch
-    statistics; those of validation's length also with running averages. Batches have
-    `config.eval_batch_size` examples, those of validation's reading with batch statistics
-    `config.batch_size`. Where the task has `batch_inputs`, validation's reading is also evaluated
-    with these, in batches of `config.batch_size`.
+    `evaluate` is from `make_evaluator(task, ...)`. Each reading is evaluated with `population`
+    statistics and, unless it is `continued`, with batch statistics. Readings of validation's length
+    are also evaluated with running averages. If the task has `batch_inputs`, validation's reading
+    is also evaluated with it. Without `population`, each reading is evaluated once.
+
+    Batches have `config.eval_batch_size` examples. Validation's reading has batches of
+    `config.batch_size` with batch statistics and with `batch_inputs`.
 
     Yields:
-      Rows with `split`, `statistics`, the name of the `reading` where it has one, and the metrics.
+      Rows with `split`, `statistics`, the name of the `reading` if it has one, and the metrics.
     """
     first = task.readings[0]
     whole = [reading for reading in task.readings if not reading.continued]

@@ -1,4 +1,4 @@
-"""All that experiments and tests use of `jax.experimental`, beside what the library uses."""
+"""The imports from `jax.experimental` that experiments and tests use; the library has its own."""
 
 from jax.experimental import multihost_utils, rnn, topologies
 

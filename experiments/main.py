@@ -1,10 +1,10 @@
-"""Trains or evaluates what a config describes.
+"""Trains or evaluates the models of a config.
 
     python -m experiments.main --config=configs/pmnist.py --workdir=runs/pmnist
     python -m experiments.main --mode=evaluate --workdir=runs/pmnist
 
 Any field of the config can be set: --config.model.kind=lstm --config.batch_size=50. The shared
-fields are listed and explained in experiments/config.py, others in the file of the config's task.
+fields are listed in experiments/config.py, the others in the module of the config's task.
 """
 
 import contextlib
@@ -64,13 +64,14 @@ def define_flags() -> None:
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses the command line, and defines the flags of the config's fields.
 
-    The config is that of `--config`; without it, of the run to evaluate; else of the digits.
+    The config comes from `--config`. Without it, evaluation with `--workdir` uses the run's config,
+    and everything else `DEFAULT_CONFIG`.
 
     Raises:
-      UserError: the config file does not exist, or has no such variant or field.
+      UserError: the config file does not exist, or lacks the given variant or field.
     """
-    # These determine the config, whose fields are flags. ml_collections defines them once, so
-    # that it can be given one --config alone, and as its default.
+    # These flags select the config, whose fields are flags too. ml_collections defines the field
+    # flags only once, so it gets a single --config, as the flag's default.
     early = flags.FlagValues()
     for name in ("config", "workdir"):
         paths.DEFINE_path(name, None, "", flag_values=early)
@@ -89,7 +90,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
             raise UserError(unknown_name("--config", source, configs))
     try:
         config = define("config", source, "", flag_values=flags.FlagValues(), sys_argv=[]).default
-    except flags.Error as error:  # with a traceback
+    except flags.Error as error:  # its message holds a traceback
         raise UserError(f"--config={source}: {str(error).strip().splitlines()[-1]}") from error
     check_fields(argv, config)
     define("config", source, "Config file; --config.FIELD=VALUE sets its fields.", sys_argv=argv)
@@ -98,7 +99,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def check_fields(argv: Sequence[str], config: ConfigDict) -> None:
-    """Refuses flags `--config.FIELD` for fields that a config does not have, and for its task.
+    """Refuses `--config.FIELD` flags for fields that the config lacks, and for `task`.
 
     Raises:
       UserError: names the field, and the nearest one that the config has.
@@ -115,17 +116,17 @@ def check_fields(argv: Sequence[str], config: ConfigDict) -> None:
 
 
 def default_workdir() -> str:
-    """`runs/` and the name of the config file."""
+    """`runs/NAME`, for a config file `NAME.py`."""
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     return f"runs/{Path(file.partition(':')[0]).stem}"
 
 
 def cache_programs() -> None:
-    """Has JAX keep compiled programs on disk, but not those for CPUs.
+    """Makes JAX cache compiled programs on disk, except on CPUs.
 
-    They take seconds to compile, and XLA refuses to load them again on many machines:
-    https://github.com/openxla/xla/issues/44565. JAX_COMPILATION_CACHE_DIR says where to keep
-    programs; by default in the user's cache.
+    Programs for CPUs compile in seconds, and on many machines XLA refuses to load them again:
+    https://github.com/openxla/xla/issues/44565. JAX_COMPILATION_CACHE_DIR sets the folder; the
+    default is in the user's cache.
     """
     if jax.default_backend() == "cpu" or jax.config.jax_compilation_cache_dir is not None:
         return
@@ -134,7 +135,7 @@ def cache_programs() -> None:
 
 
 def job() -> contextlib.AbstractContextManager:
-    """The job of several processes that flags ask to join, if they do."""
+    """A context that joins the job of several processes, if flags ask for one."""
     given = flags.FLAGS
     explicit = given.coordinator_address, given.num_processes, given.process_id
     if not given.distributed and explicit == (None, None, None):

@@ -26,8 +26,8 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 def scale_by_floored_rms(decay: float, floor: float = 1e-5) -> optax.GradientTransformation:
     """RMSProp of the paper's experiments: `g / max(sqrt(v), floor)`, with v = 0 at the start.
 
-    `optax.scale_by_rms` adds a constant to the root; this rule bounds it from below. The two differ
-    for gradients of the size of the floor, as an LSTM's are after 784 steps.
+    `optax.scale_by_rms` adds a constant to v or to its root; this rule bounds the root from below.
+    The two differ for gradients near the floor, such as an LSTM's over 784 time steps.
     """
 
     def init(params: optax.Params) -> optax.Updates:
@@ -49,11 +49,12 @@ def scale_by_floored_rms(decay: float, floor: float = 1e-5) -> optax.GradientTra
 def scale_by_released_adam(
     b1: float = 0.9, b2: float = 0.999, epsilon: float = 1e-8
 ) -> optax.GradientTransformation:
-    """Adam of the paper's code, which adds epsilon to the root before it corrects the bias.
+    """Adam of the paper's code, which adds epsilon to the root before the bias correction.
 
-    Published Adam (`optax.scale_by_adam`) adds it after. At update t this rule has the larger
-    epsilon `epsilon / sqrt(1 - b2 ** t)`, 3.2e-7 at the first. That matters for gradients of the
-    same size: for 1e-7 the first step is 0.24 of the learning rate, in published Adam 0.91.
+    Published Adam (`optax.scale_by_adam`) adds it after. At update t this rule is published Adam
+    with the larger epsilon `epsilon / sqrt(1 - b2 ** t)`, which is 3.2e-7 at t = 1. This matters
+    for gradients of that size: for a gradient of 1e-7, the first step is 0.24 of the learning rate,
+    in published Adam 0.91.
     """
 
     def update(gradients, state, params=None):
@@ -71,8 +72,8 @@ def scale_by_released_adam(
 def clip_by_root_of_norm(clip_norm: float) -> optax.GradientTransformation:
     """Clipping of the released reader, which mistakes the norm for its square.
 
-    A gradient of norm n above `clip_norm ** 2` is multiplied by `clip_norm / sqrt(n)`, to the norm
-    `clip_norm * sqrt(n)`; one below it stays as it is.
+    A gradient with a norm n above `clip_norm ** 2` is multiplied by `clip_norm / sqrt(n)`, which
+    gives the norm `clip_norm * sqrt(n)`. Smaller gradients are unchanged.
     """
 
     def clip(gradients, params=None):

@@ -1,8 +1,8 @@
 """Data parallelism: every device computes its share of each batch, and all apply the same update.
 
-Devices form a mesh of groups. The devices of a group take batch statistics together; all devices
-add up their gradients. Only batches are split. Every device computes the whole of a batch that
-cannot be shared evenly, such as the short last one of an epoch.
+Devices form a mesh of groups. The devices of a group share batch statistics; all devices sum their
+gradients. Only batches are split. If a batch cannot be split evenly, such as the short last one of
+an epoch, every device computes all of it.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ EVERYWHERE, BY_ROWS = PartitionSpec(), PartitionSpec(AXES)
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """Devices that share the work; without a mesh, the single default device.
+    """The devices that share batches; without a mesh, the single default device.
 
     Attributes:
       mesh: the devices, `[groups, members]`.
@@ -50,7 +50,7 @@ class Devices:
 
     @property
     def statistics_axis(self) -> str | None:
-        """The mapped axis over which models take batch statistics, if any."""
+        """The mapped axis over which models pool batch statistics; None without a mesh."""
         return None if self.mesh is None else STATISTICS_AXIS
 
     def statistics_rows(self, batch_size: int) -> int | None:
@@ -59,7 +59,7 @@ class Devices:
         return None if groups == 1 else batch_size // groups
 
     def in_one_group(self) -> "Devices":
-        """The same devices in one group, which takes batch statistics together."""
+        """The same devices in one group, which shares batch statistics."""
         if self.mesh is None:
             return self
         return Devices(Mesh(self.mesh.devices.reshape(1, -1), AXES))
@@ -67,10 +67,10 @@ class Devices:
     # ---- Batches and state, from the host to the devices.
 
     def splits(self, rows: int) -> bool:
-        """Whether devices share a batch of so many rows; otherwise each computes all of it."""
+        """Whether devices split a batch of `rows` rows; otherwise each computes all of it."""
         if self.mesh is None or rows % self.size:
             return False
-        return rows > self.mesh.shape["group"]  # one row has no batch statistics
+        return rows > self.mesh.shape["group"]  # a group needs two rows for batch statistics
 
     def share(self, rows: int) -> slice:
         """The rows of a batch that this process reads."""
@@ -80,7 +80,7 @@ class Devices:
         return slice(jax.process_index() * own, (jax.process_index() + 1) * own)
 
     def place(self, batch: Any, split: bool, shared: Collection[str] = ()) -> Any:
-        """Puts this process' share of a batch, a dictionary, on its devices.
+        """Puts this process' share of a batch (a dictionary) on its devices.
 
         `shared` names entries that belong to all rows and go to all devices.
         """
@@ -92,14 +92,14 @@ class Devices:
         }
 
     def replicate(self, tree: Any) -> Any:
-        """Puts arrays, which every process has, on all devices."""
+        """Copies arrays that every process has to all devices."""
         if self.mesh is None:
             return jax.tree.map(jax.device_put, tree)
         return jax.tree.map(lambda x: self._put(x, EVERYWHERE), tree)
 
     def _put(self, value: Any, spec: PartitionSpec) -> jax.Array:
         sharding = NamedSharding(self.mesh, spec)
-        # A text was put there before, perhaps for these devices in other groups.
+        # A text is already on the devices, perhaps with another grouping.
         if isinstance(value, jax.Array) and value.sharding.is_equivalent_to(sharding, value.ndim):
             return value
         return jax.make_array_from_process_local_data(sharding, np.asarray(value))
@@ -107,9 +107,9 @@ class Devices:
     # ---- Within a function that every device runs.
 
     def run(self, function: Callable, split: bool, shared: Collection[str] = ()) -> Callable:
-        """`function(*arguments, batch)` run by every device, on its own rows if `split`.
+        """Makes every device run `function(*arguments, batch)`, on its own rows if `split`.
 
-        Arguments and results are the same on all devices. Call it under `jit`.
+        Arguments and results are the same on all devices. Call the returned function under `jit`.
         """
         if self.mesh is None:
             return function
@@ -131,7 +131,7 @@ class Devices:
         return spread
 
     def total(self, tree: Any, split: bool) -> Any:
-        """The sums over the whole batch, given those over a device's rows."""
+        """Sums over the whole batch, from the sums over each device's rows."""
         if self.mesh is None:
             return tree
         return jax.lax.psum(tree, AXES) if split else jax.lax.pmean(tree, AXES)
@@ -143,7 +143,7 @@ class Devices:
         return jax.lax.pmean(tree, "group")
 
     def fold_in(self, key: jax.Array, split: bool) -> jax.Array:
-        """A key for this device if devices have rows of their own, else the same for all."""
+        """A key of this device's own if `split`, else the given key."""
         if self.mesh is None or not split:
             return key
         return jax.random.fold_in(key, jax.lax.axis_index(AXES))
@@ -153,7 +153,7 @@ ONE_DEVICE = Devices()
 
 
 def check(config: ConfigDict, num_processes: int = 1, num_local_devices: int | None = None) -> None:
-    """Refuses devices that do not exist, and batches or groups that they cannot share.
+    """Refuses more devices than there are, and batches or groups that do not divide evenly.
 
     Raises:
       UserError: names the field and what it may be.
@@ -190,10 +190,10 @@ def check(config: ConfigDict, num_processes: int = 1, num_local_devices: int | N
 
 
 def make(config: ConfigDict) -> Devices:
-    """The devices of all processes that `config.parallel` asks for.
+    """The devices that `config.parallel` asks for, of all processes.
 
     Raises:
-      UserError: there are fewer, or they cannot share batches evenly.
+      UserError: there are fewer, or batches or groups do not divide evenly.
     """
     check(config, jax.process_count(), jax.local_device_count())
     own = config.parallel.devices or jax.local_device_count()

@@ -1,4 +1,4 @@
-"""The training loop: one for every task, read from top to bottom."""
+"""The training loop, which all tasks share."""
 
 import contextlib
 import dataclasses
@@ -26,14 +26,14 @@ from experiments.runtime.interruption import Interruption
 
 
 class TrainState(train_state.TrainState):
-    """Parameters, optimiser and step, and what else a run needs to continue.
+    """Parameters, optimiser, step, and everything else that a run needs to continue.
 
     Attributes:
       batch_stats: running averages of batch statistics.
       window: sums and counts of training metrics, and of `gradient_norm` over updates, since the
         last log.
-      refused: which values of `finite.names` the next update would have made non-finite. From then
-        on no update is applied.
+      refused: for each value of `finite.names`, whether the next update would have made it
+        non-finite. Once any is True, no update is applied.
     """
 
     batch_stats: Any
@@ -42,21 +42,21 @@ class TrainState(train_state.TrainState):
 
 
 def random_keys(seed: int) -> tuple[jax.Array, jax.Array]:
-    """The keys of a run: of its initial parameters, and of noise.
+    """The keys of a run: for initial parameters, and for noise.
 
-    The n-th batch of training, of an evaluation and of a re-estimation have the same noise.
+    The n-th batch gets the same noise in training, in every evaluation and in re-estimation.
     """
     return tuple(jax.random.split(jax.random.key(seed)))
 
 
 def gradient_norm(gradients: Any) -> tuple[jax.Array, jax.Array]:
-    """The global norm, as a sum over one update and their number."""
+    """The global norm of one update's gradient, as the sum and the count of a metric."""
     return optax.tree.norm(gradients), jnp.ones(())
 
 
 def create_state(task: tasks.Task, config: ConfigDict) -> TrainState:
     """The state before the first update."""
-    # Of the batch only shapes are used: all processes have the same, whatever their data.
+    # Only the batch's shapes are used, which are the same in all processes.
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), dict(task.train_batch(0))
     )
@@ -90,7 +90,7 @@ def create_state(task: tasks.Task, config: ConfigDict) -> TrainState:
 
 
 def variables_of(state: TrainState) -> dict[str, Any]:
-    """What the model is applied to: parameters, and statistics if it has any."""
+    """The model's variables: parameters, and statistics if it has any."""
     if not state.batch_stats:
         return {"params": state.params}
     return {"params": state.params, "batch_stats": state.batch_stats}
@@ -106,8 +106,8 @@ def update(
 ) -> TrainState:
     """One update, as every device runs it: gradient of the mean loss, optimiser, statistics.
 
-    Devices have rows of their own if `split`. The update changes nothing but `refused` if it would
-    bring in non-finite values, and nothing at all if one before it would have.
+    If `split`, each device has its own rows. An update that would introduce non-finite values only
+    sets `refused`; every later update changes nothing.
     """
     key = devices.fold_in(jax.random.fold_in(noise, state.step), split)
 
@@ -145,10 +145,10 @@ def update(
 def make_train_step(
     task: tasks.Task, noise: jax.Array, devices: Devices = ONE_DEVICE
 ) -> Callable[..., TrainState]:
-    """A compiled function of a state, a batch and `split`: the state after an `update`.
+    """The compiled train step: maps a state, a batch and `split` to the state after an `update`.
 
-    It takes several batches too, of equal shapes, for as many updates in one call. It reuses the
-    memory of the state that it is given.
+    It also takes several batches of equal shapes, for as many updates in one call. It reuses the
+    memory of the given state.
     """
 
     def one(split: bool, state: TrainState, batch: tasks.Batch) -> TrainState:
@@ -169,7 +169,7 @@ def make_train_step(
         first, *others = batches
         if not others:
             return call_one(split, state, first)
-        # A text from which all batches are cut is not copied for each.
+        # Shared entries, such as the text, are not copied for each batch.
         shared = {k: v for k, v in first.items() if k in task.shared}
         own = [{k: v for k, v in batch.items() if k not in shared} for batch in batches]
         return call_several(split, state, shared, own)
@@ -190,9 +190,9 @@ def updates_at_once(config: ConfigDict, done: int) -> int:
 
 
 def calls(task: tasks.Task, devices: Devices, updates: range) -> list[tuple[list, bool]]:
-    """Calls of the train step for some updates: the batches of each, on devices, and `split`.
+    """The train step's calls for some updates: for each call, its batches on devices, and `split`.
 
-    Batches of equal shapes go into one call.
+    If all batches have equal shapes, they go into one call; otherwise each has its own.
     """
     splits = [devices.splits(len(task.train_indices(update))) for update in updates]
     batches = [
@@ -209,7 +209,7 @@ def check_finite(state: TrainState, folder: Path, saved: int | None) -> None:
     """Stops a run whose last update was refused.
 
     Raises:
-      UserError: names the update, the first value that was not finite, and the checkpoint `saved`.
+      UserError: names the update, the first non-finite value, and the checkpoint `saved`.
     """
     refused = jax.device_get(state.refused)
     if not np.any(refused):
@@ -227,14 +227,14 @@ def check_finite(state: TrainState, folder: Path, saved: int | None) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a run is made of, apart from its state.
+    """The parts of a run other than its state.
 
     Attributes:
-      config: all its fields.
+      config: the run's config.
       folder: the workdir.
-      devices: those that share its batches.
+      devices: the devices that share its batches.
       task: data, model and metrics.
-      noise: the key of noise in updates and evaluations.
+      noise: the key for noise in updates and evaluations.
       evaluator: see `evaluate.make_evaluator`.
     """
 
@@ -247,7 +247,7 @@ class Setup:
 
     @classmethod
     def load(cls, config: ConfigDict, folder: Path) -> "Setup":
-        """Loads devices and data, and checks that they are those of the run in `folder`, if any.
+        """Loads devices and data, and checks the data against the run in `folder`, if there is one.
 
         Raises:
           UserError: devices or data do not fit the config or the run, or differ between processes.
@@ -276,8 +276,9 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
       The content of `results.json` in the folder: see `evaluate_best`.
 
     Raises:
-      UserError: config, data or folder do not fit, or a value is not finite any more.
-      Stopped: by a signal, after an update that has been saved.
+      UserError: config, data or folder do not match, or an update would introduce a non-finite
+        value.
+      Stopped: a signal arrived. The last update is saved.
     """
     # ---- Set up. Nothing is written before config, data and folder have been checked.
     processes.on_first(lambda: workdir.check(config, folder))
@@ -292,7 +293,7 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(workdir.in_use(folder))
-            # Another run may have used the folder until now.
+            # Check again under the lock: another run may have used the folder until now.
             workdir.check(config, folder)
             workdir.check_record(record, folder)
         interruption = stack.enter_context(Interruption())
@@ -391,20 +392,21 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
 def evaluate_best(
     setup: Setup, state: TrainState, checkpoints: Checkpoints, check: evaluate.Check
 ) -> dict[str, Any]:
-    """Evaluates the best checkpoint in every way, into `results.json`.
+    """Evaluates the best checkpoint in every way, and writes `results.json`.
 
-    Rows of an earlier file of the same checkpoint, for readings that are not asked for now, stay.
-    The re-estimated population statistics go into `population_statistics.npz`. `state` gives the
+    An earlier file's rows for the same checkpoint stay if their readings are not evaluated now.
+    Re-estimated population statistics go into `population_statistics.npz`. `state` gives the
     shapes; `check` is called between batches.
 
     Returns:
-      The name of the `data`, `kind`, the `update` of the best checkpoint, `updates` trained, the
-      metric `selection` that chose it, the metrics to be `shown`, the config's fields on
-      `evaluation`, and under `rows` the metrics by split, statistics and reading.
+      The content of the file: the name of the `data`; the `kind` of model; the `update` of the best
+      checkpoint; the `updates` trained; `selection`, the metric that chose the checkpoint; the
+      metrics to be `shown`; the config's fields for `evaluation`; and `rows`, the metrics by split,
+      statistics and reading.
 
     Raises:
       UserError: no checkpoint has been validated.
-      Stopped: by a signal.
+      Stopped: a signal arrived.
     """
     task, config, folder, devices = setup.task, setup.config, setup.folder, setup.devices
     best_step = checkpoints.best_step()

@@ -1,3 +1,3 @@
-"""Commands that people run beside training."""
+"""Commands other than training."""
 
-import experiments  # noqa: F401  (for a Ctrl-C while the modules of a command load)
+import experiments  # noqa: F401  (handles Ctrl-C while the modules of a command load)

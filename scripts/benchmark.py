@@ -1,4 +1,4 @@
-"""Times BN-LSTM and LSTM by every implementation, beside Flax's and PyTorch's layers.
+"""Times BN-LSTM and LSTM with every implementation, beside Flax's and PyTorch's layers.
 
     python -m scripts.benchmark
     python -m scripts.benchmark --sizes=ptb --dtypes=float32 --passes=update --device=cpu
@@ -6,9 +6,9 @@
 Layers have the sizes of the paper's experiments; inputs and parameters are random. `forward` is a
 training pass with batch statistics; `update` adds the gradient and a step of gradient descent.
 
-Candidates take turns. Float32 products have JAX's default precision. Memory is what a pass needs
-beside its arguments: by XLA's account, or on a GPU PyTorch's peak. The file holds the seconds of
-every round, and the machine, versions, commit and date.
+Each round measures every candidate once. Float32 products have JAX's default precision. Memory
+excludes a pass's arguments. It is XLA's own figure; for PyTorch on a GPU it is the peak. The file
+holds the seconds of every round, and the machine, versions, commit and date.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from experiments.benchmarking.programs import DTYPES, PASSES, SIZES
 from experiments.runtime import cli, paths
 from experiments.runtime.errors import UserError
 
-FLAGS = ("sizes", "dtypes", "passes", "device", "rounds", "small")  # that the file holds
+FLAGS = ("sizes", "dtypes", "passes", "device", "rounds", "small")  # recorded in the file
 
 
 def define_flags() -> None:

@@ -1,11 +1,11 @@
-"""Exports the best checkpoint of a run as one file, which NumPy reads.
+"""Exports the best checkpoint of a run as one NumPy file.
 
     python -m scripts.export_weights --workdir=runs/pmnist_bn_lstm --output=pmnist_bn_lstm.npz
 
-It needs the folder of the run alone, not the data. The file holds the model's variables in float32,
+It needs only the folder of the run, not the data. The file holds the model's variables in float32,
 compressed, under names such as `params/layer/recurrent_kernel`;
 `flax.traverse_util.unflatten_dict(..., sep="/")` nests them again. The statistics of a BN-LSTM are
-the population statistics once the run is finished, and its running averages before.
+re-estimated population statistics if the run is finished, else running averages.
 """
 
 from pathlib import Path

@@ -1,9 +1,9 @@
-"""Shows what a reader attends to and answers: one question, as a page of HTML.
+"""Shows a reader's attention and answers for one question, as an HTML page.
 
     python -m scripts.inspect_reader --workdir=runs/babi_1/bn_e_star --example=3
 
 The page needs no network. It shows the best checkpoint so far, with re-estimated population
-statistics if the run is finished. A run that trained several kinds of model has a folder for each.
+statistics if the run is finished. A run of several kinds of model has a folder for each kind.
 """
 
 import collections
@@ -26,24 +26,24 @@ from experiments.runtime import cli, files, paths
 from experiments.runtime.errors import UserError
 from experiments.tasks.question_answering import Task
 
-SHOWN = 5  # answers, and entities
+SHOWN = 5  # number of answers, and of entities
 IN_PASSAGE, RIGHT = "in passage", "right"
 
 
 class Word(NamedTuple):
-    """A word of the data, and what the model reads in its place."""
+    """A word of the data, and the word of the vocabulary that the model reads for it."""
 
     text: str
     read: str
 
     @property
     def unknown(self) -> bool:
-        """Whether the model does not know the word."""
+        """Whether the model reads another word, such as <unk> or <num>."""
         return self.text != self.read
 
 
 class Bar(NamedTuple):
-    """A word, its share of the whole, and remarks."""
+    """A word, its probability or attention, and remarks."""
 
     word: str
     share: float
@@ -51,16 +51,16 @@ class Bar(NamedTuple):
 
 
 class Inspection(NamedTuple):
-    """What a model does with a question.
+    """A model's attention and answers for one question.
 
     Attributes:
       passage, question: their words.
       answer: the right one, a word of the data.
       attention: the weight of each word of the passage, float `[words]`.
       answers: the likeliest words of the model's vocabulary, the likeliest first.
-      entities: those of the passage with most attention, summed over their mentions.
+      entities: the passage's entities with the most attention, summed over their mentions.
       right: whether the likeliest word is the answer.
-      verdict: the same in words, with the answer's probability if another word is likelier.
+      verdict: `right` in words, with the answer's probability if another word is likelier.
     """
 
     passage: list[Word]
@@ -89,7 +89,7 @@ def define_flags() -> None:
 def predict(
     task: Task, variables: dict[str, Any], batch: dict[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Attention to the words of a batch's first passage, and log-probabilities of its answers."""
+    """Attention to the words of the first passage in a batch, and log-probabilities of answers."""
     options: dict[str, Any] = {"use_running_average": True, "mutable": ["intermediates"]}
     apply = jax.jit(functools.partial(task.model.apply, **options))
     logits, sown = apply(variables, *task.inputs(batch))
@@ -101,7 +101,7 @@ def predict(
 def inspect(
     task: Task, variables: dict[str, Any], split: str, example: int, names: dict[str, str]
 ) -> Inspection:
-    """Applies the model to one question of a split, with the statistics among its variables."""
+    """Applies the model to one question of a split, with the statistics in `variables`."""
     part, vocabulary = task.splits[split], task.vocabulary
     batch = task.make_batch(split, np.array([example]), vocabulary.table)
     attention, log_p = predict(task, variables, batch)
@@ -142,12 +142,12 @@ def inspect(
 
 
 def name_of(word: str, names: dict[str, str]) -> str:
-    """A word, and who or what it stands for where that is known."""
+    """A word, and the name that it stands for, if known."""
     return f"{word} {names[word]}" if names.get(word) else word
 
 
 def make_page(found: Inspection, names: dict[str, str], where: str, how: str, size: int) -> str:
-    """The page. `where` and `how` name question and model, `size` is that of the vocabulary."""
+    """The page. `where` names the question, `how` the model; `size` is the vocabulary's size."""
     return pages.render(
         "attention.html",
         found=found,
@@ -172,7 +172,7 @@ def summary(found: Inspection, names: dict[str, str], where: str, how: str) -> s
 
 
 def main(_: list[str]) -> None:
-    """Writes the page, prints a summary, and says where the page is."""
+    """Writes the page, and prints a summary and the page's path."""
     given = flags.FLAGS
     folder, split, example = Path(given.workdir), given.split, given.example
     config = workdir.read_config(folder)

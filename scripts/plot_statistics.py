@@ -1,10 +1,10 @@
-"""Draws population statistics by time step, as the paper's appendix does.
+"""Plots population statistics by time step, as in the paper's appendix.
 
     python -m scripts.plot_statistics --workdir=runs/ptb_bn_lstm
 
-It draws mean and variance of the recurrent term and of the cell, a line for each of a few random
-units. They are those of the best checkpoint so far, re-estimated if the run is finished, else its
-running averages. It needs the folder of the run alone, not the data.
+It plots mean and variance of the recurrent term and of the cell, one line per unit for a few random
+units. Statistics are those of the best checkpoint so far: re-estimated if the run is finished, else
+running averages. It needs only the folder of the run, not the data.
 """
 
 from pathlib import Path
@@ -34,7 +34,7 @@ def define_flags() -> None:
 
 
 def main(_: list[str]) -> None:
-    """Draws the picture, and says where it is."""
+    """Draws the picture, and prints its path."""
     given = flags.FLAGS
     folder = Path(given.workdir)
     config = workdir.read_config(folder)

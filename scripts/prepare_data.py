@@ -3,10 +3,10 @@
 Usage: python -m scripts.prepare_data NAME --data_dir=FOLDER [--source_dir=FOLDER]
 
 NAME is the name of a data set: babi, cnn, digits, mnist, ptb or text8. The prepared arrays go to
-DATA_DIR/prepared/NAME. Where they are there already, they are verified.
+DATA_DIR/prepared/NAME. If they exist already, they are verified.
 
-Original files are taken from SOURCE_DIR or its subfolder NAME, and verified. Missing ones are
-downloaded, each from the first of its addresses that has it. These are found:
+Original files are taken from SOURCE_DIR or its subfolder NAME, and verified. Missing files are
+downloaded, each from the first address that serves it. These files are found:
 
   babi   tasks_1-20_v1-2.tar.gz, or unpacked: tasks_1-20_v1-2/ or its folder en-10k/
   cnn    cnn.tgz, or unpacked: cnn/ or its folder questions/ (not downloaded)
@@ -38,7 +38,7 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Prepares or verifies the data set named on the command line and prints what is there."""
+    """Prepares or verifies the data set named on the command line, and describes it."""
     if len(argv) != 2:
         raise errors.UserError(
             f"name one data set to prepare, of {', '.join(prepared.NAMES)}; see --help"
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
 
 
 def described(folder: Path) -> list[str]:
-    """Lines that say what a prepared folder holds."""
+    """Lines that describe the content of a prepared folder."""
     manifest = prepared.read_manifest(folder)
     lines = []
     for array, content in manifest["arrays"].items():
@@ -72,7 +72,7 @@ def described(folder: Path) -> list[str]:
 
 
 def _in_a_line(value: Any) -> str:
-    """Metadata in a line; of a list, its length."""
+    """Metadata as one line; a list is given by its length."""
     if isinstance(value, dict):
         inside = ((key, _in_a_line(item)) for key, item in value.items())
         items = [f"{key} ({text})" if " " in text else f"{key} {text}" for key, text in inside]

@@ -1,12 +1,12 @@
-"""Makes a page of all tables and figures of the paper, each beside what was measured here.
+"""Makes a page of all tables and figures of the paper, each beside the results measured here.
 
     python -m scripts.report                          # of the runs in results/runs
     python -m scripts.report --runs=runs/reproduce    # of your own, in progress too
 
-The page is one file that needs no network. It lists the runs of each: how far they came, how long
-that took, on which machine, at which commit, by which command; and what has not been run yet, with
-the command for it. A run in progress is shown as far as it has written metrics. Beside the page is
-a Markdown file with the same tables; `--readme` puts its summary into README.md.
+The page is one file that needs no network. For each table or figure it lists the runs, with their
+updates, wall time, machine, commit and command, and the runs that are still missing, with a command
+to make them. A run in progress is shown up to its last written metrics. A Markdown file beside the
+page has the same tables; `--readme` puts a summary of the final results into README.md.
 """
 
 import base64
@@ -38,7 +38,7 @@ def define_flags() -> None:
 
 
 class Section(NamedTuple):
-    """What the report says of an item, in plain text.
+    """The report's section on an item, in plain text.
 
     Attributes:
       name, title: of the item.
@@ -46,8 +46,8 @@ class Section(NamedTuple):
       table: of the item, if it has one.
       picture: the content of a PNG file, empty if there is none.
       runs: a row for each run.
-      commands: what started each run.
-      missing: experiments that have not come as far as the paper's.
+      commands: the command that started each run.
+      missing: experiments with fewer updates than the paper's.
       reproduce: the command that runs them.
     """
 
@@ -63,17 +63,17 @@ class Section(NamedTuple):
 
     @property
     def picture_width(self) -> int:
-        """Pixels of CSS, of which an inch has 96."""
+        """The width in CSS pixels, 96 per inch."""
         return round(int.from_bytes(self.picture[16:20]) * 96 / pictures.DPI)
 
     @property
     def picture_source(self) -> str:
-        """The picture as a URL."""
+        """The picture as a data URL."""
         return f"data:image/png;base64,{base64.b64encode(self.picture).decode()}"
 
 
 def make_section(name: str, item: Item, found: Found, data_dir: str) -> Section:
-    """Shows an item, or says why it cannot be shown."""
+    """Makes the section of an item, with a note if the item cannot be drawn."""
     notes = [item.remark] if item.remark else []
     shown, picture = Shown(), b""
     try:
@@ -105,7 +105,7 @@ RUN_HEADER = ("run", "seed", "updates", "wall time", "machine", "commit", "date"
 
 
 def run_row(experiment: Experiment, run: Run) -> list[str]:
-    """How far a run came, how long that took, where and when."""
+    """The row of a run under `RUN_HEADER`."""
     start = run.record["starts"][-1]
     machine = "; ".join([start["machine"], *run.implementations])
     return [
@@ -120,7 +120,7 @@ def run_row(experiment: Experiment, run: Run) -> list[str]:
 
 
 def missing(experiment: Experiment, runs: list[Run]) -> str:
-    """How far an experiment's runs came, if not as far as the paper's."""
+    """The progress of an experiment's runs; empty if one has as many updates as the paper's."""
     whole = experiment.get_config().num_updates
     furthest = max((run.updates for run in runs), default=0)
     if furthest >= whole:
@@ -147,7 +147,7 @@ def as_markdown(section: Section) -> str:
 
 
 def summary(found: Found) -> str:
-    """The tables of final results as one, for README.md."""
+    """All tables of final results as one table, for README.md."""
     rows = [
         [task, model, item.metric_name, *rest]
         for item in ITEMS.values()
@@ -158,10 +158,10 @@ def summary(found: Found) -> str:
 
 
 def into_readme(readme: Path, table: str) -> None:
-    """Puts the summary between its marks.
+    """Puts the summary between `BEGIN` and `END`.
 
     Raises:
-      UserError: the marks are not there.
+      UserError: a mark is missing.
     """
     text = readme.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
@@ -172,7 +172,7 @@ def into_readme(readme: Path, table: str) -> None:
 
 
 def main(_: list[str]) -> None:
-    """Writes the page and the Markdown file, and says where they are."""
+    """Writes the page and the Markdown file, and prints their paths."""
     given = flags.FLAGS
     folder, page = Path(given.runs), Path(given.output)
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Reproduces a table or a figure of the paper: makes its runs, and shows it beside the paper's.
+"""Reproduces a table or a figure of the paper: makes its runs, and compares them with the paper.
 
     python -m scripts.reproduce                          # what there is to reproduce
     python -m scripts.reproduce figure_gradient_norm
@@ -7,16 +7,17 @@
     python -m scripts.reproduce table_mnist --seeds=3 --budget=full --data_dir=/shared/data \\
         --workdir=/shared/runs --launcher=slurm --partition=gpu --time=24:00:00
 
-Runs are those of `python -m experiments.main`, in `--workdir`: finished ones are found again,
-others go on where they are. They are made as the points of a sweep are (scripts/sweep.py): here,
-`--jobs` at once, or as SLURM jobs, and their logs are in `jobs/` of the workdir. `--dry_run` prints
-the commands. With `--budget=minutes` each run makes its first updates, 500 of MNIST, 10 of text8,
-100 of others, which on two cores of a CPU takes minutes. The paper's number of updates,
-`--budget=full`, wants a GPU. A larger budget goes on from a smaller one. `--budget=none` makes no
-runs, and shows those there are.
+Each run is a `python -m experiments.main` in a folder of `--workdir`. Finished runs are reused, and
+others are resumed. Runs are launched like the points of a sweep (scripts/sweep.py): `--jobs` at
+once on this machine, or as SLURM jobs. Logs are in `jobs/` of the workdir. `--dry_run` prints the
+commands.
 
-Writes `<name>.md` and `<name>.png` into `--output`, at once and again whenever a run has ended.
-scripts/report.py makes a page of everything.
+`--budget=minutes` makes 500 updates on MNIST, 10 on text8 and 100 on others, which takes minutes on
+two CPU cores. `--budget=full` makes the paper's number of updates and is meant for a GPU. A larger
+budget continues the runs of a smaller one. `--budget=none` makes no runs and shows existing ones.
+
+Writes `<name>.md` and `<name>.png` into `--output`, before the first run and after each run.
+scripts/report.py makes one page of all tables and figures.
 """
 
 import functools
@@ -35,7 +36,7 @@ from experiments.reporting.items import ITEMS
 from experiments.runtime import cli, files, markdown, paths
 from experiments.runtime.errors import UserError, unknown_name
 
-# Updates of an experiment that take minutes on a CPU; of others 100.
+# Updates with --budget=minutes, by config; 100 with others.
 MINUTES = {"mnist": 500, "pmnist": 500, "text8": 10}
 
 
@@ -50,10 +51,10 @@ def define_flags() -> None:
 
 
 def make_runs(item: Item, given: Any, folder: Path) -> tuple[list[Point], dict[str, list[str]]]:
-    """The runs of an item, and their commands by name; those that came further are left out.
+    """The runs of an item, and their commands by name, without runs that have more updates.
 
     Raises:
-      UserError: there is another run in the folder of one of them.
+      UserError: the folder of a run holds another run.
     """
     made, commands = [], {}
     for experiment in item.experiments:
@@ -121,7 +122,7 @@ def main(argv: list[str]) -> None:
     renew = functools.partial(write, name, folder, output, given.data_dir)
     errors = {}
     if points:
-        renew()  # an output that cannot be written gives an error before runs take hours
+        renew()  # raises before the runs if the output cannot be written
         errors = runner.run(points, commands, launcher, lambda _: renew())
     print(f"{renew()}\nIn {output}/{name}.md")
     if errors:

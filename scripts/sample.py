@@ -2,9 +2,9 @@
 
     python -m scripts.sample --workdir=runs/ptb_bn_lstm --prompt="the " --length=500
 
-It needs the folder of the run alone, not the data. It draws from the best checkpoint so far, with
-re-estimated population statistics if the run is finished. A run that trained two kinds of model has
-a folder for each, as runs/ptb_small/bn_lstm.
+It needs only the folder of the run, not the data. It draws from the best checkpoint so far, with
+re-estimated population statistics if the run is finished. A run of two kinds of model has a folder
+for each kind, such as runs/ptb_small/bn_lstm.
 """
 
 import itertools
@@ -47,7 +47,7 @@ def define_flags() -> None:
 
 
 def check_prompt(prompt: str | None, vocabulary: str) -> str:
-    """The text to begin with: `prompt`, or a character that most texts have.
+    """The prompt; by default a newline, a space, or else the first known character.
 
     Raises:
       UserError: the prompt is empty, or has characters that the model does not know.
@@ -70,7 +70,7 @@ def check_prompt(prompt: str | None, vocabulary: str) -> str:
 
 
 def draw(logits: Array, excluded: np.ndarray, key: Array, temperature: float) -> Array:
-    """A symbol by its logits `[V]`, none of those excluded; at temperature 0 the likeliest one."""
+    """Draws a symbol that is not `excluded`, by logits `[V]`; at temperature 0 the likeliest."""
     if temperature < COLDEST:
         return jnp.where(excluded, -jnp.inf, logits).argmax()
     return jax.random.categorical(key, jnp.where(excluded, -jnp.inf, logits / temperature))
@@ -84,13 +84,13 @@ def sample(
     temperature: float,
     seed: int,
 ) -> Iterator[str]:
-    """Characters after a prompt, without end. `corpus.UNKNOWN` is never drawn."""
+    """Yields characters that continue the prompt, without end; never `corpus.UNKNOWN`."""
     key, noise = jax.random.split(jax.random.key(seed))
     excluded = np.array([character == corpus.UNKNOWN for character in vocabulary])
 
     @jax.jit
     def read_and_draw(variables: Variables, symbols: Array, carry: Any, position: int):
-        """The carry after symbols `[1, T]` that follow `position` others, and the next symbol."""
+        """Reads symbols `[1, T]` from step `position` on; returns the carry and the next symbol."""
         carry, logits = model.apply(
             variables,
             symbols,
@@ -112,10 +112,10 @@ def sample(
 
 
 def main(_: list[str]) -> None:
-    """Writes the prompt and what follows it."""
+    """Writes the prompt and its continuation."""
     given = flags.FLAGS
     folder = Path(given.workdir)
-    if not 0 <= given.temperature < math.inf:  # NaN is not
+    if not 0 <= given.temperature < math.inf:  # refuses NaN too
         raise UserError(f"--temperature={given.temperature}: it must be a number, at least 0")
     config = workdir.read_config(folder)
     if config.task != "char_lm":

@@ -5,7 +5,7 @@
 #            remove .venv
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-unset PYTHONPATH # whatever else is installed, the environment's packages are the ones that count
+unset PYTHONPATH # so that only packages of the environment are imported
 if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     python=${PYTHON:-python3}
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then

@@ -8,8 +8,8 @@ All other flags are those of `python -m experiments.main`, which each process ru
 GPUs. Before the time limit the run saves a checkpoint and is queued again, until it has finished.
 `--dry_run` prints what would be submitted.
 
-All nodes must see the workdir and the data. Logs are in the workdir's folder `slurm`, with
-submitit's pickles, which tell the job what to run.
+All nodes must see the workdir and the data. Logs are in the workdir's folder `slurm`, beside
+submitit's pickles, from which the job loads its command.
 """
 
 import shlex
@@ -25,13 +25,13 @@ from experiments.runtime import cli
 
 
 def define_flags() -> None:
-    """Defines the flags of a run, and those that are not."""
+    """Defines the flags of a run and those of a job."""
     main.define_flags()
     define_own_flags(flags.FLAGS)
 
 
 def define_own_flags(values: flags.FlagValues) -> None:
-    """Defines the flags that are not those of a run, as flags of `values`."""
+    """Defines the flags of a job in `values`."""
     flags.DEFINE_integer("nodes", 1, "Nodes of the cluster.", lower_bound=1, flag_values=values)
     described = "Name of the job; by default that of the workdir."
     flags.DEFINE_string("job_name", None, described, flag_values=values)
@@ -48,7 +48,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def submit(arguments: list[str]) -> None:
-    """Submits a run with these arguments of `experiments.main`, or prints what that would be."""
+    """Submits a run with these arguments of `experiments.main`; a dry run only prints it."""
     given = flags.FLAGS
     folder = Path(given.workdir or main.default_workdir())
     per_node = given.gpus_per_node or 1

@@ -1,23 +1,24 @@
-"""Runs a sweep: many runs of one config that differ in a few fields, here or on a SLURM cluster.
+"""Runs a sweep: runs of one config that differ in a few fields, here or on a SLURM cluster.
 
     python -m scripts.sweep --config=configs/pmnist.py --sweep=configs/sweeps/pmnist_gamma.py
     python -m scripts.sweep --config=configs/pmnist.py --sweep=configs/sweeps/pmnist_gamma.py \
         --launcher=slurm --partition=gpu --time=12:00:00
 
-`--dry_run` prints the commands, or the scripts for sbatch, and does nothing. Every point is a
-`python -m experiments.main` of its own, in a folder of `--workdir` that is named after its fields.
+`--dry_run` only prints the commands, or the scripts for sbatch. Every point is its own
+`python -m experiments.main`, in a folder of `--workdir` that is named after the point's fields.
 `--config.FIELD=VALUE` applies to all points. All points are checked before the first one starts.
-Whenever one ends, `results.csv` gets a row for each run, and `results.md` means over seeds.
+After each point, `results.csv` is written with a row per run, and `results.md` with means over
+seeds.
 
 Run the same command again to resume: it skips finished points, and continues stopped and failed
 ones from their checkpoints. Ctrl-C, SIGTERM and a closed terminal stop the points that run
 here, which save first. Jobs of a cluster stay in the queue, where the same command finds them.
 
-Points that run here share its devices. JAX reserves most of a GPU's memory: for several `--jobs` on
-one GPU, set XLA_PYTHON_CLIENT_PREALLOCATE=false.
+Points that run here share the machine's devices. JAX reserves most of a GPU's memory: for several
+`--jobs` on one GPU, set XLA_PYTHON_CLIENT_PREALLOCATE=false.
 
-Config and sweep files are code and are run. SLURM jobs read pickles that submitit writes to `jobs/`
-in the sweep's folder: let nobody else write there.
+Config and sweep files are executed as Python code. SLURM jobs load pickles that submitit writes to
+`jobs/` in the sweep's folder: let nobody else write there.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Validates the implementations of the recurrence on a device, with one command.
+"""Validates the implementations of the recurrence on a device.
 
     python -m scripts.validate_device --device=gpu --data_dir=data
     python -m scripts.validate_device --device=gpu --minutes=15 --only=check,benchmark
@@ -11,16 +11,16 @@ Four steps run one after the other, each in a process of its own:
     benchmark  the paper's four sizes, beside other libraries' layers
     training   permuted MNIST by each implementation
 
-Kernels that failed a check are left out of the last two.
+The last two steps leave out kernels that failed a check.
 
-The steps share `--minutes`; time that one leaves goes to the next. A step that fails, hangs or runs
-out of time does not end the others, and its results so far count. `report.md` in the output folder
-is renewed after each step. It has a verdict for each kernel, and the line for `VALIDATED_UNITS`,
-which lists the devices where `implementation="auto"` takes a kernel.
+The steps share `--minutes`; later steps get the time that a step leaves. A step that fails, hangs
+or runs out of time does not end the others, and its results so far count. `report.md` in the output
+folder is rewritten after each step. It has a verdict for each kernel, and the line for
+`VALIDATED_UNITS`, which lists the devices where `implementation="auto"` selects a kernel.
 
-`--step=check` runs one step in this process, as for compute-sanitizer.
+`--step=check` runs one step in this process, for example under compute-sanitizer.
 
-The exit status is 1 if a step failed, a check among them, or if time was up before all was checked.
+The exit status is 1 if a step or a check failed, or if time ran out before all checks were done.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ from experiments.runtime import cli, files, paths
 from experiments.validation import check, rates, report, training, verdict
 from experiments.validation.verdict import SHARES
 
-SECONDS_TO_END = 10  # for a step that was asked to end
+SECONDS_TO_END = 10  # to wait for a step to end, after each signal
 USER_ERROR = 2  # exit status of `cli.run`
 
 
@@ -97,14 +97,14 @@ def run_benchmark(small: bool, implementations: list[str], output: Path) -> None
 
 def run_training(given: Any, implementations: list[str], seconds: float, output: Path) -> None:
     """Trains a BN-LSTM by each implementation."""
-    # Kernels multiply in float32, XLA on a GPU in tf32 unless it is told otherwise.
+    # Kernels multiply in float32. XLA on a GPU multiplies in tf32 by default.
     jax.config.update("jax_default_matmul_precision", "highest")
     config, name = (digits, "digits") if given.small else (pmnist, "pmnist")
     config = config.get_config()
     config.data_dir, config.model.kind = given.data_dir, "bn_lstm"
     title = f"configs/{name}.py, bn_lstm, seed {config.seed}"
     updates = 20 if given.small else 100_000
-    # The rest of the time is for loading and compiling.
+    # Loading and compiling need the rest of the time.
     training.run(config, title, implementations, updates, 0.8 * seconds, output)
 
 
@@ -112,7 +112,7 @@ def run_training(given: Any, implementations: list[str], seconds: float, output:
 
 
 def command(step: str, folder: Path, seconds: float) -> list[str]:
-    """The command of a step that is to take at most so many seconds: this one with more flags."""
+    """The command of a step with a time limit: the command of this process with more flags."""
     more = [f"--step={step}", f"--output={folder}", f"--minutes={max(seconds / 60, 0.1)}"]
     return [sys.executable, "-m", "scripts.validate_device", *sys.argv[1:], *more]
 
@@ -141,7 +141,7 @@ def run(words: Sequence[str], seconds: float) -> str:
 
 
 def end(process: subprocess.Popen) -> None:
-    """Ends a process and those that it started; waits no longer than it may take."""
+    """Ends the group of a process: sends SIGTERM, then SIGKILL, and waits briefly after each."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -150,7 +150,7 @@ def end(process: subprocess.Popen) -> None:
 
 
 def write_report(folder: Path, steps: list[tuple[str, str, str]]) -> None:
-    """Writes `report.md`. A fault of the report does not end the steps."""
+    """Writes `report.md`. An error in the report goes into the file and does not end the steps."""
     called = shlex.join(["python", "-m", "scripts.validate_device", *sys.argv[1:]])
     try:
         page = report.page(verdict.read(folder), steps, called)
@@ -160,7 +160,7 @@ def write_report(folder: Path, steps: list[tuple[str, str, str]]) -> None:
 
 
 def run_steps(names: Sequence[str], folder: Path, minutes: float) -> list[tuple[str, str, str]]:
-    """Name, outcome and seconds of each step; writes the report after each."""
+    """Runs the steps; returns name, outcome and seconds of each. Writes the report after each."""
     deadline = time.monotonic() + 60 * minutes
     steps: list[tuple[str, str, str]] = []
     for index, step in enumerate(names):
@@ -186,9 +186,9 @@ def main(_: list[str]) -> None:
         run_step(given.step, given, folder, given.minutes)
         return
     if "training" in given.only and not given.small:
-        datasets.load("mnist", given.data_dir)  # downloads it, or says why not, before all else
+        datasets.load("mnist", given.data_dir)  # a failed download raises before any step
     for step in given.only:
-        (folder / f"{step}.json").unlink(missing_ok=True)  # of an earlier call
+        (folder / f"{step}.json").unlink(missing_ok=True)  # results of an earlier call
     for number in (signal.SIGTERM, signal.SIGHUP):  # end the step too
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, _: sys.exit(128 + number))

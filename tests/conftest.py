@@ -7,16 +7,16 @@ from pathlib import Path
 import jax
 import pytest
 
-STATM = Path("/proc/self/statm")  # of Linux: its second number is the process's pages in memory
+STATM = Path("/proc/self/statm")  # on Linux; its second number is the process's resident pages
 MOST_MEMORY = 3 << 29  # bytes, after a test
 
-jax.config.update("jax_num_cpu_devices", 8)  # virtual ones, for tests/experiments/test_parallel.py
-signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore Ctrl-C
+jax.config.update("jax_num_cpu_devices", 8)  # virtual devices, for tests of several devices
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore Ctrl-C
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Programs that tests share, here and in commands that they run, are compiled once."""
+    """Compiles each program once for all tests and for the commands that they run."""
     place = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         place = place.parent  # of all workers
@@ -32,14 +32,14 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def release_compiled_programs():
-    """Each takes a dozen memory maps, of which Linux allows 65,530: XLA aborts past that."""
+    """Each takes a dozen memory maps. Linux allows 65,530, and XLA aborts beyond that."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
 def release_memory():
-    """Compiled programs take gigabytes, which glibc keeps once they are freed."""
+    """Compiled programs take gigabytes, which glibc keeps after they are freed."""
     yield
     if STATM.exists() and int(STATM.read_text().split()[1]) * mmap.PAGESIZE > MOST_MEMORY:
         jax.clear_caches()
@@ -48,7 +48,7 @@ def release_memory():
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
-    """A folder of the original data in BNLSTM_DATA_DIR, which itself is only read."""
+    """A folder of links to the original data in BNLSTM_DATA_DIR, which is only read."""
     folder = Path(os.environ.get("BNLSTM_DATA_DIR", "")).resolve()
     if "BNLSTM_DATA_DIR" not in os.environ or not folder.is_dir():
         pytest.skip("needs original data: BNLSTM_DATA_DIR names no folder")

@@ -9,7 +9,7 @@ from absl import flags
 
 @contextlib.contextmanager
 def fresh_flags(argv: list[str]) -> Iterator[None]:
-    """A command line for ml_collections, which reads `sys.argv`; afterwards no flag is of it."""
+    """Sets `sys.argv`, which ml_collections reads, and restores it and all flags afterwards."""
     before = set(flags.FLAGS)
     defaults = {name: flags.FLAGS[name].value for name in before}
     earlier, sys.argv = sys.argv, argv

@@ -1,4 +1,4 @@
-"""A disk that fills up, or as good as."""
+"""Imitation of a full disk."""
 
 import contextlib
 import resource
@@ -7,7 +7,7 @@ import signal
 
 @contextlib.contextmanager
 def files_of_at_most(size):
-    """As on a full disk, files cannot grow beyond a size: a stand-in that needs no rights."""
+    """Files cannot grow beyond a size, as on a full disk. This needs no privileges."""
     earlier = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))

@@ -1,4 +1,4 @@
-"""Programs of Python in processes of their own."""
+"""Python programs in processes of their own."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def start(program, **environment):
-    """A process of Python that runs a program in an environment of few variables."""
+    """Starts a Python process that runs a program with few environment variables."""
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(program)],
         cwd=Path(__file__).parents[1],

@@ -1,18 +1,18 @@
 """Batch-normalised LSTM as a plain loop in NumPy double precision.
 
 This file is written from the equations of the paper and shares nothing with the library, so that
-the two can be compared. Row vectors throughout: inputs are [batch, time, input], kernels multiply
-from the right, the four gates lie along the last axis in the order forget, input, output,
-candidate. For each time step t
+the two can be compared. Vectors are rows: inputs are [batch, time, input], kernels multiply from
+the right, and the last axis has the four gates in the order forget, input, output, candidate. For
+each time step t
 
     a_t = s_h * N(h_{t-1} W_h) + s_x * N(x_t W_x) + b
     f, i, o, g = split(a_t)
     c_t = sigmoid(f) * c_{t-1} + sigmoid(i) * tanh(g)
     h_t = sigmoid(o) * tanh(s_c * N(c_t) + b_c)
 
-with N(x) = (x - mean) / sqrt(var + epsilon). Mean and (biased) variance belong to one time step:
-they are taken over the batch, or read from given tables, one row for each step. A term that is
-not to be normalised is used as it is, without the scale.
+with N(x) = (x - mean) / sqrt(var + epsilon). Each time step has its own mean and (biased) variance,
+over the batch or from given tables with one row for each step. A term that is not normalised is
+used as it is, without the scale.
 """
 
 import numpy as np
@@ -63,17 +63,17 @@ def bn_lstm(
     """Run the recurrence; return the outputs, the final (c, h) and the statistics of the batch.
 
     statistics: None to normalise with the statistics of this batch (training), else a dict with
-        `{term}_mean` and `{term}_var`; their last row serves all the steps beyond it (inference).
-    seq_lengths: number of valid steps of each row; beyond it the state of the row is held.
+        `{term}_mean` and `{term}_var`, whose last row is used for all later steps (inference).
+    seq_lengths: number of valid steps of each row; after them the row keeps its state.
     mask_statistics: count only the valid rows in the statistics, of some terms or of all.
-    input_epsilon: that of the input term, if it is another.
+    input_epsilon: epsilon of the input term; None for `epsilon`.
     bias_factor: how often the bias is added.
     operand: applied to both factors of every matrix product, to imitate a coarser precision.
     over: `features` for layer normalisation, each row by its own mean and variance.
 
     The returned statistics are a dict like `statistics`, [time, features] each, or [features] for
-    sequence-wide input statistics. Steps with fewer than two rows to count have NaN. Parameters
-    `initial_cell` and `cell_bias` that are missing are zero.
+    sequence-wide input statistics. Steps with fewer than two rows to count have NaN. Missing
+    parameters `initial_cell` and `cell_bias` are zero.
     """
     x = np.asarray(inputs, np.float64)
     p = {name: np.asarray(value, np.float64) for name, value in params.items()}
@@ -142,9 +142,9 @@ def bn_lstm(
 
 
 def running_average(previous, found, momentum):
-    """Running statistics after one batch: rows without a new value (too late, NaN) stay.
+    """Running statistics after one batch. Rows without a new value (too late, NaN) stay.
 
-    Values of steps that have no row are left out.
+    Values of steps beyond the rows are ignored.
     """
     updated = {}
     for name, old in previous.items():

@@ -1,9 +1,9 @@
 """The Attentive Reader of "Recurrent Batch Normalization" as plain loops in NumPy.
 
-Like tests/reference.py it is double precision and shares nothing with the library but the names of
+Like tests/reference.py it is in double precision, and shares with the library only the names of
 parameters: nested dicts, with `passage` and `question` for the encoders, each with `forward` and
-perhaps `backward`, and statistics under the same names. Row vectors, gates in the order forget,
-input, output, candidate. Dropout is left out.
+perhaps `backward`. Statistics have the same names. Vectors are rows, and gates have the order
+forget, input, output, candidate. There is no dropout.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ SEQUENCE_EPSILON = 1e-6  # of sequence-wide input statistics
 
 class Form(NamedTuple):
     recurrence: bool = False  # terms of the recurrence are normalised
-    sequence: bool = False  # the input's over all tokens together rather than for each step
+    sequence: bool = False  # the input term over all tokens together rather than per step
     attention: bool = False  # terms of attention and read-out are normalised
     bidirectional: bool = False
 
@@ -43,12 +43,12 @@ def read(
     statistics=None,
     epsilon=1e-5,
 ):
-    """Logits, weights of attention, and the moments of the batch (or those given).
+    """Logits, attention weights, and the statistics of the batch (or the given ones).
 
-    mask_statistics: False is the released code, whose statistics mask nothing but sequence-wide
-        input; in W_d's term one step of padding behind the longest passage counts. With True only
-        tokens count anywhere.
-    statistics: those of the population, to normalise with; None for those of the batch.
+    mask_statistics: False as in the released code, which masks only sequence-wide input
+        statistics; in W_d's term one step of padding after the longest passage counts. With True,
+        only tokens count.
+    statistics: population statistics to normalise with; None for batch statistics.
     """
     form = FORMS[form]
     found = {}

@@ -1,4 +1,4 @@
-"""Every config in the repository builds, takes a step, and says what it is."""
+"""Every config in the repository builds, runs one update, and documents its command."""
 
 import importlib
 import math
@@ -47,7 +47,7 @@ def test_config_builds_and_steps(name, variant, request, tmp_path):
     else:
         config.data_dir = str(tmp_path)
     if name == "text8":
-        config.split = (100_000, 5_000, 5_000)  # where only a prefix of it is at hand
+        config.split = (100_000, 5_000, 5_000)  # a prefix of the data is enough
     if name == "text":
         config.text_file = str(tmp_path / "text.txt")
         letters = np.random.default_rng(0).choice(list("a bcd"), 10_000)
@@ -80,10 +80,10 @@ def test_settings_are_those_of_the_released_code():
         assert config.optimizer.to_dict() == {
             "name": "rmsprop",
             "learning_rate": 1e-3,
-            "decay": 0.9,  # which is not: see docs/differences.md
+            "decay": 0.9,  # not the released code's: see docs/differences.md
             "clip_norm": 1.0,
             "clip_rule": "norm",
-            "adam_epsilon": "published",  # of Adam, which they do not use
+            "adam_epsilon": "published",  # no effect on RMSProp
         }
         assert (config.batch_size, config.num_updates, config.eval_every) == (100, 100_000, 500)
         assert (config.eval_batch_size, config.population_batch_size) == (1000, 5000)

@@ -35,7 +35,7 @@ def requirements(name):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """The wheel and the source archive of the committed and the new files."""
-    copy = tmp_path_factory.mktemp("copy")  # setuptools writes beside what it builds
+    copy = tmp_path_factory.mktemp("copy")  # setuptools writes into the folder that it builds
     listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard").splitlines()
     for name in filter(lambda name: (ROOT / name).is_file(), listed):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)

@@ -94,12 +94,12 @@ def test_trained_weights_classify_as_well_as_the_run_did(data_dir, monkeypatch):
     accuracy = np.mean(names["logits"].argmax(-1) == arrays["test_labels"][:500])
     record = ROOT / "results/runs/pmnist/bn_lstm/seed_1/results.json"
     reported = final(json.loads(record.read_text()))["accuracy"]
-    deviation = (reported * (1 - reported) / 500) ** 0.5  # of the accuracy of 500
+    deviation = (reported * (1 - reported) / 500) ** 0.5  # of the accuracy on 500 images
     assert accuracy == pytest.approx(reported, abs=3 * deviation)
 
 
 def links(text):
-    """Targets of links in a page, those of `[text][name]` too; brackets in code are not links."""
+    """Targets of the links of a page, `[text][name]` included; code blocks have no links."""
     text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.M)
     named = dict(re.findall(r"^\[([^\]]+)\]: (\S+)$", text, re.M))
     return re.findall(r"\]\(([^)]+)", text) + [named[n] for n in re.findall(r"\]\[([^\]]+)", text)]
@@ -129,7 +129,7 @@ def test_readme_links_are_absolute():
 
 
 def mapped():
-    """Files and folders of the map, and of these the folders whose content it does not list."""
+    """The paths of the map, and its folders whose content it does not list."""
     (tree,) = re.findall(r"```\n(bnlstm_jax/.*?)```", TEXT, re.DOTALL)
     paths, folders, leaves = set(), [], set()
     for line in tree.splitlines():

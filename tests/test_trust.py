@@ -1,7 +1,7 @@
-"""What is promised of files that others made.
+"""Files from untrusted sources are safe.
 
-Nothing that is loaded can run code. Archives cannot write outside their folder. Downloads are
-checked before use. Pages escape what they show.
+Files that are loaded cannot run code. Archives cannot write outside their folder. Downloads are
+checked before use. Pages escape the text that they show.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ def one_line(error: pytest.ExceptionInfo) -> str:
     return message
 
 
-# ---- Files of data and runs, with objects in them that do something when they are unpickled.
+# ---- Files of data and runs with pickled objects that would run code.
 
 
 class Payload:
@@ -52,20 +52,20 @@ class Payload:
 
 @pytest.fixture
 def payload(tmp_path):
-    """An array of an object that must never be loaded; it would have shown."""
+    """An array with an object that must never be unpickled; the test fails if it was."""
     sprung = tmp_path / "sprung"
     array = np.array([Payload(sprung), None], object)
     file = io.BytesIO()
     np.save(file, array, allow_pickle=True)
     file.seek(0)
     np.load(file, allow_pickle=True)
-    sprung.rmdir()  # so it does work
+    sprung.rmdir()  # the payload works
     yield array
     assert not sprung.exists()
 
 
 def spoil(folder: Path, name: str, content: bytes) -> None:
-    """Replaces a file of a prepared data set, with a manifest that fits."""
+    """Replaces a file of a prepared data set, and updates the manifest to match."""
     path = folder / f"{name}.npy"
     path.write_bytes(content)
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -195,7 +195,7 @@ def test_a_config_that_lacks_a_field_names_it(file):
 
 
 def test_a_runs_config_cannot_name_other_code(tmp_path, monkeypatch):
-    """A task is a module beside the others, whatever could be imported."""
+    """Only a module of `experiments.tasks` is a task, whatever else can be imported."""
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\nTask = print")
     monkeypatch.syspath_prepend(tmp_path)
     from experiments import tasks
@@ -210,7 +210,7 @@ def test_a_runs_config_cannot_name_other_code(tmp_path, monkeypatch):
     assert not (tmp_path / "sprung").exists()
 
 
-# ---- Archives: what is not looked for is not read, and nothing is written by a member's name.
+# ---- Archives: only expected members are read, and no member's name is written to.
 
 EVIL = ("../evil", "a/../../evil", "..\\evil", "~/evil")
 
@@ -220,7 +220,7 @@ def snapshot(folder: Path) -> set[str]:
 
 
 def tar(path: Path, contents: dict[str, bytes], links: dict[str, str], outside: Path) -> None:
-    """An archive with members that would write outside, before those that belong there."""
+    """An archive whose first members would write outside, followed by the expected members."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w:gz") as archive:
         for name in (*EVIL, str(outside / "evil")):
@@ -240,7 +240,7 @@ def tar(path: Path, contents: dict[str, bytes], links: dict[str, str], outside: 
 
 @pytest.fixture
 def outside(tmp_path, monkeypatch):
-    """A folder beside, with a file that nothing may read or change."""
+    """A folder outside, with a file that must not be read or changed."""
     folder = tmp_path / "outside"
     folder.mkdir()
     (folder / "secret").write_bytes(b"secret")
@@ -290,7 +290,7 @@ def test_members_of_babis_archive(tmp_path, outside, monkeypatch, linked):
     path = tmp_path / "in" / babi.ARCHIVE
     tar(path, contents, links, outside)
     before = snapshot(tmp_path)
-    if linked:  # even though what the link leads to is as it should be
+    if linked:  # even though the link's target has the right content
         with pytest.raises(UserError) as error:
             babi._read_texts(path)
         assert f"lacks {first}" in one_line(error)
@@ -311,12 +311,12 @@ def test_members_of_text8s_archive(tmp_path, outside):
     assert snapshot(tmp_path) == before
 
 
-# ---- Downloads and original files: of the real data sets, wrong ones are not prepared.
+# ---- Downloads and original files: wrong files of the real data sets are not prepared.
 
 
 @pytest.fixture
 def host(monkeypatch):
-    """Every host answers every question with this, and keeps what was asked for."""
+    """Every host answers every request with a wrong file. The value lists the requests."""
     asked = []
 
     def send(self, request, **kwargs):
@@ -341,7 +341,7 @@ def test_what_a_host_sends_is_checked(tmp_path, host, name):
 
 @pytest.mark.parametrize("name", ["mnist", "ptb", "text8"])
 def test_original_files_are_checked(tmp_path, host, name):
-    """Also one of the right size."""
+    """Even if the size is right."""
     file = importlib.import_module(f"experiments.datasets.{name}").ORIGINALS.files[0]
     path = tmp_path / name / file.name
     path.parent.mkdir()
@@ -353,7 +353,7 @@ def test_original_files_are_checked(tmp_path, host, name):
     assert host == [] and [p.name for p in tmp_path.rglob("*")] == [name, file.name]
 
 
-# ---- Pages: a page of texts like these has the elements of one of harmless texts.
+# ---- Pages: malicious texts add no HTML elements to a page.
 
 NASTY = (
     "<script>alert(1)</script>",
@@ -396,7 +396,7 @@ class Outline(HTMLParser):
 
 
 def page_of(text: str) -> str:
-    """A reader's page that has a text wherever there is one that data or files may give."""
+    """A reader's page with `text` in every place that data or files can fill."""
     answer, entity = f"answer{text}", f"@entity{text}"
     words = [Word(f"a{text}", f"b{text}"), Word(answer, answer), Word(entity, entity)]
     found = Inspection(

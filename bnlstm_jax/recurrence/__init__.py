@@ -1,19 +1,19 @@
-"""One recurrence, several implementations, equal but for rounding.
+"""The implementations of the recurrence, which are equal up to rounding.
 
-    xla         a scan with a backward pass of few residuals
+    xla         a scan with a hand-written backward pass and few residuals
     reference   a plain scan, differentiated by JAX
     tpu         one kernel for all steps, for TPUs
     gpu         one kernel for all steps, for NVIDIA GPUs
     cpu         one kernel for all steps, for CPUs
 
-A `Problem` says what a recurrence is given, a `Result` what it gives back. An implementation is a
-function from one to the other, and one that says why it cannot run a problem. To add one, write
-both, and name them in `IMPLEMENTATIONS` with the platform. All but `gpu` and `cpu` are made of
-`problem.step`.
+A `Problem` holds the inputs of a recurrence, a `Result` its outputs. An implementation is a
+function from a problem to its result, and a function that returns why it cannot run a problem. To
+add an implementation, write both functions, and add them to `IMPLEMENTATIONS` with the platform.
+`xla`, `reference` and `tpu` run `problem.step`; `gpu` and `cpu` do not.
 
-`auto` is the platform's kernel if the kind of device is in `VALIDATED_UNITS` and the layer has at
-most that many units; else `xla`. It is `xla` too where there are several devices: a kernel runs all
-of a batch on one, and XLA spreads it over them.
+`auto` selects the platform's kernel if it supports the layer and is validated in `VALIDATED_UNITS`
+for the kind of device and the layer's hidden units; else it selects `xla`. With several devices it
+selects `xla` too: a kernel runs the whole batch on one device, and XLA can shard it.
 """
 
 import functools
@@ -34,14 +34,15 @@ from bnlstm_jax.recurrence.problem import Problem, Result
 
 
 class Implementation(NamedTuple):
-    """A way to run a recurrence.
+    """An implementation of the recurrence.
 
     Attributes:
       run: runs a problem that it supports.
-      why_unsupported: why it cannot run a problem, whose arrays may be `jax.ShapeDtypeStruct`s;
-        None if it can. Raises RuntimeError if a kernel cannot be compiled, or a device fails.
-      platform: the platform of JAX that it is for; None for all.
-      max_batch: the largest batch that it runs, or None; `xla` runs larger ones.
+      why_unsupported: returns why it cannot run a problem, or None if it can. The arrays may be
+        `jax.ShapeDtypeStruct`s. Raises a RuntimeError if a kernel cannot be compiled, or a device
+        fails.
+      platform: the JAX platform that it needs; None for any.
+      max_batch: the largest batch that it runs, None for no limit; `xla` runs larger ones.
     """
 
     run: Callable[[Problem], Result]
@@ -57,13 +58,13 @@ IMPLEMENTATIONS = {
     "gpu": Implementation(cuda.run, cuda.why_unsupported, "gpu", cuda.LARGEST_BATCH),
     "cpu": Implementation(cpu.run, cpu.why_unsupported, "cpu"),
 }
-NAMES = ("auto", *IMPLEMENTATIONS)  # what users may name
-# Hidden units up to which a kernel is validated, by kind of device as JAX names it.
+NAMES = ("auto", *IMPLEMENTATIONS)  # values of a layer's `implementation`
+# The largest number of hidden units for which a kernel is validated, by `jax.Device.device_kind`.
 VALIDATED_UNITS: dict[str, float] = {"NVIDIA H100 80GB HBM3": 1000, "cpu": math.inf}
 
 
 def available() -> list[str]:
-    """The implementations for the default device."""
+    """The implementations that run on the default device."""
     return [name for name, each in IMPLEMENTATIONS.items() if runs_here(each.platform)]
 
 
@@ -82,7 +83,7 @@ def why_unsupported(name: str, problem: Problem) -> str | None:
 
 
 def choose(name: str, problem: Problem) -> str:
-    """The implementation that runs a problem; logs why, if it is another than `name`.
+    """The name of the implementation that runs a problem; logs why if it differs from `name`.
 
     Raises:
       ValueError: there is no such implementation, or it does not support the problem.
@@ -104,7 +105,7 @@ def choose(name: str, problem: Problem) -> str:
 
 
 def run(name: str, problem: Problem) -> Result:
-    """Runs a problem by a chosen implementation; without steps or sequences, by none of them."""
+    """Runs a problem by a chosen implementation; without steps or sequences, nothing is run."""
     (steps, batch), units = problem.source.shape[:2], problem.recurrent_kernel.shape[0]
     if steps and batch:
         return on_any_mesh(IMPLEMENTATIONS[name].run, _specs(problem), problem)
@@ -119,14 +120,14 @@ def run(name: str, problem: Problem) -> Result:
 
 
 def _specs(problem: Problem) -> Any:
-    """How a result is sharded on an explicit mesh: its sequences as those of the inputs."""
+    """The sharding of a result on an explicit mesh: its batch axis is sharded like the inputs'."""
     rows, spec = jax.typeof(problem.source).sharding.spec[1], PartitionSpec
     fields: dict[str, Any] = {"carry": spec(rows), "hidden": spec(None, rows), "moments": spec()}
     return Result(**fields)
 
 
 def _validated(problem: Problem) -> tuple[str, str, int]:
-    """What `auto` is for a problem, why, and the level of the log."""
+    """What `auto` selects for a problem, the reason, and the log level."""
     device, units = default_device(), problem.recurrent_kernel.shape[0]
     kernels = [name for name, each in IMPLEMENTATIONS.items() if each.platform == device.platform]
     validated = VALIDATED_UNITS.get(device.device_kind, 0)
@@ -148,5 +149,5 @@ def _validated(problem: Problem) -> tuple[str, str, int]:
 
 @functools.cache
 def log_choice(name: str, chosen: str, reason: str, level: int) -> None:
-    """Logs by what an implementation is run: once, however often a layer is traced."""
+    """Logs which implementation was chosen; once, even if a layer is traced several times."""
     logging.getLogger(__name__).log(level, "implementation %r is %r: %s", name, chosen, reason)

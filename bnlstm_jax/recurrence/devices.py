@@ -1,4 +1,4 @@
-"""The device that programs are for."""
+"""The default device, and emulation of others."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ def default_device() -> jax.Device:
 
 
 def runs_here(platform: str | None) -> bool:
-    """Whether an implementation for a platform of JAX, or for all (None), runs on that device."""
+    """Whether an implementation for a JAX platform (None for any) runs on the default device."""
     return platform is None or platform == default_device().platform or _emulating
 
 

@@ -2,12 +2,12 @@
 
 A scan in XLA starts several small programs at every step and reads the recurrent kernel from main
 memory each time. Here one Pallas kernel runs all steps. The recurrent kernel, the other parameters
-and the state stay in vector memory (VMEM) from the first step to the last; arrays of a step are
-moved while the step before is computed.
+and the state stay in vector memory (VMEM) from the first step to the last. The arrays of a step are
+copied while the previous step is computed.
 
-The step is `bnlstm_jax.recurrence.problem.step`, forward as it is and backward differentiated by
-JAX, with the residuals of `bnlstm_jax.recurrence.scan.xla`. On other devices the kernel is
-interpreted, which is slow and serves to test it.
+The kernel runs `bnlstm_jax.recurrence.problem.step`; in the backward pass JAX differentiates it.
+The residuals are the same as in `bnlstm_jax.recurrence.scan.xla`. On other devices the kernel is
+interpreted, which is slow, for tests.
 """
 
 import contextlib
@@ -49,14 +49,14 @@ def kernel_scan(
     """`jax.lax.scan` in one TPU kernel, with `constants` and carry in VMEM throughout.
 
     Args:
-      body: `(constants, carry, x)` to `(carry, y)`: one step, traced in the kernel.
+      body: maps `(constants, carry, x)` to `(carry, y)`: one step, traced in the kernel.
       constants: arrays.
       carry: arrays that enter the first step.
       xs: arrays `[T, ...]`, which may be boolean.
-      reverse: run from the last step to the first; results stay beside their inputs.
+      reverse: run from the last step to the first; `ys` keep the order of `xs`.
 
     Returns:
-      The carry after the last step, and the results `[T, ...]`.
+      The carry after the last step, and `ys`, arrays `[T, ...]`.
     """
     steps = jax.tree.leaves(xs)[0].shape[0]
     x = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
@@ -120,7 +120,7 @@ def _block_shape(leaf: Any) -> tuple[int, int]:
 
 
 def _to_block(x: Array) -> Array:
-    """VMEM holds no booleans."""
+    """Booleans as integers: VMEM holds no booleans."""
     return x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
 
 
@@ -130,9 +130,10 @@ def _from_block(x: Array, leaf: jax.ShapeDtypeStruct) -> Array:
 
 
 def _vmem_bytes(leaves: Any) -> int:
-    """VMEM to ask for: what stays, once; what moves, twice; and the values of the body.
+    """Bytes of VMEM to request.
 
-    Arrays are laid out in tiles of 8 x 128 words of 32 bits.
+    These are the constants, the carry as input and as output, two buffers of x and y, and the
+    values of the body. Arrays are laid out in tiles of 8 x 128 words of 32 bits.
     """
 
     def tiled(leaf: Any) -> int:
@@ -155,7 +156,7 @@ def why_unsupported(problem: Problem) -> str | None:
     dtypes = {of_products, problem.recurrent_kernel.dtype, problem.carry[0].dtype}
     has = {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}
     wide = jax.config.jax_enable_x64  # type: ignore[attr-defined]
-    # Interpreted, it computes in any.
+    # The interpreter supports any dtype.
     if default_device().platform == "tpu" and (dtypes - has or wide):
         return "computes in float32, with products of float32 or bfloat16, without jax_enable_x64"
     return None
@@ -163,7 +164,7 @@ def why_unsupported(problem: Problem) -> str | None:
 
 def run(problem: Problem) -> Result:
     """Runs a problem. Given statistics have no gradient, and `unroll` has no effect."""
-    # A kernel has no bfloat16 product over a single feature.
+    # TPU kernels do not support bfloat16 products over a single feature.
     single = len(problem.params["input_kernel"]) == 1 and problem.symbols is None
     ahead = single and jnp.dtype(problem.dtype or jnp.float32) == jnp.bfloat16
     problem = problem.replace(statistics=jax.lax.stop_gradient(problem.statistics))
@@ -175,9 +176,9 @@ def run(problem: Problem) -> Result:
 
 
 def _precision(dtype: Any) -> contextlib.AbstractContextManager:
-    """The precision of products in a kernel that comes nearest to what the user has asked for.
+    """The precision of products in a kernel that is nearest to the user's setting.
 
-    Mosaic has the default for all operands, and the highest for those of 32 bits.
+    Mosaic supports `default` for all operands, and `highest` for 32-bit operands.
     """
     asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     is_default = asked in (None, "default", "fastest", "bfloat16")
@@ -186,7 +187,7 @@ def _precision(dtype: Any) -> contextlib.AbstractContextManager:
 
 
 def _step(problem: Problem, recurrent_term: Array, known: Any = None) -> tuple[Carry, Any]:
-    """As `problem.step`, with one-hot vectors of symbols: a kernel cannot index by arrays."""
+    """`problem.step` with symbols as one-hot vectors, because a kernel cannot index by arrays."""
     if problem.symbols is not None:
         params = dict(problem.params)
         kernel = params.pop("input_kernel")
@@ -194,7 +195,7 @@ def _step(problem: Problem, recurrent_term: Array, known: Any = None) -> tuple[C
         is_symbol = (problem.symbols >= 0) & (problem.symbols < len(kernel))
         one_hot = (problem.symbols == vocabulary).astype(kernel.dtype)
         one_hot = jnp.where(is_symbol, one_hot, jnp.nan)
-        # The default would round rows of the kernel.
+        # The default precision would round the rows of the kernel.
         wide = jnp.dtype(problem.dtype or kernel.dtype).itemsize >= 4
         with jax.default_matmul_precision("highest" if wide else "default"):
             terms = product(one_hot, kernel, problem.dtype)
@@ -203,7 +204,7 @@ def _step(problem: Problem, recurrent_term: Array, known: Any = None) -> tuple[C
 
 
 def _constants(problem: Problem) -> Problem:
-    """What stays in VMEM."""
+    """The arrays of a problem that stay in VMEM."""
     kernel = problem.recurrent_kernel.astype(problem.operand_dtype)
     moving = dict.fromkeys((*problem.over_time, "carry"))
     return problem.replace(recurrent_kernel=kernel, **moving)
@@ -223,7 +224,7 @@ def _forward_scan(problem: Problem, keep: bool) -> tuple[Carry, tuple]:
 
 @jax.custom_vjp
 def _run(problem: Problem) -> tuple[Carry, Array, Any]:
-    """As `scan._scan`."""
+    """The outputs of `scan._scan`."""
     last, (hidden, moments, _) = _forward_scan(problem, keep=False)
     return last, hidden, moments
 

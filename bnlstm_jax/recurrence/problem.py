@@ -1,4 +1,4 @@
-"""What a recurrence is given and gives back, one step of it, and the gradient of that step."""
+"""The inputs and outputs of a recurrence, one step of it, and the gradient of that step."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,32 +13,32 @@ from bnlstm_jax.cells import Carry, look_up, lstm_step, product
 from bnlstm_jax.jax_experimental import Layout, with_layout_constraint
 from bnlstm_jax.normalization import Moments, Normalization, Statistics
 
-# Inputs of up to so many features are multiplied by their kernel in each step, forward and again
-# backward: on CPU that is faster than writing the product `[T, B, 4H]` to memory and reading it,
-# and a training step takes half of the memory. Other devices are not measured yet.
+# Inputs of at most this many features are multiplied by their kernel in each step, and again in the
+# backward pass. On CPU this is faster than storing the product `[T, B, 4H]`, and a training step
+# takes half of the memory. Other devices are not measured yet.
 SMALL_INPUT = 256
 
 
 class Problem(struct.PyTreeNode):
     """A recurrence over T steps of B sequences, with H units. All arrays are time-major.
 
-    A step takes the same value with arrays of its own time: `inputs [B, D]`, and so on.
+    `step` takes a `Problem` with the arrays of one time step: `inputs [B, D]`, and so on.
 
     Attributes:
       recurrent_kernel: `[H, 4H]`.
-      params: the other parameters by name, in the dtype of statistics: `bias [4H]`, `cell_bias
-        [H]` if there is one, `{term}_scale [F]` of normalised terms; and `input_kernel [D, 4H]`,
-        unless `inputs` are products with it.
+      params: the other parameters by name, in the dtype of statistics: `bias [4H]`, optionally
+        `cell_bias [H]`, `{term}_scale [F]` of normalised terms; and `input_kernel [D, 4H]`, unless
+        `inputs` are the input terms.
       carry: the initial `(c, h)`, each `[B, H]`, in the dtype of statistics.
       inputs: `[T, B, D]`, or without an `input_kernel` the input terms `[T, B, 4H]`; None for
         symbols.
       symbols: integers `[T, B]` in place of inputs.
-      valid: steps that are not padding, boolean `[T, B, 1]`; None if all are. Others keep the
-        state.
-      statistics: by term, to normalise by (inference): each `[T, F]`, or `[F]` of a `whole_input`.
-        None to normalise by moments of the batch (training).
+      valid: boolean `[T, B, 1]`; steps that are not valid, the padding, keep the state. None if all
+        are valid.
+      statistics: given statistics by term (inference), each `[T, F]`, or `[F]` for the input term
+        with `whole_input`. None to normalise by batch moments (training).
       norm: which terms are normalised, and how.
-      dtype: dtype of products' operands; None for that of their arguments.
+      dtype: dtype of the operands of matrix products; None for their promoted dtype.
       unroll: time steps per iteration of a compiled loop.
     """
 
@@ -62,7 +62,7 @@ class Problem(struct.PyTreeNode):
 
     @property
     def over_time(self) -> dict[str, Any]:
-        """The fields with an axis of time."""
+        """The fields with a time axis."""
         names = "inputs", "symbols", "valid", "statistics"
         return {name: getattr(self, name) for name in names}
 
@@ -73,13 +73,13 @@ class Problem(struct.PyTreeNode):
 
 
 class Result(struct.PyTreeNode):
-    """What a recurrence gives back.
+    """The outputs of a recurrence.
 
     Attributes:
       carry: the `(c, h)` after the last step, each `[B, H]`.
       hidden: the hidden states of all steps, `[T, B, H]`.
-      moments: of the batch, by term, those that normalised it: each `[T, F]`, or `[F]` of a
-        `whole_input`. They have no gradient.
+      moments: the batch moments that normalised each term, `[T, F]`, or `[F]` for the input term
+        with `whole_input`. They have no gradient.
     """
 
     carry: Carry
@@ -88,14 +88,14 @@ class Result(struct.PyTreeNode):
 
     @classmethod
     def of(cls, scanned: tuple, moments: dict[str, Statistics]) -> "Result":
-        """From what a scan of steps returns, and moments that were known before it."""
+        """The result from the outputs of a scan, and moments that were computed before it."""
         carry, hidden, stacked = scanned
         stacked = {term: m.statistics() for term, m in stacked.items() if m is not None}
         return cls(carry, hidden, jax.lax.stop_gradient(moments | stacked))
 
 
 def input_term(problem: Problem) -> Array:
-    """`x W_x` of inputs or symbols, of one step or of all, `[..., B, 4H]`."""
+    """`x W_x` of inputs or symbols, for one step or all steps, `[..., B, 4H]`."""
     kernel = problem.params["input_kernel"]
     if problem.symbols is not None:
         return look_up(problem.symbols, kernel, problem.dtype)
@@ -105,18 +105,18 @@ def input_term(problem: Problem) -> Array:
 def with_input_terms(
     problem: Problem, ahead: bool = False, normalized: bool = False
 ) -> tuple[Problem, dict[str, Statistics]]:
-    """Computes the input terms of all steps ahead of the recurrence, if that is due.
+    """Computes the input terms of all steps ahead of the recurrence, if needed.
 
-    It is if inputs have more than `SMALL_INPUT` features, if `whole_input` is set, or if the caller
-    asks for it.
+    This is needed if inputs have more than `SMALL_INPUT` features, if `whole_input` is set, or if
+    the caller asks for it.
 
     Args:
-      problem: with inputs or symbols.
-      ahead: always do so.
-      normalized: normalise the terms here, where the recurrence cannot.
+      problem: a problem with inputs or symbols.
+      ahead: compute the input terms in any case.
+      normalized: also normalise them here, for a recurrence that cannot.
 
     Returns:
-      The problem, and the moments that normalised the input term, if they are known by now.
+      The problem, and the batch moments of the input term if they normalised it here.
     """
     normalized = "input" in problem.norm.terms and (normalized or problem.norm.whole_input)
     if not (ahead or normalized or len(problem.params["input_kernel"]) > SMALL_INPUT):
@@ -140,9 +140,9 @@ def with_input_terms(
 def step(
     problem: Problem, recurrent_term: Array, known: dict[str, Moments | None] | None = None
 ) -> tuple[Carry, dict[str, Moments | None]]:
-    """One step of a problem that has the arrays of this step; see `lstm_step`.
+    """One step of a problem with the arrays of this step; see `lstm_step`.
 
-    `known` are the moments that the step returned, when it is re-run for its gradient.
+    `known`: the moments that the step returned, when it is re-run for its gradient; else None.
     """
 
     def normalize(term: str, x: Array) -> tuple[Array, Moments | None]:
@@ -158,10 +158,10 @@ def step(
 def step_gradients(
     step: Callable, problem: Problem, recurrent_term: Array, moments: Any, d_carry: Carry
 ) -> tuple[dict[str, Array], Carry, Array, Array | None]:
-    """The backward pass of one `step`, given its arguments, and `d_carry` of what it returned.
+    """The backward pass of one `step`, from its arguments and the gradient of its new carry.
 
     Returns:
-      `d_params`, `d_carry` without what flows through the recurrent product, `d_recurrent_term`,
+      `d_params`, `d_carry` without the gradient through the recurrent product, `d_recurrent_term`,
       `d_inputs`.
     """
 
@@ -183,10 +183,11 @@ def gradient(
     d_carry: Carry,
     d_inputs: Array | None,
 ) -> Problem:
-    """The gradient of a problem, for `jax.custom_vjp`; that of its recurrent kernel is one product.
+    """The gradient of a problem, for `jax.custom_vjp`.
 
-    Symbols, masks and statistics have none. `hidden` are the hidden states that entered the steps,
-    `[T, B, H]`, and `d_terms` the gradients of recurrent terms, `[T, B, 4H]`.
+    The gradient of the recurrent kernel is computed here, as one product. Symbols, masks and
+    statistics have no gradient. `hidden` are the hidden states that entered the steps, `[T, B, H]`,
+    and `d_terms` the gradients of recurrent terms, `[T, B, 4H]`.
     """
     dtype = problem.operand_dtype
     hidden, d_terms = (x.reshape(-1, x.shape[-1]) for x in (hidden, d_terms))
@@ -202,7 +203,7 @@ def transpose(x: Array) -> Array:
     if x.dtype != jnp.bfloat16:
         return x.T
 
-    # On CPU, XLA's bfloat16 product is fast only with both operands in rows.
+    # On CPU, XLA's bfloat16 product is fast only if both operands are row-major.
     def in_rows(x: Array) -> Array:
         return with_layout_constraint(x.T, Layout((0, 1)))
 

@@ -1,9 +1,10 @@
 """Recurrences as `jax.lax.scan` of a step, for every device.
 
-`reference` is differentiated by JAX. `xla` has a backward pass of fewer residuals: of each step the
-carry that entered it, the recurrent term, and moments. It recomputes the rest by differentiating
-the step. The gradient of the recurrent kernel, which JAX would add up step by step, is one product
-after the backward scan. It has no forward mode and, under batch statistics, no second derivatives.
+JAX differentiates `reference`. `xla` has a hand-written backward pass with fewer residuals: the
+entering carry, the recurrent term and the moments of each step. It re-runs and differentiates each
+step for the rest. The gradient of the recurrent kernel, which JAX would add up step by step, is one
+product after the backward scan. `xla` does not support forward mode or, under batch statistics,
+second derivatives.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ def why_unsupported(problem: Problem) -> None:
 
 
 def reference(problem: Problem) -> Result:
-    """A plain scan, which takes more time and memory to differentiate; it has all derivatives."""
+    """A plain scan: supports all derivatives, but takes more time and memory for gradients."""
     problem = problem.replace(norm=dataclasses.replace(problem.norm, analytic=False))
     problem, moments = with_input_terms(problem)
     return Result.of(_scan(problem), moments)
@@ -38,16 +39,16 @@ def reference(problem: Problem) -> Result:
 
 def xla(problem: Problem) -> Result:
     """The scan with fewer residuals."""
-    if problem.statistics is not None:  # only the plain scan has gradients of them
+    if problem.statistics is not None:  # only the plain scan differentiates by them
         return reference(problem)
     problem, moments = with_input_terms(problem)
     return Result.of(_lean_scan(problem), moments)
 
 
 def _scan(problem: Problem, keep: bool = False) -> tuple[Carry, Any, Any]:
-    """The last carry, hidden states `[T, B, H]`, and moments, stacked.
+    """The last carry, hidden states `[T, B, H]`, and stacked moments.
 
-    If `keep`, the carry that enters each step and its recurrent term in place of hidden states.
+    If `keep`, residuals replace the hidden states: each step's entering carry and recurrent term.
     """
     kernel = problem.recurrent_kernel.astype(problem.operand_dtype)
 
@@ -78,8 +79,8 @@ def _backward(residuals: tuple, gradients: tuple) -> tuple[Problem]:
     d_last, d_hidden, _ = gradients
     transposed = transpose(problem.recurrent_kernel.astype(problem.operand_dtype))
 
-    # A step's row of `rows` holds its recurrent term until the step is run, then the term's
-    # gradient. It is read one step ahead: XLA copies an array that one step reads and writes.
+    # `rows[t]` holds the recurrent term of step t until the step is run, then the term's gradient.
+    # Rows are read one step ahead: XLA would copy an array whose row is read and written in a step.
     def body(state, now):
         d_carry, d_params, rows, recurrent_term = state
         t, carry, of_step, moments, d_output = now

@@ -3,9 +3,9 @@
     python -m scripts.sweep --config=configs/digits.py \
         --sweep=configs/sweeps/ablation_layer_norm.py
 
-It normalises the same terms, with the same initial gamma and with gamma 1, its usual value. Images
-have one number per step, of whose input term layer normalisation keeps only the sign. Other points
-therefore leave the input term unnormalised, and so does one of the two BN-LSTMs.
+It normalises the same terms, with the same initial gamma and with its usual initial gamma, 1. An
+image has one pixel per time step, so layer normalisation reduces the input term to the pixel's
+sign. Half of the points, for both kinds of model, therefore leave the input term unnormalised.
 """
 
 from experiments.launching.sweeps import Fields, product, values

@@ -5,8 +5,8 @@
         --workdir=runs/sweeps/pmnist_terms --config.num_updates=10000
 
 `input` is W_x x_t, `recurrent` is W_h h_{t-1}, `cell` is the argument of the output's tanh. The
-paper normalises all three and shows no other choice. One more point has input statistics of whole
-sequences, as the paper's readers BN-e* and BN-e** do.
+paper normalises all three and shows no other choice. One more point takes input statistics over
+whole sequences, as the paper's readers BN-e* and BN-e** do.
 """
 
 from experiments.launching.sweeps import Fields, product, values

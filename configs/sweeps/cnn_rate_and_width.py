@@ -7,8 +7,8 @@
         --workdir=runs/sweeps/cnn_rate_and_width_lstm
 
 The grid is the same for the LSTM and for the normalised readers. The paper trains LSTM, BN-LSTM and
-BN-everywhere with rate 8e-5, BN-e* and BN-e** with 8e-4. Readers of four sentences have 240 units,
-BN-e** on whole passages has 120.
+BN-everywhere with learning rate 8e-5, BN-e* and BN-e** with 8e-4. Readers of four sentences have
+240 units, BN-e** on whole passages has 120.
 """
 
 from experiments.launching.sweeps import Fields, product, values

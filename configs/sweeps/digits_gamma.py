@@ -1,9 +1,9 @@
-"""The initial gammas of the paper's figure on gamma, tried on the digits: minutes on a laptop.
+"""The initial gammas of the paper's figure on gamma, on the digits: minutes on a laptop.
 
     python -m scripts.sweep --config=configs/digits.py --sweep=configs/sweeps/digits_gamma.py \
         --config.model.kind=bn_lstm
 
-The paper searches these gammas on other data. Each has three seeds here.
+The paper compares these gammas on other data. Here each has three seeds.
 """
 
 from experiments.launching.sweeps import Fields, product, values

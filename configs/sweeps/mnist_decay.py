@@ -4,9 +4,9 @@
     python -m scripts.sweep --config=configs/pmnist.py --sweep=configs/sweeps/mnist_decay.py \
         --workdir=runs/sweeps/pmnist_decay
 
-The paper mentions momentum, which its released code does not have. The code was released with 0.5,
-and had 0.9 when the figures were made. The paper does not say which model was searched: both are
-here.
+The paper mentions momentum, which its released code does not have. The released code has decay 0.5;
+it had 0.9 when the figures were made. The paper does not say which model the search used, so this
+sweep has both.
 """
 
 from experiments.launching.sweeps import Fields, product, values

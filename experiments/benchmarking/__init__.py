@@ -1,1 +1,1 @@
-"""How fast layers are, beside those of Flax and PyTorch."""
+"""Benchmarks of layers against those of Flax and PyTorch."""

@@ -17,7 +17,7 @@ from experiments.runtime import files, markdown
 
 
 def peak_of(device: jax.Device) -> float | None:
-    """Float32 operations a second of a CPU; None for others, or without a compiler."""
+    """Peak float32 operations a second of a CPU; None for other devices, or without a compiler."""
     if device.platform != "cpu":
         return None
     try:
@@ -27,7 +27,7 @@ def peak_of(device: jax.Device) -> float | None:
 
 
 def measure(made: dict[str, Program], title: str, rounds: int) -> dict[str, dict[str, Any]]:
-    """What the file holds of each candidate."""
+    """Measures each candidate; returns its entry for the file."""
     seconds = timing.measure({name: p.run for name, p in made.items()}, title, rounds)
     return {
         name: {
@@ -41,7 +41,7 @@ def measure(made: dict[str, Program], title: str, rounds: int) -> dict[str, dict
 
 
 def table(measured: dict[str, dict[str, Any]], steps: int, least: float | None) -> str:
-    """The results of one pass. At the processor's peak it would take `least` seconds."""
+    """The table of one pass, which would take `least` seconds at the processor's peak, if known."""
     own, floor = measured[DEFAULT]["median"], measured[PRODUCTS]["median"]
     rows = []
     for name, found in measured.items():
@@ -74,12 +74,12 @@ def run(
     output: Path,
     recorded: dict[str, Any],
 ) -> None:
-    """Measures on the default device; prints a table for each pass and renews the file.
+    """Measures on the default device; prints a table for each pass and rewrites the file.
 
     Args:
       sizes: layers to measure, by name.
-      dtypes, passes: of `programs.DTYPES` and `programs.PASSES`.
-      implementations: of the recurrence; `xla` among them.
+      dtypes, passes: names in `programs.DTYPES` and `programs.PASSES`.
+      implementations: of the recurrence, including `xla`.
       rounds: measurements of each candidate.
       output: JSON file of all results.
       recorded: the command's flags, for the file.

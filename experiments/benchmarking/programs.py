@@ -2,8 +2,8 @@
 
 A `forward` pass computes outputs with batch statistics, and new running averages. An `update` adds
 the gradient of the outputs' mean square, and a step of gradient descent. Dense inputs of several
-features stand for embeddings, which an update changes too. Flax's and PyTorch's layers get symbols
-as one-hot vectors.
+features stand for embeddings, which an update changes too. The LSTMs of Flax, cuDNN and PyTorch get
+symbols as one-hot vectors.
 """
 
 import functools
@@ -131,7 +131,7 @@ def training_pass(
 
 
 def batch_arrays(size: Size, one_hot: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A batch on the device: what an update learns of it, and the rest."""
+    """A batch on the device: the entries that an update learns, and the others."""
     inputs, lengths = make_batch(size)
     if one_hot and size.symbols:
         inputs = np.eye(size.inputs, dtype=np.float32)[inputs]
@@ -196,7 +196,7 @@ def cudnn_lstm(size: Size, is_update: bool) -> Program:
 
 
 def products(size: Size, dtype: Any, is_update: bool) -> Program:
-    """The matrix products of a pass of an LSTM, and next to nothing else."""
+    """The matrix products of a pass of an LSTM, and almost nothing else."""
     key, units, gates = jax.random.key(0), size.features, 4 * size.features
     given = {
         "h": jax.random.normal(key, (size.batch, units)),
@@ -222,7 +222,7 @@ def products(size: Size, dtype: Any, is_update: bool) -> Program:
 
 
 def forward_products(given: dict[str, Array], steps: int, dtype: Any) -> list[Array]:
-    """Hidden states of all steps `[T, B, H]`, and for dense inputs their term `[T, B, 4H]`."""
+    """Hidden states of all steps `[T, B, H]`, and for dense inputs the input term `[T, B, 4H]`."""
     kernel = given["recurrent_kernel"].astype(dtype)
 
     def step(h: Array, _: None) -> tuple[Array, Array]:
@@ -236,7 +236,7 @@ def forward_products(given: dict[str, Array], steps: int, dtype: Any) -> list[Ar
 
 
 def backward_products(given: dict[str, Array], hidden: Array, dtype: Any) -> list[Array]:
-    """Products of the shapes that gradients of hidden states, kernels and inputs take."""
+    """Products of the same shapes as in the gradients of hidden states, kernels and inputs."""
     transposed = transpose(given["recurrent_kernel"].astype(dtype))
 
     def step(h: Array, _: None) -> tuple[Array, Array]:
@@ -264,13 +264,13 @@ def operations(size: Size, is_update: bool) -> int:
     return forward * (3 if is_update else 1) * (1 + size.bidirectional)
 
 
-# ---- All that are compared.
+# ---- All candidates.
 
 
 def candidates(
     size: Size, dtype: str, is_update: bool, implementations: Sequence[str]
 ) -> dict[str, Callable[[], Program]]:
-    """What compiles each candidate, by name; PyTorch's where it is installed."""
+    """Functions that compile the candidates, by name; PyTorch's only if it is installed."""
     kind = DTYPES[dtype]
     fields = {"vocab_size": size.inputs if size.symbols else None, "dtype": kind}
     normalized = {"max_steps": size.steps, "use_running_average": False}
@@ -313,10 +313,10 @@ def pytorch_device() -> str | None:
 
 
 def compile_all(makers: dict[str, Callable[[], Program]]) -> dict[str, Program]:
-    """Compiles each candidate and runs it once; leaves out, with a line, those that fail.
+    """Compiles and runs each candidate once; prints why one fails, and leaves it out.
 
     Raises:
-      ValueError, RuntimeError: `DEFAULT` or `PRODUCTS` fails, which others are compared with.
+      ValueError, RuntimeError: `DEFAULT` or `PRODUCTS` fails; the others are compared with these.
     """
     made = {}
     for name, make in progress.track(makers.items(), "compiling", len(makers)):

@@ -1,4 +1,4 @@
-"""How programs are timed against each other, and on what machine that was."""
+"""Times programs against each other, and records the machine."""
 
 import datetime
 import hashlib
@@ -23,7 +23,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "torch", "numpy")
 
 
 class Program(NamedTuple):
-    """What is timed.
+    """A program to time.
 
     Attributes:
       run: runs it to its end.
@@ -58,13 +58,14 @@ def spread(values: list[float], digits: str = ".1f") -> tuple[str, str]:
     return middle, f"{low} to {high}"
 
 
-# ---- What a command is given, and what it records.
+# ---- Flags and records of commands.
 
 
 def use_device(kind: str | None) -> jax.Device:
     """Makes the first device of a kind the default, for measurements; None keeps JAX's choice.
 
-    To be called before JAX starts. Freed memory is kept, and GPU memory is left to PyTorch.
+    Call it before JAX starts. The process keeps freed host memory, and JAX does not preallocate GPU
+    memory, so that PyTorch can use it.
 
     Raises:
       UserError: JAX finds no such device.
@@ -124,7 +125,7 @@ def circumstances(device: jax.Device) -> dict[str, Any]:
 
 
 def library_digest(folder: Path) -> str:
-    """SHA-256 of the sources in a folder, which tells versions apart outside a repository too."""
+    """SHA-256 of the sources in a folder, which identifies a version also outside a repository."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
     contents = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
     return hashlib.sha256(repr(sorted(contents.items())).encode()).hexdigest()

@@ -62,13 +62,13 @@ class BNLSTM(torch.nn.Module):
             self.register_parameter(name, torch.nn.Parameter(value))
 
     def normalize(self, term: str, x: Tensor, t: int, shift: Tensor | None = None) -> Tensor:
-        """Equation 5, of a term `[B, F]` at time step t."""
+        """Equation 5 for a term `[B, F]` at time step t."""
         mean, var = getattr(self, f"{term}_mean")[t], getattr(self, f"{term}_var")[t]
         scale = getattr(self, f"{term}_scale")
         return functional.batch_norm(x, mean, var, scale, shift, training=True, momentum=0.01)
 
     def forward(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Sequences `[B, T, D]`, or symbols `[B, T]`, to outputs `[B, T, H]`."""
+        """Maps sequences `[B, T, D]`, or symbols `[B, T]`, to outputs `[B, T, H]`."""
         x = inputs.transpose(0, 1)
         if self.reverse:
             x = flip_sequences(x, lengths)
@@ -81,7 +81,7 @@ class BNLSTM(torch.nn.Module):
         h = self.initial_hidden.expand(batch, -1)
         c = self.initial_cell.expand(batch, -1)
         outputs = []
-        # Not input_terms[t]: the backward pass of each such would fill an array of all steps.
+        # Not input_terms[t]: the backward pass of each index would fill an array of all steps.
         for t, (input_term, goes_on) in enumerate(zip(input_terms.unbind(0), valid, strict=True)):
             total = self.normalize("recurrent", h @ self.recurrent_kernel, t)
             total = total + self.normalize("input", input_term, t, self.bias)
@@ -103,10 +103,10 @@ class Pass(NamedTuple):
       inputs: `[B, T, D]`, or with `vocab_size` symbols `[B, T]`.
       lengths: valid steps `[B]`, for layers in both directions; None for one direction.
       vocab_size: number of symbols.
-      rate: learning rate of an update; None for the forward pass alone. An update changes dense
+      rate: learning rate of an update; None for only the forward pass. An update changes dense
         inputs of several features too.
       device: `cpu` or `cuda`.
-      autocast: PyTorch chooses what is bfloat16; else all is float32.
+      autocast: PyTorch's autocast chooses what is bfloat16; else everything is float32.
     """
 
     features: int
@@ -119,7 +119,7 @@ class Pass(NamedTuple):
 
 
 def candidates(given: Pass) -> dict[str, Callable[[], Program]]:
-    """What makes each layer's program, by name."""
+    """Functions that make the programs of layers, by name."""
     precision = "autocast" if given.autocast else "float32"
     return {
         f"PyTorch BN-LSTM, eager, {precision}": functools.partial(eager_bn_lstm, given),
@@ -164,7 +164,7 @@ def own_lstm(given: Pass) -> Program:
 
 
 def batch_tensors(given: Pass) -> tuple[Tensor, Tensor]:
-    """Inputs as they are, and dense: symbols as one-hot vectors."""
+    """Inputs unchanged, and dense inputs, with symbols as one-hot vectors."""
     x = torch.from_numpy(given.inputs).to(given.device)
     if given.vocab_size is None:
         return x, x
@@ -174,7 +174,7 @@ def batch_tensors(given: Pass) -> tuple[Tensor, Tensor]:
 def make_program(
     given: Pass, outputs: Callable[[], Tensor], layer: torch.nn.Module, x: Tensor
 ) -> Program:
-    """The program that computes outputs and, with a learning rate, updates what is learned."""
+    """The program that computes outputs and, with a learning rate, makes an update."""
     cuda = given.device == "cuda"
     if cuda:
         torch.set_float32_matmul_precision("high")  # TF32, which is XLA's default too
@@ -200,8 +200,8 @@ def make_program(
 
 
 def peak_memory(run: Callable[[], None]) -> int:
-    """Bytes of GPU memory that a run needs beside what was allocated before."""
-    run()  # what libraries keep from their first use on
+    """Bytes of GPU memory that a run needs beyond those already allocated."""
+    run()  # libraries keep some memory from their first use on
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()

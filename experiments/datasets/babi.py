@@ -1,7 +1,7 @@
 """bAbI tasks 1, 2, 4 and 5 as questions on passages.
 
-A passage is what the story of a question states before it. People, places and things are
-entities, a name being the same one throughout. A question has no placeholder, it asks in words:
+The passage of a question has the statements of its story before it. People, places and things are
+entities; a name is the same entity in all questions. A question has no placeholder:
 
     @entity12 moved to the @entity1 . @entity10 went to the @entity8 .
     where is @entity12 ?
@@ -27,12 +27,12 @@ from experiments.runtime.errors import UserError
 
 ORIGINALS = Originals("babi", "bAbI")
 ARCHIVE = "tasks_1-20_v1-2.tar.gz"
-# There are several versions of the archive: the checksums of its texts tell the original.
+# There are several versions of the archive. The checksums of its texts identify the original.
 URLS = (
     f"https://s3.amazonaws.com/text-datasets/babi_{ARCHIVE}",
     f"http://www.thespermwhale.com/jaseweston/babi/{ARCHIVE}",
 )
-UNPACKED, FOLDER = "tasks_1-20_v1-2", "en-10k"  # in the archive: its folder, that of the texts
+UNPACKED, FOLDER = "tasks_1-20_v1-2", "en-10k"  # the archive's folder; in it, the texts' folder
 SHA256 = {
     "qa1_single-supporting-fact_train.txt": (
         "749ea9f7c99070feb2d88c975a254417a0dcc8274add4435ae5ae24c7afc7e9d"
@@ -73,19 +73,19 @@ ENTITIES = {
 def prepare(source_dir: Path, work_dir: Path) -> Made:
     """Makes the arrays from the original texts, downloading them if they are missing.
 
-    The last tenth of the training stories validates: the last 1,000 questions of each task.
+    The last tenth of the training stories is for validation: the last 1,000 questions of each task.
 
     Args:
-      source_dir: folder in which, or in whose subfolder `babi`, are looked for, in this order:
-        the original `tasks_1-20_v1-2.tar.gz`; its folder `en-10k`, or `tasks_1-20_v1-2` with
-        this folder; an archive `babi*.tgz` or `babi*.tar.gz` that contains this folder, such as
-        Keras's or ParlAI's.
+      source_dir: folder that has the data, directly or in its subfolder `babi`. They are, in order
+        of preference: the original `tasks_1-20_v1-2.tar.gz`; its folder `en-10k`, or
+        `tasks_1-20_v1-2` with this folder; an archive `babi*.tgz` or `babi*.tar.gz` that contains
+        this folder, such as Keras's or ParlAI's.
       work_dir: folder for downloads.
 
     Returns:
       For each task the arrays that `experiments/datasets/question_arrays.py` describes, under
-      names like `qa1_train_passages`; the metadata: how many `questions` each task has in each
-      split; the source.
+      names like `qa1_train_passages`; the metadata: the number of `questions` by task and split;
+      the source.
 
     Raises:
       UserError: if the original is damaged, or there is none and it cannot be downloaded.
@@ -112,7 +112,7 @@ def prepare(source_dir: Path, work_dir: Path) -> Made:
 
 
 def _at_hand(source_dir: Path) -> Path | None:
-    """The archive or folder with the texts, if there is one."""
+    """The archive or folder with the texts; None if there is none."""
     for folder in (source_dir, source_dir / ORIGINALS.name):
         for name in (ARCHIVE, FOLDER, f"{UNPACKED}/{FOLDER}"):
             if (folder / name).exists():
@@ -165,12 +165,12 @@ def _damaged(path: Path, problem: str) -> UserError:
 
 
 def _stories(text: str) -> list[dict[str, str]]:
-    """The stories of a text, as numbered lines: a line numbered 1 starts a story."""
+    """The stories of a text, with line numbers; a line numbered 1 starts a story."""
     return [{"story": story} for story in re.split(r"^(?=1 )", text, flags=re.MULTILINE)[1:]]
 
 
 def _questions(name: str, stories: list[str]) -> list[list[Question]]:
-    """The questions of each story, called after `name` and their number in the original text."""
+    """The questions of each story; names are `name` and the number in the original text."""
     numbers = itertools.count(1)
     return [
         [
@@ -182,7 +182,7 @@ def _questions(name: str, stories: list[str]) -> list[list[Question]]:
 
 
 def _asked(story: str) -> Iterator[tuple[str, str, str]]:
-    """Yields what the story states before each of its questions, the question and its answer."""
+    """Yields for each question of a story the statements before it, the question and its answer."""
     statements = []
     for line in story.splitlines():
         _, text = line.split(" ", 1)  # the line's number
@@ -194,7 +194,7 @@ def _asked(story: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _question(name: str, passage: str, question: str, answer: str) -> Question:
-    words = _words(passage)  # with all entities of the question
+    words = _words(passage)  # has all entities of the question
     entities = [
         f"{entity}:{known.capitalize() if known in PEOPLE else known}"
         for known, entity in ENTITIES.items()

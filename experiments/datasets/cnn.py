@@ -1,7 +1,8 @@
-"""CNN: news, with questions to answer by an entity.
+"""CNN: news articles, with questions whose answers are entities.
 
 A question is a file `<SHA-1 of its bytes>.question`, in the folder of its split. The 387,420 files
-are read in the order in which they come; their words wait in a file until the vocabulary is known.
+are read in their order in the archive. The words of passages stay in a file until the vocabulary is
+known.
 """
 
 import collections
@@ -43,16 +44,16 @@ class File(NamedTuple):
     content: bytes
 
     def is_whole(self) -> bool:
-        """Whether it holds what its name says; an editor may have ended its last line."""
+        """Whether the name is the content's SHA-1; an editor may have added a final newline."""
         versions = (self.content, self.content.removesuffix(b"\n"))
         return any(hashlib.sha1(version).hexdigest() == self.name for version in versions)
 
 
 class Row(NamedTuple):
-    """A question whose words are numbered in the order in which they first occurred.
+    """A question whose words are numbered in order of first occurrence.
 
     Attributes:
-      name: of its file.
+      name: name of its file.
       start: where its passage begins in the file of words.
       length: number of words of the passage.
       question: words of the question.
@@ -72,16 +73,16 @@ def prepare(source_dir: Path, work_dir: Path) -> Made:
     """Makes the arrays from the original files.
 
     Args:
-      source_dir: folder in which, or in whose subfolder `cnn`, are looked for, in this order:
-        the original `cnn.tgz`; the folder `questions` or `cnn/questions` that it unpacks to;
-        one archive `cnn*.tgz` of the same layout, with fewer questions.
+      source_dir: folder that has the data, directly or in its subfolder `cnn`. They are, in order
+        of preference: the original `cnn.tgz`; the folder `questions` or `cnn/questions` that it
+        unpacks to; one archive `cnn*.tgz` of the same layout, with fewer questions.
       work_dir: folder for the words of passages, 2.5 GB; large arrays stay in files there.
 
     Returns:
       The arrays that `experiments/datasets/question_arrays.py` describes, the questions of a
-      split in the order of their names, with `entities` for validation and test; the metadata:
-      `counts` of questions by split, whether the files are `complete`, and the names of those
-      `skipped`, by split and reason, because they hold no proper question; the source.
+      split sorted by name, with `entities` for validation and test; the metadata: `counts` of
+      questions by split, whether the files are `complete`, and by split and reason the names of
+      `skipped` files, which hold no valid question; the source.
 
     Raises:
       UserError: if the files are not there, or some are damaged.
@@ -148,12 +149,12 @@ def read_files(path: Path) -> Iterator[File]:
     try:
         with tarfile.open(path, "r:gz") as archive:
             while member := archive.next():
-                archive.members.clear()  # it would keep half a gigabyte of them
+                archive.members.clear()  # tarfile would keep half a gigabyte of them
                 *_, parent, folder, name = ("", "", *member.name.split("/"))
                 if parent == "questions" and folder in FOLDERS and _is_question(name):
                     content = archive.extractfile(member).read() if member.isfile() else b""
                     yield File(FOLDERS[folder], name.removesuffix(SUFFIX), content)
-            while archive.fileobj.read(1 << 20):  # to its checksum
+            while archive.fileobj.read(1 << 20):  # up to gzip's checksum
                 pass
     except (EOFError, gzip.BadGzipFile, tarfile.TarError, zlib.error) as error:
         raise _damaged(path, f"cannot be unpacked ({error})") from error
@@ -181,7 +182,7 @@ def _examples(path: Path) -> Iterator[dict[str, bytes]]:
 
 
 def _example(file: File) -> dict[str, str]:
-    """The texts of a file: if it holds no proper question, its name and why."""
+    """The texts of a file; if it holds no valid question, its name, split and problem."""
     try:
         texts = _parse(file.content)
     except ValueError as error:
@@ -190,7 +191,7 @@ def _example(file: File) -> dict[str, str]:
 
 
 def _parse(content: bytes) -> dict[str, str]:
-    """The texts of a question's file; a `ValueError` says why it holds no proper question."""
+    """The texts of a question's file; raises a `ValueError` that says why it is invalid."""
     try:
         blocks = content.decode().split("\n\n", 4)
     except UnicodeDecodeError as error:
@@ -207,7 +208,7 @@ def _parse(content: bytes) -> dict[str, str]:
 
 
 def _numbered(name: str, row: dict[str, bytes], numbers: dict[str, int], words: BinaryIO) -> Row:
-    """A question by numbers of words, with new words added; writes its passage to `words`."""
+    """A question as word numbers; adds new words to `numbers`, writes its passage to `words`."""
     passage, question, answer = (
         [
             numbers.setdefault(word, len(numbers))
@@ -219,7 +220,7 @@ def _numbered(name: str, row: dict[str, bytes], numbers: dict[str, int], words: 
     start = words.tell() // 4
     words.write(np.array(passage, np.int32))
     lines = [line.strip() for line in row["entities"].decode().split("\n")]
-    # Those of training questions would be large, and are there only for people to read.
+    # Entity names are only for people to read; for training questions they would be large.
     entities = "" if row["split"] == b"train" else "\n".join(lines)
     return Row(name, start, len(passage), question, answer[0], entities)
 
@@ -273,12 +274,12 @@ def _arrays(
 
 
 def _joined(items: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Arrays one after the other, and where each ends."""
+    """The concatenated arrays, and the end of each."""
     return np.concatenate(items), np.cumsum([len(item) for item in items], dtype=np.int64)
 
 
 def _some(names: list[str]) -> str:
-    """How many names there are, and the first of them."""
+    """The number of names, and the first of them."""
     return f"{len(names):,} in all: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 
 

@@ -29,7 +29,7 @@ class Corpus:
     """A split text in memory.
 
     Attributes:
-      name: of the data in results, with the split unless it is the paper's.
+      name: name of the data in results, with the split unless it is the paper's.
       vocabulary: symbol i is the character `vocabulary[i]`.
       splits: `train`, `valid` and `test` as symbols [N], of the smallest unsigned type that
         holds them.
@@ -89,7 +89,7 @@ def load(dataset: str, data_dir: str, text_file: str, split: tuple[float, ...]) 
         of `text8` or `text`: numbers of characters, or fractions. Empty for `ptb`.
 
     Raises:
-      UserError: the text is too short for the split, or cannot be had.
+      UserError: the text is too short for the split, or cannot be loaded.
     """
     if dataset == "text":
         return _text(text_file, split)
@@ -101,8 +101,7 @@ def encode(text: str, vocabulary: str) -> np.ndarray:
 
     Args:
       text: any text.
-      vocabulary: distinct characters. Where `UNKNOWN` is among them, it stands for those that
-        are not.
+      vocabulary: distinct characters. If `UNKNOWN` is among them, it stands for all others.
 
     Raises:
       ValueError: if the text has other characters and the vocabulary no `UNKNOWN`.
@@ -194,7 +193,7 @@ def _sizes(split: tuple[float, ...], length: int, source: str, hint: str = "") -
     """The numbers of characters that a split takes from a text of `length` characters."""
     sizes = tuple(map(int, split))
     if _are_fractions(split):
-        # Rounding the points between the splits, not their sizes, loses and doubles nothing.
+        # Rounds the boundaries of splits, not their sizes, so that each character is used once.
         points = [0, *(round(end * length) for end in itertools.accumulate(split))]
         sizes = tuple(end - start for start, end in itertools.pairwise(points))
     if min(sizes) < 1 or sum(sizes) > length:

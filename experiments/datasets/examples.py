@@ -1,17 +1,17 @@
-"""Examples of original files through TensorFlow Datasets, which needs no TensorFlow for that."""
+"""Reads examples of original files with TensorFlow Datasets (TFDS), without TensorFlow."""
 
 import contextlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-# TFDS imports these two only when it needs them. Whoever lacks one learns it before a download.
+# TFDS imports these two only when it needs them. Here a missing one is found before a download.
 import array_record  # noqa: F401
 import importlib_resources  # noqa: F401
 import tensorflow_datasets as tfds
 from absl import logging
 
-PACKAGES = ["tensorflow-datasets", "array_record"]  # whose versions manifests note
+PACKAGES = ["tensorflow-datasets", "array_record"]  # manifests record their versions
 Features = Mapping[str, tfds.features.FeatureConnector]
 Example = dict[str, Any]
 
@@ -24,7 +24,7 @@ class Examples(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def __init__(
         self, *, features: Features, splits: Mapping[str, Iterable[Example]], data_dir: str
     ) -> None:
-        """Examples of each split, with these `features`, are written to `data_dir`."""
+        """Makes a builder that writes examples of each split, with `features`, to `data_dir`."""
         self.features, self.splits = features, splits
         super().__init__(data_dir=data_dir, file_format="array_record")
 
@@ -56,7 +56,7 @@ def read(features: Features, splits: Mapping[str, Iterable[Example]]) -> dict[st
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences TFDS, which shows bars, and prints and logs its temporary files."""
+    """Silences TFDS: its progress bars, and messages about temporary files."""
     tfds.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.WARNING)

@@ -1,6 +1,7 @@
 """MNIST: 28x28 images of handwritten digits.
 
-Split of the paper: the first 50,000 training images train, the last 10,000 validate.
+The paper's split: the first 50,000 training images are for training, the last 10,000 for
+validation.
 """
 
 import gzip
@@ -50,7 +51,7 @@ ORIGINALS = Originals(
             (10_008, "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
         ),
     ),
-    folders=("MNIST/raw", "mnist/MNIST/raw"),  # of torchvision, for either folder as its root
+    folders=("MNIST/raw", "mnist/MNIST/raw"),  # torchvision's, for `source_dir` or `mnist` as root
 )
 FEATURES = {
     "image": tfds.features.Tensor(shape=(784,), dtype=np.uint8, encoding="bytes"),
@@ -67,8 +68,8 @@ def prepare(source_dir: Path, work_dir: Path) -> Made:
     """Makes the arrays from the original files, downloading those that are missing.
 
     Args:
-      source_dir: folder in which, or in whose subfolder `mnist`, the four original files are
-        looked for, as `.gz` or unpacked; also in `MNIST/raw`, where torchvision leaves them.
+      source_dir: folder that has the four original files, directly or in its subfolder `mnist`, as
+        `.gz` or unpacked; or in `MNIST/raw` in either, where torchvision writes them.
       work_dir: folder for downloads.
 
     Returns:

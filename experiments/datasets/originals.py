@@ -30,7 +30,7 @@ class Original(NamedTuple):
       size: in bytes.
       sha256: in hexadecimal.
       urls: where it can be downloaded, in the order in which they are tried.
-      unpacked: the file that it unpacks to, which is accepted in its place.
+      unpacked: the file that it unpacks to, also accepted.
     """
 
     name: str
@@ -69,12 +69,12 @@ class Originals:
         """Finds and verifies the files, and downloads those that are missing.
 
         Args:
-          source_dir: folder in which, or in whose subfolders, the files are looked for.
+          source_dir: folder that may have the files, directly or in its subfolders.
           work_dir: folder for downloads.
 
         Returns:
-          The path of each file, by the name of its packed form; of each file what the
-          manifest says.
+          The path of each file, by the name of its packed form; and each file's entry for the
+          manifest.
 
         Raises:
           UserError: if a file is damaged, or is missing and cannot be downloaded.
@@ -93,7 +93,7 @@ class Originals:
         return paths, records
 
     def _find(self, file: Original, source_dir: Path) -> tuple[Path, Original] | None:
-        """Path and form of a file at hand; raises a `UserError` if it is damaged."""
+        """Path and form of an existing file, or None; raises a `UserError` if it is damaged."""
         for folder in (source_dir / name for name in ("", self.name, *self.folders)):
             for form in (file, file.unpacked):
                 if form and (path := folder / form.name).is_file():
@@ -117,15 +117,15 @@ class Originals:
         Args:
           urls: the addresses.
           path: where to write it.
-          check: raises a `UserError` if the file that it is given is not the original.
+          check: raises a `UserError` if the file at the path is not the original.
           missing: names of all missing files, for the message.
-          source_dir: folder that the user has for them.
+          source_dir: the user's folder for original files, for the message.
 
         Returns:
           The address, and what `check` returned.
 
         Raises:
-          UserError: if no address has it. The message says what each answered.
+          UserError: if no address has it. The message gives each address's answer.
         """
         problems = []
         for url in urls:
@@ -147,14 +147,14 @@ def matching(folder: Path, pattern: str) -> list[Path]:
     """The files of a folder whose names match, sorted; none if there is no such folder.
 
     Raises:
-      OSError: if the folder cannot be read, which `Path.glob` takes for an empty one.
+      OSError: if the folder cannot be read; `Path.glob` would take it for an empty one.
     """
     names = os.listdir(folder) if folder.is_dir() else []
     return [folder / name for name in sorted(fnmatch.filter(names, pattern))]
 
 
 def _fetch(url: str, path: Path) -> None:
-    """Writes what an address sends, under a progress bar."""
+    """Downloads a file, with a progress bar."""
     headers = {"Accept-Encoding": "identity"}  # the bytes as they are stored
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         response.raise_for_status()

@@ -1,4 +1,4 @@
-"""Prepared data sets: `.npy` files with a manifest, made once and verified on every reading."""
+"""Prepared data sets: `.npy` files with a manifest, made once and verified at every read."""
 
 import contextlib
 import dataclasses
@@ -26,8 +26,8 @@ from experiments.runtime.files import lock
 NAMES = ("babi", "cnn", "digits", "mnist", "ptb", "text8")  # the data sets, modules beside this one
 FORMAT = 1  # of the prepared folder; raised when older folders can no longer be read
 
-# What a data set's `prepare` returns: the arrays; metadata of JSON types; and where the data came
-# from, with the names of the `packages` that took part.
+# The result of a data set's `prepare`: the arrays; metadata of JSON types; and the source of the
+# data, with the names of the `packages` used.
 Made = tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]
 
 
@@ -39,8 +39,8 @@ class Dataset:
       name: name of the data set, as given to `load`.
       arrays: the data by name, for example `train_images` [N, pixels].
       info: metadata of JSON types, for example the number of classes.
-      digest: SHA-256 over the arrays' values, shapes and types and over `info`; the same
-        wherever and with whatever library versions the data set was prepared.
+      digest: SHA-256 over the arrays' values, shapes and types and over `info`; it does not depend
+        on the machine and library versions that prepared the data set.
     """
 
     name: str
@@ -50,12 +50,11 @@ class Dataset:
 
 
 def load(name: str, data_dir: str) -> Dataset:
-    """Loads a data set, preparing it first if that was not done before.
+    """Loads a data set, preparing it first if it is not prepared yet.
 
     Args:
       name: name of a data set.
-      data_dir: folder that holds, or will hold, `prepared/<name>`, and in which original files
-        are looked for.
+      data_dir: folder of `prepared/<name>` and of original files.
 
     Raises:
       UserError: if there is no such data set, a prepared file is damaged or missing, or the data
@@ -78,24 +77,24 @@ def folder_of(name: str, data_dir: str) -> Path:
 
 
 def prepare(name: str, data_dir: str, source_dir: str) -> bool:
-    """Prepares a data set from its original files, unless that was done before.
+    """Prepares a data set from its original files, unless it is already prepared.
 
-    A process that finds another at work waits for it.
+    If another process is preparing it, this waits.
 
     Args:
       name: name of a data set.
       data_dir: folder in which `prepared/<name>` is written.
-      source_dir: folder in which original files are looked for.
+      source_dir: folder of original files.
 
     Returns:
       Whether it was prepared now.
 
     Raises:
-      UserError: if the original data cannot be had, a package is missing, or the folder cannot be
-        written.
+      UserError: if the original data cannot be obtained, a package is missing, or the folder cannot
+        be written.
     """
     folder, source = folder_of(name, data_dir), Path(paths.expand("source_dir", source_dir))
-    if os.path.exists(folder):  # unlike its method, no error in a folder that may not be read
+    if os.path.exists(folder):  # unlike Path.exists, no error in an unreadable folder
         return False
     try:
         with _work_dir(folder) as work_dir:
@@ -126,7 +125,7 @@ def _work_dir(folder: Path) -> Iterator[Path]:
     with _locked(path):
         try:
             for partial in folder.parent.glob(f".{folder.name}-{32 * '?'}"):
-                shutil.rmtree(partial, ignore_errors=True)  # `write` was killed
+                shutil.rmtree(partial, ignore_errors=True)  # left by a killed `write`
             yield path
         finally:
             shutil.rmtree(path, ignore_errors=True)
@@ -136,13 +135,13 @@ def _work_dir(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Makes a folder and locks it, waiting for a process that has done so before."""
-    place = path / "lock"  # NFS locks files alone, not folders
+    """Makes a folder and locks it, waiting for another process that has locked it."""
+    place = path / "lock"  # NFS locks only files, not folders
     for attempt in itertools.count():
         try:
             path.mkdir(parents=True, exist_ok=True)
             file = place.open("a")
-        except FileNotFoundError:  # another removed it in this moment; or there can be no folder
+        except FileNotFoundError:  # another process removed the folder, or none can be created
             if attempt == 100:
                 raise
             continue
@@ -160,7 +159,7 @@ def write(
 ) -> None:
     """Writes a prepared folder in one step: it appears complete or not at all.
 
-    If another process has written the folder in the meantime, that one stays.
+    If another process has written the folder in the meantime, that folder stays.
 
     Raises:
       OSError: if the folder cannot be written.
@@ -225,10 +224,10 @@ def _read(folder: Path) -> Dataset:
             raise _unusable(
                 path, f"is damaged: SHA-256 {found[:12]} instead of {expected['sha256'][:12]}"
             )
-        try:  # in files that the system reads as they are used: some are large
+        try:  # memory-mapped, because some arrays are large
             array = np.load(path, mmap_mode="r", allow_pickle=False)
             arrays[path.stem] = np.asarray(array)
-        except (ValueError, EOFError) as error:  # of pickled objects too, which are not loaded
+        except (ValueError, EOFError) as error:  # also for pickled objects, which are not loaded
             raise _unusable(path, "is damaged: not an array of numbers") from error
     return Dataset(folder.name, arrays, manifest["info"], manifest["digest"])
 
@@ -267,7 +266,7 @@ def file_sha256(path: Path) -> str:
 def _contents(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     """Shape, type and SHA-256 of each array's values.
 
-    The values alone are hashed because the header of a `.npy` file depends on numpy's version.
+    Only the values are hashed, because the header of a `.npy` file depends on numpy's version.
     """
     return {
         name: {

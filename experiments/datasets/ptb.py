@@ -1,8 +1,8 @@
 """Penn Treebank as characters, in Mikolov's split.
 
-As the paper's numbers of characters imply: words outside the 10,000 most frequent read `<unk>`,
-numbers read `N`, the space that starts every line of the original files is dropped, and every line
-ends with its newline.
+The paper's numbers of characters imply this form: words outside the 10,000 most frequent are
+`<unk>`, numbers are `N`, the space that starts every line of the original files is dropped, and
+every line ends with its newline.
 """
 
 from pathlib import Path
@@ -38,8 +38,8 @@ def prepare(source_dir: Path, work_dir: Path) -> Made:
     """Makes the arrays from the original files, downloading those that are missing.
 
     Args:
-      source_dir: folder in which, or in whose subfolder `ptb`, the three original files
-        `ptb.{train,valid,test}.txt` are looked for.
+      source_dir: folder that has the three original files `ptb.{train,valid,test}.txt`, directly or
+        in its subfolder `ptb`.
       work_dir: folder for downloads.
 
     Returns:

@@ -1,14 +1,14 @@
-"""Questions on passages as the arrays in which they are prepared.
+"""The arrays of a prepared data set of questions on passages.
 
-A data set of such questions has these arrays for each split, under a name like `train_passages`:
+The data set has these arrays for each split, under names like `train_passages`:
 
-    passages, passage_ends      int32 [tokens] of all passages one after the other, as indices of
-                                words in `vocabulary`; and int64 [N], where each of them ends
+    passages, passage_ends      int32 [tokens], the words of all passages, concatenated, as indices
+                                into `vocabulary`; and int64 [N], the end of each passage
     questions, question_ends    the same for the questions
     answers                     int32 [N], words of the vocabulary too
-    names, name_ends            uint8 [bytes] and int64 [N]: what each question is called
+    names, name_ends            uint8 [bytes] and int64 [N]: the name of each question
     entities, entity_ends       uint8 [bytes] and int64 [N]: lines like `@entity7:Levinson`, the
-                                entities of each question as people know them; may be left out
+                                real names of each question's entities; may be left out
 
 `vocabulary` uint8 [bytes] holds the words of all splits, sorted, a line each, in UTF-8.
 """
@@ -27,7 +27,7 @@ class Question(NamedTuple):
     """A question as words.
 
     Attributes:
-      name: what it is called.
+      name: name of the question.
       passage: words of the passage.
       question: words of the question.
       answer: a word, one of the passage's entities.

@@ -1,4 +1,4 @@
-"""Questions on passages, in the form of the CNN data set: loaded, cut to sentences, numbered."""
+"""Questions on passages: loads them, cuts passages to sentences, and makes the vocabulary."""
 
 import dataclasses
 from typing import NamedTuple
@@ -20,7 +20,7 @@ CHOSEN = 20  # passages at a time
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """Texts one after the other.
+    """Concatenated texts.
 
     Attributes:
       words: int32 [tokens], indices of words.
@@ -41,7 +41,7 @@ class Texts:
         return self.words[self.ends[index - 1] if index else 0 : self.ends[index]]
 
     def piece(self, start: int, stop: int) -> "Texts":
-        """The texts from number `start` to before number `stop`."""
+        """The texts `start` to `stop - 1`."""
         first = self.ends[start - 1] if start else 0
         ends = self.ends[start:stop]
         return Texts(self.words[first : ends[-1]], ends - first)
@@ -56,8 +56,8 @@ class Split(NamedTuple):
     """The questions of a split.
 
     Attributes:
-      passages: n passages.
-      questions: n questions.
+      passages: N passages.
+      questions: N questions.
       answers: int32 [N], a word each.
       indices: int64 [N], the numbers of the questions in the data set as prepared.
     """
@@ -68,7 +68,7 @@ class Split(NamedTuple):
     indices: np.ndarray
 
     def select(self, chosen: np.ndarray) -> "Split":
-        """The questions of these positions."""
+        """The questions at these positions."""
         return Split(
             _concatenate([self.passages[i] for i in chosen]),
             _concatenate([self.questions[i] for i in chosen]),
@@ -83,7 +83,7 @@ class Questions:
 
     Attributes:
       name: name of the data in results.
-      words: what the indices in `splits` stand for.
+      words: the words to which the indices in `splits` refer.
       splits: `train`, `valid` and `test`.
       digest: SHA-256 of the prepared data.
       skipped: how many questions preparation left out, by split.
@@ -100,7 +100,7 @@ class Questions:
     def describe(self, split: str, number: int) -> tuple[str, dict[str, str]]:
         """The name of a question, and the names of its entities if the data have them.
 
-        `number` counts the questions of the data set as prepared.
+        `number` is the question's index in the data set as prepared.
         """
 
         def text(plural: str, singular: str) -> str:
@@ -135,7 +135,7 @@ class Vocabulary:
     """The words that a model knows.
 
     Attributes:
-      words: the special words, then those of the training questions, the most frequent first.
+      words: the special words, then the words of training data, the most frequent first.
       table: int32, maps the index of a word in the data set to its index in `words`.
       entities: int32, the indices of entities in `words`.
     """
@@ -211,7 +211,7 @@ def make_vocabulary(questions: Questions, min_count: int, join_numbers: bool) ->
     is_number = np.array([join_numbers and word.isdigit() for word in questions.words])
     table[is_number] = SPECIALS.index(NUMBER)
     known = np.flatnonzero((counts >= min_count) & ~is_number)
-    known = known[np.argsort(-counts[known], kind="stable")]  # words of one count by the alphabet
+    known = known[np.argsort(-counts[known], kind="stable")]  # equal counts in alphabetical order
     table[known] = len(SPECIALS) + np.arange(len(known))
     words = [*SPECIALS, *(questions.words[i] for i in known)]
     entities = np.array([i for i, word in enumerate(words) if ENTITY in word], np.int32)
@@ -247,8 +247,9 @@ def word_weights(questions: Questions, rule: str) -> np.ndarray:
 
     Args:
       questions: the data set.
-      rule: `words`, 1 for all; `entities`, 1 for entities and 0 for others; `rare_words`, the
-        information content in nats, from the frequency in training passages.
+      rule: `words`, 1 for each; `entities`, 1 for entities and 0 for others; `rare_words`, the
+        information content in nats, from the frequency in training passages. With `words` and
+        `rare_words`, the placeholder and words without letters or digits have weight 0.
     """
     spoken = np.array([any(c.isalnum() for c in w) and w != PLACEHOLDER for w in questions.words])
     if rule == "entities":
@@ -286,7 +287,7 @@ def choose_sentences(
 
     ends = ends_sentence[words]
     ends[passages.ends - 1] = True
-    sentence = np.cumsum(ends) - ends  # of each word, from 0 on through all passages
+    sentence = np.cumsum(ends) - ends  # of each word; numbers go on through all passages
     owner, lengths = passage[ends], np.bincount(sentence)  # of each sentence
     shared = asked[passage, words]
     pairs = np.unique(sentence[shared] * len(weights) + words[shared])
@@ -296,7 +297,7 @@ def choose_sentences(
     place = np.arange(len(lengths))
     ties = place if selection.ties == "earlier" else -place
     order = np.lexsort((ties, -scores, owner))  # each passage's sentences, the best first
-    first = np.searchsorted(owner, owner)  # where those of the same passage begin
+    first = np.searchsorted(owner, owner)  # where sentences of the same passage begin
     kept = np.zeros(len(lengths), bool)
     kept[order[place - first < selection.number]] = True
     left = kept[sentence]
@@ -311,7 +312,7 @@ def answers_kept(split: Split) -> float:
 
 
 def _count(words: np.ndarray, size: int) -> np.ndarray:
-    """How often each word occurs; piece by piece, since `bincount` copies to 64 bits."""
+    """How often each word occurs, counted in pieces because `bincount` copies to 64 bits."""
     pieces = np.split(words, range(COUNTED, len(words), COUNTED))
     return sum(np.bincount(piece, minlength=size) for piece in pieces)
 

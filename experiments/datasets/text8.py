@@ -1,6 +1,6 @@
 """text8: the first 100 MB of Wikipedia's text as lower-case letters and spaces.
 
-Where only the beginning of the text is at hand, that prefix can be prepared instead.
+If only a prefix of the text is available, it can be prepared instead.
 """
 
 import gzip
@@ -42,18 +42,18 @@ def prepare(source_dir: Path, work_dir: Path) -> Made:
     """Makes the array from the original file, downloading it if it is missing.
 
     Args:
-      source_dir: folder in which, or in whose subfolder `text8`, are looked for, in this order:
-        the original `text8.zip`; the unpacked file `text8`; the first N characters, gzipped,
-        as `text8_first_<N>.gz`.
+      source_dir: folder that has the text, directly or in its subfolder `text8`. It is, in order of
+        preference: the original `text8.zip`; the unpacked file `text8`; the first N characters,
+        gzipped, as `text8_first_<N>.gz`.
       work_dir: folder for downloads.
 
     Returns:
-      The array `text` uint8 [N] of symbols, N being 100,000,000 or that of the prefix; the
+      The array `text` uint8 [N] of symbols, N being 100,000,000 or the prefix's; the
       metadata: symbol i is the i-th character of `vocabulary`, and whether the text is
       `complete`; the source.
 
     Raises:
-      UserError: if the file at hand is damaged, or there is none and it cannot be downloaded.
+      UserError: if the file is damaged, or there is none and it cannot be downloaded.
     """
     path, files = _unpacked(source_dir), []
     if not path:
@@ -85,12 +85,12 @@ def read_text(path: Path) -> bytes:
 
 
 def _unpacked(source_dir: Path) -> Path | None:
-    """The unpacked text or its longest prefix, if one is at hand and the original is not."""
+    """The unpacked text or its longest prefix; None if there is neither, or the original exists."""
     folders = (source_dir, source_dir / ORIGINALS.name)
     if any((folder / ZIP.name).is_file() for folder in folders):
         return None
     for folder in folders:
-        if (folder / "text8").is_file():  # in `source_dir` it may as well be the subfolder
+        if (folder / "text8").is_file():  # in `source_dir`, `text8` may be the subfolder
             return folder / "text8"
     files = [path for folder in folders for path in matching(folder, "text8_first_*.gz")]
     prefixes = [path for path in files if PREFIX.fullmatch(path.name)]
@@ -103,7 +103,7 @@ def _expected_size(path: Path) -> int:
 
 
 def _described(path: Path, text: bytes) -> dict[str, Any]:
-    """What the manifest says of a text; raises a `UserError` if it is no text8 or prefix of it."""
+    """A text's entry for the manifest; raises a `UserError` if it is no text8 or prefix of it."""
     expected, md5 = _expected_size(path), hashlib.md5(text).hexdigest()
     if expected > SIZE:
         raise _damaged(path, f"claims {expected} characters, and text8 has {SIZE}")

@@ -1,1 +1,1 @@
-"""Sweeps: many runs, here or as SLURM jobs."""
+"""Sweeps: many runs, on this machine or as SLURM jobs."""

@@ -16,7 +16,7 @@ from experiments.launching import slurm
 from experiments.launching.sweeps import Point
 from experiments.runtime.errors import tell
 
-FILES_ARRIVE_S = 60  # within which files written on a cluster's node are visible here
+FILES_ARRIVE_S = 60  # seconds until files written on a cluster's node are visible here
 
 
 def define_flags() -> None:
@@ -27,9 +27,9 @@ def define_flags() -> None:
 
 
 class Local:
-    """Runs points on this machine, whose devices they share, each in a process of its own."""
+    """Runs points on this machine, each in its own process. They share the devices."""
 
-    interval = 0.5  # seconds between looks at the processes
+    interval = 0.5  # seconds between polls of the processes
 
     def __init__(self, folder: Path, at_once: int) -> None:
         """Creates a launcher for the sweep in `folder` that runs `at_once` points together."""
@@ -66,7 +66,7 @@ class Local:
         return f"status {status}" if status >= 0 else f"killed by {signal.Signals(-status).name}"
 
     def stop(self) -> None:
-        """Stops all processes, which save first."""
+        """Stops all processes; runs save a checkpoint first."""
         running = [process for process in self._processes.values() if process.poll() is None]
         for process in running:
             process.terminate()
@@ -76,18 +76,18 @@ class Local:
             process.wait()
 
     def log(self, point: Point) -> Path:
-        """What the latest process of a point printed."""
+        """The log of a point's latest process."""
         return self.folder / "jobs" / f"{point.name}.log"
 
     def describe(self, point: Point, command: list[str]) -> str:
-        """What a dry run prints: the command."""
+        """The output of a dry run: the command."""
         return shlex.join(command)
 
 
 class Slurm:
-    """Submits each point of a sweep as a job of its own, all at once.
+    """Submits each point of a sweep as its own job, all at once.
 
-    Jobs stay in the queue when the sweep ends. A later one finds them by their pickles.
+    Jobs stay in the queue when the sweep ends. A later sweep finds them by their pickles.
     """
 
     at_once = math.inf
@@ -131,7 +131,7 @@ class Slurm:
         self._jobs[point.name] = self._executor(point).submit(slurm.Job(command))
 
     def running(self, point: Point) -> bool:
-        """Whether a point is queued or runs, or its results may still be on their way here."""
+        """Whether a point is queued or runs, or its results may not be visible here yet."""
         if not self._jobs[point.name].done():
             return True
         ended = self._ended.setdefault(point.name, time.monotonic())
@@ -153,7 +153,7 @@ class Slurm:
         return self._jobs[point.name].paths.stderr
 
     def describe(self, point: Point, command: list[str]) -> str:
-        """What a dry run prints: the command and the script for sbatch."""
+        """The output of a dry run: the command and the script for sbatch."""
         return f"{shlex.join(command)}\n\n{self._executor(point).script()}"
 
     def _executor(self, point: Point) -> slurm.Executor:

@@ -122,7 +122,7 @@ def _last_error(log: Path) -> str:
 
 
 class Signals:
-    """Signals that stop a sweep, while it waits: a point that is being started must not be lost."""
+    """Signals that stop a sweep, but not while it starts a point, which would then be lost."""
 
     def __init__(self) -> None:
         """None has arrived yet."""
@@ -131,7 +131,7 @@ class Signals:
         self._earlier: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        """Installs the handlers, but of signals that are ignored, as SIGHUP under nohup."""
+        """Installs the handlers, except for ignored signals, such as SIGHUP under nohup."""
         for number in SIGNALS:
             earlier = signal.getsignal(number)
             if earlier != signal.SIG_IGN:

@@ -1,4 +1,4 @@
-"""Commands as SLURM jobs, by submitit."""
+"""Runs commands as SLURM jobs, with submitit."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ from submitit.helpers import Checkpointable, clean_env
 from experiments.runtime.errors import UserError
 
 PARAMETERS = ("gpus_per_node", "cpus_per_task", "partition", "account", "qos", "constraint")
-MAX_TIMEOUTS = 100  # how often a job is queued again at its time limit
+MAX_TIMEOUTS = 100  # how often a job is requeued at its time limit
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -88,7 +88,7 @@ def parameters(values: flags.FlagValues) -> dict[str, Any]:
         "setup": values.setup,
         "time": minutes(values.time, values.time_to_save),
         "signal_delay_s": values.time_to_save,
-        # srun of SLURM 22.05 and 23.02 does not take it from sbatch.
+        # srun of SLURM 22.05 and 23.02 does not inherit it from sbatch.
         "srun_args": [f"--cpus-per-task={values.cpus_per_task}"] if values.cpus_per_task else None,
         "additional_parameters": extra,
     }
@@ -96,7 +96,7 @@ def parameters(values: flags.FlagValues) -> dict[str, Any]:
 
 
 class Job(Checkpointable):
-    """Runs a command in a process of its own, and requeues the job at its time limit.
+    """Runs a command in its own process, and requeues the job at its time limit.
 
     SLURM sends SIGUSR2 before the limit. The command then gets SIGTERM, saves a checkpoint and
     ends, and submitit requeues the job, which starts the same command again. After a SIGTERM from
@@ -115,7 +115,7 @@ class Job(Checkpointable):
         """
         requeue: Any = signal.getsignal(signal.SIGUSR2)  # submitit's; only process 0 requeues
         received = set()
-        # SLURM signals the command too, where SIGUSR2 must be ignored.
+        # SLURM also signals the command, which inherits this setting and ignores SIGUSR2.
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         process = subprocess.Popen(self.command, env=os.environ | {"PYTHONUNBUFFERED": "1"})
 
@@ -131,12 +131,12 @@ class Job(Checkpointable):
         if not received:
             raise subprocess.CalledProcessError(status, self.command)
         if signal.SIGUSR2 in received:
-            # It fails where SLURM itself has queued the job again.
+            # Requeuing fails if SLURM itself has requeued the job.
             with contextlib.suppress(subprocess.CalledProcessError):
                 requeue(signal.SIGUSR2, None)
                 return
-        # An exception would leave a result, which submitit takes for the end of the job. SLURM may
-        # start it again: after a preemption, or where an administrator requeues it.
+        # An exception would write a result, and submitit then takes the job as ended. But SLURM may
+        # start it again: after a preemption, or if an administrator requeues it.
         sys.exit(128 + signal.SIGTERM)
 
 
@@ -145,11 +145,11 @@ class Executor(submitit.SlurmExecutor):
 
     @classmethod
     def affinity(cls) -> int:
-        """Says that there is a cluster; `check_commands` finds out."""
+        """Claims that there is a cluster; `check_commands` makes the check."""
         return 2
 
     def script(self) -> str:
-        """The script that sbatch is given."""
+        """The script for sbatch."""
         return self._make_submission_file_text(self._submitit_command_str, "")
 
     def submit(self, job: Job) -> submitit.SlurmJob:

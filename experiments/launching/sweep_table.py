@@ -15,7 +15,7 @@ from experiments.runtime import files, markdown
 
 CSV_NAME, MARKDOWN_NAME = "results.csv", "results.md"
 SEED, KIND = "seed", "model.kind"
-KEYS = ("split", "statistics", "reading")  # of rows of results.json; all else are metrics
+KEYS = ("split", "statistics", "reading")  # of rows in results.json; other columns are metrics
 VALIDATION = ("batch", "none")  # statistics that normalise validation, which chooses checkpoints
 FINAL = ("population", "none")  # statistics that normalise final results
 

@@ -113,7 +113,7 @@ def argument(value: Any) -> str:
 def name(point: Fields, swept: Iterable[str]) -> str:
     """The name of a point and of its folder: `initial_scale=0.1,normalize=input+cell,seed=2`.
 
-    It depends on the point and the `swept` fields alone. Fields appear by their last name if that
+    It depends only on the point and the `swept` fields. Fields appear by their last name if that
     is unique among the swept ones. Characters that a file system may refuse or confuse are
     replaced; a hash then keeps names distinct.
     """
@@ -140,11 +140,11 @@ class Point(NamedTuple):
     """A point of a sweep: a run, or one for each kind of model if the config names several.
 
     Attributes:
-      name: of the point, and of its folder.
+      name: name of the point, and of its folder.
       fields: values of all swept fields.
       config: the whole config.
       folder: `--workdir` of the point's command.
-      runs: workdirs by kind of model: `folder`, or folders in it for several kinds.
+      runs: workdirs by kind of model: `folder`, or its subfolders for several kinds.
     """
 
     name: str
@@ -188,7 +188,7 @@ def make_points(base: ConfigDict, swept: list[Fields], folder: Path) -> list[Poi
 
 
 def check_run(config: ConfigDict, folder: Path, processes: int = 1) -> dict[str, Path]:
-    """Checks all that a run of `processes` processes checks at its start without data.
+    """Makes the checks of a run with `processes` processes that need no data.
 
     Returns:
       The workdirs of its runs by kind of model.

@@ -1,7 +1,7 @@
 """The Attentive Reader in the five forms of the paper: questions on passages, answered by a word.
 
-After Hermann et al., "Teaching Machines to Read and Comprehend" (2015), as the released code of
-"Recurrent Batch Normalization" has it. For row vectors, with masks over the padding everywhere:
+After Hermann et al., "Teaching Machines to Read and Comprehend" (2015), as in the released code of
+"Recurrent Batch Normalization". Vectors are rows, and padding is masked everywhere:
 
     y_t, u = encoder of the passage at t, last state of the question's encoder
     m_t = tanh(N(y_t W_d) + N(u W_u) + b_d + s_t)           s_t = (y_t M) . (u M)
@@ -11,7 +11,7 @@ After Hermann et al., "Teaching Machines to Read and Comprehend" (2015), as the 
     logits = g W_o + b_o
 
 N is batch normalisation (equation 5 of the paper) in the forms that normalise attention and
-read-out, and nothing in the others. The term s_t is not in Hermann's reader, nor is y.
+read-out, and the identity in the others. Hermann's reader has neither s_t nor the mean y.
 """
 
 import dataclasses
@@ -55,12 +55,12 @@ FORMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Quirks:
-    """What the released reader does and neither paper mentions; see docs/differences.md.
+    """Properties of the released reader that neither paper mentions; see docs/differences.md.
 
     Attributes:
       count_padding: statistics include padding, except sequence-wise input statistics. A finished
-        sequence counts with its last state, and W_d's term has one step of padding behind the
-        longest passage. If False, no statistic includes padding.
+        sequence counts with its last state, and statistics of W_d's term include one step of
+        padding after the longest passage. If False, no statistic includes padding.
       identical_blocks: all square kernels start from one matrix; see
         `reader_initializers.orthogonal_blocks`.
       double_bias: the LSTM's bias is added twice, which doubles its learning rate. In BN-LSTMs the
@@ -69,7 +69,7 @@ class Quirks:
         released code does on four sentences.
       bilinear: attention has the term s_t.
       mean_passage: the read-out has the mean over the passage, y.
-      square_scale: factor of the orthogonal matrices that square kernels start from.
+      square_scale: scale of the orthogonal matrices that initialise square kernels.
     """
 
     count_padding: bool = False
@@ -101,7 +101,7 @@ class Encoder(nn.Module):
         Args:
           inputs: sequences `[batch, time, D]` for each direction.
           lengths: their valid steps, integers `[batch]`.
-          use_running_average: as of BNLSTM.
+          use_running_average: as in BNLSTM.
 
         Returns:
           The hidden states y `[batch, time, K]` and the last ones u `[batch, K]`. K is H, or 2H for
@@ -136,22 +136,22 @@ class AttentiveReader(nn.Module):
             mutable=["batch_stats"])
         logits = reader.apply({**variables, **updated}, *inputs, use_running_average=True)
 
-    The weights of attention `[batch, time]` are in the collection `intermediates`, under
-    `attention`, for an `apply` that names it among its mutable collections.
+    The attention weights `[batch, time]` are in the collection `intermediates`, under `attention`,
+    if `apply` makes this collection mutable.
 
     Attributes:
       vocab_size: number of words V.
-      features: hidden units of an encoder's direction, size of embeddings, and units of attention
-        and read-out, d.
+      features: size d of embeddings, attention and read-out, and hidden units of each direction of
+        an encoder.
       normalize_recurrence: the encoders are BNLSTMs rather than LSTMs.
-      input_statistics: as of BNLSTM, `per_step` or `sequence`.
-      normalize_attention: normalise the terms of attention and read-out, all but s_t.
+      input_statistics: as in BNLSTM, `per_step` or `sequence`.
+      normalize_attention: normalise the terms of attention and read-out, except s_t.
       bidirectional: encode in both directions.
       quirks: peculiarities of the released code.
       dropout_rate: of embeddings, with one mask for each direction, and of g.
       passage_steps, question_steps: `max_steps` of the encoders' statistics.
       momentum, epsilon, scale_init: of all normalisation.
-      axis_name: mapped axis over which batches are pooled for their statistics.
+      axis_name: mapped axis over which batch statistics are pooled.
       implementation: of the recurrence; see `LSTM`.
       dtype: dtype of the operands of matrix products; logits are float32 or wider.
       param_dtype: dtype of the parameters.
@@ -185,14 +185,14 @@ class AttentiveReader(nn.Module):
         use_running_average: bool | None = None,
         deterministic: bool | None = None,
     ) -> Array:
-        """Passages and questions, padded, to the logits of answers `[batch, V]`, in nats.
+        """Maps padded passages and questions to the logits of answers `[batch, V]`, in nats.
 
         Args:
-          passages: words, integers `[batch, time]`, with anything in `[0, V)` behind their ends.
+          passages: words, integers `[batch, time]`; padding may have any values in `[0, V)`.
           questions: the same, of another length.
           passage_lengths: words of each passage, integers `[batch]`.
           question_lengths: words of each question.
-          use_running_average: normalise by the collection `batch_stats`, not by the batch's own.
+          use_running_average: normalise by the collection `batch_stats`, not by batch statistics.
           deterministic: no dropout; the default is True if there is no rng stream `dropout`.
         """
         if deterministic is None:
@@ -238,7 +238,7 @@ class AttentiveReader(nn.Module):
         square: Initializer,
         use_running_average: bool | None,
     ) -> Array:
-        """Weights `[B, T, 1]` of the states y `[B, T, K]` of passages, for questions u `[B, K]`."""
+        """Weights `[B, T, 1]` of the passage states y `[B, T, K]`, for questions u `[B, K]`."""
         size, steps = y.shape[-1], y.shape[1]
         valid = padding_mask(lengths, steps)  # [B, T, 1]
         counted = valid
@@ -251,14 +251,14 @@ class AttentiveReader(nn.Module):
         m = self.term("passage", y, use_running_average, init, counted)
         m += self.bias("attention_bias")
         m += self.term("question", u, use_running_average)[:, None]
-        if self.quirks.bilinear:  # (y M) . (u M) = y . (u M M^T), without a product for each y
+        if self.quirks.bilinear:  # (y M) . (u M) = y . (u M M^T), which avoids the product y M
             kernel = self.matrix("bilinear_kernel", square, size, size)
             v = product(product(u, kernel, self.dtype), kernel.T, self.dtype)
             m += product(y, v[..., None], self.dtype)
         width = reader_initializers.uniform(1 / math.sqrt(self.features))
         kernel = self.matrix("attention_kernel", width, self.features, 1)
         scores = product(jnp.tanh(m), kernel, self.dtype)
-        # Finite where a passage is empty: then nothing is attended to.
+        # The finite minimum avoids NaN for an empty passage, whose weights are then all 0.
         scores = jnp.where(valid, scores, jnp.finfo(scores.dtype).min)
         attention = jnp.where(valid, jax.nn.softmax(scores, axis=1), 0)
         self.sow("intermediates", "attention", attention[..., 0])
@@ -332,15 +332,15 @@ class AttentiveReader(nn.Module):
 def with_input_statistics(
     reader: AttentiveReader, variables: dict[str, Any], inputs: tuple[Array, ...]
 ) -> dict[str, Any]:
-    """Variables whose statistics of the encoders' input terms are those of a batch.
+    """Variables with batch statistics for the encoders' input terms, and otherwise unchanged.
 
-    All others stay. The paper's released code evaluates readers with `input_statistics="sequence"`
-    by such statistics. See docs/differences.md.
+    The paper's released code evaluates readers with `input_statistics="sequence"` this way. See
+    docs/differences.md.
 
     Args:
       reader: the model, with `input_statistics="sequence"`.
       variables: its parameters and population statistics.
-      inputs: the batch, as the reader is called with it.
+      inputs: the reader's positional arguments for the batch.
 
     Returns:
       Variables to call the reader with on this batch, with `use_running_average=True`.

@@ -1,4 +1,4 @@
-"""The next symbol after each symbol of a text."""
+"""A model that predicts the next symbol after each symbol of a text."""
 
 from typing import Any
 
@@ -29,10 +29,10 @@ class LanguageModel(nn.Module):
         use_running_average: bool | None = None,
         return_carry: bool = False,
     ) -> Array | tuple[Carry, Array]:
-        """Symbols `[batch, time]` to the logits of what follows each, `[batch, time, V]`, in nats.
+        """Maps symbols `[batch, time]` to logits of the next ones, `[batch, time, V]`, in nats.
 
-        At inference a long text may be read in pieces: each takes the carry of the one before as
-        `initial_carry`, and the number of symbols before it as `first_step`.
+        At inference a long text may be read in pieces. A piece takes the carry of the piece before
+        it as `initial_carry`, and the number of symbols before it as `first_step`.
 
         Returns:
           The logits; with `return_carry` the carry `(c, h)` after the last symbol, and the logits.

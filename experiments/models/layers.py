@@ -12,12 +12,12 @@ from experiments.runtime.errors import UserError
 
 
 def layer_config(config: ConfigDict) -> ConfigDict:
-    """Adds the fields of a model that is one recurrent layer to those that all models share."""
-    config.model.recurrent_init = "orthogonal"  # or identity: the candidate's block alone
-    config.model.initial_hidden_noise = 0.0  # standard deviation; in the BN-LSTM alone
+    """Adds the fields of models with one recurrent layer to the fields that all models share."""
+    config.model.recurrent_init = "orthogonal"  # or identity, for the candidate's block only
+    config.model.initial_hidden_noise = 0.0  # standard deviation; only in the BN-LSTM
     config.model.normalize = ("input", "recurrent", "cell")  # ablation: which terms
-    config.model.input_statistics = "per_step"  # or sequence: one for all time steps
-    config.model.shared_statistics = False  # ablation: population statistics of all time steps
+    config.model.input_statistics = "per_step"  # or sequence: of all time steps together
+    config.model.shared_statistics = False  # ablation: time steps share population statistics
     return config
 
 
@@ -40,10 +40,10 @@ def check(model: ConfigDict) -> None:
 
 
 def implementation_of(layer: Layer, batch_size: int) -> str:
-    """What runs the recurrence of a layer here, with a CPU kernel's instruction set.
+    """The implementation that runs a layer's recurrence here; for `cpu` with its instruction set.
 
     Raises:
-      UserError: its `implementation` cannot run it; says what to choose in its place.
+      UserError: the layer's `implementation` does not support it; the message names another.
     """
     name, problem = layer.implementation, abstract_problem(layer, batch_size)
     try:
@@ -62,7 +62,7 @@ def implementation_of(layer: Layer, batch_size: int) -> str:
 
 
 def check_max_steps(model: ConfigDict, steps: int, sequences: str) -> None:
-    """Refuses statistics of steps that no training sequence has.
+    """Refuses statistics of time steps that no training sequence has.
 
     Raises:
       UserError: says how many steps the training `sequences` have.
@@ -84,7 +84,7 @@ def recurrent_layer(
     """The layer of `config.model`, for training sequences of `sequence_length` steps.
 
     With `vocab_size` its inputs are symbols. `axis_name`: mapped axis over which batch statistics
-    are taken.
+    are pooled.
 
     Raises:
       UserError: a field has an invalid value, or `max_steps` exceeds `sequence_length`.

@@ -12,9 +12,8 @@ from jax import Array
 def orthogonal_blocks(scale: float = 0.05, identical: bool = False) -> Initializer:
     """A kernel `[H, k H]` of k orthogonal `[H, H]` blocks, times `scale`.
 
-    With `identical`, all blocks of all kernels of one size are the same matrix, whatever the key:
-    the released reader seeds its generator anew for each block. Raises a ValueError for another
-    shape.
+    With `identical`, all blocks of one size, in all kernels, are the same matrix for any key: the
+    released reader reseeds its generator for each block. Raises a ValueError for another shape.
     """
 
     def init(key: Array, shape: tuple[int, ...], dtype=jnp.float32, **kwargs) -> Array:

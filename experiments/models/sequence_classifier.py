@@ -1,4 +1,4 @@
-"""A class for each sequence."""
+"""A classifier of sequences."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ class SequenceClassifier(nn.Module):
         seq_lengths: Array | None = None,
         use_running_average: bool | None = None,
     ) -> Array:
-        """Sequences `[batch, time, features]` to logits `[batch, K]`, in nats."""
+        """Maps sequences `[batch, time, features]` to logits `[batch, K]`, in nats."""
         (_, hidden), _ = self.layer(
             inputs,
             seq_lengths=seq_lengths,

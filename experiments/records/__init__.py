@@ -1,1 +1,1 @@
-"""What a run leaves: its folder, checkpoints, metrics; finished runs, read again."""
+"""Records of runs: writes a run's workdir, checkpoints and metrics, and reads them back."""

@@ -1,4 +1,4 @@
-"""Where the curves of a run are shown: TensorBoard, and Weights & Biases if the config asks for it.
+"""Boards that show a run's curves: TensorBoard, and Weights & Biases if the config asks for it.
 
 Curves are named `train/loss`, `valid/accuracy`; final results `final/test/accuracy`.
 """
@@ -22,18 +22,18 @@ from experiments.records import workdir
 from experiments.runtime import files
 from experiments.runtime.errors import UserError
 
-IDS_NAME = "wandb.json"  # of the run's pages, by project
+IDS_NAME = "wandb.json"  # the IDs of the run's pages, by project
 
 
 class TensorBoard:
-    """A file of TensorBoard's events.
+    """A file of TensorBoard events.
 
-    Not tensorboardX's SummaryWriter, whose thread ends silently when the disk is full, after which
-    a write hangs. The file has the config too, for the tab HPARAMS.
+    It does not use tensorboardX's SummaryWriter, whose thread ends silently when the disk is full;
+    later writes then hang. The file also has the config, for the tab HPARAMS.
     """
 
     def __init__(self, folder: Path, config: ConfigDict, start: int | None) -> None:
-        """Opens a new file in `folder`; it hides points of earlier files past update `start`."""
+        """Opens a new file in `folder`, which hides points of earlier files past update `start`."""
         folder.mkdir(exist_ok=True)
         self._file = EventsWriter(str(folder / "events"), f".{os.getpid()}.{start}")
         if start is not None:
@@ -69,13 +69,13 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run's page at Weights & Biases; the same for each of its starts."""
+    """A run's page at Weights & Biases, which all starts of the run share."""
 
     def __init__(self, folder: Path, config: ConfigDict) -> None:
         """Opens the page in the project `config.wandb`.
 
         Raises:
-          UserError: Weights & Biases refuses.
+          UserError: Weights & Biases cannot open it.
         """
         import wandb
 
@@ -91,8 +91,8 @@ class WeightsAndBiases:
                 name=str(folder),
                 dir=str(folder),
                 config=config.to_dict(),
-                allow_val_change=True,  # as of num_updates
-                settings=wandb.Settings(console="off"),  # a progress bar is no log
+                allow_val_change=True,  # such as num_updates
+                settings=wandb.Settings(console="off"),  # a progress bar does not belong in a log
             )
         except wandb.Error as error:
             raise UserError(
@@ -109,7 +109,7 @@ class WeightsAndBiases:
         self._run.finish(exit_code=0 if kind is None else 1)
 
     def write(self, scalars: dict[str, float], update: int) -> None:
-        """Adds a point to each of the curves; the page drops those that it has."""
+        """Adds a point to each of the curves; the page drops points that it already has."""
         self._run.log(scalars, step=update)
 
     def write_results(self, scalars: dict[str, float], update: int) -> None:
@@ -125,12 +125,12 @@ Board = TensorBoard | WeightsAndBiases
 
 @contextlib.contextmanager
 def opened(folder: Path, config: ConfigDict, start: int | None = None) -> Iterator[list[Board]]:
-    """The boards of the run in `folder`.
+    """Opens the boards of the run in `folder`.
 
-    A run that continues from update `start` hides points that a stopped one has shown past it.
+    If the run continues from update `start`, TensorBoard hides earlier points past it.
 
     Raises:
-      UserError: Weights & Biases refuses.
+      UserError: Weights & Biases cannot open its page.
     """
     with contextlib.ExitStack() as stack:
         boards: list[Board] = [
@@ -142,14 +142,14 @@ def opened(folder: Path, config: ConfigDict, start: int | None = None) -> Iterat
 
 
 def write_results(boards: Iterable[Board], results: dict[str, Any]) -> None:
-    """Shows the content of `results.json`."""
+    """Writes the content of `results.json` to the boards."""
     scalars = final_scalars(results["rows"])
     for board in boards:
         board.write_results(scalars, results["update"])
 
 
 def hyperparameters(config: ConfigDict) -> dict[str, bool | float | str]:
-    """The fields of a config by their full names; lists as text."""
+    """The fields of a config by their full names; lists become text."""
     return {
         name: value if isinstance(value, bool | int | float | str) else json.dumps(value)
         for name, value in workdir.flat(config).items()
@@ -159,8 +159,9 @@ def hyperparameters(config: ConfigDict) -> dict[str, bool | float | str]:
 def final_scalars(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The metrics of the rows of `results.json`, by the names of their curves.
 
-    `final/test/accuracy` is that with re-estimated population statistics, if the model has any;
-    `final/test/accuracy_batch` and `final/test/accuracy_running` are those with others.
+    `final/test/accuracy` uses re-estimated population statistics, if the model has any;
+    `final/test/accuracy_batch` uses batch statistics, `final/test/accuracy_running` running
+    averages.
     """
     scalars = {}
     for row in rows:

@@ -1,7 +1,7 @@
 """Checkpoints of a run, by Orbax: the latest, to continue from, and the best, to evaluate.
 
 A checkpoint holds plain arrays, without their devices, and a SHA-256 over them, which Orbax lacks.
-The first process alone writes and reads, and sends the others what it read.
+Only the first process writes and reads checkpoints; it sends their content to the others.
 """
 
 import contextlib
@@ -34,15 +34,15 @@ from experiments.runtime.errors import Stopped, UserError
 
 LATEST_KEPT = 2  # the last one may turn out to be damaged
 
-# Orbax would wait for the other processes.
+# Otherwise Orbax waits for the other processes.
 _ALONE = ocp.options.MultiprocessingOptions(
     primary_host=0, active_processes={0}, barrier_sync_key_prefix="first"
 )
 
 
 def _is_needed(record: stdlib_logging.LogRecord) -> bool:
-    # Orbax warns of each checkpoint without metrics, and of folders that it only reads. What it
-    # cannot write becomes a UserError.
+    # Drops Orbax's warnings about checkpoints without metrics and about read-only folders, and its
+    # tracebacks: a failed write becomes a UserError.
     remarks = ("Requested `tracked_metric`", "read_only=True", "directory is read only")
     remark = any(words in record.getMessage() for words in remarks)
     return "orbax" not in record.pathname or not (remark or record.exc_info)
@@ -57,7 +57,7 @@ class Damaged(Exception):
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """False: the training loop asks, by numbers of its own, which Orbax would mix up."""
+        """False: the training loop polls JAX itself; polls by Orbax would mix up its numbers."""
         return False
 
 
@@ -70,9 +70,9 @@ class Checkpoints:
     def __init__(
         self, folder: Path, selection: str, lower_is_better: bool, read_only: bool = False
     ) -> None:
-        """The best has the lowest, or highest, metric `selection`; of two equal ones, the later.
+        """The best has the lowest or highest metric `selection`; of two equal ones, the later.
 
-        Unless `read_only`, damaged checkpoints are put aside, with a warning.
+        Unless `read_only`, damaged checkpoints are renamed, with a warning.
 
         Raises:
           UserError: the folder cannot be written, or all its checkpoints are damaged.
@@ -97,7 +97,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             create=False,
             read_only=read_only,
-            cleanup_tmp_directories=not read_only,  # of saves that were cut short
+            cleanup_tmp_directories=not read_only,  # left by interrupted saves
             best_fn=selected,
             best_mode="min" if self._lower_is_better else "max",
             preservation_policy=preservation_policy.AnyPreservationPolicy([latest, best]),
@@ -118,7 +118,7 @@ class Checkpoints:
     def __exit__(self, kind: type | None, *_) -> None:
         if self._manager is None:
             return
-        # An earlier error is the one to report.
+        # After another error, a failed write is not reported.
         sound = kind is None or issubclass(kind, Stopped)
         with self._written() if sound else contextlib.suppress(OSError, ValueError):
             self._manager.close()
@@ -143,7 +143,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[None]:
-        """Reports what could not be written, now or earlier in the background."""
+        """Turns errors of writing, now or earlier in the background, into a `UserError`."""
         try:
             yield
         except (OSError, ValueError) as error:
@@ -170,7 +170,7 @@ class Checkpoints:
         return processes.on_first(best_step)
 
     def restore(self, step: int, state: TrainState) -> TrainState:
-        """The checkpoint of an update, in the form of `state`, with arrays in the host's memory.
+        """The checkpoint of an update, in the structure of `state`, with arrays on the host.
 
         Raises:
           UserError: it is damaged, or is of another model.
@@ -237,7 +237,7 @@ def read_checkpoint(folder: Path, step: int) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # libraries raise many kinds for damaged files
-        # TensorStore, which reads arrays, has the system's error in its text.
+        # TensorStore, which reads arrays, gives the system's error only in its message.
         told = re.search(r"os_error_code='(\d+)'", str(error))
         number = int(told[1]) if told else getattr(error, "errno", None)
         if number not in (None, errno.ENOENT, errno.ENOTDIR):
@@ -304,7 +304,7 @@ def read_best(folder: Path) -> tuple[int, dict[str, Any], str]:
 
 
 def tell_statistics(folder: Path, update: int, statistics: str) -> None:
-    """Notes on stderr that a model has running averages alone; arguments as from `read_best`."""
+    """Notes on stderr that a model has only running averages; arguments as from `read_best`."""
     if statistics == "running":
         print(
             f"no re-estimated population statistics of update {update} yet: using the running "
@@ -322,7 +322,7 @@ def _read_best(
         return None, {}
     try:
         arrays = read_checkpoint(folder.absolute() / "checkpoints", update)
-    except Damaged as damage:  # or deleted at this moment by the run, which has a better one
+    except Damaged as damage:  # or the run has just deleted it for a better one
         if tries == 1:
             raise UserError(str(damage)) from damage
         time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a progress bar, a plain file of metrics, and boards."""
+"""Reports the metrics of a run while it trains: a progress bar, a metrics file, and boards."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ from experiments.runtime.progress import SECONDS_AVERAGED, SECONDS_LOGGED, rest_
 
 FILE_NAME = "metrics.jsonl"
 SECONDS_SHOWN = 0.5  # between movements of the progress bar
-# The statistics that normalise: their name in files, and in tables.
+# The kinds of statistics that normalise: names in files, and in tables.
 STATISTICS = {
     "batch": "batch statistics",
     "running": "population statistics, running average",
@@ -46,11 +46,11 @@ class Output:
         self._stream = stream
 
     def __getattr__(self, name: str) -> Any:
-        """The stream's own, such as `isatty`."""
+        """The stream's attributes, such as `isatty`."""
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Writes, or drops what nobody can read."""
+        """Writes text, or drops it if the stream is closed."""
         with self._dropping():
             self._stream.write(text)
         return len(text)
@@ -65,7 +65,7 @@ class Output:
         try:
             yield
         except OSError:
-            with open(os.devnull, "w") as nowhere:  # also for what is in the stream's buffer
+            with open(os.devnull, "w") as nowhere:  # also for the stream's buffer
                 os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
@@ -81,7 +81,7 @@ class UpdatesPerSecond(ProgressColumn):
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics file, oldest first.
 
-    A damaged line, as a power cut may leave one, is left out with a warning.
+    A damaged line, such as after a power cut, is left out with a warning.
     """
     path = workdir / FILE_NAME
     if not path.exists():
@@ -95,7 +95,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
                 row = None
             if isinstance(row, dict) and {"update", "split"} <= row.keys():
                 rows.append(row)
-            elif line.endswith("\n"):  # else it is being written
+            elif line.endswith("\n"):  # else the run is still writing it
                 logging.warning("%s, line %d is damaged and left out", path, number)
     return rows
 
@@ -109,8 +109,8 @@ def describe(row: dict[str, Any]) -> str:
 class Reporter:
     """Shows and writes the metrics of a run that continues from update `start`.
 
-    `data` is the name of the data, shown beside every number. Rows that a stopped run has written
-    past `start` are dropped, to be written again. In processes other than the first it does
+    `data` is the name of the data, shown beside every number. Rows past `start`, which a stopped
+    run has written, are dropped and written again. In processes other than the first it does
     nothing.
     """
 
@@ -156,7 +156,7 @@ class Reporter:
             title, total=num_updates, completed=start, metrics="compiling"
         )
         self._shown = self._logged = time.monotonic()
-        self._timed: tuple[int, float] | None = None  # not before programs are compiled
+        self._timed: tuple[int, float] | None = None  # None until programs are compiled
         self._done = start
         self._progress.start()
 
@@ -201,8 +201,8 @@ class Reporter:
 
         Args:
           row: `update`, `split`, `statistics`, and `reading` if that has a name.
-          metrics: by name. A run that was stopped and continued writes the same.
-          more: further values, for the boards alone.
+          metrics: values by name. A run that was stopped and continued writes the same values.
+          more: further values, only for the boards.
         """
         if self._file is None:
             return
@@ -235,5 +235,5 @@ class Reporter:
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
-    """Metrics as people read them: `loss 0.512  accuracy 0.840`."""
+    """Metrics as text: `loss 0.5120  accuracy 0.8400`."""
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())

@@ -1,6 +1,6 @@
-"""Is a run on track? Committed runs of the same config, to compare its validations with.
+"""Milestones: validations of committed runs of the same config, which show if a run is on track.
 
-They are read from `results/runs` beside the code. An installed package has none.
+The runs are read from `results/runs` beside the code. An installed package has none.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from experiments.records import runs
 
 RUNS = Path(__file__).parents[2] / "results" / "runs"
-MARGIN = 0.1  # of the value, at least, on both sides of the range: a few seeds say little of it
+MARGIN = 0.1  # minimum, relative to the range's upper end: a few seeds underestimate the range
 
 
 class Milestone(NamedTuple):
@@ -23,7 +23,7 @@ class Milestone(NamedTuple):
     seeds: int
 
     def tell(self, value: float) -> str:
-        """One line: whether `value` is within the range, or beyond it by no more than its width."""
+        """One line: whether `value` is on track (in the range or its margins), better, or off."""
         margin = max(self.high - self.low, MARGIN * self.high)
         better = value > self.high if self.metric == "accuracy" else value < self.low
         on_track = self.low - margin <= value <= self.high + margin

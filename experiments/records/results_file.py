@@ -1,4 +1,4 @@
-"""The file `results.json` of a run: what the final evaluation of its best checkpoint found."""
+"""The file `results.json` of a run: results of the final evaluation of its best checkpoint."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def read_finished(folder: Path, config: ConfigDict, updates: int) -> dict[str, Any] | None:
-    """The results, if they are of so many updates and evaluated as `config` has it."""
+    """The results if they are of `updates` updates and of `config`'s evaluation fields, or None."""
     results = read(folder)
     evaluation = evaluation_fields(config)
     if (results.get("updates"), results.get("evaluation")) != (updates, evaluation):
@@ -30,10 +30,10 @@ def read_finished(folder: Path, config: ConfigDict, updates: int) -> dict[str, A
 def write(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
     """Replaces the file, but keeps its rows of the same model for readings not evaluated now.
 
-    Rows with batch statistics stay only if their batches had as many examples.
+    Rows with batch statistics stay only if `eval_batch_size` is the same.
 
     Returns:
-      What it contains now.
+      The new content.
     """
     earlier = read(folder)
     if _evaluated_model(earlier) == _evaluated_model(results):
@@ -50,7 +50,7 @@ def write(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
 
 
 def evaluation_fields(config: ConfigDict) -> dict[str, Any]:
-    """The fields on which the final evaluation depends, as JSON has them."""
+    """The fields on which the final evaluation depends, with JSON's types."""
     fields = json.loads(config.to_json_best_effort())
     return {name: fields[name] for name in workdir.EVALUATION_FIELDS if name in fields}
 

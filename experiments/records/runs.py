@@ -20,13 +20,13 @@ from experiments.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A config, one kind of model, and fields that are set: all that describes a run but its seed.
+    """A config, one kind of model, and changed fields: all that describes a run except its seed.
 
     Attributes:
       config: a file in `configs`, with its variant if any: `ptb` or `ptb:small`.
       kind: the kind of model.
       fields: fields that differ from the file, as pairs of name and value.
-      num_updates: the paper's number of updates, if it is not that of the file.
+      num_updates: the paper's number of updates, if it differs from the file's.
     """
 
     config: str
@@ -60,7 +60,7 @@ class Experiment:
 def identity(config: ConfigDict) -> dict[str, Any]:
     """The fields that runs of one experiment share, with JSON's types.
 
-    They may differ in the seed, and in fields that a run may continue with.
+    Such runs may differ in the seed and in `workdir.FREE_FIELDS`.
     """
     flat = workdir.flat(config)
     free = ("seed", *workdir.FREE_FIELDS)
@@ -95,23 +95,23 @@ class Run:
 
     @property
     def updates(self) -> int:
-        """The last update that it has written metrics of."""
+        """The last update with metrics."""
         return self.rows[-1]["update"] if self.rows else 0
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether its results are of its last update; while it goes on, they may be earlier."""
+        """Whether its results are of its last update; in a run in progress they may be older."""
         return self.results.get("updates") == self.updates
 
     @property
     def seconds(self) -> int | None:
-        """How long it took, of all its starts; None if one of them was killed, or goes on."""
+        """The seconds of all its starts; None if one of them was killed or is in progress."""
         seconds = [start.get("seconds") for start in self.record["starts"]]
         return None if None in seconds else sum(seconds)
 
     @property
     def implementations(self) -> list[str]:
-        """Those of the recurrence in its starts; runs of early versions do not record them."""
+        """The implementations of the recurrence in its starts; early versions record none."""
         return sorted({name for s in self.record["starts"] if (name := s.get("implementation"))})
 
     def curve(self, split: str, metric: str) -> np.ndarray:
@@ -121,9 +121,9 @@ class Run:
         return np.array(points, float).reshape(-1, 2).T
 
     def curve_by_hours(self, split: str, metric: str) -> np.ndarray:
-        """As `curve`, by hours of the run; no points while it goes on.
+        """As `curve`, by hours of the run; no points if its `seconds` are unknown.
 
-        Every update counts as long as one took on average, validations among them.
+        Hours are updates times the run's mean time of an update, which includes validation.
         """
         points = self.curve(split, metric)
         if not self.seconds or not self.updates:
@@ -136,12 +136,12 @@ class Trained(NamedTuple):
 
     Attributes:
       config: of the run.
-      task: its data; batches, and what the model takes of them.
+      task: the run's task, with its data.
       model: maps `(*task.inputs(batch), use_running_average)` to outputs.
       variables: parameters, and statistics if the model has any.
       update: the update whose checkpoint it is.
-      statistics: which there are: `population`, re-estimated; `running`, while the run goes on; or
-        `none`.
+      statistics: the kind of statistics: `population`, re-estimated; `running`, before
+        re-estimation; or `none`.
     """
 
     config: ConfigDict
@@ -158,8 +158,8 @@ def load(folder: Path | str, data_dir: str | None = None) -> Trained:
     `data_dir` is the folder of the data, by default that of the run.
 
     Raises:
-      UserError: there is no run, or no validated checkpoint, or it is damaged; or the data are
-        missing, or others than the run's.
+      UserError: there is no run or no validated checkpoint, the checkpoint is damaged, or the data
+        are missing or differ from the run's.
     """
     folder = Path(folder)
     config = workdir.read_config(folder)
@@ -172,7 +172,7 @@ def load(folder: Path | str, data_dir: str | None = None) -> Trained:
 
 
 def find(root: Path) -> list[Run]:
-    """All runs in a folder and in what is in it, by name.
+    """All runs in a folder and its subfolders, sorted by path.
 
     A run with a file that cannot be read is left out, with a warning that names the file.
     """

@@ -34,8 +34,9 @@ EVALUATION_FIELDS = (
     "chunk_length",
     *POPULATION_FIELDS,
 )
-# A run may continue with other values of these: places of data and curves, number of updates,
-# evaluation, and ways to compute results that are equal except for rounding.
+# A run may continue with other values of these fields: places of data and curves, number of
+# updates, evaluation, and choices that change results only by rounding. With noise or dropout,
+# another number of devices also changes the random draws.
 FREE_FIELDS = (
     "data_dir",
     "text_file",
@@ -47,7 +48,7 @@ FREE_FIELDS = (
     *EVALUATION_FIELDS,
 )
 STATISTICS_NAME = "population_statistics.npz"
-# Errors of files that are open already, which name none.
+# Errors of open files, which carry no file name.
 OF_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG)
 
 
@@ -55,8 +56,8 @@ def read_config(workdir: Path) -> ConfigDict:
     """The config of the run in `workdir`.
 
     Raises:
-      UserError: there is no run, or there are several, in folders inside; or its config is not one
-        of this version.
+      UserError: the folder holds no run, or only runs in subfolders; or the config is damaged or of
+        another version.
     """
     path = workdir / "config.json"
     if not path.exists():
@@ -74,7 +75,7 @@ def read_config(workdir: Path) -> ConfigDict:
 def of_kinds(config: ConfigDict, folder: Path) -> dict[str, tuple[ConfigDict, Path]]:
     """Config and workdir of the run of each kind of model that a config names.
 
-    The workdir is `folder`, or a folder in it for each of several kinds.
+    The workdir is `folder`; for several kinds, each has its own subfolder.
     """
     kinds = model_kinds(config)
     runs = {}
@@ -86,7 +87,7 @@ def of_kinds(config: ConfigDict, folder: Path) -> dict[str, tuple[ConfigDict, Pa
 
 
 def runs_around(workdir: Path) -> list[Path]:
-    """The folders of runs directly in a folder, and the folder around it, if that is a run's."""
+    """The workdirs directly in a folder, and its parent folder if that is a workdir."""
     configs = [*sorted(workdir.glob("*/config.json")), workdir.parent / "config.json"]
     return [path.parent for path in configs if path.exists()]
 
@@ -104,9 +105,9 @@ def read_record(workdir: Path) -> dict[str, Any]:
 
 
 def check_record(record: dict[str, Any], workdir: Path) -> None:
-    """Refuses to continue a run on other data, or with statistics of more or fewer examples.
+    """Refuses to continue a run on other data, or with batch statistics over more or fewer rows.
 
-    The name of a file and the padding of batches may differ.
+    The data set's name and the padding of batches may differ.
 
     Raises:
       UserError: the record of the run in `workdir` differs.
@@ -132,7 +133,7 @@ def check_record(record: dict[str, Any], workdir: Path) -> None:
 def write_statistics(workdir: Path, step: int, batch_stats: dict[str, Any]) -> None:
     """Saves the re-estimated population statistics of the checkpoint of update `step`.
 
-    The file is NumPy's, with names such as `layer/recurrent_mean`, each `[max_steps, F]` or `[F]`.
+    The `.npz` file has arrays such as `layer/recurrent_mean`, each `[max_steps, F]` or `[F]`.
     """
     with replacing(workdir / STATISTICS_NAME) as temporary, temporary.open("wb") as file:
         np.savez(file, update=step, **flatten_dict(batch_stats, sep="/"))
@@ -164,7 +165,7 @@ def check_path(workdir: Path) -> None:
     """Refuses a folder whose checkpoints could be written but not read.
 
     Raises:
-      UserError: its path has a character that TensorStore, below Orbax, takes for a pattern.
+      UserError: its path has a character that TensorStore, which Orbax uses, takes for a pattern.
     """
     path = str(workdir.absolute())
     for character in "[]\\":
@@ -232,14 +233,14 @@ def in_use(workdir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def errors_told(workdir: Path) -> Iterator[None]:
-    """Turns errors of the file system into errors of one line.
+    """Turns errors of the file system into a `UserError` of one line.
 
     Raises:
       UserError: a file cannot be read or written, in `workdir` or elsewhere.
     """
     try:
         yield
-    except BrokenPipeError:  # of the output
+    except BrokenPipeError:  # from stdout
         raise
     except OSError as error:
         if error.filename is None and error.errno not in OF_FILES:
@@ -285,7 +286,7 @@ def cores() -> int | None:
 
 
 def record_end(workdir: Path, update: int) -> None:
-    """Adds to the latest start in `run.json` its last update and its seconds.
+    """Adds the last update and the seconds to the latest start in `run.json`.
 
     A start that was killed has neither.
     """
@@ -302,14 +303,14 @@ def flat(config: ConfigDict) -> dict[str, Any]:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that config fields are."""
+    """Converts JSON's lists to tuples, as in config fields."""
     if isinstance(value, dict):
         return {name: _tuples(field) for name, field in value.items()}
     return tuple(value) if isinstance(value, list) else value
 
 
 def _short(value: Any) -> str:
-    """A value for a message of one line."""
+    """A value as text that fits in a message of one line."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:70]}... ({len(value)} in all)"
 
@@ -324,7 +325,7 @@ def current_commit() -> str | None:
         ).stdout.strip()
 
     try:
-        # Without the lock of a commit that may be made at the same time.
+        # Takes no lock, so that a commit can be made at the same time.
         dirty = git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + ("+" if dirty else "")
     except (OSError, subprocess.CalledProcessError):

@@ -63,10 +63,10 @@ def results_table(results: list[dict[str, Any]]) -> str:
 def draw_curves(runs: dict[str, Path], data: str, metric: str, picture: Path) -> bool:
     """Draws training loss and a validation metric of runs, by kind of model, into a PNG.
 
-    `data` is the name of what they were trained on.
+    `data` is the name of the training data.
 
     Returns:
-      Whether it did: not without matplotlib, of which a line is logged.
+      Whether it drew them. Without matplotlib it does not, and logs a warning.
     """
     try:
         figure = pictures.new_figure(data, 9, 3.4)

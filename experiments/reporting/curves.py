@@ -29,9 +29,9 @@ class Line(NamedTuple):
     """A line of a figure.
 
     Attributes:
-      split, metric: of our runs.
-      file: of the paper's figure, in `paper_curves`.
-      name: of the paper's line in its file.
+      split, metric: split and metric of our runs.
+      file: file of the paper's figure, in `paper_curves`.
+      name: name of the paper's line in its file.
     """
 
     experiment: Experiment
@@ -45,7 +45,7 @@ class Line(NamedTuple):
 
     @property
     def axis(self) -> str:
-        """What its y axis says."""
+        """The label of its y axis."""
         metric = "cross-entropy (nats)" if self.metric == "loss" else self.metric.replace("_", " ")
         return f"{'training' if self.split == 'train' else 'validation'} {metric}"
 
@@ -53,7 +53,7 @@ class Line(NamedTuple):
     def published(self) -> np.ndarray:
         """The paper's line, `[2, points]`: updates and values."""
         curves, key = paper.curves(self.file), (self.name, self.split)
-        return curves[key if key in curves else key[:1]]  # some files have validation alone
+        return curves[key if key in curves else key[:1]]  # some files have only validation
 
     def measured(self, found: Found) -> tuple[np.ndarray, np.ndarray]:
         """Updates at which all our runs have the metric, `[n]`, and its values `[runs, n]`."""
@@ -78,7 +78,7 @@ def by_kind(
 
 
 def by_gamma(file: str, config: str, metric: str, split: str) -> list[Line]:
-    """Lines of BN-LSTMs by initial gamma, which configs have at 0.1."""
+    """Lines of BN-LSTMs by initial gamma, which is 0.1 in config files."""
     return [
         Line(
             Experiment(config, "bn_lstm", (("model.initial_scale", gamma),) * (gamma != 0.1)),
@@ -97,10 +97,10 @@ def by_gamma(file: str, config: str, metric: str, split: str) -> list[Line]:
 class LearningCurves(Item):
     """Learning curves on the paper's axes, and a table of their means over windows of updates.
 
-    Where ours have not come far, more panels show the first updates alone.
+    If our runs are short, more panels show only the first updates.
 
     Attributes:
-      panels: the lines of each.
+      panels: the lines of each panel.
       updates: the end of the x axis.
       ylim: both ends of the y axis.
     """
@@ -116,7 +116,7 @@ class LearningCurves(Item):
 
     @property
     def experiments(self) -> tuple[Experiment, ...]:
-        """Those of the lines."""
+        """The experiments of the lines."""
         return tuple(dict.fromkeys(line.experiment for line in self.lines))
 
     def show(self, found: Found, data_dir: str) -> Shown:
@@ -146,18 +146,18 @@ class LearningCurves(Item):
 class CurvesByHours(Item):
     """Our validation curves by hours of training, on the machines of the runs.
 
-    The table has the latest values at six times, up to the end of the run that took least. Labels
-    name the implementations of the recurrence, which runs on different machines differ in.
+    The table has the latest values at six times, up to the end of the shortest run. Labels name the
+    implementations of the recurrence, which may differ between machines.
 
     Attributes:
-      lines: what is drawn.
+      lines: the lines to draw.
     """
 
     lines: list[Line]
 
     @property
     def experiments(self) -> tuple[Experiment, ...]:
-        """Those of the lines."""
+        """The experiments of the lines."""
         return tuple(line.experiment for line in self.lines)
 
     def show(self, found: Found, data_dir: str) -> Shown:
@@ -222,7 +222,7 @@ def range_of(lines: list[Line], found: Found, limit: float) -> tuple[float, floa
 
 
 def legend(axes: Any, lines: list[Line], found: Found) -> None:
-    """Names each line once, and says whose are thin."""
+    """Names each line once, and says that thin lines are the paper's."""
     from matplotlib.lines import Line2D
 
     handles = {}
@@ -236,10 +236,10 @@ def legend(axes: Any, lines: list[Line], found: Found) -> None:
 
 
 def curve_table(lines: list[Line], found: Found) -> Table | None:
-    """Means over windows of updates at which both have values.
+    """Means over windows of updates at which both the paper and our runs have values.
 
-    Single validations are noisy. Each window is as long as all before it together, as learning
-    slows down: the first update, the second, the next two, the next four.
+    Single validations are noisy. Learning slows down, so each window is as long as all windows
+    before it: the first update, the second, the next two, the next four.
     """
     rows = []
     for line in lines:
@@ -257,7 +257,7 @@ def curve_table(lines: list[Line], found: Found) -> Table | None:
 
 
 def doubling(updates: np.ndarray) -> list[np.ndarray]:
-    """The windows up to the first update, twice it, four times it, and so on, as indices."""
+    """Indices of the windows that end at the first update, twice it, four times it, and so on."""
     if not updates.size:
         return []
     window = np.ceil(np.log2(updates / updates[0]))

@@ -1,4 +1,4 @@
-"""What the paper's tables and figures have in common; `items.py` lists them."""
+"""The base class of the paper's tables and figures; `items.py` lists them."""
 
 import abc
 import dataclasses
@@ -22,7 +22,7 @@ class Table(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """What there is to show of an item: a table and a Matplotlib figure, or None."""
+    """The content of an item: a table and a Matplotlib figure, each of which may be None."""
 
     table: Table | None = None
     figure: Any = None
@@ -34,7 +34,7 @@ class Item(abc.ABC):
 
     Attributes:
       title: one line.
-      remark: what a reader has to know.
+      remark: a note for the reader.
     """
 
     title: str
@@ -47,7 +47,7 @@ class Item(abc.ABC):
 
     @abc.abstractmethod
     def show(self, found: Found, data_dir: str) -> Shown:
-        """Shows the runs of its experiments; `data_dir` is for figures that train nothing."""
+        """Shows the runs of its experiments; `data_dir` is for figures that need data, not runs."""
 
 
 def find(items: Iterable[Item], folder: Path) -> Found:
@@ -71,5 +71,5 @@ def duration(seconds: float) -> str:
 
 
 def wall_time(run: Run) -> str:
-    """How long a run took, of all its starts; `-` if one was killed, or goes on."""
+    """The time of all starts of a run; `-` if one was killed or is in progress."""
     return "-" if run.seconds is None else duration(run.seconds)

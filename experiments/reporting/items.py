@@ -1,10 +1,10 @@
-"""The paper's tables and figures, in its order, each beside what was measured here.
+"""The paper's tables and figures, in its order, each beside our measurements.
 
-To add one, add a line to `ITEMS`. The paper's numbers are in `paper.TABLES`, by config, and its
-curves in `paper_curves/`, a file a figure; write them there first. What no class here draws becomes
-a class of its own, with `experiments` and `show`.
+To add an item, first add the paper's numbers to `paper.TABLES`, by config, or its curves to
+`paper_curves/`, one file for each figure. Then add an entry to `ITEMS`. If no class draws it, add a
+subclass of `Item` with `experiments` and `show`.
 
-scripts/reproduce.py makes one of them, scripts/report.py a page of all.
+scripts/reproduce.py makes one item, scripts/report.py a page of all.
 """
 
 from experiments.config import READER_KINDS

@@ -1,4 +1,4 @@
-"""Pages of HTML, made of `templates/`. Each is a single file and needs no network."""
+"""HTML pages, made from `templates/`. Each is a single file and needs no network."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(template: str, **values: Any) -> str:
-    """The page of a template and of values, whose text is escaped."""
+    """Renders a template with values, whose text is escaped."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""What the paper published: the numbers of its tables, and its curves."""
+"""The paper's results: the numbers of its tables, and its curves."""
 
 import csv
 import functools
@@ -51,8 +51,8 @@ def experiment(config: str, kind: str) -> Experiment:
 def curves(name: str) -> dict[tuple[str, ...], np.ndarray]:
     """The lines of a figure, each `[2, points]`, x and y, by the first columns of its file.
 
-    `name` is that of a file in `paper_curves`, whose last two columns are x and y. Thousands of
-    updates, which the paper counts from 0 at the first, become updates.
+    `name` is the name of a file in `paper_curves`, whose last two columns are x and y. Thousands of
+    updates become updates; the paper counts the first thousand as 0.
     """
     with (FOLDER / f"{name}.csv").open(encoding="utf-8") as file:
         header, *rows = csv.reader(file)

@@ -1,4 +1,4 @@
-"""How figures are made and written, with Matplotlib."""
+"""Makes and writes figures, with Matplotlib."""
 
 import io
 from pathlib import Path
@@ -13,7 +13,7 @@ DPI = 150
 def new_figure(title: str, width: float, height: float, math: bool = False) -> Any:
     """A figure with a title; `width` and `height` are in inches.
 
-    `math` reads `$...$` in the title as a formula. File names may contain dollar signs.
+    With `math`, `$...$` in the title is a formula; without, file names may have dollar signs.
 
     Raises:
       UserError: matplotlib is not installed.
@@ -41,7 +41,7 @@ def png(figure: Any) -> bytes:
 
 
 def save(figure: Any, picture: Path) -> None:
-    """Writes a figure, in the format of the file's suffix, whole or not at all.
+    """Writes a figure atomically, in the format of the file's suffix.
 
     Raises:
       UserError: its format is unknown.

@@ -37,12 +37,12 @@ def test_values(
 class ResultsTable(Item):
     """Test results with re-estimated population statistics, a row for each experiment.
 
-    Where runs have results with input terms normalised by the batch, these have a second row.
+    If runs have results with input terms normalised by the batch, these have a second row.
 
     Attributes:
-      metric: of the results.
-      tasks: their names by config. The kinds of model are those in `paper.TABLES`.
-      reading: how the test split is read, where there are several ways.
+      metric: metric of the results.
+      tasks: names of tasks by config. `paper.TABLES` gives the kinds of model.
+      reading: how the test split is read, if there are several ways.
     """
 
     metric: str
@@ -64,7 +64,7 @@ class ResultsTable(Item):
     def rows(self, found: Found) -> Iterator[list[str]]:
         """Task, model, the paper's result, ours, updates trained, the runs' folder, their times.
 
-        Updates are those before the evaluation, of the seed with the fewest.
+        The updates are of the seed with the fewest, at its evaluation.
         """
         ways = {"": FINAL, ", input terms by the batch": ("population_batch_inputs",)}
         for experiment in self.experiments:

@@ -18,7 +18,7 @@ MOMENTS = {"mean": "mean", "var": "variance"}
 def find_statistics(batch_stats: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     """The statistics of `TERMS` by time step `[max_steps, F]`, by layer and name.
 
-    A name is `recurrent_mean`. Statistics that all time steps share are left out.
+    A name is, for example, `recurrent_mean`. Statistics that time steps share are left out.
     """
     names = [f"{term}_{moment}" for term in TERMS for moment in MOMENTS]
     layers: dict[str, dict[str, np.ndarray]] = {}
@@ -48,7 +48,7 @@ def draw_statistics(
         column[-1].set_xlabel("time step")
         features = statistics[f"{term}_mean"].shape[1]
         chosen = np.random.default_rng(1).permutation(features)[:units]
-        colors = colormaps["viridis"](np.linspace(0, 0.8, len(chosen)))  # they differ in print, too
+        colors = colormaps["viridis"](np.linspace(0, 0.8, len(chosen)))  # distinct in grey, too
         for axes, (moment, label) in zip(column, MOMENTS.items(), strict=True):
             values = statistics[f"{term}_{moment}"]
             axes.set_prop_cycle(color=colors)
@@ -60,7 +60,7 @@ def draw_statistics(
 
 
 class PopulationStatistics(Item):
-    """Population statistics by time step, of Penn Treebank's BN-LSTM that came furthest."""
+    """Population statistics by time step, of the Penn Treebank BN-LSTM with the most updates."""
 
     experiments = (Experiment("ptb", "bn_lstm"),)
 

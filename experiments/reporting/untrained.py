@@ -20,14 +20,14 @@ def gradient_norms(pixels: Array, labels: Array, gamma: float, key: Array) -> Ar
     """The norm of the loss's gradient at each time step of an untrained, normalised tanh RNN.
 
     `h_t = tanh(BN(h_{t-1} W_h + x_t W_x; gamma))` with 100 units, W_h = I, W_x orthogonal,
-    h_0 = 0, and softmax read-out of the last h, of orthonormal columns. For large gamma the
+    h_0 = 0, and a softmax read-out of the last h with orthonormal columns. For large gamma the
     gradient vanishes.
 
     Args:
       pixels: `[batch, time]`, in [0, 1].
       labels: integers `[batch]`, of ten classes.
       gamma: initial scale of the normalised pre-activation.
-      key: of W_x and the read-out.
+      key: key for W_x and the read-out.
 
     Returns:
       `[time]`: the mean over examples of `||dL / dh_t||`, where L is the batch's mean cross-entropy
@@ -99,7 +99,7 @@ class GradientNorms(Item):
         for axes, ((gamma,), curve) in zip(panels.flat, published.items(), strict=True):
             draws = draws_of_gradient_norms(data, float(gamma))
             low, middle, high = np.quantile(draws, (0, 0.5, 1), axis=0)
-            # Values below float32's range are zero, which a logarithmic axis does not have.
+            # Values below float32's range are zero, which a logarithmic axis cannot show.
             band = np.maximum((low, high), 1e-45)
             axes.fill_between(np.arange(len(low)), *band, color="tab:blue", alpha=0.25, linewidth=0)
             axes.plot(np.maximum(middle, 1e-45), color="tab:blue", linewidth=2)

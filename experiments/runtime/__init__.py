@@ -1,1 +1,1 @@
-"""What every command runs in: flags, user errors, signals, devices and processes."""
+"""What all commands share: flags, user errors, signals, files, progress bars and processes."""

@@ -1,4 +1,4 @@
-"""Checks of values that a user sets, each naming the field."""
+"""Checks of values that a user sets. Errors name the field."""
 
 from experiments.runtime.errors import UserError, unknown_name
 
@@ -19,7 +19,7 @@ def at_least(field: str, value: float, bound: float) -> None:
     Raises:
       UserError: names the field and the bound.
     """
-    if not value >= bound:  # true of NaN
+    if not value >= bound:  # also true for NaN
         raise UserError(f"{field} is {value}: it must be at least {bound}")
 
 

@@ -44,7 +44,7 @@ def run(
     define_flags: Callable[[], None] | None = None,
     parse: Callable[[Sequence[str]], Any] = flags.FLAGS,
 ) -> NoReturn:
-    """Runs a command: absl's `app.run`, with user errors reported plainly.
+    """Runs a command: absl's `app.run`, with user errors in one line.
 
     A `UserError`, a flag that cannot be parsed, or a file that cannot be read or written becomes
     one line `error: ...` on stderr and exit status 2. A stopped run prints how to continue. A
@@ -66,7 +66,7 @@ def run(
 
     if signal.getsignal(signal.SIGINT) is end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):  # a terminal may lack a character
+    for stream in (sys.stdout, sys.stderr):  # an encoding may lack a character
         stream.reconfigure(errors="replace")
     words = list(sys.argv)
     if not any(word.lstrip("-").startswith(("verbosity", "v=")) for word in words):
@@ -100,8 +100,8 @@ def _reported(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
                 "JAX for the device"
             )
             sys.exit(2)
-        except BrokenPipeError:  # the reader, such as head, has ended
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the rest
+        except BrokenPipeError:  # the reader of stdout, such as head, has ended
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for later output
             sys.exit(141)
         except OSError as error:
             sys.exit(report(error))

@@ -1,4 +1,4 @@
-"""Mistakes that the user can correct."""
+"""Errors that the user can correct, and their reports."""
 
 import contextlib
 import difflib
@@ -16,8 +16,8 @@ class UserError(Exception):
 def report(error: Exception) -> int:
     """Prints an error on stderr; returns the exit status.
 
-    What a user can correct is one line, with status 2: a mistake, or a file that cannot be read or
-    written. Any other error has its traceback, and status 1.
+    A `UserError`, a wrong flag, or a file that cannot be read or written gives one line and status
+    2. Any other error gives a traceback and status 1.
     """
     if isinstance(error, UserError | flags.Error):
         line = " ".join(str(error).split())
@@ -31,15 +31,15 @@ def report(error: Exception) -> int:
 
 
 def tell(line: str) -> None:
-    """Prints a line on stderr, if anybody can read it: a terminal may have been closed."""
+    """Prints a line on stderr; does nothing if the terminal is closed."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
 
 class Stopped(BaseException):
-    """A signal asked the run to stop; its message says how to go on.
+    """A signal asked the run to stop; the message says how to continue.
 
-    Like KeyboardInterrupt, not an Exception: libraries in between must not catch it.
+    Like KeyboardInterrupt, it is not an `Exception`, so that libraries do not catch it.
 
     Attributes:
       status: exit status, the one that a shell reports for a process ended by the signal.
@@ -51,7 +51,7 @@ class Stopped(BaseException):
 
 
 def unknown_name(field: str, name: str, known: Iterable[str]) -> str:
-    """The message for a name that is not among those known, with the nearest one that is."""
+    """The error message for an unknown name, with the nearest known name."""
     known = sorted(known)
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {nearest[0]}? " if nearest else ""

@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole, JSON, and locks."""
+"""Atomic replacement of files, JSON, and locks."""
 
 import contextlib
 import errno
@@ -16,11 +16,11 @@ from experiments.runtime.errors import UserError
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which then replaces `path` as a whole. Errors name `path`."""
+    """Yields a temporary path; its file then replaces `path` atomically. Errors name `path`."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        _sync(temporary)  # or a power cut may leave the new name without content
+        _sync(temporary)  # otherwise a power cut may leave `path` empty
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -28,7 +28,7 @@ def replacing(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.filename == str(temporary):
             error.filename = str(path)
         raise
-    with contextlib.suppress(OSError):  # not all file systems can do it for folders
+    with contextlib.suppress(OSError):  # not all file systems can sync folders
         _sync(path.parent)
 
 
@@ -41,13 +41,13 @@ def _sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file as a whole."""
+    """Replaces a file by text, atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replaces a file by JSON."""
+    """Replaces a file by JSON, atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
@@ -69,8 +69,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def lock(file: IO, wait: bool = False) -> bool:
     """Locks a file that is open for writing; False if another process has it and `wait` is not set.
 
-    The system releases the lock when the file is closed, also when the process is killed. On a file
-    system without locks it warns, and returns True.
+    The system releases the lock when the file is closed, or the process is killed. On a file system
+    without locks, this warns and returns True.
 
     Raises:
       OSError: it cannot be locked for another reason.

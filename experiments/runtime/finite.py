@@ -1,4 +1,4 @@
-"""Non-finite values: which of the values that an update would bring in are not finite."""
+"""Finds the non-finite values that an update would introduce."""
 
 from typing import Any
 
@@ -27,6 +27,6 @@ def not_finite(params: Any, batch_stats: Any, gradients: Any, loss: Any) -> jax.
 
 
 def describe(names: list[str], flags: np.ndarray) -> str:
-    """The first of the values flagged, and how many more there are."""
+    """A message with the first flagged value, and the number of others."""
     first, *others = [name for name, flag in zip(names, flags, strict=True) if flag]
     return f"{first} would not be finite{f' (and {len(others)} more)' if others else ''}"

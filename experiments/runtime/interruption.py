@@ -14,18 +14,18 @@ from experiments.jax_experimental import multihost_utils
 from experiments.runtime.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: a terminal was closed
-# The numbers of synchronisation points. JAX stops all processes at the same one.
+# Numbers of JAX's synchronisation points. All processes stop at the same one.
 _LOOKS = itertools.count(1)
 
 
 class Interruption:
-    """The requests to stop that arrive as signals.
+    """Requests to stop, which arrive as signals.
 
-    Within its context, the first signal is a request, which `requested` returns; a Ctrl-C after it
-    ends the process at once.
+    Within its context, `requested` returns the first signal; a later Ctrl-C ends the process at
+    once.
 
     In a job of several processes a SIGTERM to one of them reaches all, and all stop after the same
-    update, or in the same call of `check`. All have to make the same calls.
+    update, or in the same call of `check`. All processes must make the same calls.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Interruption:
         for number in SIGNALS:
             earlier = signal.getsignal(number)
             # An ignored signal, such as Ctrl-C under nohup or in the background, stays ignored.
-            # Several processes leave SIGTERM to JAX, which tells all of them.
+            # With several processes, JAX handles SIGTERM and informs all of them.
             if earlier != signal.SIG_IGN and not (
                 jax.process_count() > 1 and number == signal.SIGTERM
             ):
@@ -76,10 +76,10 @@ class Interruption:
         if jax.process_count() > 1:
             signal.raise_signal(signal.SIGTERM)
         again = "; once more to stop at once" if number == signal.SIGINT else ""
-        # Show the cursor again, which a progress bar hides.
+        # Shows the cursor again, which a progress bar hides.
         show = "\033[?25h" if sys.stderr.isatty() else ""
         said = f"{show}{_name(number)}: stopping after this update or batch{again}\n"
-        with contextlib.suppress(OSError):  # the reader of a pipe may have got the same Ctrl-C
+        with contextlib.suppress(OSError):  # the same Ctrl-C may have ended a pipe's reader
             os.write(sys.stderr.fileno(), said.encode())
 
 

@@ -1,4 +1,4 @@
-"""What a process does with memory that its computations free."""
+"""Keeps the memory that computations free in the process."""
 
 import ctypes
 import sys
@@ -18,8 +18,8 @@ def keep_freed() -> None:
         return
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:  # of another C library
+    except AttributeError:  # another C library
         return
-    mallopt(_ARENA_MAX, 1)  # others than the main one cannot grow that large
+    mallopt(_ARENA_MAX, 1)  # other arenas than the main one cannot grow that large
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, 2**31 - 1)

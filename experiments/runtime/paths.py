@@ -34,8 +34,8 @@ class PathParser(flags.ArgumentParser):
         """The path with `~` expanded.
 
         Raises:
-          ValueError: it is a URL, or begins with the `~name` of no user. Either would make a folder
-            of that name.
+          ValueError: it is a URL, or begins with the `~name` of no user. Either would create a
+            folder of that name.
         """
         if re.match(r"[\w.+-]+://", argument):
             raise ValueError(
@@ -49,7 +49,7 @@ class PathParser(flags.ArgumentParser):
 
 
 def DEFINE_path(name: str, default: str | None, help: str, **options: Any) -> flags.FlagHolder:
-    """Defines a flag that names a file or a folder; arguments as of `flags.DEFINE_string`."""
+    """Defines a flag that names a file or a folder; arguments as in `flags.DEFINE_string`."""
     serializer = flags.ArgumentSerializer()
     return flags.DEFINE(PathParser(), name, default, help, serializer=serializer, **options)
 

@@ -1,7 +1,7 @@
-"""The processes of one job: joining, and what the first one tells the others.
+"""The processes of one job: joining it, and communication from the first process.
 
-Process 0 alone reads and writes the workdir and prints. The others get from it what they need, so
-that machines need no common folder.
+Only process 0 reads and writes the workdir, and prints. It sends the others what they need, so that
+machines need no shared folder.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ from experiments.runtime.errors import UserError, report
 
 T = TypeVar("T")
 
-# Processes may differ in these: each machine has its own place for data.
+# Processes may differ in these fields: each machine has its own place for data.
 OWN_FIELDS = ("config.data_dir", "config.text_file")
 
 
 class Everywhere(UserError):
-    """A mistake that every process of the job reports."""
+    """A user error that every process of the job reports."""
 
 
 def is_first() -> bool:
@@ -55,9 +55,9 @@ def on_first(function: Callable[[], T]) -> T:
 
 
 def from_first(tree: T) -> T:
-    """The arrays of the first process; those of the others give their shapes and types.
+    """The arrays of the first process; in other processes, `tree` gives shapes and types only.
 
-    JAX adds zeros to them, which makes 0.0 of -0.0.
+    JAX broadcasts by adding zeros, which turns -0.0 into 0.0.
     """
     return multihost_utils.broadcast_one_to_all(tree)
 
@@ -75,7 +75,7 @@ def check_same(values: dict[str, Any], what: str) -> None:
     """Refuses values, of JSON types, that differ between processes; `what` precedes their names.
 
     Raises:
-      UserError: on every process; it names the value on those that differ from process 0.
+      UserError: on every process. Processes that differ from process 0 name the value.
     """
     if jax.process_count() == 1:
         return
@@ -105,7 +105,7 @@ def joined(
     process_id: int | None,
     timeout: int,
 ) -> Iterator[None]:
-    """Joins a job of several processes; without an address, that of the cluster.
+    """Joins a job of several processes; without an address, the cluster's job.
 
     JAX aborts all processes if one of them is lost, or does not join within `timeout`.
 
@@ -113,13 +113,13 @@ def joined(
       coordinator_address: `host:port` of the first process, where it waits for the others.
       num_processes: the number of processes.
       process_id: the number of this one, from 0.
-      timeout: seconds to wait for others at the start, and after which a silent one is lost.
+      timeout: seconds to wait for others at the start, and until a silent process counts as lost.
 
     Raises:
       UserError: the arguments contradict each other, or there is no cluster.
     """
     _check(coordinator_address, num_processes, process_id)
-    # The processes reach each other directly, also where the web is behind a proxy.
+    # The processes connect directly, even where the web needs a proxy.
     os.environ.setdefault("grpc_proxy", "")
     try:
         jax.distributed.initialize(
@@ -147,7 +147,7 @@ def joined(
 
 
 def _check(address: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Refuses flags that JAX would answer by an abort, or not at all."""
+    """Refuses flags for which JAX would abort, or give no error."""
     if address is None:
         if (num_processes, process_id) != (None, None):
             raise UserError("--num_processes and --process_id need --coordinator_address=HOST:PORT")

@@ -1,4 +1,4 @@
-"""Progress bars; in a log file, lines."""
+"""Progress bars, or lines in a log file."""
 
 import datetime
 import time
@@ -27,7 +27,7 @@ def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
 
     Shows nothing if `total` is 0, which means unknown.
     """
-    # A process of its own does not look for devices: on one worker of a TPU pod, JAX would wait for
+    # Outside a job, this does not look for devices: on one worker of a TPU pod, JAX would wait for
     # the others.
     first = not jax.distributed.is_initialized() or processes.is_first()
     if not first or not total:

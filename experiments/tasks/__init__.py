@@ -1,8 +1,8 @@
-"""Tasks: a model, its batches and its loss. The training loop knows a task as `Task` alone.
+"""Tasks: a model, its batches and its loss. The training loop uses only the interface `Task`.
 
-A new task is a module here, which `config.task` names. It has a class `Task(config, devices)` that
-inherits from the one below, and `check(config)`, which refuses values that the task cannot run
-with. `sequential_images.py` is the smallest.
+To add a task, add a module here; `config.task` names it. The module has a class
+`Task(config, devices)`, which inherits from `Task` below, and a function `check(config)`, which
+refuses invalid values. `sequential_images.py` is the smallest task.
 """
 
 import functools
@@ -23,16 +23,16 @@ from experiments.runtime.checks import one_of
 from experiments.runtime.errors import UserError
 
 Batch = Mapping[str, Any]
-# Sums over examples or predictions, and their number, so that averages over batches are exact.
+# Each metric's sum over examples or predictions, and their number. Averages over batches are exact.
 Metrics = dict[str, tuple[Array, Array]]
-# Variables and what the model is called with, to other variables for this call.
+# Maps the variables and the model's positional arguments to the variables for one call.
 Adapt = Callable[[dict[str, Any], tuple[Any, ...]], dict[str, Any]]
-# Which rows to read of a batch of so many.
+# Maps the number of rows of a batch to the rows that this process reads.
 Share = Callable[[int], slice]
 
 
 def all_rows(rows: int) -> slice:
-    """All rows: the share of a process that is alone."""
+    """All rows: the share of a single process."""
     return slice(rows)
 
 
@@ -40,7 +40,7 @@ class Reading(NamedTuple):
     """A way to read splits in evaluation.
 
     Attributes:
-      splits: the splits that are read in this way.
+      splits: the splits that are read this way.
       name: its name in results, such as `segments of 100`; empty if there is only one way.
       length: time steps of an example, if the task has no fixed number.
       continued: examples are consecutive pieces of one sequence, read one by one. Each starts from
@@ -53,27 +53,27 @@ class Reading(NamedTuple):
     continued: bool = False
 
     def row(self, split: str, statistics: str) -> dict[str, str]:
-        """The columns that tell an evaluation from others in results."""
+        """The columns that identify an evaluation in results."""
         row = {"split": split, "statistics": statistics}
         return row | {"reading": self.name} if self.name else row
 
 
 class Task(Protocol):
-    """A task, as the training loop and evaluation know it. A task's own class inherits from it.
+    """The interface of a task to training and evaluation. Each task's class inherits from it.
 
     Attributes:
       model: maps `(*inputs(batch), use_running_average)` to outputs.
-      implementation: what runs its recurrence.
+      implementation: the implementation of its recurrence.
       data: name of the data in results.
-      readings: ways of evaluation. The first one is validation's, and its first split is the one by
-        which checkpoints are chosen.
+      readings: ways of evaluation. The first is for validation; its first split chooses the best
+        checkpoint.
       selection: the metric that chooses the best checkpoint.
       lower_is_better: whether a lower value of `selection` is better.
       shown: the metrics in tables; figures show the first.
       record: facts that are saved with the run, in JSON types.
-      notes: what a run prints about its data when it starts.
+      notes: lines about the data that a run prints when it starts.
       shared: entries of a batch that belong to all its rows; others have one row for each example.
-      batch_inputs: replaces the population statistics of input terms by those of the batch, for one
+      batch_inputs: replaces the population statistics of input terms by batch statistics, for one
         more row of the final evaluation; None if there is no such row. Traced.
     """
 
@@ -93,24 +93,24 @@ class Task(Protocol):
         """The examples of update 0, 1, ...: a pure function of the config's seed and `update`."""
 
     def train_batch(self, update: int, share: Share = all_rows) -> Batch:
-        """A share of the batch of these examples."""
+        """A share of the batch of an update, whose examples are `train_indices(update)`."""
 
     def num_examples(self, split: str, reading: Reading) -> int:
-        """Number of examples of a split, the training split `train` among them."""
+        """Number of examples of a split, including `train`."""
 
     def batches(
         self, split: str, batch_size: int, reading: Reading, share: Share = all_rows
     ) -> Iterator[Batch]:
         """Shares of the batches of one pass over a split; the last may be short.
 
-        Examples come in `evaluation_order`, consecutive pieces in their own.
+        Examples come in `evaluation_order`, the pieces of a `continued` reading in sequence.
         """
 
     def inputs(self, batch: Batch, carry: Any = None) -> tuple[Any, ...]:
-        """What the model is called with; after a first piece, with its carry. Traced."""
+        """The model's positional arguments, with `carry` after a sequence's first piece. Traced."""
 
     def metrics(self, outputs: Array, batch: Batch) -> Metrics:
-        """Metrics of a batch, `loss` among them, which training minimises. Traced."""
+        """Metrics of a batch, including `loss`, which training minimises. Traced."""
 
 
 def module(config: ConfigDict) -> ModuleType:
@@ -136,7 +136,7 @@ def load(config: ConfigDict, devices: Devices = ONE_DEVICE) -> Task:
 
 
 def check_batch_size(config: ConfigDict, num_examples: int, data: str) -> None:
-    """Refuses batches that are larger than the training data, or have no batch statistics.
+    """Refuses batches that are larger than the training data, or too small for batch statistics.
 
     Raises:
       UserError: names the field.
@@ -151,18 +151,18 @@ def check_batch_size(config: ConfigDict, num_examples: int, data: str) -> None:
 
 
 def batch_size_field(task: Task, reading: Reading) -> str:
-    """The config field with the size of the batches whose statistics normalise a reading."""
+    """The config field that sets the batch size of a reading with batch statistics."""
     return "batch_size" if reading == task.readings[0] else "eval_batch_size"
 
 
 def check_evaluation(task: Task, config: ConfigDict) -> list[str]:
-    """Refuses evaluation batches of one example if they are normalised by their own statistics.
+    """Refuses evaluation batches of one example if a model uses batch statistics.
 
     Returns:
       Notes on splits whose last batch has one example.
 
     Raises:
-      UserError: names the field, or the split that has one example in all.
+      UserError: names the field, or the split that has only one example.
     """
     if not has_batch_statistics(config):
         return []
@@ -210,10 +210,10 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
 
 @functools.lru_cache
 def evaluation_order(num_examples: int) -> np.ndarray:
-    """Examples of a split in the order in which they are evaluated: random, but always the same.
+    """The order in which examples of a split are evaluated: random, but always the same.
 
-    Batches then have statistics like those of training. Neighbours in a file are alike, such as
-    digits of one writer or segments of one article.
+    Evaluation batches then have similar statistics to training batches. In file order they would
+    not: neighbours are alike, such as digits of one writer or segments of one article.
     """
     order = np.random.default_rng(0).permutation(num_examples)
     order.flags.writeable = False  # the cached array serves later evaluations

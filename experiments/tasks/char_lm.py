@@ -1,4 +1,4 @@
-"""Character-level language models: each character of a text from those before it."""
+"""Character-level language models: predict each character of a text from the characters before."""
 
 import math
 from collections.abc import Iterator
@@ -44,14 +44,14 @@ def text_config(config: ConfigDict) -> ConfigDict:
     config.dataset = "text"  # or ptb, text8
     config.text_file = ""  # UTF-8, for the data set `text`
     # Sizes of training, validation and test text, in this order from the start of the text: numbers
-    # of characters, or fractions. Empty for ptb, which has its own.
+    # of characters, or fractions. Empty for ptb, which comes split.
     config.split = (0.9, 0.05, 0.05)
-    config.segment_length = 100  # in characters: one prediction less
+    config.segment_length = 100  # in characters; one more than its predictions
     config.selection = "bits_per_character"  # or accuracy; chooses the best checkpoint
     # Evaluation beyond segments of `segment_length`.
     config.eval_lengths = ()  # other segment lengths, on the test text
     config.whole_text = ("test",)  # splits that are read as one sequence
-    config.chunk_length = 1000  # of its pieces; results do not depend on it
+    config.chunk_length = 1000  # predictions in each piece of it; results do not depend on this
     return config
 
 
@@ -62,9 +62,10 @@ def make_model(config: ConfigDict, vocab_size: int, axis_name: str | None = None
 
 
 class Task(tasks.Task):
-    """Characters of a corpus to the next ones; see `experiments.tasks.Task`.
+    """Predicts the next character of a corpus; see `experiments.tasks.Task`.
 
-    The text lies on the device. A batch holds the starts of its segments, which are gathered there.
+    The text is on the device. A batch holds the starts of its segments, and the device gathers
+    their symbols.
     """
 
     shown = ("bits_per_character", "accuracy")
@@ -80,7 +81,7 @@ class Task(tasks.Task):
         self.lower_is_better = config.selection == "bits_per_character"
         self.readings = make_readings(config)
         self.sizes = {split: len(data.splits[split]) for split in SPLITS}
-        self.num_segments = self.sizes["train"] // config.segment_length - 1  # at every offset
+        self.num_segments = self.sizes["train"] // config.segment_length - 1  # at any offset
         self._check_sizes()
         self._tell_unknown(data)
         self.model = make_model(config, len(data.vocabulary), devices.statistics_axis)
@@ -99,7 +100,7 @@ class Task(tasks.Task):
         return shuffled_batch(self.num_segments, config.batch_size, config.seed, update)
 
     def train_batch(self, update: int, share: Share = all_rows) -> Batch:
-        """Segments of an update. Each epoch cuts the text from another random offset."""
+        """Segments of an update. Each epoch cuts the text at a new random offset."""
         length, seed = self.config.segment_length, self.config.seed
         epoch = update // updates_per_epoch(self.num_segments, self.config.batch_size)
         offset = np.random.default_rng([seed, epoch, 1]).integers(length)
@@ -131,7 +132,10 @@ class Task(tasks.Task):
         return {"text": self.text[split], "start": starts.astype(np.int32), "steps": steps}
 
     def inputs(self, batch: Batch, carry: Any = None) -> tuple[Any, ...]:
-        """Symbols of the segments without the last, `[batch, time]`; carry and first step."""
+        """Symbols of each segment except its last, `[batch, time]`.
+
+        With `carry`, also the carry and the first step.
+        """
         symbols = gather(batch)[:, :-1]
         return (symbols,) if carry is None else (symbols, carry, batch["start"][0])
 
@@ -200,7 +204,7 @@ def gather(batch: Batch) -> Array:
 def make_readings(config: ConfigDict) -> tuple[Reading, ...]:
     """Segments as in training, segments of other lengths, and the whole text as one sequence.
 
-    Validation alone takes batches of training's size.
+    Only validation uses batches of training's size.
     """
 
     def segments(splits: tuple[str, ...], length: int) -> Reading:
@@ -227,7 +231,7 @@ def check(config: ConfigDict) -> None:
     one_of("config.selection", config.selection, SELECTIONS)
     for split in words(config.whole_text):
         one_of("config.whole_text", split, SPLITS)
-    # A prediction takes two characters, a piece of the whole one prediction.
+    # A segment needs two characters for one prediction; `chunk_length` counts predictions.
     lengths = [("segment_length", config.segment_length, 2)]
     lengths += [("eval_lengths", length, 2) for length in config.eval_lengths]
     lengths += [("chunk_length", config.chunk_length, 1)]

@@ -1,4 +1,4 @@
-"""Questions on passages, answered by a word: the Attentive Reader on CNN news and on bAbI."""
+"""Answers questions on passages by a word: the Attentive Reader on CNN news and on bAbI."""
 
 import dataclasses
 import functools
@@ -40,8 +40,8 @@ from experiments.tasks import (
     in_batches,
 )
 
-ROUNDING = 8  # padded passages have a multiple of so many words
-MAX_LENGTHS = 1000  # to which passages are padded: far more than there is time to compile for
+ROUNDING = 8  # passages are padded to a multiple of this many words
+MAX_LENGTHS = 1000  # limit of `num_lengths`: far more programs than there is time to compile
 LOSS_FLOOR = 1e-8  # added to probabilities before their logarithm, as in the released code
 
 
@@ -54,25 +54,26 @@ def reader_config(config: ConfigDict) -> ConfigDict:
     config.subset = ""  # of babi: qa1, qa2, qa4 or qa5
     config.min_count = 2  # rarer words in training questions become <unk>
     config.join_numbers = True  # words of digits become <num>
-    config.num_sentences = 0  # sentences kept of a passage, those most like the question; 0: all
-    # A sentence's score: the number of words that it shares with the question (words), of entities
-    # (entities), or their information content (rare_words), over a power of the sentence's length.
+    config.num_sentences = 0  # sentences kept per passage, the most like the question; 0: all
+    # A sentence's score, from the words that it shares with the question: their number (words), the
+    # number of entities among them (entities), or their information content (rare_words). The score
+    # is divided by a power of the sentence's length.
     config.sentence_rule = "words"
     config.sentence_length_power = 0.0
     config.sentence_ties = "earlier"  # or later: which of two sentences with equal scores is kept
     config.max_passage_length = 2000  # in words; longer passages are left out, and counted
     config.permute_entities = True  # in training, differently in each batch
-    # Sorts this many batches by length, the longest first, which saves padding; 1: no sorting.
+    # Sorts the questions of this many batches by length, longest first, to save padding; 1: none.
     config.sorted_batches = 1
-    config.num_lengths = 5  # to which passages are padded; a program is compiled for each
+    config.num_lengths = 5  # number of padded passage lengths; each needs a compiled program
 
     config.model.square_scale = 0.05  # of square kernels, which start orthogonal
     config.model.bilinear = True  # a term of attention that Hermann et al. do not have
-    config.model.mean_passage = True  # a term of the read-out that they do not have
+    config.model.mean_passage = True  # a term of the read-out that Hermann et al. do not have
     config.model.dropout_rate = 0.5  # of embeddings, and before the output layer
     # Peculiarities of the released code; see docs/differences.md.
     config.model.unscaled_dropout = False  # dropout scales at inference rather than in training
-    config.model.count_padding = True  # statistics count padding, where it counted it
+    config.model.count_padding = True  # statistics include padding where the released code does
     config.model.identical_blocks = True  # all square kernels start from one matrix
     config.model.double_bias = True  # the LSTM's bias is added twice
     return config
@@ -85,7 +86,7 @@ def make_model(
     question_steps: int,
     axis_name: str | None = None,
 ) -> AttentiveReader:
-    """The reader of `config.model`, for training passages and questions of at most so many steps.
+    """The reader of `config.model`; `*_steps` are the longest training passage and question.
 
     Raises:
       UserError: `max_steps` exceeds the longest training passage.
@@ -109,7 +110,7 @@ def make_model(
 
 
 class Task(tasks.Task):
-    """Passage and question to a word; see `experiments.tasks.Task`."""
+    """Answers a question on a passage by a word; see `experiments.tasks.Task`."""
 
     selection = "error"
     lower_is_better = True
@@ -137,7 +138,7 @@ class Task(tasks.Task):
         self.train_order = functools.lru_cache(maxsize=1)(self._train_order)
         self.passage_lengths = self._padded_lengths()
         self.question_length = 1 + max(int(s.questions.lengths.max()) for s in self.splits.values())
-        # With a step of padding where it counts, as behind the longest passage there is one.
+        # If statistics include padding, one more step: the longest text has one step of padding.
         steps = [
             int(texts.lengths.max()) + config.model.count_padding
             for texts in self.splits["train"][:2]
@@ -226,9 +227,9 @@ class Task(tasks.Task):
     ) -> Batch:
         """A share of the questions at `indices`, as words of the vocabulary.
 
-        Passages are padded to the smallest of a few lengths that leaves a word of padding behind
-        each, as in the released code; questions to one length. Padding depends on all of `indices`.
-        `table` maps words of the data set to words of the vocabulary.
+        Passages are padded to the smallest of `passage_lengths` that leaves a word of padding after
+        each, as in the released code. Questions are padded to one length. Padding depends on all of
+        `indices`. `table` maps words of the data set to words of the vocabulary.
         """
         part = self.splits[split]
         own = indices[share(len(indices))]
@@ -274,7 +275,7 @@ class Task(tasks.Task):
         return data
 
     def _within_limit(self, split: str, part: Split) -> Split:
-        """Leaves out passages that are too long, and notes that."""
+        """Leaves out questions whose passages are too long, and notes their number."""
         limit = self.config.max_passage_length
         within = np.flatnonzero(part.passages.lengths <= limit)
         if left_out := len(part.answers) - len(within):
@@ -302,7 +303,7 @@ class Task(tasks.Task):
                 )
 
     def _padded_lengths(self) -> list[int]:
-        """Lengths to which passages are padded, each for about as many batches of an epoch."""
+        """The padded lengths of passages; about equally many batches of an epoch use each."""
         lengths = self.splits["train"].passages.lengths[self.train_order(0)]
         longest = lengths.reshape(-1, self.config.batch_size).max(1)
         shares = np.arange(1, self.config.num_lengths + 1) / self.config.num_lengths
@@ -317,7 +318,7 @@ class Task(tasks.Task):
         return self._arrange("train", order[:whole], self.config.batch_size)
 
     def _arrange(self, split: str, order: np.ndarray, batch_size: int) -> np.ndarray:
-        """Sorts each `config.sorted_batches` batches by length, which saves padding."""
+        """Sorts questions by length within every `config.sorted_batches` batches."""
         if self.config.sorted_batches == 1:
             return order
         lengths = self.splits[split].passages.lengths

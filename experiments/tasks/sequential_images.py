@@ -1,4 +1,4 @@
-"""Classification of images that are read one pixel a time step: sequential MNIST and the like."""
+"""Classification of images that are read one pixel per time step, such as sequential MNIST."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -47,12 +47,12 @@ def pixel_order(name: str, pixels: int, seed: int) -> np.ndarray:
 
     Args:
       name: `in_order`, row by row; `permutation`, every pixel once, in a random order;
-        `released_draw`, what the paper's released code does: draws with replacement, which for
-        784 pixels and seed 1 reads 501 of them, some several times.
+        `released_draw`, as in the paper's released code: draws with replacement, so that for 784
+        pixels and seed 1 only 501 pixels are read, some several times.
       pixels: number of pixels.
       seed: of the random order.
     """
-    random = np.random.RandomState(seed)  # NumPy never changes its streams
+    random = np.random.RandomState(seed)  # NumPy never changes RandomState's streams
     if name == "permutation":
         return random.permutation(pixels)
     if name == "released_draw":
@@ -61,7 +61,7 @@ def pixel_order(name: str, pixels: int, seed: int) -> np.ndarray:
 
 
 class Task(tasks.Task):
-    """Pixels in [0, 1], one a time step, to a class; see `experiments.tasks.Task`."""
+    """Classifies sequences of pixels in [0, 1], one per time step; see `experiments.tasks.Task`."""
 
     selection = "accuracy"
     lower_is_better = False

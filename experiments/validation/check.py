@@ -1,11 +1,11 @@
 """Checks every implementation of the recurrence on a device against float64 on its CPU.
 
-A case is a layer with inputs. Checked are outputs, the last state, new running statistics, and the
-gradients of parameters, inputs and initial state. Expected values come from the plain scan
-(`reference`) in float64 on the CPU. The plain scan in the case's dtype on the device shows how far
-rounding leads: an array passes if its error is at most 10 times that of the scan, plus 2e-6. Errors
-are relative to the array's largest value. Calls with the same inputs must give the same bits; if
-they do not, threads race.
+A case is a layer with inputs. The check compares outputs, the last state, new running statistics,
+and the gradients of parameters, inputs and initial state. Expected values come from the plain scan
+(`reference`) in float64 on the CPU. The plain scan in the tested dtype on the device shows the size
+of rounding errors: an array passes if its error is at most 10 times the scan's error, plus 2e-6.
+Errors are relative to the array's largest value. Calls with the same inputs must give the same
+bits; if they do not, threads race.
 """
 
 import concurrent.futures
@@ -39,7 +39,7 @@ class Case(NamedTuple):
       inputs: features of an input, or the number of symbols.
       symbols: inputs are symbols.
       padded: sequences differ in length; one is empty.
-      inference: normalise by running statistics; else by those of the batch.
+      inference: normalise by running statistics; else by batch statistics.
       layer: BNLSTM or LSTM.
       options: fields of the layer.
     """
@@ -63,14 +63,15 @@ class Case(NamedTuple):
         )
 
 
-medium = functools.partial(Case, 100, 100, 20)  # no multiples of a vector or a warp
-# The most important come first, in case time runs out.
+medium = functools.partial(Case, 100, 100, 20)  # not multiples of a vector's or a warp's size
+# The most important cases come first, in case time runs out.
 CASES = {
     "odd sizes": Case(7, 3, 5),
     "permuted MNIST": Case(100, 100, 784, inputs=1),
     "Penn Treebank": Case(1000, 64, 20, inputs=50, symbols=True),
     "reader": Case(240, 64, 10, inputs=240, padded=True),
-    # The CUDA kernel is compiled for units of a block, which follow from the layer's, and for rows.
+    # The CUDA kernel is compiled for a number of rows, and for a number of units of a block, which
+    # depends on the layer's units.
     "1000 units of 128 rows": Case(1000, 128, 5),
     "1000 units of 32 rows": Case(1000, 32, 5),
     "500 units of 128 rows": Case(500, 128, 5),
@@ -98,11 +99,11 @@ SMALL_CASES = {
 }
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
 REPEATS = 5  # calls whose bits are compared
-# On a GPU, XLA otherwise adds to one place in any order, as to the gradient of a kernel's row.
+# Otherwise XLA on a GPU sums scattered values in any order, as in the gradient of a kernel's row.
 COMPILER_OPTIONS = {"gpu": {"xla_gpu_deterministic_ops": True}}
-FACTOR = 10  # largest rounding errors vary by less than that; a fault exceeds it
+FACTOR = 10  # the largest rounding errors vary by a smaller factor; a fault exceeds it
 FLOOR = 2e-6  # 32 roundings of float32
-LARGEST_SCAN_ERROR = {"float32": 2e-4, "bfloat16": 0.3}  # beyond it, something else is wrong
+LARGEST_SCAN_ERROR = {"float32": 2e-4, "bfloat16": 0.3}  # above it, the error is not rounding
 
 
 # ---- One call.
@@ -155,7 +156,7 @@ def make_arrays(case: Case) -> dict[str, Any]:
 
 
 def call(layer: nn.Module, arrays: dict[str, Any]) -> dict[str, Any]:
-    """What a layer returns, and the gradients of its randomly weighted sum."""
+    """The results of a layer, and the gradients of their randomly weighted sum."""
     variables = dict(arrays["variables"])
     learned = {"params": variables.pop("params"), "carry": arrays["carry"]}
     if not layer.vocab_size:
@@ -192,7 +193,7 @@ def compile_call(layer: nn.Module, arrays: dict[str, Any]) -> Callable[[dict[str
 
 
 def expect(case: Case, arrays: dict[str, Any]) -> Arrays:
-    """The values of a case, by the plain scan in float64."""
+    """The expected values of a case, from the plain scan in float64."""
     layer = make_layer(case, "reference", None).clone(param_dtype=jnp.float64)
 
     def widen(x: np.ndarray) -> np.ndarray:
@@ -206,7 +207,7 @@ def reference_device() -> jax.Device:
     """The CPU.
 
     Raises:
-      UserError: JAX is told to leave it out.
+      UserError: JAX_PLATFORMS leaves it out.
     """
     try:
         return jax.devices("cpu")[0]
@@ -222,9 +223,9 @@ def reference_device() -> jax.Device:
 def relative_errors(found: Arrays, expected: Arrays) -> dict[str, float]:
     """The largest error of each array, relative to its largest value.
 
-    At least a thousandth of the largest value of its kind (`outputs`, `gradients`, ...) counts:
-    some arrays should be zero, such as gradients that normalisation removes. Values that are not
-    finite give an infinite error.
+    The divisor is at least a thousandth of the largest value of the same kind (`outputs`,
+    `gradients`, ...), because some arrays should be zero, such as gradients that normalisation
+    removes. Non-finite values give an infinite error.
     """
     largest = {name: float(np.abs(value).max()) for name, value in expected.items()}
     of_kind: dict[str, float] = {}
@@ -239,7 +240,7 @@ def relative_errors(found: Arrays, expected: Arrays) -> dict[str, float]:
 
 
 def scan_problem(of_scan: dict[str, float], dtype: str) -> str | None:
-    """Why the plain scan's errors do not show rounding; None if they do."""
+    """Why the plain scan's errors are too large to be rounding; None if they are not."""
     worst = max(of_scan, key=of_scan.__getitem__)
     if of_scan[worst] <= LARGEST_SCAN_ERROR[dtype]:
         return None
@@ -274,7 +275,7 @@ def refusal(layer: nn.Module, batch: int) -> Result | None:
     """The result of a layer that its implementation does not support; None if it does."""
     try:
         reason = recurrence.why_unsupported(layer.implementation, abstract_problem(layer, batch))
-    except Exception as error:  # of a compiler
+    except Exception as error:  # from a compiler
         return failure(error)
     return None if reason is None else {"outcome": "not supported", "problem": reason}
 
@@ -285,7 +286,7 @@ def refusal(layer: nn.Module, batch: int) -> Result | None:
 def check_case(
     case: Case, dtypes: Sequence[str], implementations: Sequence[str], repeats: int = REPEATS
 ) -> Iterator[Result]:
-    """Results of a case: before each run one with outcome `running`, then what came of it.
+    """Yields the results of a case, and before each run a result with outcome `running`.
 
     Ends early after a result with `is_fatal`: an implementation raised when it ran, which may have
     left the device unusable.
@@ -294,7 +295,7 @@ def check_case(
     names = ["reference", *implementations]
     layers = {(d, name): make_layer(case, name, DTYPES[d]) for d in dtypes for name in names}
     refused = {key: refusal(layer, case.batch) for key, layer in layers.items()}
-    # For a GPU, programs are compiled side by side; for a CPU, one alone takes all cores.
+    # GPU programs are compiled in parallel; for a CPU, one compilation uses all cores.
     workers = 1 if default_device().platform == "cpu" else None
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         expecting = pool.submit(expect, case, arrays)
@@ -321,7 +322,7 @@ def check_case(
                 program = programs[dtype, name].result()
                 try:
                     calls = [program(arrays) for _ in range(repeats)]
-                except Exception as error:  # of the kernel, or of the driver
+                except Exception as error:  # from the kernel, or from the driver
                     yield own | failure(error) | {"is_fatal": True}
                     return
                 yield own | compare(calls, expected, of_scan)
@@ -330,7 +331,7 @@ def check_case(
 def check_cases(
     cases: Mapping[str, Case], dtypes: Sequence[str], implementations: Sequence[str]
 ) -> Iterator[Result]:
-    """Results of all cases, as of `check_case`, with the case's name and sizes."""
+    """Yields the results of `check_case` for all cases, with the case's name and sizes."""
 
     def named(name: str, case: Case, result: Result) -> Result:
         sizes = {"case": name, "units": case.units, "batch": case.batch, "steps": case.steps}
@@ -351,12 +352,12 @@ def check_cases(
 
 
 def run(cases: Mapping[str, Case], small: bool, output: Path) -> int:
-    """Checks the default device; prints a line for each result and renews the file.
+    """Checks the default device; prints a line for each result and rewrites the file.
 
-    The file names all cases there are, and what was running if the process ended early.
+    The file names all existing cases, and the check that was running if the process ended early.
 
     Returns:
-      How many checks failed.
+      The number of failed checks.
     """
     reference_device()
     implementations = [name for name in recurrence.available() if name != "reference"]

@@ -1,7 +1,7 @@
-"""Measures what a device can do: matrix products, copies, and steps of an almost empty scan.
+"""Measures a device's rates of matrix products, copies, and steps of an almost empty scan.
 
 These rates limit a recurrence. Products are of square matrices. A copy reads and writes an array
-larger than any cache. A scan step does next to nothing: its time is XLA's cost of starting a step.
+larger than any cache. A scan step does almost nothing: its time is XLA's cost of starting a step.
 """
 
 import functools
@@ -72,7 +72,7 @@ def run(small: bool, output: Path) -> None:
 
 
 def measure(rate: Rate) -> dict[str, Any]:
-    """Amounts a second, in each round."""
+    """The amount of work per second, in each round."""
 
     def once() -> None:
         jax.block_until_ready(rate.run())

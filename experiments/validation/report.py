@@ -1,4 +1,4 @@
-"""The report of a validation, in Markdown: verdicts, and the results they rest on."""
+"""The report of a validation, in Markdown: verdicts, and the results behind them."""
 
 import collections
 from typing import Any
@@ -15,7 +15,7 @@ def page(findings: Findings, steps: list[tuple[str, str, str]], command: str) ->
     """The report.
 
     Args:
-      findings: what the steps have written.
+      findings: the results of the steps.
       steps: name, outcome and seconds of each.
       command: the command line.
     """
@@ -50,7 +50,7 @@ def page(findings: Findings, steps: list[tuple[str, str, str]], command: str) ->
 
 
 def sentence(name: str, verdict: Verdict, device: str, is_rehearsal: bool = False) -> str:
-    """A verdict in words, with the line to enter for it."""
+    """A verdict in words, with its line for `VALIDATED_UNITS`."""
     if is_rehearsal:
         lines = [f"`{name}` ran with small layers: a rehearsal, which validates nothing."]
     elif not verdict.units:
@@ -69,7 +69,7 @@ def sentence(name: str, verdict: Verdict, device: str, is_rehearsal: bool = Fals
 
 
 def table_line(units: int, device: str) -> str:
-    """The line of a verdict in `VALIDATED_UNITS`, which `auto` reads, if it is to change."""
+    """A sentence that compares `VALIDATED_UNITS`, which `auto` reads, with a verdict."""
     now = VALIDATED_UNITS.get(device, 0)
     if now == units:
         return "`VALIDATED_UNITS` has that value."

@@ -1,8 +1,8 @@
 """Trains one model by several implementations side by side, and compares their losses.
 
-All runs have the same seed and batches. Losses are compared with those of the first run. A second
+All runs have the same seed and batches. Losses are compared with the first run's losses. A second
 run of the first implementation starts from parameters that are each moved by one rounding, 2^-23 of
-their value: implementations that differ by rounding only stay about as close as these two.
+their value. Implementations that differ only by rounding stay about as close as these two runs.
 """
 
 import time
@@ -37,10 +37,10 @@ def run(
 
     Args:
       base: the config of one model.
-      title: what the report calls it.
+      title: its name in the report.
       implementations: of the recurrence.
-      updates: most updates of each run.
-      seconds: training ends after so long.
+      updates: maximum number of updates of each run.
+      seconds: time limit of training.
       output: JSON file of all losses.
     """
     configs.check(base)
@@ -90,13 +90,13 @@ def moved(params: Any) -> Any:
 
 
 def differences(losses: dict[str, list[float]]) -> dict[str, np.ndarray]:
-    """How far the losses of each other run are from the first run's, `[updates]`."""
+    """Absolute differences between each other run's losses and the first run's, `[updates]`."""
     (_, first), *others = losses.items()
     return {name: np.abs(np.subtract(values, first)) for name, values in others}
 
 
 def table(losses: dict[str, list[float]]) -> str:
-    """A line for each run but the first: its largest difference in the first so many updates."""
+    """A row for each run but the first: the largest difference within the first `SPANS` updates."""
     updates = len(next(iter(losses.values())))
     spans = [n for n in SPANS if n < updates] + [updates]
     rows = [

@@ -1,4 +1,4 @@
-"""What the steps of a validation found of each kernel, and what follows from it."""
+"""The verdict on each kernel, from the results of a validation's steps."""
 
 import itertools
 from pathlib import Path
@@ -11,19 +11,19 @@ from experiments.runtime import files
 
 SHARES = {"rates": 2, "check": 5, "benchmark": 6, "training": 4}  # of the time, by step
 SLOWER = 0.95  # a kernel is slower if `xla` takes less than this part of the kernel's time
-SHORTEST_TRAINING = 200  # updates: earlier, rounding alone moves losses as far as they fall
-LEAST_GAIN = 0.8  # of what the loss of `xla` falls by
+SHORTEST_TRAINING = 200  # updates; before, rounding alone moves losses as far as they fall
+LEAST_GAIN = 0.8  # of the loss decrease of `xla`
 
 Findings = dict[str, dict[str, Any]]  # the content of the steps' files, by step
 
 
 class Verdict(NamedTuple):
-    """What was found of a kernel.
+    """The verdict on a kernel.
 
     Attributes:
       units: hidden units up to which it is validated; 0 if it is not.
       problems: what failed.
-      missing: what was not run to its end.
+      missing: parts of the validation that did not run to their end.
     """
 
     units: int
@@ -34,13 +34,13 @@ class Verdict(NamedTuple):
 def read(folder: Path) -> Findings:
     """The results of steps in a folder that are of one device and one version of the library.
 
-    Those of the check decide which; without a check, those of the first step that has results.
+    The check's results decide which; without a check, the first step with results decides.
     """
     paths = {step: folder / f"{step}.json" for step in SHARES}
     found = {step: files.read_json(path) for step, path in paths.items() if path.exists()}
 
     def origin(record: dict[str, Any]) -> tuple[str, str | None]:
-        # Earlier records have the commit alone.
+        # Earlier records have only the commit.
         return record["machine"]["device"], record.get("library", record["commit"])
 
     if not found:
@@ -55,9 +55,9 @@ def kernels(platform: str) -> list[str]:
 
 
 def checks(findings: Findings, name: str, outcome: str) -> list[dict[str, Any]]:
-    """The checks of an implementation with an outcome.
+    """The checks of an implementation that have the given outcome.
 
-    One that was running when its process ended has failed.
+    A check that was running when its process ended has failed.
     """
     check = findings.get("check", {})
     results = list(check.get("results", []))
@@ -68,7 +68,7 @@ def checks(findings: Findings, name: str, outcome: str) -> list[dict[str, Any]]:
 
 
 def sound(findings: Findings, platform: str) -> list[str]:
-    """`xla`, and the kernels of a platform. Checks, once there are any, leave out what failed."""
+    """`xla` and the platform's kernels; if there are checks, only kernels that passed them."""
     names = kernels(platform)
     if "check" in findings:
         names = [n for n in names if checks(findings, n, "passed")]
@@ -82,7 +82,7 @@ def medians(result: dict[str, Any]) -> dict[str, float]:
 
 
 def speedups(findings: Findings, name: str) -> dict[tuple[str, str], float]:
-    """By size and dtype: how many times as long an update of BN-LSTM takes by `xla`."""
+    """By size and dtype: the time of a BN-LSTM update by `xla`, divided by the kernel's time."""
     found = {}
     for result in findings.get("benchmark", {}).get("results", []):
         times = medians(result)
@@ -93,7 +93,7 @@ def speedups(findings: Findings, name: str) -> dict[tuple[str, str], float]:
 
 
 def gains(findings: Findings) -> dict[str, float]:
-    """How far the training loss fell from its first tenth to its last, by run, if long enough."""
+    """The fall of the training loss from its first tenth to its last, by run, if long enough."""
     losses = findings.get("training", {}).get("losses", {})
     found = {}
     for name, values in losses.items():
@@ -104,7 +104,7 @@ def gains(findings: Findings) -> dict[str, float]:
 
 
 def limits(findings: Findings, name: str) -> list[tuple[int, str]]:
-    """Numbers of hidden units from which on a kernel is not validated, and why."""
+    """Numbers of hidden units at and above which a kernel is not validated, with the reason."""
     found = [
         (each["units"], f"{each['case']}, {each['dtype']}: {each['problem']}")
         for each in checks(findings, name, "failed")
@@ -122,7 +122,7 @@ def limits(findings: Findings, name: str) -> list[tuple[int, str]]:
 
 
 def missing(findings: Findings, name: str, units: int) -> list[str]:
-    """What of a kernel's validation up to so many units was not run, or not to its end."""
+    """Parts of a kernel's validation up to `units` units that did not run to their end."""
     found = []
     if check := findings.get("check"):
         done = [(r["case"], r["dtype"]) for r in check["results"] if r["implementation"] == name]

@@ -1,4 +1,4 @@
-// Runs the CPU kernel's passes on small random problems, to be compiled with a sanitizer.
+// Runs the CPU kernel's passes on small random problems. Compile it with a sanitizer.
 
 #include <cstdio>
 #include <deque>
@@ -7,7 +7,7 @@
 
 namespace {
 
-// Arrays of a problem, of exactly their size: what lies beyond is an error.
+// The arrays of a problem, each of its exact size: the sanitizer finds any access past its end.
 class Arrays {
  public:
   float* make(int64_t size) {

@@ -1,7 +1,7 @@
 """LSTM and BN-LSTM against arrays that the authors' released code computed.
 
-The arrays are in tests/data/authors. All is in double precision. The tests leave one thing out: the
-running statistics of the authors' baseline, which updates them and does not use them.
+The arrays are in tests/data/authors, in double precision. The tests leave out the running
+statistics of the authors' baseline, which updates them but does not use them.
 """
 
 import functools
@@ -18,7 +18,7 @@ from tests.authors import assert_agrees
 CASES = authors.read_cases("recurrence")
 UNITS = 5
 
-# The authors' names of terms, and of parameters. Their gates stand in the order g, f, i, o.
+# The authors' names of terms and parameters. Their gates have the order g, f, i, o.
 TERMS = {"recurrent": "a", "input": "b", "cell": "c"}
 PARAMETERS = {
     "input_kernel": "Wx",
@@ -66,7 +66,7 @@ def options(case):
     found = {"features": UNITS, "param_dtype": jnp.float64}
     if case not in BASELINE:
         found["use_running_average"] = case in INFERENCE
-        # The authors give the batch the weights 0.01 and 0.05.
+        # The authors weight the batch by 0.01 and 0.05.
         found["momentum"] = 0.99 if case.startswith("mnist") else 0.95
     return found
 
@@ -107,7 +107,7 @@ def run(case, implementation, symbols=False):
 def assert_gradients_agree(found, case):
     expected = parameters(case, "g")
     assert found.keys() == expected.keys()
-    if case in TRAINING:  # normalisation takes the initial hidden state away
+    if case in TRAINING:  # normalisation removes the initial hidden state
         name = "initial_hidden"
         authors.assert_only_rounding(found[name], expected.pop(name), name)
     for name, gradient in expected.items():
@@ -115,7 +115,7 @@ def assert_gradients_agree(found, case):
 
 
 def in_cases(cases):
-    """Runs a test for each of the cases, by each implementation."""
+    """Runs a test for each of the cases with each implementation."""
 
     def parametrize(test):
         test = pytest.mark.parametrize("implementation", ["xla", "reference"])(test)
@@ -166,7 +166,7 @@ def test_symbols_stand_for_the_authors_one_hot_vectors(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_cell_computes_the_authors_states_and_statistics_at_every_step(case):
-    """Layers return the last cell state alone. The others are compared here."""
+    """Layers return only the last cell state. This compares the states of all steps."""
     arrays, given, expected = CASES[case], statistics(case), statistics(case, "u")
     cell = (bnlstm_jax.LSTMCell if case in BASELINE else bnlstm_jax.BNLSTMCell)(**options(case))
 

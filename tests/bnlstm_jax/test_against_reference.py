@@ -24,8 +24,8 @@ from tests.reference import TERMS
 # 1 / sqrt(epsilon) = 316, and a handful of steps follow each other.
 VALUES = dict(rtol=1e-9, atol=1e-10)
 # Central differences: rounding gives about 1e-15 * 10 / 1e-6 = 1e-8, and up to 316 times that at
-# the first step, where rows that are all the same are normalised; the truncation error is h^2 / 6
-# times third derivatives that stay below 1e6 where variances are not small.
+# the first step, where equal rows are normalised. The truncation error is h^2 / 6 times third
+# derivatives, which stay below 1e6 where variances are not small.
 GRADIENTS = dict(rtol=1e-6, atol=2e-6)
 # Single precision: 316 * 6e-8 = 2e-5 where the variance vanishes, much less elsewhere.
 SINGLE = dict(rtol=2e-5, atol=2e-5)
@@ -45,10 +45,10 @@ class Case:
     time: int = 4
     inputs: int = 3
     features: int = 2
-    max_steps: int | None = None  # the same as time
+    max_steps: int | None = None  # None for `time`
     lengths: tuple[int, ...] | None = None
     train: bool = True
-    carry: bool = False  # the initial states are given, one for each row
+    carry: bool = False  # initial states are given, one for each row
     plain: bool = False  # LSTM in place of BNLSTM
     normalize: tuple[str, ...] = TERMS
     input_statistics: str = "per_step"
@@ -85,7 +85,7 @@ class Case:
         )
 
     def shapes(self):
-        """Shapes of the parameters and of the statistics that the layer has to have."""
+        """The expected shapes of the layer's parameters and statistics."""
         d, h = self.inputs, self.features
         params = {
             "input_kernel": (d, 4 * h),
@@ -105,7 +105,7 @@ class Case:
         return params, stats
 
     def draw(self, seed=0):
-        """Random values for everything that enters: a dict of float64 arrays, and the rest."""
+        """Random float64 arrays: parameters and inputs, statistics, and weights of the outputs."""
         rng = np.random.default_rng(seed)
         params, stats = self.shapes()
         values = {name: 0.7 * rng.normal(size=shape) for name, shape in params.items()}
@@ -159,7 +159,7 @@ def run_reference(case, values, stats, lengths=None, **options):
 
 @functools.cache
 def differentiated(layer, train):
-    """Value and gradient of the functional, with everything else the layer returns."""
+    """Value and gradient of the functional, and all that the layer returns."""
 
     def value(values, stats, weights, lengths):
         params, inputs, carry = split_values(values)
@@ -215,7 +215,7 @@ def check(case, change=None):
     values, stats, weights = case.draw()
     if change is not None:
         change(values)
-    # Most cases have the same shapes: one operation at a time, nearly nothing is left to compile.
+    # Most cases have the same shapes: without jit, they share nearly all compiled operations.
     eager = jax.disable_jit(case.usual_shapes)
     with jax.enable_x64(True), eager:
         *got, gradients = run_library(case, values, stats, weights)
@@ -229,8 +229,7 @@ def check(case, change=None):
 RAGGED = (4, 1, 3, 2, 1)
 # A step with two valid rows, one with one, one with none at all.
 SPARSE = (3, 1, 2, 1, 1)
-# A row without any valid step: with given initial states, as the learned one is meant to have no
-# gradient in training.
+# A row without any valid step, with given initial states.
 IDLE = dict(lengths=(2, 1, 0, 2, 1), carry=True)
 
 CASES = {
@@ -387,7 +386,7 @@ def test_training_beyond_the_initialising_sequence_is_refused():
 
 @pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
 def test_variables_may_be_numpy_arrays(train):
-    """As they come out of a restored checkpoint."""
+    """As in a restored checkpoint."""
     case = Case(train=train, lengths=RAGGED)
     values, stats, _ = jax.tree.map(np.float32, case.draw())
     params, inputs, _ = split_values(values)
@@ -409,7 +408,7 @@ CONSTANT = {"per step": {}, "sequence": {"input_statistics": "sequence"}}
 
 @pytest.mark.parametrize("options", CONSTANT.values(), ids=CONSTANT.keys())
 def test_columns_without_variance(options):
-    """An input that is constant everywhere, and columns of both terms that are always zero."""
+    """One input is constant, and one column of each of the two terms is always zero."""
 
     def change(values):
         values["inputs"][:, :, 1] = 3.0
@@ -423,8 +422,8 @@ def test_columns_without_variance(options):
 def test_rows_without_variance(options):
     """The same input in all rows: every term of every step has variance zero.
 
-    The derivative of N is 316 there, three times a step, so a change that is small enough for
-    finite differences does not exist; the gradients have to be finite.
+    The derivative of N is 316 there, three times a step, so no step is small enough for finite
+    differences. The test only checks that gradients are finite.
     """
     case = Case(**options)
     values, stats, weights = case.draw()
@@ -444,9 +443,9 @@ def test_rows_without_variance(options):
 def test_variance_far_from_the_origin_in_single_precision(options):
     """Values near 8192 that differ in the sixth digit: E[x^2] - E[x]^2 would lose them.
 
-    The kernel picks single inputs, and all of them are multiples of 2^-6, which single precision
-    holds up to 2^18: products, sums over all the sixteen positions and means are exact. So the
-    rest is up to the variance, and to the tolerance of a well-conditioned case.
+    The kernel is the identity, and inputs are multiples of 2^-6, which are exact in single
+    precision up to 2^18: products, sums over all the sixteen positions and means are exact. Only
+    the variance can lose digits, so the tolerance is that of a well-conditioned case.
     """
     case = Case(batch=4, inputs=12, features=3, momentum=0.0, **options)
     values, stats, _ = case.draw()
@@ -481,7 +480,7 @@ def test_variance_far_from_the_origin_in_single_precision(options):
     ids=["7 rows", "67 rows", "masks"],
 )
 def test_first_step_ignores_the_recurrent_term_exactly(batch, features, options):
-    """All rows start from the same state: N(h_0 W_h) is zero, not almost zero, bit for bit."""
+    """All rows start from the same state, so N(h_0 W_h) is exactly zero."""
     case = Case(batch=batch, time=1, features=features, **options)
     values, stats, _ = jax.tree.map(jnp.float32, case.draw())
     values["recurrent_kernel"] = 3.0 * values["recurrent_kernel"]
@@ -551,15 +550,15 @@ def test_single_precision(case):
     *got, gradients = run_library(case, values, stats, weights, param_dtype=jnp.float32)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((got, gradients)))
     assert_forward_equal(case, values, stats, got, **SINGLE)
-    # Derivatives of the vanishing recurrent term of the first step carry the factor 316 once
-    # more than the values.
+    # Derivatives of the first step's recurrent term, which vanishes, have the factor 316 once more
+    # than the values.
     expected = expected_gradients(case, values, stats, weights)
     assert_trees_close(gradients, expected, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("case", COARSE_CASES.values(), ids=COARSE_CASES.keys())
 def test_bfloat16_products(case):
-    """Only the factors of the products are rounded; the reference can do the same."""
+    """Only the factors of the products are rounded; the reference rounds the same."""
     values, stats, weights = case.draw()
     options = {"dtype": jnp.bfloat16, "param_dtype": jnp.float32}
     outputs, carry, updates, gradients = run_library(case, values, stats, weights, **options)
@@ -577,8 +576,8 @@ def test_bfloat16_products(case):
         after = reference.running_average(stats, found, case.momentum)
         assert_trees_close(updates, after, rtol=0.02, atol=0.02)
 
-    # With the same roundings in the reference the difference is that of single precision,
-    # as long as no state lies so close to a rounding boundary that it falls on either side.
+    # With the same roundings in the reference, only single precision differs, as long as no state
+    # is so close to a rounding boundary that the two round it to different sides.
     def rounded(x):
         return np.asarray(x, np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
 
@@ -587,7 +586,7 @@ def test_bfloat16_products(case):
     np.testing.assert_allclose(carry, same_carry, **SINGLE)
     np.testing.assert_allclose(outputs, same, rtol=2.0**-8, atol=SINGLE["atol"])
 
-    # Gradients see the roundings of both passes: a few per cent of each array's norm.
+    # Gradients have the roundings of both passes: a few per cent of each array's norm.
     for name, wanted in expected_gradients(case, values, stats, weights).items():
         error = np.linalg.norm(np.asarray(gradients[name], np.float64) - wanted)
         assert error <= 0.05 * np.linalg.norm(wanted) + 1e-3, name
@@ -696,7 +695,7 @@ def test_shards_share_their_statistics(case, implementation):
         assert_trees_close({**summed, **by_rows}, expected, **GRADIENTS)
 
         outside = jax.grad(lambda *args: gathered(*args)[0].sum(), argnums=(0, 1))
-        if implementation == "xla":  # see the field
+        if implementation == "xla":  # see `axis_name` of BNLSTM
             with pytest.raises(NameError, match="unbound axis name"):
                 outside(params, rows)
         else:

@@ -109,7 +109,7 @@ def test_lengths_of_few_bits(dtype):
 
 
 def test_the_initial_state_of_a_sequence_without_steps_has_a_gradient():
-    """It is that sequence's output; where the first step is normalised it has no effect."""
+    """That sequence outputs its initial state. In the others, normalisation removes it."""
     layer = BNLSTM(3, initial_hidden_init=nn.initializers.normal(0.5))
     x = jnp.asarray(draw(4, 5, 2))
     variables = initialize(layer, x)
@@ -137,7 +137,7 @@ UNMASKED = [False, ("input", "cell")]
 def test_gradient_of_the_initial_state_is_that_of_finite_differences(
     masked, lengths, pooled, implementation
 ):
-    """A sequence without steps, whose output is h0, moves the others' moments where it counts."""
+    """A sequence without steps outputs h0, and counts in the others' moments if not masked."""
     with jax.enable_x64(True):
         layer = BNLSTM(
             3,
@@ -157,7 +157,7 @@ def test_gradient_of_the_initial_state_is_that_of_finite_differences(
             return jnp.sum(weights * y)
 
         def gradient_of(function, hidden):
-            """With the batch in halves on two shards if `pooled`."""
+            """If `pooled`, with half of the batch on each of two shards."""
             arguments = x, weights, None if lengths is None else jnp.array(lengths)
             if not pooled:
                 return function(hidden, *arguments)
@@ -238,7 +238,7 @@ def test_parameters_of_16_bits_are_rounded_ones_of_32(kind, param_dtype):
         for layer, of_layer in ((narrow, variables), (wide, wide_variables))
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.float32)}
-    # Products of kernels in 16 bits with a float32 state are in float32: rounding alone differs.
+    # Products of kernels in 16 bits with a float32 state are in float32: only rounding differs.
     assert_equal(found, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -252,7 +252,7 @@ def test_float64_inputs_run_in_float64(kind, implementation):
         y, updated, gradients = training_results(layer, variables, x)
         assert y.dtype == jnp.float64
         dtypes = {leaf.dtype for leaf in jax.tree.leaves((updated, gradients))}
-        assert dtypes == {jnp.dtype(jnp.float32)}  # of what is kept
+        assert dtypes == {jnp.dtype(jnp.float32)}  # as the variables
         wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), variables)
         expected = training_results(kind(4, param_dtype=jnp.float64), wide, x)
         assert_equal(y, expected[0], rtol=1e-12)
@@ -426,7 +426,7 @@ PARTITIONED = {kind.__name__: kind for kind in (LSTM, BNLSTM, LNLSTM, LSTMCell, 
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("kind", PARTITIONED.values(), ids=PARTITIONED.keys())
 def test_initialisers_may_be_partitioned(kind, param_dtype):
-    """Sharding annotations of Flax stay with the parameters, which are those without them."""
+    """Flax's sharding annotations stay with the parameters and do not change their values."""
     initialiser = nn.initializers.lecun_normal()
     x, options = jnp.asarray(draw(3, 5, 2)), {}
     if kind.__name__.startswith("BN"):
@@ -571,7 +571,7 @@ def test_symbols_of_8_bits_may_be_fewer_than_the_vocabulary(implementation, voca
     np.testing.assert_array_equal(narrow, wide)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "cpu", "tpu"])  # gpu is in float32 alone
+@pytest.mark.parametrize("implementation", ["xla", "cpu", "tpu"])  # gpu computes only in float32
 def test_symbols_of_64_bits_do_not_wrap_around(implementation):
     with jax.enable_x64(True), emulation():
         layer = LSTM(4, vocab_size=6, implementation=implementation)
@@ -691,7 +691,7 @@ def assert_forward_over_reverse(gradient, params):
         for sign in (1, -1)
     )
     expected = jax.tree.map(lambda a, b: (a - b) / (2 * step), plus, minus)
-    # Off by step^2 of third derivatives, which are large, and by rounding / step.
+    # Errors: step^2 times third derivatives, which are large, and rounding / step.
     scale = max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(expected))
     assert_equal(found, expected, rtol=1e-4, atol=1e-6 * scale)
 

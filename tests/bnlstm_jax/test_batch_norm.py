@@ -108,7 +108,7 @@ def test_against_the_batch_norm_of_flax(masked):
 def test_rows_that_do_not_count_have_no_influence():
     variables, x, where = draw()
     other = np.where(where, x, np.float32(1e6))
-    # NaN may be what padding holds.
+    # Padding may hold NaN.
     nothing = np.where(where, x, np.float32(np.nan))
     results = [train(BatchNorm(), variables, values, where) for values in (x, other, nothing)]
     for y, updated in results[1:]:
@@ -137,7 +137,7 @@ def test_without_a_row_that_counts_all_is_finite_and_nothing_is_learned():
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_mapped_axis_pools_the_batch(masked):
     variables, x, where = draw()
-    where[0] = False  # a shard without any row
+    where[0] = False  # a shard without a row that counts
     where = where if masked else None
     weights = np.random.default_rng(1).normal(size=x.shape)
 

@@ -1,4 +1,4 @@
-"""Native sources are compiled once, whatever happens meanwhile."""
+"""Native sources are compiled once; failures are reported and leave no library."""
 
 import functools
 from pathlib import Path
@@ -15,7 +15,7 @@ BUILD = """
 
 
 def fake_compiler(folder, compile):
-    """A compiler that, asked for an output, runs a shell command with its path as `$output`."""
+    """A compiler that runs a shell command, with the path given by `-o` as `$output`."""
     path = folder / "compiler"
     path.write_text(
         '#!/bin/sh\nfor word; do [ "$before" = -o ] && output="$word"; before="$word"; done\n'

@@ -1,7 +1,7 @@
-"""The recurrence in C++ for CPUs, against the plain scan; its threads; what is left to others.
+"""The CPU kernel: against the plain scan, its threads, and what it does not support.
 
-test_implementations.py compares all that a layer returns, and all gradients, in all modes. Here are
-sizes that no vector divides, and what is particular to it.
+test_implementations.py compares all outputs and gradients of a layer in all modes. These tests are
+for sizes that are no multiple of a vector, and for what only this kernel has.
 """
 
 import subprocess
@@ -33,12 +33,12 @@ def on_a_cpu():
 
 
 def compare(rtol=1e-4, **options):
-    """All that a layer returns, and all gradients, to those of the plain scan in float64.
+    """Compares all outputs and gradients of a layer with those of the plain scan in float64.
 
-    A unit of float32 is 6e-8. A normalisation with little variance multiplies it by up to 10, and
+    Float32 rounds by 6e-8. A normalisation with little variance multiplies this by up to 10, and
     steps follow each other.
     """
-    zeros = nn.initializers.zeros  # `run` adds the same to parameters of any dtype
+    zeros = nn.initializers.zeros  # `run` adds the same values to parameters of any dtype
     options |= {"input_kernel_init": zeros, "recurrent_kernel_init": zeros}
     if not options.get("plain"):
         options.setdefault("epsilon", 0.01)
@@ -115,7 +115,7 @@ def test_equal_for_any_shapes_and_options(data):
 
 
 def inference(layer, x, first_step=None, lengths=None):
-    """A layer with random parameters and statistics, its outputs and their gradients."""
+    """A function from variables to a loss and the outputs, and random variables."""
     random = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), x, use_running_average=True))
     variables = jax.tree.map(
@@ -172,7 +172,7 @@ def test_given_statistics_have_the_gradients_of_the_plain_scan():
 
 def test_unknown_symbols_give_nan_in_their_sequences_alone():
     x = jnp.asarray([[0, 1, 2], [0, 3, 1], [0, -1, 2], [1, 1, 1], [2, 2, 2]])
-    for rows in (5, 3):  # of a batch in rows, and of few sequences
+    for rows in (5, 3):  # a batch, and few sequences, which the kernel runs by other code
         layer = LSTM(7, vocab_size=3, implementation="cpu")
         value, variables = inference(layer, x[:rows])
         unknown = np.isnan(value(variables)[1]).any((1, 2))
@@ -183,7 +183,7 @@ def test_unknown_symbols_give_nan_in_their_sequences_alone():
 
 
 def test_tanh_has_the_error_that_is_stated():
-    """A cell is kept, and squashed: h = tanh(c), for gates that are open or shut."""
+    """With f and o open and i shut, the cell state is kept and h = tanh(c)."""
     c = np.concatenate([np.linspace(-12, 12, 20001), 10.0 ** np.arange(-30, 3), [np.inf, np.nan]])
     c = jnp.asarray(c[:, None], jnp.float32)
     layer = LSTM(1, implementation="cpu", initial_hidden_init=nn.initializers.zeros)
@@ -197,7 +197,7 @@ def test_tanh_has_the_error_that_is_stated():
 
 
 def test_statistics_are_as_exact_as_those_of_xla():
-    """Two passes from a first row: a spread of 1 around 1,000, in float32."""
+    """Statistics of values with standard deviation 1 around 1,000, in float32."""
     random = np.random.default_rng(0)
     x = jnp.asarray(1000 + random.normal(size=(129, 2, 1)), jnp.float32)
     errors = {}
@@ -227,7 +227,7 @@ def test_results_have_the_same_bits_for_any_number_of_threads(monkeypatch):
 
 
 def test_inference_has_the_same_bits_for_any_number_of_threads(monkeypatch):
-    """Of so many units that a product is made in blocks, whose length depends on the thread's."""
+    """With enough units that products run in blocks, whose length depends on the thread's units."""
     layer = LSTM(600, implementation="cpu")
     x = np.random.default_rng(0).normal(size=(1, 5, 3)).astype(np.float32)
     variables = layer.init(jax.random.key(0), x)
@@ -282,7 +282,7 @@ def test_an_infinite_input_spoils_gradients_of_its_own_kernel_row_alone():
 
 
 def symbols_and_loss(layer, shape):
-    """Symbols below 6, variables, and a function of parameters to be differentiated."""
+    """Parameters of a layer, and a loss as a function of them, on random symbols below 6."""
     symbols = jnp.asarray(np.random.default_rng(0).integers(0, 6, shape))
     variables = layer.init(jax.random.key(0), symbols, use_running_average=True)
 
@@ -300,7 +300,7 @@ def symbols_and_loss(layer, shape):
 
 @pytest.mark.parametrize("kind", [LSTM, BNLSTM])
 def test_symbols_are_differentiated_in_several_programs(kind):
-    """Empty arrays then leave a program, at which XLA's compiler divided by zero."""
+    """Programs then return empty arrays, for which XLA's compiler divided by zero."""
     params, loss = symbols_and_loss(kind(5, vocab_size=6, implementation="cpu"), (3, 4))
     expected = jax.jit(jax.grad(loss))(params)
     for function in (loss, jax.jit(loss), jax.checkpoint(loss)):
@@ -310,7 +310,7 @@ def test_symbols_are_differentiated_in_several_programs(kind):
 
 @pytest.mark.parametrize("kind", [LSTM, BNLSTM])
 def test_few_symbols_of_a_large_vocabulary(kind):
-    """Their rows are looked up before the kernel, which would pack the whole table."""
+    """Their rows are looked up before the kernel runs, because it would pack the whole table."""
     found = []
     for implementation in ("cpu", "xla"):
         layer = kind(5, vocab_size=1000, implementation=implementation)
@@ -451,7 +451,7 @@ def test_is_compiled_for_one_process_where_the_cache_cannot_be_written(tmp_path)
 @pytest.mark.long
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_sanitizers_find_nothing(sanitizer, tmp_path, monkeypatch):
-    """Reads and writes beyond an array, and of threads that do not wait for each other."""
+    """They look for reads and writes out of bounds, and for data races of threads."""
     program = tmp_path / "run_cpu_kernel"
     source = Path(__file__).with_name("run_cpu_kernel.cc")
     options = ["-std=c++17", "-O1", "-g", "-w", "-pthread", f"-fsanitize={sanitizer}"]

@@ -1,4 +1,4 @@
-"""CUDA's kernel, emulated where there is no GPU: sizes, dtypes, statistics, and how it is built.
+"""The CUDA kernel, emulated without a GPU: sizes, dtypes, statistics, and compilation.
 
 Gradients of all kinds of layers are compared in test_implementations.py. On a machine with an
 NVIDIA GPU the same tests run on it.
@@ -28,7 +28,7 @@ BOTH = ("recurrent", "cell")
 
 @pytest.fixture(autouse=True)
 def full_precision():
-    """Of products outside of the kernel, which on GPUs take less by default."""
+    """For products outside of the kernel: GPUs use less precision by default."""
     with jax.default_matmul_precision("highest"), emulation():
         yield
 
@@ -92,8 +92,8 @@ def compare(
 
     found = results(by_kernel, arguments, weights)
     expected = results(by_scan, arguments, weights)
-    # Float32, 6e-8; a normalisation multiplies rounding by up to 316. Backward, operands of
-    # bfloat16 are rounded (2^-9) at other places.
+    # Float32 rounds by 6e-8, and a normalisation multiplies this by up to 316. In the backward
+    # passes, operands are rounded to bfloat16 (2^-9) at different places.
     rtol, atol = (1e-4, 1e-5) if dtype is None else (0.02, 0.02)
 
     def close(ours, theirs):
@@ -103,8 +103,7 @@ def compare(
     jax.tree.map(close, found, expected)
 
 
-# Units are shared out 4 or 8 to a block, sequences 32 to a warp; a product is fetched in chunks of
-# 128 rows, several of them backward from 33 units on.
+# A block has 2, 4 or 8 units, and a batch is padded to 32, 64 or 128 sequences.
 SIZES = [(4, 32, 3), (5, 7, 3), (9, 33, 2), (3, 100, 2), (6, 128, 2), (4, 1, 2), (6, 5, 1)]
 
 
@@ -115,7 +114,7 @@ def test_sizes(units, batch, steps):
 
 @pytest.mark.parametrize("block", [4, 8])
 def test_units_of_a_block(block):
-    # Few rows may be nearly alike: a large epsilon keeps rounding from being multiplied.
+    # Few rows may be nearly equal: a large epsilon keeps their rounding errors small.
     compare(10, 5, 3, block=block, lengths=(3, 1, 2, 0, 3), epsilon=0.01)
 
 
@@ -147,7 +146,7 @@ def test_sizes_of_the_paper(units, batch, steps):
 
 @pytest.mark.parametrize("batch", [3, 100])
 def test_what_all_examples_share_is_normalised_to_exactly_zero(batch):
-    """The first recurrent term, of one initial hidden state for all."""
+    """The first recurrent term, if all examples have the same initial hidden state."""
     (kernel, params, (c, h), inputs), _ = draw(0, 5, batch, 1, BOTH, False)
 
     def hidden(h):
@@ -188,7 +187,7 @@ def test_many_units(units, batch, steps, dtype):
 
 
 def test_keeps_states_and_recurrent_terms_alone():
-    """For the backward pass: h, c and one row of `[batch, 4H]` a step."""
+    """The residuals of each step are h, c and the recurrent term `[batch, 4H]`."""
     layer = bnlstm_jax.BNLSTM(16, max_steps=10, use_running_average=False, implementation="gpu")
     x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 10, 1)), jnp.float32)
     variables = layer.init(jax.random.key(0), x)
@@ -249,7 +248,7 @@ FITTING = {  # the paper's sizes, on an H200
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="emulates one GPU's sizes")
 @pytest.mark.parametrize("units, batch, dtype, fits", FITTING.values(), ids=FITTING.keys())
 def test_tells_what_fits(units, batch, dtype, fits):
-    """What blocks keep is to fit their shared memory, and all of them the device at once."""
+    """A block's arrays must fit its shared memory, and all blocks the device at once."""
     problem = abstract_problem(bnlstm_jax.BNLSTM(units, dtype=dtype), batch)
     assert (cuda.why_unsupported(problem) is None) == fits
 
@@ -272,7 +271,7 @@ def test_a_smaller_gpu_fits_fewer_units():
 @pytest.mark.long
 @pytest.mark.parametrize("architecture", ["80", "86", "89", "90", "100", "120"])
 def test_compiles_for_other_gpus(architecture, tmp_path):
-    """With nearly all values in registers."""
+    """With nearly all values in registers, which the compiler reports."""
     try:
         command = build.nvcc_command(cuda.SOURCE, architecture)
     except RuntimeError as error:
@@ -285,5 +284,5 @@ def test_compiles_for_other_gpus(architecture, tmp_path):
     spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", done.stderr)]
     # Both passes and dtypes; 2, 4 and 8 units of a block; 32, 64 and 128 sequences.
     assert len(registers) == len(spilled) == 36
-    # Blocks of 512 threads have 128 registers a thread: some are written to memory there.
+    # Blocks of 512 threads have 128 registers a thread, so they spill some values to memory.
     assert max(registers) <= 255 and max(spilled) <= 160

@@ -1,6 +1,6 @@
-"""Variables and outputs of an earlier version, in tests/data: this one reproduces them.
+"""The library reproduces the variables and outputs of an earlier version, in tests/data.
 
-The files were written by this file's functions, on a CPU, before the library was rearranged.
+`write` wrote these files with the earlier version, on a CPU.
 """
 
 import functools
@@ -17,7 +17,7 @@ from experiments.models.attentive_reader import FORMS, AttentiveReader, Quirks
 
 DATA = Path(__file__).parents[1] / "data" / "earlier_version"
 RESTORED = ("bn_lstm", "lstm", "reader_lstm")  # the modules with variables in the checkpoint
-# Float64 (1e-16), of which each normalisation of a batch of four multiplies rounding by up to 316.
+# Float64 rounds by 1e-16. Each normalisation of a batch of four multiplies this by up to 316.
 CLOSE = dict(rtol=1e-9, atol=1e-12)
 CLOSE_AT_FIRST = dict(rtol=1e-4, atol=1e-6)  # float32
 
@@ -55,7 +55,7 @@ def initialized(name):
 
 
 def randomized(name):
-    """Variables in float32, that do not depend on how a processor rounds initial ones."""
+    """Random float32 variables, which do not depend on how a processor rounds."""
     random = np.random.default_rng(1)
 
     def draw(path, leaf):
@@ -81,7 +81,7 @@ def flat(tree):
 def computed(name, variables):
     """Outputs in training and at inference, updated statistics, and the gradient, flat.
 
-    In float64, so that implementations and compilers differ in the last digits alone.
+    In float64, so that implementations and compilers differ only in the last digits.
     """
     module, inputs, options = modules()[name]
     module = module.clone(param_dtype=jnp.float64)

@@ -1,6 +1,6 @@
-"""The implementations of a layer against each other: all of them, and the plain scan.
+"""Each implementation of a layer against the plain scan, `reference`.
 
-The TPU's kernel is interpreted here, and CUDA's emulated where there is no GPU; see also
+The TPU kernel is interpreted, and the CUDA kernel emulated without a GPU. See also
 test_pallas_tpu.py, test_cuda_gpu.py and test_cpu.py.
 """
 
@@ -63,7 +63,7 @@ def run(
     integers=False,
     **options,
 ):
-    """Outputs, carry, statistics and all gradients of a layer with random weights on all of it."""
+    """Carry, outputs, statistics and all gradients of a layer, of a loss with random weights."""
     kind = bnlstm_jax.LSTM if plain else bnlstm_jax.BNLSTM
     layer = kind(features, implementation=implementation, return_carry=True, **options)
     random = np.random.default_rng(0)
@@ -106,7 +106,7 @@ def by_plain_scan(case):
     return run("reference", param_dtype=jnp.float64, **CASES[case])
 
 
-# What is interpreted takes long: in the short suite what differs within the kernel.
+# Interpreted kernels are slow: the short suite has only cases that differ within the kernel.
 IN_KERNEL = (
     "one step",
     "symbols",
@@ -126,8 +126,8 @@ def test_equal_in_everything(name, case):
     with jax.enable_x64(True):
         found = run(name, param_dtype=jnp.float64, **CASES[case])
         expected = by_plain_scan(case)
-    # Float64 but for inputs; six steps, each of which a normalisation with little variance can
-    # multiply rounding by up to 316.
+    # All but the inputs is float64. In each of six steps, a normalisation with little variance can
+    # multiply rounding errors by up to 316.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), found, expected
     )
@@ -141,7 +141,7 @@ NATIVE = [("cpu", case) for case in CASES] + [
 
 @pytest.mark.parametrize("name, case", NATIVE)
 def test_native_kernels_are_equal_in_everything(name, case):
-    """In float32, which is all they have."""
+    """In float32, because the kernels do not support float64."""
     if name == "cpu" and jax.default_backend() != "cpu":
         pytest.skip("the kernel is for CPUs")
     options = CASES[case]
@@ -150,8 +150,8 @@ def test_native_kernels_are_equal_in_everything(name, case):
     with jax.default_matmul_precision("highest"):
         found, expected = (run(each, **options) for each in (name, "reference"))
 
-    # A unit of float32 is 6e-8, which each of six normalisations of rows that are nearly alike
-    # multiplies by up to 10, and by 316 with the layer's own epsilon, 1e-5.
+    # Float32 rounds by 6e-8. Each of six normalisations of nearly equal rows multiplies this by up
+    # to 10; with the default epsilon, 1e-5, it would be 316.
     def close(ours, theirs):
         np.testing.assert_allclose(
             ours, theirs, rtol=1e-4, atol=1e-5 * max(1, np.abs(theirs).max())
@@ -182,11 +182,11 @@ def test_equal_in_mixed_precision(name, options):
 
     (_, (carry, outputs, statistics)), gradients = found
     (_, (their_carry, their_outputs, their_statistics)), their_gradients = expected
-    # Forward the same products of bfloat16 operands; sums, statistics and state are float32.
+    # Forward, products have the same bfloat16 operands; sums, statistics and state are float32.
     compare((carry, statistics), (their_carry, their_statistics), 1e-5)
     compare(outputs, their_outputs, 2**-8)  # of bfloat16
-    # Backward, operands are rounded to bfloat16 (2^-9) at other places: the plain scan's gradients
-    # of kernels at each of six steps, the default's once.
+    # Backward, operands are rounded to bfloat16 (2^-9) at different places. The plain scan rounds
+    # in the gradients of kernels at each of six steps, the others once.
     compare(gradients, their_gradients, 0.02)
 
 
@@ -272,7 +272,7 @@ def chosen(layer, batch=1):
 
 @pytest.fixture
 def gpu_kernel_is_for_this_device(monkeypatch):
-    """As if the kernel for GPUs were for the device of the tests, and validated there."""
+    """Declares the GPU kernel to be for the device of the tests, and validated on it."""
     device = jax.devices()[0]
     kernels = {name: recurrence.IMPLEMENTATIONS[name] for name in ("xla", "gpu")}
     kernels["gpu"] = kernels["gpu"]._replace(platform=device.platform)

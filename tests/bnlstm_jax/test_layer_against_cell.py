@@ -1,7 +1,6 @@
-"""The layers against their cells run by flax: flax.linen.RNN, flax.linen.scan, Bidirectional.
+"""The layers against their cells in Flax: flax.linen.RNN, flax.linen.scan, Bidirectional.
 
-Without masks all three are the same recurrence with the same parameters. The layer multiplies
-all inputs by their kernel at once and the cell one step at a time, so they agree up to rounding.
+Without masks all three are the same recurrence with the same parameters, and agree up to rounding.
 """
 
 import functools
@@ -24,7 +23,7 @@ SUBSETS = {"LSTM": None, "all": TERMS, "no cell": TERMS[:2], "recurrent": TERMS[
 # Single precision with values of order one: a few roundings of 6e-8, through four steps of
 # normalisation by standard deviations that are not small.
 SINGLE = dict(rtol=5e-6, atol=5e-6)
-# Double precision. The cell cannot know that its first state is the same for all rows, and takes
+# Double precision. The cell does not know that its first state is the same for all rows, and takes
 # the derivative of N at variance zero: 1e-16 * 316^2 at worst.
 DOUBLE = dict(rtol=1e-9, atol=1e-10)
 
@@ -124,7 +123,7 @@ def runner(kind, normalize, train, param_dtype):
         if kind == "rnn":
             variables = {name: {"cell": leaves} for name, leaves in variables.items()}
         if kind == "scan":
-            if carry is None:  # what flax.linen.RNN asks its cell for
+            if carry is None:  # as flax.linen.RNN gets it from its cell
                 start = params["initial_cell"], params["initial_hidden"]
                 carry = tuple(jnp.tile(state, (BATCH, 1)) for state in start)
             result, updates = module.apply(variables, carry, inputs, mutable=["batch_stats"])
@@ -160,7 +159,7 @@ RUNS = {
 def test_layer_rnn_and_scan_agree(normalize, train, given):
     params, stats, inputs, weights = draw(normalize)
     arguments = params, inputs, random_carry() if given else None, stats, weights
-    # One operation at a time, all of the same shapes: nearly nothing to compile.
+    # All shapes are the same: without jit, runs share nearly all compiled operations.
     with jax.enable_x64(True), jax.disable_jit():
         arguments = jax.tree.map(jnp.asarray, arguments)
         (_, layer), gradients = runner("layer", normalize, train, jnp.float64)(*arguments)
@@ -234,7 +233,7 @@ def test_one_step_of_the_cell_against_the_reference(normalize, train):
 @pytest.mark.parametrize("normalize", [None, TERMS], ids=["LSTM", "BN-LSTM"])
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "masks"])
 def test_return_carry_and_continuation(normalize, masked):
-    """The returned carry is the last valid state: a second call can go on from it."""
+    """The returned carry is the last valid state, from which a second call can continue."""
     params, stats, inputs, _ = draw(normalize)
     with jax.enable_x64(True), jax.disable_jit():
         check_continuation(normalize, masked, params, stats, inputs)
@@ -254,7 +253,7 @@ def check_continuation(normalize, masked, params, stats, inputs):
     for b, n in enumerate(lengths):
         final = outputs[b, n - 1] if n else carry[1][b]
         np.testing.assert_array_equal(last[1][b], final)
-        # The state is held from there on.
+        # The state does not change after that.
         np.testing.assert_array_equal(outputs[b, n:], np.tile(final, (TIME - n, 1)))
 
     # Step by step through layers of one step each, with the statistics of that step.

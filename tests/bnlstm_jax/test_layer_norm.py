@@ -1,4 +1,4 @@
-"""The layer-normalised LSTM against the NumPy loop, Flax, and what makes it one."""
+"""The layer-normalised LSTM: against the NumPy loop and Flax, and its own properties."""
 
 import flax.linen as nn
 import jax
@@ -38,7 +38,7 @@ def draw(terms=TERMS, seed=0):
 
 
 def test_input_epsilon_is_that_of_the_input_term():
-    """So large a one leaves nothing of that term."""
+    """A very large epsilon removes that term."""
     with jax.enable_x64(True):
         params, inputs, _ = draw()
         fields = {"variant": Variant(input_epsilon=1e30), "param_dtype": jnp.float64}
@@ -113,7 +113,7 @@ def test_parameters_and_nothing_to_keep():
 
 
 def test_examples_do_not_know_of_each_other():
-    """An example alone has the outputs it has in a batch, whatever is said of statistics."""
+    """An example has the same outputs alone and in a batch, whatever `use_running_average` is."""
     params, inputs, _ = draw()
     with jax.enable_x64(True):
         layer = make_layer()
@@ -133,7 +133,7 @@ def test_transform_equals_flax():
 
 
 def test_statistics_are_accurate_far_from_zero():
-    """In one pass the variance of these would be lost: 1e4 squared leaves float32 no digit of 1."""
+    """One pass would lose the variance of these: 1e4 squared leaves float32 no digit of 1."""
     x = 1e4 + np.random.default_rng(0).normal(size=(4, 64))
     found = layer_normalize(jnp.asarray(x, jnp.float32), jnp.ones(64), 0.0)
     rounded = np.float64(np.float32(x))
@@ -162,7 +162,7 @@ def test_half_precision_products_have_float32_statistics():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8)) + 100, jnp.bfloat16)
     found = layer_normalize(x, jnp.ones(8), 1e-5)
     assert found.dtype == jnp.float32
-    # Of the values as bfloat16 has them, no further digits may be lost.
+    # Compared with the exact result for the bfloat16 values: no further digits may be lost.
     exact = np.float64(np.asarray(x, np.float32))
     deviation = exact - exact.mean(-1, keepdims=True)
     expected = deviation / np.sqrt((deviation**2).mean(-1, keepdims=True) + 1e-5)

@@ -16,7 +16,7 @@ IDS = [type(layer).__name__ for layer in LAYERS]
 
 
 def converted(layer):
-    """The layer as a module of NNX, and its variables as those of Linen."""
+    """The layer as an NNX module, and its variables in Linen's format."""
     module = nnx.bridge.ToNNX(layer, rngs=nnx.Rngs(0)).lazy_init(X, use_running_average=True)
     kinds = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
     states = {name: nnx.to_pure_dict(nnx.state(module, kind)) for name, kind in kinds.items()}
@@ -51,7 +51,7 @@ def test_training_gives_outputs_statistics_and_gradients_of_linen(layer):
 
 
 class Stacked(nnx.Module):
-    """Two layers and a read-out, as one would write them in NNX."""
+    """Two layers and a read-out, written as a user of NNX would."""
 
     def __init__(self, rngs):
         first, second = nn.RNN(nn.LSTMCell(4)), BNLSTM(4, max_steps=5)

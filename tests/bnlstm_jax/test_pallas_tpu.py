@@ -1,4 +1,4 @@
-"""The TPU's kernel, interpreted: its scan against JAX's, and layers against the plain scan.
+"""The TPU kernel, interpreted: its scan against JAX's, and layers against `xla`.
 
 Gradients of all kinds of layers are compared in test_implementations.py.
 """
@@ -148,7 +148,7 @@ def products(value, in_kernel=False):
 @pytest.mark.parametrize("precision", [None, "bfloat16", "high", "highest"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_products_have_a_precision_that_a_tpu_has(dtype, precision):
-    """Mosaic has no other for operands of 16 bits, and `highest` beside it for those of 32."""
+    """Mosaic supports the default for all operands, and `highest` only for 32-bit operands."""
     both, arguments = training_and_inference(bnlstm_jax.LSTM, {"dtype": dtype}, inputs=3)
     with jax.default_matmul_precision(precision):
         found = list(products(jax.make_jaxpr(both)(*arguments)))
@@ -170,9 +170,9 @@ COMPILED = {  # at the paper's sizes
 @pytest.mark.parametrize("chip", ["v5e:2x2", "v6e:2x2"])
 @pytest.mark.parametrize("options, sizes", COMPILED.values(), ids=COMPILED.keys())
 def test_compiles_for_tpus_that_are_not_there(options, sizes, chip, monkeypatch):
-    """Within their vector memory."""
+    """The kernels fit the vector memory of these TPUs."""
     pytest.importorskip("libtpu", reason="needs the version of libtpu that jax[tpu] names")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # or libtpu looks for its cloud, for minutes
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # else libtpu looks for its cloud for minutes
     monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
     both, arguments = training_and_inference(bnlstm_jax.BNLSTM, options, **sizes)

@@ -1,4 +1,4 @@
-"""A long sequence in pieces, with the carry handed on, is the sequence as a whole."""
+"""Running a long sequence in pieces, with the carry passed on, equals running it whole."""
 
 import jax
 import numpy as np

@@ -108,7 +108,7 @@ def test_inputs_leaves_labels_out():
 
 @pytest.mark.parametrize("terms", [("input", "cell"), ["input", "cell"]], ids=["tuple", "list"])
 def test_equal_calls_share_a_compiled_program(terms):
-    """Fields without a hash, such as lists, cost the sharing alone."""
+    """Unhashable fields, such as lists, only prevent the sharing."""
     traced = []
 
     class Model(nn.Module):
@@ -181,7 +181,7 @@ def test_other_collections_may_change_and_stay_as_they_are():
     model, x = Model(), jax.random.normal(jax.random.key(1), (6, 3))
     variables = model.init(jax.random.key(0), x, train=False)
     got = bnlstm_jax.estimate_population_statistics(model, variables, [x, 2 * x], train=True)
-    # Both batches see one call: its change is not handed on.
+    # Each batch starts from the given variables: changes by other batches are discarded.
     np.testing.assert_allclose(got["BatchNorm_0"]["mean"], 1 + 1.5 * x.mean(0), **SINGLE)
     assert variables["ema"]["calls"] == 0
 
@@ -272,7 +272,7 @@ def test_layers_without_steps_average_over_all_batches():
         got = bnlstm_jax.estimate_population_statistics(
             model, variables, batches, late_steps=late_steps, use_running_average=False
         )
-        # Whatever their sizes, and of biased variances.
+        # Batches have equal weights whatever their sizes, and variances are biased.
         mean = np.mean([x.mean(0) for x in batches], axis=0)
         var = np.mean([x.var(0) for x in batches], axis=0)
         np.testing.assert_allclose(got["mean"], mean, rtol=1e-5, atol=1e-6)
@@ -301,7 +301,7 @@ def average(tables):
 
 
 class ScannedLayers(nn.Module):
-    """Three BNLSTMs, one upon another."""
+    """Three stacked BNLSTMs."""
 
     variable_axes: dict
 
@@ -370,7 +370,7 @@ class LoopOverTime(nn.Module):
         cell = self.cell(4, use_running_average=not train, name="cell")
         carry = cell.initialize_carry(jax.random.key(0), x[:, 0].shape)
         if self.is_initializing() and "variable_carry" in self.lifted:
-            return cell(carry, x[:, 0])[1]  # what is carried must exist
+            return cell(carry, x[:, 0])[1]  # carried collections must exist
         loop = nn.scan(
             lambda cell, carry, x: cell(carry, x),
             variable_broadcast="params",
@@ -428,7 +428,7 @@ def test_cells_over_time_equal_the_layer(loop):
     each = [batch_statistics(layer, own, x) for x in batches]
     for name in own["batch_stats"]:
         wanted = np.mean([of[name] for of in each], axis=0)
-        # Another order of sums, of which later steps are made.
+        # Sums have another order, whose rounding errors reach later steps.
         np.testing.assert_allclose(got[name], wanted, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
@@ -496,7 +496,7 @@ def test_calls_of_a_batch_count_by_their_rows():
     variables = Model().init(jax.random.key(0), *batches[0])
     got = bnlstm_jax.estimate_population_statistics(Model(), variables, batches, train=True)["norm"]
     for name, moment in (("mean", np.mean), ("var", np.var)):
-        # Rows within a batch, equal weights over batches; variances about each call's own mean.
+        # Weighted by rows within a batch, equally over batches; variances about each call's mean.
         each = [
             np.average([moment(x, axis=0) for x in pair], axis=0, weights=[len(x) for x in pair])
             for pair in batches
@@ -640,7 +640,7 @@ def test_a_train_flag_that_drives_dropout_takes_a_key():
     )["layer"]["input_mean"]
     kernel = np.asarray(variables["params"]["layer"]["input_kernel"])
     each = []
-    for index, batch in enumerate(batches):  # under masks drawn by the key and the batch's number
+    for index, batch in enumerate(batches):  # with masks drawn by the key and the batch's index
         _, seen = model.apply(
             variables,
             batch,
@@ -675,7 +675,7 @@ def test_nnx_wrappers_raise_and_name_what_to_pass():
     model = nnx.bridge.ToNNX(Mixed(), rngs=nnx.Rngs(0)).lazy_init(x)
     with pytest.raises(TypeError, match=r"model\.to_nnx__module.*nnx\.BatchStat.*nnx\.update"):
         bnlstm_jax.estimate_population_statistics(model, {}, [x], train=True)
-    # What the error says to write.
+    # The code that the error suggests.
     variables = {
         "params": nnx.to_pure_dict(nnx.state(model, nnx.Param)),
         "batch_stats": nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)),

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import bnlstm_jax
 from bnlstm_jax import BNLSTM, LNLSTM, LSTM, BatchNorm
 
-# Sums over two devices round differently from those of one.
+# Sums over two devices round differently from sums on one device.
 CLOSE = dict(rtol=1e-5, atol=2e-6)
 MODULES = {
     "BatchNorm": BatchNorm(),

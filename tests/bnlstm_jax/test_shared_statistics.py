@@ -1,4 +1,4 @@
-"""Running statistics of all time steps together: what is kept, and what inference does with it."""
+"""Running statistics shared by all time steps: their values, and inference with them."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ LENGTHS = np.array([4, 1, 3, 2, 1, 0])
 
 
 def make(**options):
-    """A layer whose running statistics are those of the last batch, with variables and inputs."""
+    """A layer with momentum 0, so that training records the last batch; variables and inputs."""
     layer = bnlstm_jax.BNLSTM(
         FEATURES, shared_statistics=True, momentum=0.0, param_dtype=jnp.float64, **options
     )
@@ -87,7 +87,7 @@ def test_inference_normalises_every_step_alike():
     layer, variables, inputs = make()
     _, updated = train(layer, variables, inputs)
     variables = {**variables, **updated}
-    longer = np.concatenate([inputs, inputs[:, ::-1]], axis=1)  # than any that it has seen
+    longer = np.concatenate([inputs, inputs[:, ::-1]], axis=1)  # than the training sequences
     outputs = layer.apply(variables, longer, use_running_average=True)
     expected, _, _ = reference.bn_lstm(
         variables["params"], longer, statistics=variables["batch_stats"]

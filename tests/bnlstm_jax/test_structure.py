@@ -1,4 +1,4 @@
-"""What a reader may rely on: where fields are, how long functions are, and who imports whom."""
+"""Rules for the library's code: documented fields, short functions, and imports."""
 
 import ast
 import dataclasses

@@ -1,4 +1,4 @@
-"""Symbols as inputs: the same as their one-hot vectors, which are nowhere made."""
+"""Symbols as inputs give the same as their one-hot vectors, which are not created."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from bnlstm_jax.cells import look_up, product
 from tests import reference
 
 BATCH, TIME, SYMBOLS, UNITS = 4, 5, 11, 3
-# Products of a kernel with zeros and a one are exact in any order; what follows is float32.
+# Products of a kernel with one-hot vectors are exact in any order; later operations are float32.
 CLOSE = dict(rtol=1e-6, atol=1e-6)
 WAYS = {
     "training": dict(use_running_average=False),
@@ -33,7 +33,7 @@ def one_hot(symbols):
 
 
 def layers(kind, **options):
-    """A layer that takes symbols, and the same for vectors."""
+    """A layer that takes symbols, and the same layer for vectors."""
     if kind == "lstm":
         return [bnlstm_jax.LSTM(UNITS, vocab_size=v, **options) for v in (SYMBOLS, None)]
     make = bnlstm_jax.BNLSTM
@@ -46,7 +46,7 @@ def random_like(tree, seed):
 
 
 def run_and_differentiate(layer, variables, inputs, **options):
-    """Outputs and updates, and the gradient of a sum that tells all outputs apart."""
+    """Outputs, updates, and the gradient of a sum in which each output has its own weight."""
 
     def value(params):
         outputs, updated = layer.apply(
@@ -99,7 +99,7 @@ def test_look_up_is_the_product(dtype):
 
 @pytest.mark.parametrize("train", [False, True])
 def test_no_one_hot_vectors_are_made(train):
-    """No array of the compiled function or of its gradient has an axis of one entry a symbol."""
+    """Only kernels have an axis of vocabulary size, in the function and in its gradient."""
     of_symbols, of_vectors = layers("bn_lstm")
 
     def shapes(layer, inputs):

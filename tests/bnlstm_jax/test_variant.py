@@ -1,4 +1,4 @@
-"""The variants of the equations, and terms that are masked one by one, against NumPy."""
+"""Variants of the equations, and masks of single terms, against NumPy."""
 
 import flax.linen as nn
 import jax
@@ -12,7 +12,7 @@ from tests import reference
 
 BATCH, TIME, UNITS = 4, 6, 3
 # Double precision: one normalisation multiplies a rounding error (1e-16) by at most
-# 1 / sqrt(epsilon) = 1000, and a dozen of steps follow each other.
+# 1 / sqrt(epsilon) = 316, and six steps follow each other.
 VALUES = dict(rtol=1e-9, atol=1e-9)
 
 
@@ -39,7 +39,7 @@ def draw(module, *arguments, **options):
     "input_statistics, masked", [("per_step", ("recurrent",)), ("sequence", ("input", "cell"))]
 )
 def test_each_term_is_masked_by_itself_and_input_has_its_epsilon(input_statistics, masked):
-    # Small inputs, so that the variance is not large against what is added.
+    # Small inputs, so that the variance is not large compared to epsilon.
     x = 1e-2 * np.random.default_rng(0).normal(size=(BATCH, TIME, UNITS))
     lengths = np.array([4, 1, 3, 2])
     layer = bnlstm_jax.BNLSTM(
@@ -67,7 +67,7 @@ def test_each_term_is_masked_by_itself_and_input_has_its_epsilon(input_statistic
     statistics = updated["batch_stats"]
     assert statistics.keys() == found.keys()
     for name, moment in found.items():
-        initial = float(name.endswith("var"))  # stays where fewer than two rows count
+        initial = float(name.endswith("var"))  # kept where fewer than two rows count
         moment = np.where(np.isnan(moment), initial, moment)
         np.testing.assert_allclose(statistics[name], moment, **VALUES, err_msg=name)
 
@@ -84,7 +84,7 @@ def test_lstm_without_learned_cell_and_cell_bias_and_with_two_biases():
     np.testing.assert_allclose(layer.apply({"params": params}, x), expected, **VALUES)
     np.testing.assert_allclose(cell.apply({"params": {"cell": params}}, x), expected, **VALUES)
 
-    # The cell bias that an LSTM has otherwise, and the cell state that it starts from.
+    # With the cell bias and the learned cell state that an LSTM has by default.
     layer = layer.clone(variant=Variant(bias_factor=2.0))
     params = draw(layer, x)["params"]
     assert params.keys() > {"cell_bias", "initial_cell"}

@@ -9,7 +9,7 @@ FILE = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
 
 
 def accuracies(notebook):
-    """What the notebook prints: test accuracy by running averages, and by population statistics."""
+    """The printed test accuracies: with running averages, and with population statistics."""
     cells = (cell for cell in notebook.cells if cell.cell_type == "code")
     text = "".join(output.get("text", "") for cell in cells for output in cell.outputs)
     return [float(number) for number in re.findall(r"test accuracy by .*: +([\d.]+)", text)]
@@ -23,7 +23,7 @@ def test_outputs_are_committed_and_small():
     assert FILE.stat().st_size < 200_000
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1))
-    assert "/site-packages/" not in FILE.read_text()  # of a warning
+    assert "/site-packages/" not in FILE.read_text()  # no warnings
 
 
 @pytest.mark.long
@@ -35,5 +35,5 @@ def test_it_runs_and_finds_what_is_committed():
     NotebookClient(notebook, resources={"metadata": {"path": FILE.parents[1]}}).execute()
     running, population = accuracies(notebook)
     assert running < 0.3
-    # On another processor rounding grows over updates.
+    # Rounding differs between processors, and updates amplify the difference.
     assert population == pytest.approx(accuracies(nbformat.read(FILE, as_version=4))[1], abs=0.1)

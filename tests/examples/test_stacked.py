@@ -8,7 +8,7 @@ from examples import stacked
 
 H, STEPS = 3, 5
 X = jax.random.normal(jax.random.key(1), (4, STEPS, 2))
-LENGTHS = jnp.array([5, 2, 5, 1])  # every step has a variance
+LENGTHS = jnp.array([5, 2, 5, 1])  # each step has at least two sequences, and so a variance
 MODEL = stacked.StackedBNLSTM(H, STEPS, dropout_rate=0.5)
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
@@ -19,13 +19,13 @@ def variables():
 
 
 def reversed_rows(x):
-    """Each sequence's valid steps backwards, the padding as it was."""
+    """Reverses the valid steps of each sequence; the padding stays in place."""
     rows = [jnp.concatenate([row[:n][::-1], row[n:]]) for row, n in zip(x, LENGTHS, strict=True)]
     return jnp.stack(rows)
 
 
 def by_hand(variables, x, layer):
-    """Outputs and last hidden states of a layer, by one BNLSTM and by another on reversed rows."""
+    """Outputs and last hidden states of a layer, from one BNLSTM per direction."""
     single = BNLSTM(H, STEPS, return_carry=True)
     outputs, last = [], []
     for number, turn in ((2 * layer, lambda x: x), (2 * layer + 1, reversed_rows)):
@@ -77,7 +77,7 @@ def test_population_statistics_are_those_of_batches_under_dropout(variables):
     population = estimate_population_statistics(
         MODEL, variables, [(X, LENGTHS)], train=True, rngs={"dropout": key}
     )
-    # What the running averages of one update with momentum 0.99 move by is a hundredth of it.
+    # With momentum 0.99, an update moves running averages by 1/100 of their distance to the batch.
     _, updated = MODEL.apply(
         variables,
         X,

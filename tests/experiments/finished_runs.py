@@ -13,7 +13,7 @@ COMPARED = (metrics.FILE_NAME, results_file.NAME, "config.json")
 
 
 def differences(ours: Path, theirs: Path) -> Iterator[str]:
-    """The differences between two finished runs, in words: files and arrays, bit by bit."""
+    """Describes the differences between two finished runs: files and arrays, bit by bit."""
     for name in COMPARED:
         if (ours / name).read_bytes() != (theirs / name).read_bytes():
             yield f"{name} differs"

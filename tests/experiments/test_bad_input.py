@@ -23,12 +23,12 @@ from tests.flag_values import fresh_flags
 ROOT = Path(__file__).parents[2]
 # The number of command lines that are tried with each config.
 CONFIGS = {"digits": 100, "mnist": 50, "ptb:small": 50, "text8": 50, "text": 50}
-CONFIGS |= {"babi": 25, "cnn_qa:sample": 25}  # whose models take longer to make
+CONFIGS |= {"babi": 25, "cnn_qa:sample": 25}  # their models take longer to make
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, prepared_dir) -> Path:
-    """A data_dir with little of everything, where nothing more is to be had."""
+    """A data_dir with a small version of every data set."""
     folder = tmp_path_factory.mktemp("little")
     (folder / "prepared").mkdir()
     (folder / "prepared" / "digits").symlink_to(prepared_dir / "prepared" / "digits")
@@ -59,7 +59,7 @@ def data(tmp_path_factory, prepared_dir) -> Path:
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """An empty folder to be in, and no network."""
+    """Changes to an empty folder, and refuses network requests."""
 
     def refuse(self, request, **kwargs):
         raise requests.ConnectionError
@@ -78,7 +78,7 @@ def config_flag(name: str) -> str:
 
 
 def fields_of(name: str) -> dict[str, object]:
-    """The fields of a config, `model.kind` and the like, and their values."""
+    """The fields of a config, such as `model.kind`, and their values."""
     argv = ["main", config_flag(name)]
     with fresh_flags(argv):
         main.define_flags()
@@ -114,7 +114,7 @@ VALUES = st.one_of(
 
 
 WHOLE = st.one_of(st.integers(0, 300), st.integers(-(2**70), 2**70)).map(str)
-FITTING = {  # values as a field of this type may have
+FITTING = {  # values that fit a field of this type
     bool: st.sampled_from(("true", "false")),
     int: WHOLE,
     float: st.one_of(st.floats(), st.floats(0, 2), st.integers()).map(str),
@@ -125,13 +125,13 @@ WRONG = ("modl.kind", "sed", "model", "model.kind.x", "optimizer", "model.", "se
 
 
 def override(field: str, value: object) -> st.SearchStrategy[str]:
-    """A word of a command line for a field that has some value."""
+    """A command-line word that sets a field, which has `value` in the config."""
     fitting = FITTING.get(type(value), VALUES)
     return st.one_of(fitting, fitting, VALUES).map(lambda given: f"--config.{field}={given}")
 
 
 def overrides(name: str) -> st.SearchStrategy[list[str]]:
-    """Some words of a command line."""
+    """One or two command-line words."""
     fields = [override(field, value) for field, value in FIELDS[name].items()]
     wrong = st.sampled_from(WRONG).flatmap(lambda field: override(field, None))
     return st.lists(st.one_of(*fields, wrong), min_size=1, max_size=2)
@@ -166,7 +166,7 @@ def attempt(name: str, data: Path, words: list[str]) -> str | None:
 
 
 def check_run(own: config.ConfigDict) -> None:
-    """Makes all that a run has before it begins, of a model that is not large."""
+    """Loads the task, makes the optimizer, and traces the model's initialisation if it is small."""
     task = tasks.load(own)
     make_optimizer(own.optimizer)
     if own.model.features > 300:

@@ -12,7 +12,7 @@ NOISE = jax.random.key(0)
 @pytest.fixture
 def task_and_variables(small_config):
     small_config.model.momentum = 0.0  # the running average is the last batch's statistics
-    small_config.model.initial_scale = 1.0  # by which statistics tell more in the loss
+    small_config.model.initial_scale = 1.0  # the loss depends more on statistics
     task = tasks.load(small_config)
     state = train.create_state(task, small_config)
     variables = train.variables_of(train.make_train_step(task, NOISE)(state, task.train_batch(0)))
@@ -22,7 +22,7 @@ def task_and_variables(small_config):
 
 
 def by_hand(task, variables, images, labels, running):
-    """Accuracy and loss of one batch, with nothing of the evaluation code."""
+    """Accuracy and loss of each example in a batch, without the evaluation code."""
     x = jnp.asarray(images, jnp.float32)[..., None] / 16
     logits, _ = task.model.apply(variables, x, use_running_average=running, mutable=["batch_stats"])
     p = np.exp(np.asarray(logits, np.float64))

@@ -28,7 +28,7 @@ SHORT = (
 
 @pytest.fixture(params=["images", "text", "questions"])
 def arguments(request, tmp_path):
-    """The command line of a run of each task, but for its workdir."""
+    """The command line of a run of each task, without its workdir."""
     if request.param == "images":
         data_dir = request.getfixturevalue("prepared_dir")
         own = ["--config=configs/digits.py", "--config.model.kind=bn_lstm"]
@@ -55,7 +55,7 @@ def start(arguments, folder):
 
 
 def kill(arguments, folder, seconds, rng):
-    """Starts a run and kills it within some seconds; returns whether it was not faster."""
+    """Starts a run and kills it at a random moment within `seconds`; False if it finished first."""
     process = start(arguments, folder)
     try:
         assert process.wait(rng.uniform(0, seconds)) == 0

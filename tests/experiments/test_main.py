@@ -1,4 +1,4 @@
-"""The command as a user types it: each test is a process of its own."""
+"""The command as a user types it, in a process of its own."""
 
 import json
 import os
@@ -24,7 +24,7 @@ SMALL = ("--config.num_updates=6", "--config.model.features=5", "--config.eval_e
 
 
 def run(*arguments, hidden=(), expect=0):
-    """The command's output, all of it if it is to succeed, else stderr."""
+    """The command's stdout and stderr; stderr alone if the command is expected to fail."""
     code = WITHOUT.format(hidden=hidden, arguments=arguments)
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -52,11 +52,11 @@ def test_both_models_from_one_command(prepared_dir, tmp_path):
         config = json.loads((tmp_path / kind / "config.json").read_text())
         assert config["model"]["kind"] == kind and config["model"]["features"] == 5
 
-    # With matplotlib there, the same command has only the picture left to do.
+    # With matplotlib, the same command only has to draw the picture.
     assert f"Curves: {tmp_path}/comparison.png" in run(*arguments)
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
-    # A run can be evaluated without saying again what it was.
+    # Evaluation reads the config from the workdir.
     output = run("--mode=evaluate", f"--workdir={tmp_path / 'bn_lstm'}")
     results = json.loads((tmp_path / "bn_lstm" / "results.json").read_text())
     assert f"| {results['rows'][0]['accuracy']:.4f} " in output and "| LSTM " not in output
@@ -84,7 +84,7 @@ def test_a_text_of_ones_own(tmp_path):
     assert row["reading"] == "one sequence" and row["split"] == "test"
     assert f" {row['bits_per_character']:.4f} " in line
 
-    # Evaluated anew, as the run was but for what is said here.
+    # A second evaluation has the run's config, except for the fields given here.
     output = run("--mode=evaluate", f"--workdir={folder}", "--config.eval_lengths=30,40")
     for length in (20, 30, 40):
         assert f"| population statistics, re-estimated    | segments of {length} " in output

@@ -14,7 +14,7 @@ def settings(**changes):
 
 
 def run(config, gradients):
-    """The parameters after each of the gradients, from zero."""
+    """The parameters after one update with each gradient, from zero."""
     optimizer = make_optimizer(config)
     params = jax.tree.map(jnp.zeros_like, gradients[0])
     state = optimizer.init(params)
@@ -26,7 +26,7 @@ def run(config, gradients):
 
 def test_rmsprop_is_the_rule_of_the_released_code():
     random = np.random.default_rng(0)
-    # One parameter whose root mean square is far above the floor of 1e-5, one far below it.
+    # The root mean square of a's gradients is far above the floor of 1e-5, that of b's far below.
     gradients = [{"a": random.normal(size=3), "b": 1e-7 * random.normal(size=2)} for _ in range(4)]
     wanted = {"a": np.zeros(3), "b": np.zeros(2)}
     v = {"a": np.zeros(3), "b": np.zeros(2)}
@@ -44,7 +44,7 @@ def test_rmsprop_is_the_rule_of_the_released_code():
 
 
 def test_the_whole_gradient_is_clipped_to_its_norm():
-    # Norm 5; Adam would hide the scale, RMSProp's first step shows it only through the floor.
+    # The norm is 5e-6. Adam would hide it. RMSProp's first step divides by the floor, and shows it.
     gradient = {"a": jnp.array([3e-6]), "b": jnp.array([4e-6])}
     got = run(settings(clip_norm=1e-6, decay=0.0), [gradient])
     np.testing.assert_allclose(got["a"], [-0.01 * 0.6e-6 / 1e-5], rtol=1e-5)
@@ -52,7 +52,7 @@ def test_the_whole_gradient_is_clipped_to_its_norm():
 
 
 def test_the_released_reader_clips_to_the_root_of_the_norm():
-    # RMSProp's first step divides by the floor alone where decay is 1, and shows what was clipped.
+    # With decay 1, RMSProp's first step divides by the floor alone, so it shows the clipped norm.
     for norm, clipped in ((99.0, 99.0), (101.0, 10 * math.sqrt(101)), (400.0, 200.0)):
         gradient = {"a": jnp.array([0.6 * norm]), "b": jnp.array([-0.8 * norm])}
         rules = settings(clip_rule="released_reader", clip_norm=10.0, decay=1.0)
@@ -63,7 +63,7 @@ def test_the_released_reader_clips_to_the_root_of_the_norm():
 
 def test_a_huge_clip_norm_clips_nothing():
     gradients = {"w": jnp.array([3.0, 4.0])}
-    rule = clip_by_root_of_norm(1e200)  # whose square no float holds
+    rule = clip_by_root_of_norm(1e200)  # its square overflows
     clipped, _ = rule.update(gradients, rule.init(gradients))
     np.testing.assert_array_equal(clipped["w"], gradients["w"])
 

@@ -1,4 +1,4 @@
-"""Several devices do what one does: eight virtual CPU devices, which tests/conftest.py asks for."""
+"""Several devices compute what one does. tests/conftest.py makes eight virtual CPU devices."""
 
 import re
 
@@ -20,7 +20,7 @@ NOISE = jax.random.key(0)
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A BN-LSTM on a text, of which an epoch is six batches of 32 segments and one of 7."""
+    """A BN-LSTM on a text; an epoch has six batches of 32 segments and one of 7."""
     book = tmp_path_factory.mktemp("text") / "book.txt"
     book.write_text("".join(np.random.default_rng(0).choice(list("one, two."), 6000)))
     config = text.get_config()
@@ -65,7 +65,7 @@ def alone(config):
 
 @pytest.mark.parametrize("number", [pytest.param(2, marks=pytest.mark.long), 8])
 def test_global_statistics_make_several_devices_one(config, alone, number):
-    # 20 updates of Adam, a short batch among them; rounding alone parts them (measured: 2e-7).
+    # 20 updates of Adam, two with a short batch, differ only by rounding (measured: 2e-7).
     config, devices = on(config, number)
     task, state = trained(config, devices)
     for part in ("params", "batch_stats", "window"):
@@ -74,7 +74,7 @@ def test_global_statistics_make_several_devices_one(config, alone, number):
     np.testing.assert_allclose(*norms, rtol=1e-4)
     assert int(state.step) == 20
 
-    # So does evaluation: of 49 segments in batches of 16, the last of one; and of one sequence.
+    # Evaluation agrees too: on 50 segments in batches of 16, the last of 2, and on one sequence.
     whole = alone[0].readings[-1]
     for reading, size in ((task.readings[0], 16), (whole, 1)):
         for running in (True,) if reading == whole else (True, False):
@@ -99,7 +99,7 @@ def test_groups_take_statistics_of_their_own(config, members):
     config, devices = on(config, 4, members)
     _, state = trained(config, devices, updates=1)
 
-    # By one device: the groups' parts of the batch one by one, gradients and statistics averaged.
+    # On one device, each group's part of the batch in turn; gradients and statistics are averaged.
     groups, rows = 4 // members, config.batch_size * members // 4
     alone = tasks.load(config)
     start = train.create_state(alone, config)
@@ -126,7 +126,7 @@ def test_groups_take_statistics_of_their_own(config, members):
     assert_close(state.batch_stats, expected.batch_stats, 1e-6)
     # Adam's first moments are a tenth of the gradients: its steps would hide their size.
     assert_close(state.opt_state[1].mu, expected.opt_state[1].mu, 1e-8)
-    # And statistics of the whole batch would be others.
+    # Statistics of the whole batch would give other gradients.
     whole = trained(*on(config, 1), updates=1)[1]
     difference = np.max(
         np.abs(
@@ -145,7 +145,7 @@ def subprograms(equation):
 
 
 def sums_over_devices(jaxpr, in_scan=False):
-    """Whether each sum over devices is in a scan over time, and its size in numbers."""
+    """For each sum over devices, whether it is in a scan over time, and its number of elements."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "psum":
             yield in_scan, sum(variable.aval.size for variable in equation.invars)
@@ -154,7 +154,7 @@ def sums_over_devices(jaxpr, in_scan=False):
 
 
 def sums_in_an_update(config, devices):
-    """Sizes of the sums over devices in one update: within a time step, and outside."""
+    """Sizes of the sums over devices in one update: in the scans over time, and outside."""
     task = tasks.load(config, devices)
     state = jax.eval_shape(lambda: train.create_state(task, config))
     batch = devices.place(task.train_batch(0), True, task.shared)
@@ -166,8 +166,9 @@ def sums_in_an_update(config, devices):
 
 def test_time_steps_exchange_statistics_and_no_gradient_of_the_kernel(config):
     in_steps, outside = sums_in_an_update(*on(config, 8))
-    # A step exchanges means and deviations, and in the backward pass two sums of gradients. The
-    # normalised terms have 4H, 4H and H units. The kernel's gradient has 4 H^2.
+    # Forward, a time step sums three arrays for each normalised term: means, deviations from the
+    # pooled mean, and squares. Backward it sums two arrays of gradients. The terms have 4H, 4H and
+    # H units. The kernel's gradient has 4 H^2.
     units = config.model.features
     assert sum(in_steps) == (3 + 2) * 9 * units
     assert max(outside) == 4 * units**2
@@ -177,7 +178,7 @@ def test_time_steps_exchange_statistics_and_no_gradient_of_the_kernel(config):
 
 
 def test_readers_on_shards_see_the_longest_passage_of_all():
-    """Where padding counts, how far it reaches is a matter of the whole batch."""
+    """If padding counts, statistics depend on the longest passage of the whole batch."""
     rng = np.random.default_rng(0)
     passages, questions = rng.integers(3, 20, (4, 9)), rng.integers(3, 20, (4, 5))
     lengths, question_lengths = np.array([4, 3, 8, 6]), np.array([5, 4, 3, 5])
@@ -256,12 +257,12 @@ def test_population_statistics_of_several_devices_have_noise_of_their_own(small_
     task = tasks.load(config, devices)
     variables = devices.replicate(train.variables_of(train.create_state(task, config)))
     found = evaluate.population_statistics(task, config, variables, NOISE, devices)
-    # The first recurrent term is that of the initial state, which differs by its noise alone.
+    # The first recurrent term is of the initial state, which only noise varies between examples.
     assert np.all(flatten_dict(found, sep="/")["layer/recurrent_var"][0] > 1e-6)
 
 
 def test_resuming_with_statistics_of_fewer_examples_is_refused(config, tmp_path):
-    """Devices may change, but not the examples that take batch statistics together."""
+    """The number of devices may change, but not the number of examples that share statistics."""
     config = config.copy_and_resolve_references()
     config.num_updates = config.eval_every = config.checkpoint_every = 1
     config.parallel.update({"devices": 2, "statistics_devices": 1})
@@ -275,7 +276,7 @@ def test_resuming_with_statistics_of_fewer_examples_is_refused(config, tmp_path)
     config.parallel.devices = 2
     assert train.train(config, tmp_path)["updates"] == 2
     record = workdir.read_record(tmp_path)
-    rows = record.pop("statistics_rows")  # which earlier versions did not record
+    rows = record.pop("statistics_rows")  # earlier versions did not record it
     files.write_json(tmp_path / "run.json", record)
     workdir.check_record({"statistics_rows": rows // 2}, tmp_path)
 

@@ -24,10 +24,10 @@ from tests.experiments.finished_runs import differences
 from tests.full_disk import files_of_at_most
 
 ROOT = Path(__file__).parents[2]
-# Bits depend on how many threads share a product, which depends on how many devices there are.
+# The bits of a product depend on its number of threads, which depends on the number of devices.
 ENVIRONMENT = os.environ | {"JAX_NUM_CPU_DEVICES": str(jax.config.jax_num_cpu_devices)}
 
-# Runs a config in a process that kills itself the Nth time that something is done.
+# Runs a config in a process that kills itself at the Nth call of a function.
 DEATH = """
 import importlib, json, os, signal, sys
 config, folder, place, name, times = json.loads(sys.argv[1])
@@ -48,7 +48,7 @@ setattr(owner, name, deadly)
 train.train(ConfigDict(json.loads(config, object_hook=workdir._tuples)), Path(folder))
 """
 
-# Where: module or module:class, function, and the call of it that is the last.
+# Where to die: module or module:class, function, and the number of its last call.
 DEATHS = {
     "before it has written anything": ("experiments.records.workdir", "write_json", 1),
     "before the first checkpoint": ("experiments.tasks.sequential_images:Task", "train_batch", 4),
@@ -74,7 +74,7 @@ DEATHS = {
 
 @pytest.fixture(scope="module")
 def noisy(base_config):
-    """A config whose noise, too, must be the same after a stop."""
+    """A config with noise, which a resumed run must draw in the same way."""
     config = base_config.copy_and_resolve_references()
     config.model.initial_hidden_noise = 0.1
     return config
@@ -82,7 +82,7 @@ def noisy(base_config):
 
 @pytest.fixture
 def config(noisy):
-    """A copy, to be changed."""
+    """A copy of `noisy`, which a test may change."""
     return noisy.copy_and_resolve_references()
 
 
@@ -109,7 +109,7 @@ def test_a_run_killed_again_and_again_equals_an_unbroken_one(config, unbroken, t
             text=True,
         )
         assert done.returncode == -signal.SIGKILL, (when, done.stdout + done.stderr)
-        if when == "in validation":  # a row may be torn, too
+        if when == "in validation":  # the last row may also be incomplete
             with (folder / metrics.FILE_NAME).open("a") as file:
                 file.write('{"update": 8, "split": "tra')
     assert not (folder / "results.json").exists()
@@ -141,14 +141,14 @@ def test_the_comparison_finds_a_difference(config, unbroken, tmp_path):
 
 
 def ends(folder):
-    """The last update of each start, all of which have recorded how long they took."""
+    """The last update of each start; checks that each start has recorded its duration."""
     starts = json.loads((folder / "run.json").read_text())["starts"]
     assert all(start["seconds"] >= 0 for start in starts)
     return [start["until"] for start in starts]
 
 
 def stop_at(monkeypatch, update, *signals):
-    """Has signals arrive while the batch of an update is read."""
+    """Raises signals while the batch of an update is read."""
     unstopped = sequential_images.Task.train_batch
 
     def train_batch(task, now, *share):
@@ -197,7 +197,7 @@ def test_a_second_ctrl_c_stops_at_once(config, tmp_path):
 
 
 def test_a_signal_after_the_last_update_is_not_lost(config, unbroken, tmp_path, monkeypatch):
-    """While the last checkpoint is saved: the final evaluation, which is long, is not begun."""
+    """A signal while the last checkpoint is saved prevents the final evaluation, which is long."""
     with monkeypatch.context() as patch:
         save = checkpoints.Checkpoints.save
 
@@ -215,7 +215,7 @@ def test_a_signal_after_the_last_update_is_not_lost(config, unbroken, tmp_path, 
 
 
 def test_a_failed_save_in_the_background_is_an_error(config, tmp_path, monkeypatch):
-    """Saving goes on in the background when the run is stopped, and may fail there."""
+    """When a run is stopped, saving continues in the background and may fail there."""
     stop_at(monkeypatch, 2, signal.SIGTERM)
     written = ocp.CheckpointManager.close
 
@@ -294,7 +294,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_used(
 
 
 def test_errors_of_reading_are_not_damage(unbroken, tmp_path, monkeypatch):
-    """A disk or a network that fails for the moment, a signal: nothing is put aside."""
+    """A temporary failure of a disk or network, or a signal, does not put checkpoints aside."""
     folder = copy(unbroken, tmp_path / "run") / "checkpoints"
     before = files_of(folder)
     restore = ocp.Checkpointer.restore
@@ -302,7 +302,7 @@ def test_errors_of_reading_are_not_damage(unbroken, tmp_path, monkeypatch):
         (OSError(5, "Input/output error"), UserError, "8 cannot be read: Input/output error"),
         (MemoryError(), MemoryError, None),
         (Stopped("", signal.SIGTERM), Stopped, None),
-        # As TensorStore has them.
+        # Errors as TensorStore raises them.
         (ValueError("[os_error_code='13']"), UserError, "8 cannot be read: Permission denied"),
         (ValueError("[os_error_code='2']"), UserError, "8 is damaged"),
         (ValueError(), UserError, "8 is damaged"),
@@ -321,7 +321,7 @@ def test_errors_of_reading_are_not_damage(unbroken, tmp_path, monkeypatch):
 
 
 def test_any_flipped_bit_is_found_or_harmless(unbroken, tmp_path):
-    """In every file of a checkpoint, at places drawn by chance: nothing wrong is ever read."""
+    """At random places in every file of a checkpoint. Wrong values are never returned."""
     folder = copy(unbroken, tmp_path / "run") / "checkpoints"
     expected = checkpoints.read_checkpoint(folder, 8)
     rng, found = np.random.default_rng(0), 0
@@ -348,13 +348,13 @@ def test_all_checkpoints_damaged_is_an_error(config, unbroken, tmp_path):
         spoil_bit(folder / "checkpoints" / str(step))
     with pytest.raises(UserError, match=r"8 is damaged: .*, and there is no other: start the run"):
         train.train(config, folder)
-    assert checkpoints.steps_in(folder / "checkpoints") == [8, 4]  # to look into
+    assert checkpoints.steps_in(folder / "checkpoints") == [8, 4]  # kept for inspection
     with pytest.raises(UserError, match=r"is damaged"):
         checkpoints.read_best(folder)
 
 
 def test_reading_a_run_in_progress_is_retried(unbroken, monkeypatch):
-    """The run may delete a checkpoint, for a better one, in the moment it is to be read."""
+    """The run may replace a checkpoint with a better one just before it is read."""
     read, calls = checkpoints.read_checkpoint, []
 
     def read_checkpoint(*arguments):
@@ -373,7 +373,7 @@ def test_reading_a_run_in_progress_is_retried(unbroken, monkeypatch):
 
 @pytest.mark.parametrize("size", [0, 2000])
 def test_a_full_disk_gives_one_line(config, unbroken, tmp_path, monkeypatch, size):
-    """At its start, and from update 6 on: what was there stays, and the run goes on from it."""
+    """At the start and from update 6 on. Earlier files stay, and the run continues from them."""
     half = tmp_path / "run"
     with monkeypatch.context() as patch:
         stop_at(patch, 4, signal.SIGTERM)
@@ -443,7 +443,7 @@ def test_two_runs_in_one_folder(config, unbroken, tmp_path):
     finally:
         other.kill()
         other.wait()
-    train.train(config, folder)  # a killed run holds nothing
+    train.train(config, folder)  # a killed run holds no lock
 
 
 # ---- Non-finite values.
@@ -451,7 +451,7 @@ def test_two_runs_in_one_folder(config, unbroken, tmp_path):
 
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_a_non_finite_update_is_not_applied(config, tmp_path, monkeypatch, at_once):
-    """The gradient becomes infinite in update 6, under a finite loss."""
+    """The gradient becomes infinite in update 6, with a finite loss."""
     config.updates_per_call, config.log_every = at_once, 8
     sound = train.make_optimizer
 
@@ -470,7 +470,7 @@ def test_a_non_finite_update_is_not_applied(config, tmp_path, monkeypatch, at_on
     message = "update 6 was not applied: the parameter layer/recurrent_kernel would not be finite; "
     with pytest.raises(UserError, match=f"{message}the latest checkpoint, of update 4, is in"):
         train.train(config, tmp_path)
-    assert ends(tmp_path) == [8]  # of the call that found it
+    assert ends(tmp_path) == [8]  # where the next check found it
     arrays = checkpoints.read_checkpoint(tmp_path / "checkpoints", 4)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(arrays))
 

@@ -14,7 +14,7 @@ from experiments.tasks import sequential_images
 
 
 def final_state(config, folder):
-    """Every leaf of the latest checkpoint."""
+    """The state in the latest checkpoint."""
     task = tasks.load(config)
     with Checkpoints(folder, task.selection, task.lower_is_better) as checkpoints:
         return checkpoints.restore(checkpoints.latest_step(), train.create_state(task, config))
@@ -51,7 +51,7 @@ def test_files_of_a_run(small_config, tmp_path, kind):
 
 
 def test_several_updates_in_one_call(small_config, tmp_path, monkeypatch):
-    # Compiled as for users; scripts/test would have the two programs round differently.
+    # The options that users have. With those of scripts/test the two programs round differently.
     options = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
     monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
     small_config.updates_per_call = 2
@@ -65,8 +65,8 @@ def test_several_updates_in_one_call(small_config, tmp_path, monkeypatch):
     train.train(small_config, tmp_path / "several")
     small_config.updates_per_call = 1
     train.train(small_config, tmp_path / "single")
-    # Other programs of the same arithmetic: rounding (6e-8) through eight updates, of which RMSProp
-    # makes steps of full size however small a gradient is.
+    # The two programs differ by rounding (6e-8). Eight updates amplify it, because RMSProp makes
+    # steps of full size however small a gradient is.
     states = (final_state(small_config, tmp_path / name) for name in ("several", "single"))
     for a, b in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
@@ -124,7 +124,7 @@ def test_a_finished_run_can_go_further(small_config, tmp_path, monkeypatch):
     monkeypatch.setattr(sequential_images.Task, "train_batch", watched)
     small_config.num_updates = 10
     assert train.train(small_config, tmp_path)["updates"] == 10
-    assert seen == [0, 8, 9]  # 0 for the shapes alone
+    assert seen == [0, 8, 9]  # batch 0 is read for its shapes only
     run = json.loads((tmp_path / "run.json").read_text())
     assert len(run["starts"]) == 2
 
@@ -211,7 +211,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(small_config, tmp_path):
 
 
 def test_bn_lstm_learns_the_digits_where_lstm_lags(small_config, tmp_path):
-    """The paper's point, in ten seconds: the same updates, and far fewer errors."""
+    """The paper's claim in ten seconds: with as many updates, BN-LSTM makes far fewer errors."""
     small_config.batch_size = 64
     small_config.num_updates = 150
     small_config.model.features = 32

@@ -1,4 +1,4 @@
-"""Commands beside training, tried on runs as small as can be."""
+"""Tests of the commands in scripts/, on very small runs."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ LETTERS = "abcdefg T\n"
 
 
 def text_config(folder: Path, kind: str) -> ConfigDict:
-    """A small model of a short text of random letters in `folder`: 9 time steps."""
+    """Writes a short random text into `folder`; the config of a small model of it, 9 time steps."""
     file = folder / "letters.txt"
     file.write_text("".join(np.random.default_rng(0).choice(list(LETTERS), 3000)))
     config = text.get_config()

@@ -13,7 +13,7 @@ from tests.scripts import text_config
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Path:
-    """A folder with finished runs of both kinds of model on one text; it is only read."""
+    """A folder with finished runs of both kinds of model on one text; tests only read it."""
     folder = tmp_path_factory.mktemp("commands")
     for kind in ("lstm", "bn_lstm"):
         train.train(text_config(folder, kind), folder / "runs" / kind)
@@ -22,7 +22,7 @@ def runs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory) -> tuple[Path, ConfigDict, dict[str, Any]]:
-    """A finished BN-LSTM on digits: its folder, config and results. It is only read."""
+    """A finished BN-LSTM on digits: its folder, config and results. Tests only read it."""
     folder = tmp_path_factory.mktemp("digits")
     config = digits.get_config()
     config.data_dir = str(folder)
@@ -34,13 +34,13 @@ def digits_run(tmp_path_factory) -> tuple[Path, ConfigDict, dict[str, Any]]:
 
 @pytest.fixture
 def finished(runs, tmp_path) -> Path:
-    """A copy of a run, to be spoilt and written into."""
+    """A copy of the BN-LSTM's run on text, which a test may change."""
     return Path(shutil.copytree(runs / "bn_lstm", tmp_path / "run"))
 
 
 @pytest.fixture
 def call_main(monkeypatch, capsys):
-    """Runs a command in this process, with flags of these values; its stdout and stderr."""
+    """Runs a command in this process with these flag values; returns its stdout and stderr."""
 
     def call_main(command, *arguments, **values):
         monkeypatch.setattr(command.flags, "FLAGS", SimpleNamespace(**values))

@@ -1,4 +1,4 @@
-"""Folders of runs that nobody ran."""
+"""Writes the folders of made-up runs, without training."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,12 @@ from experiments.records import results_file
 from experiments.records.runs import Experiment
 from experiments.runtime import files
 
-# A name that a workdir may have, of what Matplotlib, Rich, glob, Markdown and HTML take for theirs.
+# A valid workdir name with special characters of Matplotlib, Rich, glob, Markdown and HTML.
 ODD = "_a $x_1$ *|? ~~b~~ `c` :heart: <i>&amp; 'd\" e"
 
 
 def results_of(point: Point, updates: int | None = None) -> dict[str, object]:
-    """What `results.json` of a point's run says at least, once it has finished."""
+    """The fields of `results.json` that mark a point's run as finished."""
     config = point.config
     updates = updates or config.num_updates
     return {"updates": updates, "evaluation": results_file.evaluation_fields(config)}
@@ -27,7 +27,7 @@ def write_run(
     test: dict[str, float] | None = None,
     **start: object,
 ) -> Path:
-    """A run with `validations` by update, and final results on the test set if it has finished."""
+    """Writes a run with `validations` by update, finished if it has results on the `test` set."""
     run = folder / str(experiment) / f"seed_{seed}"
     run.mkdir(parents=True)
     config = experiment.get_config()

@@ -10,7 +10,7 @@ from scripts import benchmark
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 OURS = {"BN-LSTM, xla", "LSTM, xla", "Flax OptimizedLSTMCell", "matrix products alone"}
-NATIVE = {"BN-LSTM, cpu", "LSTM, cpu"}  # in float32
+NATIVE = {"BN-LSTM, cpu", "LSTM, cpu"}  # float32 only
 PEERS = {"PyTorch BN-LSTM, eager, float32", "torch.nn.LSTM, float32"} if HAS_TORCH else set()
 
 

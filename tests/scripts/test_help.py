@@ -19,7 +19,7 @@ FROM_OTHER_MODULES = {
     "scripts.reproduce": ("launcher", "jobs", "time"),
 }
 
-# Imports what takes long once, then forks for each command.
+# Imports slow packages once, then forks for each command.
 PROGRAM = """
 import os, runpy, sys
 import flax.linen, jax, optax, orbax.checkpoint

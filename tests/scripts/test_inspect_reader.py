@@ -23,19 +23,19 @@ RARE, NUMBER = "un'heard<", "1921"
 
 
 def question(rng, name, *more):
-    """Some random moves, then the words `more`."""
+    """A question on a passage of random meetings and the words `more`."""
     people = rng.permutation(list(PEOPLE))[:3]
     passage = [w for p in people for w in (p, "met", rng.choice(list(PEOPLE)), ".")]
     asked = [PLACEHOLDER, "met", people[0], "?"]
-    entities = [f"{entity}:{PEOPLE[entity]}" for entity in people[:2]]  # not of all of them
+    entities = [f"{entity}:{PEOPLE[entity]}" for entity in people[:2]]  # others have no name
     return Question(name, [*passage, *more], asked, str(people[1]), entities)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A finished run of a reader on questions made up; it is only read.
+    """A finished run of a reader on made-up questions; tests only read it.
 
-    The second validating question has too long a passage, so that it is left out.
+    The second validation question is left out, because its passage is too long.
     """
     folder, rng = tmp_path_factory.mktemp("readers"), np.random.default_rng(0)
     splits = {
@@ -60,13 +60,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def copy(folder, tmp_path):
-    """A copy of the run, to be spoilt and written into."""
+    """A copy of the run, which a test may change."""
     return Path(shutil.copytree(folder, tmp_path / "run"))
 
 
 @pytest.fixture
 def call(call_main):
-    """Runs the command in this process: the page, and what is printed."""
+    """Runs the command in this process; returns the page and the output."""
 
     def call(folder, example=0, split="valid", output=None, data_dir=None):
         given = {"example": example, "split": split, "output": output, "data_dir": data_dir}
@@ -78,7 +78,7 @@ def call(call_main):
 
 
 def words_of(task, split, example):
-    """Passage, question and answer as the data have them."""
+    """Passage, question and answer, in the words of the data."""
     part, words = task.splits[split], np.array(task.questions.words)
     return (
         list(words[part.passages[example]]),
@@ -88,7 +88,7 @@ def words_of(task, split, example):
 
 
 def expected(run, split, example):
-    """Attention and probabilities by the model itself, given the words without padding."""
+    """The model's attention and probabilities, computed from the words without padding."""
     vocabulary = run.task.vocabulary.words
     *texts, _ = words_of(run.task, split, example)
 
@@ -137,7 +137,7 @@ def test_an_inspection_is_what_the_model_does(folder, split, example):
 
 
 def test_right_answers_are_told_from_wrong_ones(folder):
-    """By the model's own error, over all questions that it may answer."""
+    """On training questions, of which the model answers some right and some wrong."""
     run = runs.load(folder)
     right = []
     for example in range(8):
@@ -152,7 +152,7 @@ def test_right_answers_are_told_from_wrong_ones(folder):
         assert found.verdict.startswith(verdict)
         assert found.right == (p.argmax() == target)
         right.append(found.right)
-    assert 0 < sum(right) < len(right)  # so that it is a test
+    assert 0 < sum(right) < len(right)  # both verdicts were tested
 
 
 def test_answers_that_the_model_cannot_give(folder):
@@ -236,7 +236,7 @@ def test_a_page_that_cannot_be_written(folder, call, tmp_path, name):
 
 
 def test_texts_contrast_with_what_is_behind_them():
-    """At least 4.5, as WCAG asks, at any attention."""
+    """A contrast of at least 4.5, as WCAG requires, at any attention."""
     style = "".join(
         (pages.TEMPLATES / name).read_text() for name in ("page.html", "attention.html")
     )

@@ -12,8 +12,8 @@ from tests.test_trust import NASTY, page_of
 
 pytestmark = pytest.mark.long
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # where Playwright's is not there
-TEXT = f"{' '.join(NASTY)} {'Donaudampfschiff' * 10}"  # markup, and a word wider than a telephone
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # if Playwright has none
+TEXT = f"{' '.join(NASTY)} {'Donaudampfschiff' * 10}"  # markup, and a word wider than a phone
 MARKUP = "script, img[src=x], [onerror], [onclick], [onmouseover]"
 
 
@@ -31,7 +31,7 @@ def browser():
 
 
 def check(browser, file, width, pictures):
-    """Opens a page on a screen so wide; returns its text."""
+    """Opens a page on a screen of `width` pixels; returns its text."""
     page, told = browser.new_page(viewport={"width": width, "height": 800}), []
     page.on("console", lambda message: told.append(message.text))
     page.on("pageerror", lambda error: told.append(str(error)))

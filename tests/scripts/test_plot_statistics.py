@@ -16,7 +16,7 @@ PNG = b"\x89PNG"
 
 @pytest.fixture
 def draw(monkeypatch, call_main):
-    """Runs the command in this process; the figure, and what was printed."""
+    """Runs the command in this process; returns the figure and the output."""
     figures = []
     save = pictures.save
 
@@ -34,14 +34,14 @@ def draw(monkeypatch, call_main):
 
 
 def lines(axes):
-    """What is drawn, `[steps, lines]`; x is the time step."""
+    """The plotted values `[steps, lines]`; x is the time step."""
     for line in axes.get_lines():
         np.testing.assert_array_equal(line.get_xdata(), np.arange(len(line.get_ydata())))
     return np.stack([line.get_ydata() for line in axes.get_lines()], axis=1)
 
 
 def panels(figure):
-    """What is drawn, under the names of the statistics, rows first."""
+    """The plotted values by the name of the statistic."""
     names = ("recurrent_mean", "cell_mean", "recurrent_var", "cell_var")
     labels = [axes.get_ylabel() for axes in figure.axes]
     assert labels == ["mean", "mean", "variance", "variance"]
@@ -63,8 +63,8 @@ def test_what_is_drawn_are_the_statistics():
         mean = statistics[f"{term}_mean"]
         units = [int(np.flatnonzero(mean[0] == y)[0]) for y in shown[f"{term}_mean"][0]]
         assert len(units) == len(set(units)) == min(5, size)
-        assert units != list(range(5))  # they are not the first ones
-        for moment in ("mean", "var"):  # of the same units
+        assert units != list(range(5))  # they are drawn at random
+        for moment in ("mean", "var"):  # both show the same units
             name = f"{term}_{moment}"
             np.testing.assert_array_equal(shown[name], statistics[name][:6, units])
     again = panels(draw_statistics(statistics, 5, 6, "title"))
@@ -84,7 +84,7 @@ def test_the_picture_of_a_run(finished, draw, tmp_path):
             assert values.shape == (9, min(30, saved.shape[1]))
             assert set(values[-1]) <= set(saved[-1])
 
-    # Before training is over there is the running average.
+    # Before the run is finished, there are running averages.
     (finished / "population_statistics.npz").unlink()
     figure, output = draw(finished, output=str(tmp_path / "other.png"), steps=4, units=2)
     assert "population statistics, running average" in figure.get_suptitle()
@@ -133,7 +133,7 @@ def test_a_picture_of_an_unknown_format(runs, draw, tmp_path):
 
 def test_a_folder_that_does_not_exist(runs, draw, tmp_path):
     picture = tmp_path / "none" / "picture.png"
-    with pytest.raises(FileNotFoundError) as caught:  # of which `cli.run` makes one line
+    with pytest.raises(FileNotFoundError) as caught:  # `cli.run` makes it one line
         draw(runs / "bn_lstm", output=str(picture))
     assert caught.value.filename == str(picture)
 

@@ -19,7 +19,7 @@ PNG = bytes(16) + (300).to_bytes(4) + bytes(4)  # 300 pixels wide
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """A page of two runs, one of which goes on; and the text beside it."""
+    """The HTML page of two runs, one of them unfinished, and the Markdown beside it."""
     folder = tmp_path_factory.mktemp("report") / ODD
     points = {500: {"accuracy": 0.5}, 1000: {"accuracy": 0.6}}
     finished = Experiment("pmnist", "bn_lstm")
@@ -37,7 +37,7 @@ def page(tmp_path_factory):
 
 
 class Links(HTMLParser):
-    """What a page refers to."""
+    """The addresses in the links and images of a page."""
 
     def __init__(self, page):
         super().__init__()
@@ -53,7 +53,7 @@ def test_the_page_needs_no_other_file(page):
     found = Links(page[0]).found
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in found)
     assert "&lt;script&gt;" in page[0]
-    assert page[0].count("<img ") == 10  # three need other runs, or MNIST
+    assert page[0].count("<img ") == 10  # the other three need more runs or MNIST
 
 
 def test_every_item_has_a_section(page):
@@ -68,18 +68,18 @@ def test_runs_and_missing_runs_are_listed(page):
     assert "| 012345678 | 2026-11-23 |" in flat
     assert "| pmnist/lstm | 1 | 500 of 100,000 | -, not finished |" in flat
     assert "Not drawn: no run here has come as far" in flat
-    # 3,900 seconds for 1,000 updates.
+    # At 3,900 seconds for 1,000 updates.
     assert "pmnist BN-LSTM: 1,000 of 100,000 updates, 107:15 h more at its pace." in flat
     assert "text8 LSTM: not run; text8 BN-LSTM: not run" in flat
     assert "`python -m scripts.reproduce table_text8 --budget=full`" in flat
 
 
 def test_odd_names_read_as_they_are(page):
-    """Of a machine, in tables, and of the folder of the data, in a sentence."""
+    """The name of a machine in tables, and that of the data folder in a sentence."""
     rendered = Outline(MarkdownIt("commonmark", {"html": False}).enable("table").render(page[1]))
     for shown in (Outline(page[0]), rendered):
         text = re.sub(r"\s+", " ", "".join(shown.text))
-        assert text.count(f"cpu ({ODD}; gpu)") == 4  # items that have the run
+        assert text.count(f"cpu ({ODD}; gpu)") == 4  # once per item with the run
         assert f"/{ODD}/mnist. " in text
         assert "i" not in [element[0] for element in shown.elements]
 

@@ -10,7 +10,7 @@ from experiments.runtime.errors import UserError
 from scripts import reproduce
 from tests.scripts.made_up import ODD, write_run
 
-# In place of `experiments.main`: copies a finished run, or fails.
+# Replaces `experiments.main`: copies a finished run, or fails.
 STAND_IN = """
 import shutil, sys
 if sys.argv[1].endswith("/lstm/seed_1"):
@@ -21,7 +21,7 @@ shutil.copytree(*sys.argv[1:])
 
 @pytest.fixture
 def call(call_main, tmp_path):
-    """Runs the command in this process; what it prints."""
+    """Runs the command in this process; returns its output."""
     given = {"budget": "minutes", "seeds": 1, "data_dir": "data", "output": None, "dry_run": False}
     given |= {"workdir": str(tmp_path / ODD), "launcher": "local", "jobs": 2}
     return lambda *arguments, **others: call_main(reproduce, *arguments, **given | others).out
@@ -38,7 +38,7 @@ def test_commands_make_the_runs_and_go_on(call, tmp_path):
         *words
     }
     assert list(tmp_path.iterdir()) == []
-    # A run that came further is left alone. The whole of it is more than that.
+    # A run is skipped if it has more updates than the budget, here 500 or the paper's number.
     write_run(tmp_path / ODD, Experiment("mnist", "lstm"), 1, {600: {"accuracy": 0.2}})
     for budget, number in (("minutes", 3), ("full", 4)):
         printed = call("table_mnist", budget=budget, dry_run=True)

@@ -27,7 +27,7 @@ ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu"}
 
 @pytest.fixture
 def write(call_main):
-    """Runs the command in this process; what it writes to stdout and to stderr."""
+    """Runs the command in this process; returns its stdout and stderr."""
 
     def write(folder, **given):
         given = {"prompt": None, "length": 20, "temperature": 1.0, "seed": 1} | given
@@ -37,7 +37,7 @@ def write(call_main):
 
 
 def opened(folder, scale=0.7):
-    """Model, variables and vocabulary of a run; parameters moved, so that predictions differ."""
+    """Model, variables and vocabulary of a run. Noise on the parameters makes predictions vary."""
     config = workdir.read_config(folder)
     vocabulary = workdir.read_record(folder)["vocabulary"]
     _, variables, _ = read_best(folder)
@@ -54,9 +54,9 @@ def drawn(run, prompt, length, temperature, seed=1):
 
 
 def logits_of(run, text, length=0):
-    """The model's own, of what follows each character of `text`, read from the start in one go.
+    """The model's logits after each character of `text`, read in one call.
 
-    Read with what makes it `length` characters, so that texts that grow are compiled once.
+    The text is padded to `length` characters, so that texts of several lengths compile once.
     """
     model, variables, vocabulary = run
     symbols = jnp.asarray(encode(text.ljust(length), vocabulary)[None], jnp.int32)
@@ -68,7 +68,7 @@ def logits_of(run, text, length=0):
 def test_at_temperature_0_each_character_is_the_likeliest(runs, kind):
     run = opened(runs / kind)
     text = prompt = "fab "
-    for _ in range(30):  # there are statistics for 9 time steps
+    for _ in range(30):  # beyond the 9 time steps with statistics
         likely = np.argsort(logits_of(run, text, 40)[-1])[::-1]
         text += next(run[2][i] for i in likely if run[2][i] != UNKNOWN)
     assert prompt + drawn(run, prompt, 30, 0.0) == text
@@ -78,7 +78,7 @@ def test_at_temperature_0_each_character_is_the_likeliest(runs, kind):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_draws_follow_the_logits(temperature):
-    """Frequencies of 20,000 draws, each within 5 of its standard deviations."""
+    """Each frequency in 20,000 draws is within 5 standard deviations of the probability."""
     logits = np.array([0.0, 1.0, -2.0, 6.0, 2.5], np.float32)
     excluded = np.array([False, False, False, True, False])
     p = np.where(excluded, 0, np.exp(logits / temperature))
@@ -90,10 +90,10 @@ def test_draws_follow_the_logits(temperature):
 
 
 def test_a_long_text_is_one_of_the_model(runs):
-    """3,000 characters, of which 9 time steps have statistics.
+    """Draws 3,000 characters, with statistics for 9 time steps.
 
-    Given the text so far, the surprise at a character less its expectation has mean 0; so the sum
-    over all of them is within 5 of its standard deviations.
+    Given the text so far, the surprisal of a character minus its entropy has mean 0. The sum over
+    all characters must be within 5 standard deviations of 0.
     """
     run, temperature = opened(runs / "bn_lstm"), 0.8
     text = "a" + drawn(run, "a", 3000, temperature)
@@ -107,7 +107,7 @@ def test_a_long_text_is_one_of_the_model(runs):
     entropy = -(p * log_p).sum(1)
     variance = (p * log_p**2).sum(1) - entropy**2
     assert abs(np.sum(surprise - entropy)) < 5 * np.sqrt(variance.sum())
-    assert variance.mean() > 0.1 and entropy.std() > 0.05  # so that it is a test
+    assert variance.mean() > 0.1 and entropy.std() > 0.05  # predictions vary
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 50.0, 1e30])
@@ -169,7 +169,7 @@ def test_a_run_of_another_task(finished, write):
     ],
 )
 def test_a_prompt_that_will_not_do(finished, write, prompt, message):
-    shutil.rmtree(finished / "checkpoints")  # which is not read before
+    shutil.rmtree(finished / "checkpoints")  # the prompt is checked before they are read
     with pytest.raises(UserError, match=message):
         write(finished, prompt=prompt)
 
@@ -189,7 +189,7 @@ def test_temperatures_that_cannot_be_are_refused(write, temperature):
 def test_a_reader_that_leaves_ends_it_quietly(runs):
     command = [*COMMAND, f"--workdir={runs / 'lstm'}", "--prompt=dab", "--length=1000000"]
     pipe = subprocess.PIPE
-    buffered = {k: v for k, v in ENVIRONMENT.items() if k != "PYTHONUNBUFFERED"}  # as users have it
+    buffered = {k: v for k, v in ENVIRONMENT.items() if k != "PYTHONUNBUFFERED"}  # the default
     with subprocess.Popen(command, cwd=ROOT, env=buffered, stdout=pipe, stderr=pipe) as process:
         assert process.stdout.read(50).startswith(b"dab")  # long before it is done
         process.stdout.close()

@@ -1,4 +1,4 @@
-"""The command; jobs are tested in tests/experiments/launching/test_slurm.py."""
+"""Tests of the command; those of jobs are in tests/experiments/launching/test_slurm.py."""
 
 import shlex
 import sys

@@ -1,4 +1,4 @@
-"""The command; its parts are tested in tests/experiments/launching."""
+"""Tests of the command; those of its parts are in tests/experiments/launching."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ from experiments.launching.sweeps import values
 def get_sweep():
     return [*values("seed", 1), {"seed": 2, "batch_size": 5000}]
 """
-GOOD, BAD = "seed=1", "seed=2,batch_size=5000"  # the second fails when it has loaded its data
+GOOD, BAD = "seed=1", "seed=2,batch_size=5000"  # BAD fails after loading its data
 SHARED = [
     "--config.model.kind=lstm",
     "--config.model.features=5",
@@ -34,7 +34,7 @@ SHARED = [
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts a sweep as a shell does, in a group of processes of its own."""
+    """Starts a sweep in its own process group, as a shell does."""
     file, data = tmp_path / "two.py", tmp_path / "data"
     file.write_text(POINTS)
     command = [sys.executable, "-m", "scripts.sweep", "--config=configs/digits.py", *SHARED]

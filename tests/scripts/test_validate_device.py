@@ -37,7 +37,7 @@ def test_a_step_runs_in_a_process_of_its_own(tmp_path):
 
 
 def test_steps_write_their_findings(monkeypatch, tmp_path):
-    """Small, and one of each kind."""
+    """The steps check and benchmark, each on one small case."""
     monkeypatch.setattr(timing, "use_device", lambda kind: jax.devices(kind)[0])
     monkeypatch.setattr(programs, "SIZES", {"pmnist": programs.SIZES["pmnist"]})
     given = SimpleNamespace(device="cpu", small=True, cases=["LSTM"], data_dir=str(tmp_path))
@@ -71,7 +71,7 @@ def test_a_rehearsal_runs_every_step(tmp_path):
 
 @pytest.mark.long
 def test_a_whole_validation_of_a_cpu(tmp_path, data_dir):
-    """Its benchmark may not come to its end: text8 is large. Training takes all of its time."""
+    """The benchmark may run out of time: text8 is large. Training uses all of its time."""
     done = validate(tmp_path, "--minutes=60", "--only=rates,check")
     assert (done.returncode, done.stderr) == (0, "")
     validate(tmp_path, "--minutes=15", "--only=benchmark")
@@ -86,11 +86,11 @@ def test_a_whole_validation_of_a_cpu(tmp_path, data_dir):
     assert {"pmnist", "ptb"} <= {r["size"] for r in findings["benchmark"]["results"]}
 
 
-# ---- Steps that are made up.
+# ---- Made-up steps.
 
 
 def call(monkeypatch, folder, programs, **given):
-    """Runs the command with a program of one line of Python for each step; the exit status."""
+    """Runs the command with a line of Python in place of each step; returns the exit status."""
     fields = {
         "minutes": 1.0,
         "only": list(programs),
@@ -104,7 +104,7 @@ def call(monkeypatch, folder, programs, **given):
     monkeypatch.setattr(
         validate_device, "command", lambda step, *_: [sys.executable, "-c", programs[step]]
     )
-    monkeypatch.setattr(validate_device.signal, "signal", lambda *_: None)  # not this process'
+    monkeypatch.setattr(validate_device.signal, "signal", lambda *_: None)  # keeps handlers
     monkeypatch.setattr(validate_device.flags, "FLAGS", SimpleNamespace(**fields | given))
     with pytest.raises(SystemExit) as ended:
         validate_device.main([])
@@ -161,7 +161,7 @@ def test_results_of_an_earlier_call_are_kept_for_steps_that_are_not_run(monkeypa
 
 
 def test_a_report_that_cannot_be_made_does_not_end_the_steps(monkeypatch, tmp_path):
-    """A file that lacks what it should have."""
+    """The file of the step rates lacks a field."""
     steps = {"rates": writing(tmp_path, "rates", RECORD), "check": "pass"}
     assert call(monkeypatch, tmp_path, steps) == 0
     assert "The report cannot be made" in (tmp_path / "report.md").read_text()

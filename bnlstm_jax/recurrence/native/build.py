@@ -1,8 +1,8 @@
 """Compiles native sources at first use: for NVIDIA GPUs by CUDA's nvcc, for CPUs by a C++ compiler.
 
 Libraries are kept in `bnlstm_jax` in the user's cache folder (`XDG_CACHE_HOME`, or `~/.cache`). A
-library's name has a hash of sources, command, compiler, C library and processor: different machines
-can share a cache.
+library's name has a hash of its sources, command, compiler, C library, JAX version and processor:
+different machines can share a cache.
 """
 
 import functools
@@ -22,12 +22,12 @@ import jax
 
 from bnlstm_jax.recurrence.devices import default_device
 
-# The option of C++ compilers for all instructions of this processor.
+# The option of C++ compilers that enables all instructions of this processor.
 NATIVE = "-mcpu=native" if system.machine() in ("aarch64", "arm64") else "-march=native"
 
 
 def build(source: Path, platform: str) -> Path:
-    """The shared library of a source file, for a platform of JAX: `gpu` or `cpu`.
+    """Compiles a source file for JAX's platform `gpu` or `cpu` if needed; returns the library.
 
     Raises:
       RuntimeError: there is no compiler, or it failed.
@@ -41,14 +41,14 @@ def build(source: Path, platform: str) -> Path:
     if target.exists():
         return target
     logging.getLogger(__name__).info("compiling %s for %s, once", source.name, platform)
-    # In a folder of its own until it is complete: other processes may compile it too.
+    # Written to a temporary folder, then moved: other processes may compile it at the same time.
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         made = Path(folder) / target.name
         result = run([*command, "-o", str(made)])
         if result.returncode:
             log = target.with_suffix(".log")
             log.write_text(f"{shlex.join(result.args)}\n{result.stderr}")
-            missing = "nv/target" in result.stderr  # in a package that JAX does not need
+            missing = "nv/target" in result.stderr  # a header of a package that JAX does not need
             hint = "; install the package nvidia-cuda-cccl" if missing else ""
             raise RuntimeError(f"{source.name} cannot be compiled, see {log}{hint}")
         made.replace(target)
@@ -56,7 +56,7 @@ def build(source: Path, platform: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where libraries are kept; for this process alone if the user's cache cannot be written."""
+    """The folder for libraries; a temporary one if the user's cache folder is not writable."""
     try:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = Path(home) / "bnlstm_jax"
@@ -86,7 +86,7 @@ def run(command: list[str]) -> subprocess.CompletedProcess:
 
 
 def headers(source: Path) -> list[Path]:
-    """The files beside a source file that it includes, and those that they do."""
+    """The headers in a source file's folder that it includes, directly or through others."""
     found, left = [], [source]
     while left:
         for name in re.findall(r'^#include "(\w+\.h)"', left.pop().read_text(), re.MULTILINE):
@@ -132,10 +132,10 @@ def cpp_compiler() -> list[str]:
 
 
 def compiler(command: list[str], platform: str) -> str:
-    """What the compiler of a command says of itself, and of this processor."""
+    """A text that identifies the compiler of a command, and this processor."""
     if platform == "gpu":
         return system.machine() + run([command[0], "--version"]).stdout
-    # The macros that it defines.
+    # The predefined macros depend on both.
     return run([*cpp_compiler(), NATIVE, "-dM", "-E", "-x", "c++", os.devnull]).stdout
 
 
@@ -147,14 +147,14 @@ def nvcc_command(source: Path, architecture: str) -> list[str]:
     """
     nvcc = find_nvcc()
     code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-    # Python's packages have the runtime where their nvcc does not look for it.
+    # In Python's packages, nvcc does not find the CUDA runtime by itself.
     libraries = Path(nvcc).resolve().parents[1] / "lib"
     options = ["-O3", code, "-Xcompiler=-fPIC", f"-L{libraries}"]
     return [nvcc, *options, *_common(), str(source)]
 
 
 def find_nvcc() -> str:
-    """CUDA's compiler: of `CUDA_HOME`, on the path, or of the packages that `jax[cuda13]` brings.
+    """Finds nvcc in `CUDA_HOME`, on the PATH, or in the packages that `jax[cuda13]` installs.
 
     Raises:
       RuntimeError: there is none.
@@ -176,5 +176,5 @@ def find_nvcc() -> str:
 
 
 def _common() -> list[str]:
-    """Options of all compilers. Warnings would be those of XLA's headers."""
+    """Options of all compilers. `-w` hides warnings of XLA's headers."""
     return ["-std=c++17", "-w", "-shared", "-isystem", jax.ffi.include_dir()]

@@ -1,4 +1,4 @@
-"""What the native kernels have in common."""
+"""Shared by the native kernels: loading, supported problems, flags."""
 
 import ctypes
 import functools
@@ -12,19 +12,19 @@ from jax import Array
 from bnlstm_jax.recurrence.native.build import build
 from bnlstm_jax.recurrence.problem import Problem
 
-_LOADING = threading.Lock()  # so that a compiler runs once
-# Flags of a row at a step: it is valid; it counts in the statistics of a term.
+_LOADING = threading.Lock()  # threads compile a library only once
+# Flags of a sequence at a time step: it is valid; it counts in the moments of a term.
 VALID, COUNTS = 1, {"recurrent": 2, "cell": 4, "input": 8}
 
 
 def load(source: Path, platform: str, symbol: str, target: str) -> ctypes.CDLL:
-    """The library of a source file, its two calls registered with XLA for a platform of JAX.
+    """Loads the library of a source file, and registers its two calls with XLA for a platform.
 
     Its `{symbol}Forward` and `{symbol}Backward` become `{target}_forward` and `{target}_backward`.
 
     Raises:
-      RuntimeError: it cannot be compiled or loaded. Later calls raise the same, without another
-        try.
+      RuntimeError: it cannot be compiled or loaded. Later calls raise the same error, without
+        trying again.
     """
     with _LOADING:
         library = _load(source, platform, symbol, target)
@@ -59,7 +59,7 @@ def _load(source: Path, platform: str, symbol: str, target: str) -> ctypes.CDLL 
 
 
 def why_unsupported(problem: Problem) -> str | None:
-    """Why no native kernel runs a problem; None if one may."""
+    """Why no native kernel supports a problem; None if one may."""
     norm = problem.norm
     if norm.pools and problem.statistics is None:
         return "does not support axis_name: the batch is on one device"
@@ -69,7 +69,7 @@ def why_unsupported(problem: Problem) -> str | None:
 
 
 def flags(problem: Problem) -> Array:
-    """The flags of rows, bytes `[T, B]`."""
+    """The flags of all sequences and time steps, bytes `[T, B]`."""
     steps, batch = problem.source.shape[:2]
     every = jnp.ones((steps, batch), bool)
     valid = every if problem.valid is None else problem.valid[..., 0]

@@ -1,13 +1,13 @@
 """The recurrence of an LSTM in C++, for CPUs: cpu_kernel/, called through `jax.ffi`.
 
-XLA packs the recurrent kernel anew for the product of every step, and runs each step as a row of
-small programs. Here threads share the hidden units and run all steps together; the source says how.
-Like `cuda` this is not made of the step of `bnlstm_jax.cells`, but written out for (BN-)LSTMs, in
-float32.
+XLA packs the recurrent kernel again at every time step, and runs each time step as several small
+programs. Here one call runs all time steps, and threads divide the hidden units; recurrence.cc
+describes how. Like `cuda`, this does not use the step of `bnlstm_jax.cells`, but implements
+(BN-)LSTMs directly, in float32.
 
-`BNLSTM_NUM_THREADS` is the number of threads of a call; by default the processors that the process
-may use, by its affinity and its container's quota. Results do not depend on it. `jax.vmap` runs the
-mapped calls one after the other.
+`BNLSTM_NUM_THREADS` is the largest number of threads of a call. The default is the number of
+processors that the process may use, by its affinity and its container's quota. Results do not
+depend on it. `jax.vmap` runs the mapped calls one after the other.
 """
 
 import ctypes
@@ -28,10 +28,11 @@ from bnlstm_jax.recurrence.native import common
 from bnlstm_jax.recurrence.problem import Problem, Result, with_input_terms
 
 SOURCE = Path(__file__).parent / "cpu_kernel" / "recurrence.cc"
-INPUTS, SYMBOLS, INPUT_TERMS = range(3)  # what input terms are computed from
+INPUTS, SYMBOLS, INPUT_TERMS = range(3)  # sources of input terms
 GATES = {"input": 4, "recurrent": 4, "cell": 1}  # features of a term, for each unit
 STATISTICS = tuple(f"{term}_statistics" for term in GATES)
-# Axes of arrays `[T, B, F]` in the order of memory, as those of layers are by default.
+# The axes of an array from the slowest to the fastest in memory; None for JAX's default order.
+# `SEQUENCES` are arrays `[T, B, F]` in the memory order of a layer's default, `[B, T, F]`.
 Layout = tuple[int, ...] | None
 SEQUENCES = (1, 0, 2)
 
@@ -40,7 +41,7 @@ SEQUENCES = (1, 0, 2)
 
 
 def load() -> ctypes.CDLL:
-    """The library, its two calls registered with XLA.
+    """Loads the library, and registers its two calls with XLA.
 
     Raises:
       RuntimeError: it cannot be compiled.
@@ -49,14 +50,14 @@ def load() -> ctypes.CDLL:
 
 
 def instruction_set() -> str:
-    """The processor's vector instructions that the library uses."""
+    """The vector instruction set that the library uses."""
     name = load().BnlstmInstructionSet
     name.restype = ctypes.c_char_p
     return name().decode()
 
 
 def peak() -> float:
-    """Float32 operations a second of the threads of a call, measured for half a second."""
+    """Peak float32 operations per second of a call's threads, measured for half a second."""
     measure = load().BnlstmPeak
     measure.restype = ctypes.c_double
     return measure()
@@ -86,12 +87,12 @@ class Options:
     """The attributes of a call.
 
     Attributes:
-      source: what input terms are computed from.
+      source: the source of input terms: `INPUTS`, `SYMBOLS` or `INPUT_TERMS`.
       terms: the normalised terms.
-      given: by given statistics; else by the batch's own moments.
+      given: normalise by given statistics; otherwise by moments of the batch.
       masked: whether there are flags.
-      epsilon: added to variances.
-      input_epsilon: added to those of the input term.
+      epsilon: added to the variances of the recurrent term and the cell.
+      input_epsilon: added to the variances of the input term.
     """
 
     source: int
@@ -150,15 +151,19 @@ class Options:
 
 
 def layout(field: str, shape: tuple[int, ...]) -> Layout | None:
-    """The layout of an argument of a call; None for JAX's.
+    """The layout of an argument of a call; None for JAX's default.
 
-    XLA's compiler divides by zero where it copies an empty array to another layout.
+    Empty arrays have the default: XLA's compiler divides by zero when it copies one to another
+    layout.
     """
     return SEQUENCES if field == "inputs" and 0 not in shape else None
 
 
 class Inputs(NamedTuple):
-    """The arrays of a call, in float32 but for symbols and flags; empty where there is none.
+    """The arrays of a call, float32 except symbols and flags.
+
+    Without a scale or a cell bias, these are ones or zeros. Other arrays that a problem lacks are
+    empty.
 
     Attributes:
       recurrent_kernel: `[H, 4H]`.
@@ -166,7 +171,7 @@ class Inputs(NamedTuple):
       bias: `[4H]`.
       inputs: `[T, B, D]`, or input terms `[T, B, 4H]`.
       symbols: integers `[T, B]`.
-      flags: of rows, bytes `[T, B]`.
+      flags: see `common.flags`, bytes `[T, B]`.
       input_scale, recurrent_scale, cell_scale, cell_bias: `[4H]`, `[4H]`, `[H]`, `[H]`.
       cell, hidden: the initial state, `[B, H]`.
       input_statistics, recurrent_statistics, cell_statistics: given mean and variance, `[T, 2, F]`.
@@ -192,8 +197,8 @@ class Inputs(NamedTuple):
 def forward_call(options: Options, inputs: Inputs, keep: bool) -> list[Array]:
     """Hidden states `[T, B, H]`, the last cell, cells, recurrent terms, and moments of each term.
 
-    Unless `keep`, there are no cells and recurrent terms. There are no moments of terms that are
-    not normalised, or by given statistics.
+    Cells and recurrent terms are empty unless `keep`. The moments of a term are empty if it is not
+    normalised, or normalised by given statistics.
     """
     sizes = options.sizes(inputs)
     steps, batch, units = sizes["steps"], sizes["batch"], sizes["units"]
@@ -261,7 +266,8 @@ def run(problem: Problem) -> Result:
     """
     load()
     moments: dict[str, Statistics] = {}
-    # The kernel packs the whole table of symbols in each call.
+    # Each call of the kernel packs the whole table. If the problem has fewer symbols than the table
+    # has rows, XLA looks them up instead.
     few = problem.symbols is not None and problem.symbols.size < len(problem.params["input_kernel"])
     if few or problem.norm.whole_input:
         problem, moments = with_input_terms(problem, few, normalized=problem.norm.whole_input)
@@ -274,7 +280,7 @@ def run(problem: Problem) -> Result:
 
 
 def to_inputs(problem: Problem) -> tuple[Options, Inputs]:
-    """The call for a problem."""
+    """The options and arrays of the call for a problem."""
     norm, params, masked = problem.norm, problem.params, problem.valid is not None
     units = len(problem.recurrent_kernel)
     sizes = {term: gates * units for term, gates in GATES.items()}

@@ -1,14 +1,15 @@
-// The recurrence of an LSTM over all time steps in one kernel, forward and one backward, with batch
-// normalization of the recurrent term and of the cell: equations 6 to 8 of "Recurrent Batch
-// Normalization". The Python caller says what the arguments are.
+// The recurrence of an LSTM over all time steps, as one kernel for the forward pass and one for the
+// backward pass, with batch normalization of the recurrent term and of the cell: equations 6 to 8
+// of "Recurrent Batch Normalization". The caller, cuda.py, documents the arguments.
 //
-// A block of threads owns U hidden units for the whole batch and for all steps. It keeps its
-// columns of the recurrent kernel in shared memory and its units' cells in registers. Blocks
-// exchange the hidden state (backward: the gradient of the recurrent term) through the L2 cache
-// once a step, and one barrier of all blocks separates the steps.
+// A block of threads owns U hidden units for the whole batch and all time steps. It keeps its part
+// of the recurrent kernel in shared memory and its units' cells in registers. Once per time step,
+// blocks exchange the hidden state (backward: the gradient of the recurrent term) through the L2
+// cache, with one barrier of all blocks.
 //
-// Arrays are [time, features, batch]: lanes of a warp are neighbouring rows of the batch. The batch
-// is padded to B = 32, 64 or 128 rows; padded rows have no flag. Gradients are named d_*.
+// Arrays are [time, features, batch], so that the lanes of a warp access consecutive rows of the
+// batch. The batch is padded to B = 32, 64 or 128 rows; padding has no flags. Gradients are named
+// d_*.
 //
 // A C++ compiler includes emulation.h in place of CUDA's headers; the kernel then runs on a CPU.
 
@@ -47,11 +48,11 @@ DEVICE void increment_release(unsigned* to) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" : : "l"(to) : "memory");
 }
 
-// With an error of a few roundings.
+// Fast approximations, with an error of a few roundings.
 DEVICE float exponential(float x) { return __expf(x); }
 DEVICE float divide(float x, float y) { return __fdividef(x, y); }
 
-// A value that other blocks wrote: the L1 cache may hold an older one.
+// Loads a value that other blocks wrote, past the L1 cache, which may hold an older one.
 template <typename V>
 DEVICE V load_past_l1(const void* from) {
   static_assert(sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16, "a load of one instruction");
@@ -65,12 +66,12 @@ DEVICE V load_past_l1(const void* from) {
   return value;
 }
 
-// A barrier of some of a block's threads. Barrier 0 is that of __syncthreads.
+// A barrier of some of a block's threads. __syncthreads uses barrier 0.
 DEVICE void barrier_of(int id, int threads) {
   asm volatile("bar.sync %0, %1;" : : "r"(id), "r"(threads) : "memory");
 }
 
-// d += a b for matrices [16, 16] and [16, 8], whose elements the lanes of a warp share.
+// d += a b for matrices a [16, 16] and b [16, 8], distributed over the lanes of a warp.
 DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
@@ -81,16 +82,17 @@ DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
 
 constexpr int kWarp = 32;
 constexpr unsigned kLanes = 0xffffffffu;
-constexpr int kTile = 32;  // rows of an operand that the tensor cores take at once
+constexpr int kTile = 32;  // rows of a bfloat16 operand in a tile; each mma takes 16
 
-// A row of the batch at a step: it is not past its end; it counts in the statistics of the terms.
+// Flags of a row of the batch at a time step. kValid: the step is not padding. Others: the row
+// counts in the moments of that term.
 enum Flag : uint8_t { kValid = 1, kInRecurrent = 2, kInCell = 4 };
 
 struct Arguments {
   int steps, units;
   bool normalize_recurrent, normalize_cell;
-  bool given;  // statistics are given; otherwise they are the batch's, and are outputs
-  bool keep;   // write what the backward pass needs
+  bool given;  // statistics are given; otherwise the forward pass computes them from the batch
+  bool keep;   // the forward pass writes residuals for the backward pass
   float epsilon;
   const void* kernel;            // [H, 4H]
   const float* pre_activation;   // [T, 4H, B], input term and bias
@@ -106,8 +108,8 @@ struct Arguments {
   float* hidden;                // [T, H, B]
   float* cell;                  // [T, H, B]
   float* recurrent_term;        // [T, 4H, B]
-  // Gradients of the outputs, then those that the backward pass computes.
-  const float* d_hidden;     // [T, H, B], the last carry's h included
+  // Gradients of the outputs, then the gradients that the backward pass computes.
+  const float* d_hidden;     // [T, H, B], includes the gradient of the last carry's h
   const float* d_last_cell;  // [H, B]
   float* d_pre_activation;   // [T, 4H, B]
   float* d_recurrent_term;   // [T, 4H, B]
@@ -116,28 +118,29 @@ struct Arguments {
   float* d_cell_bias;        // [H]
   float* d_first_cell;       // [H, B]
   float* d_first_hidden;     // [H, B]
-  // Two buffers for what blocks exchange, `Operand`s of H rows (forward) or 4H (backward); a
-  // counter.
+  // Two buffers for the exchange between blocks, `Operand`s of H rows (forward) or 4H (backward);
+  // the counter of the barrier.
   void* exchange;
   unsigned* arrived;
 };
 
-// How the warps of a block share its U units and B rows of the batch.
+// How the warps of a block divide its U units and B rows of the batch.
 template <int U, int B>
 struct Sharing {
-  // Outside of products, some warps have a unit together, each of their lanes kRows rows.
+  // Outside products, kWarpsOfUnit warps have one unit, and each of their lanes has kRows rows.
   static constexpr int kWarpsOfUnit = U * B > 512 ? B / 64 : B / 32;
   static constexpr int kRows = B / (kWarp * kWarpsOfUnit);
   static constexpr int kOwners = U * kWarpsOfUnit;
   static constexpr int kWarps = kOwners < 8 ? 8 : kOwners;
   static constexpr int kThreads = kWarp * kWarps;
-  // In products, each group of warps has some rows of the batch, and its warps parts of the sum.
+  // In products, each group of warps has kGroupRows rows of the batch, and its kParts warps divide
+  // the sum over the operand's rows.
   static constexpr int kGroupRows = B < 64 ? B : 64;
   static constexpr int kGroups = B / kGroupRows;
   static constexpr int kParts = kWarps / kGroups;
 };
 
-// Where a lane stands.
+// The unit and the rows of the batch of a thread.
 template <int U, int B>
 struct Place {
   using By = Sharing<U, B>;
@@ -151,8 +154,8 @@ struct Place {
   DEVICE_METHOD int row(int r) const { return (part * By::kRows + r) * kWarp + lane; }
 };
 
-// ---- Nonlinearities, without branches: several of them then run side by side. With an exact
-// exponential the relative error of tanh is below 3e-7, and so is the absolute one of the sigmoid.
+// ---- Nonlinearities, without branches, so that several can overlap. With an exact exponential,
+// the relative error of tanh and the absolute error of the sigmoid are below 3e-7.
 
 DEVICE float sigmoid(float x) { return divide(1.f, 1.f + exponential(-x)); }
 
@@ -168,7 +171,7 @@ DEVICE float hyperbolic_tangent(float x) {
 
 // ---- Sums over the batch.
 
-// N sums side by side.
+// Sums N values over the lanes of a warp.
 template <int N>
 DEVICE void warp_sums(float (&x)[N]) {
 #pragma unroll
@@ -177,7 +180,7 @@ DEVICE void warp_sums(float (&x)[N]) {
     for (int n = 0; n < N; ++n) x[n] += __shfl_xor_sync(kLanes, x[n], distance);
 }
 
-// Passes N values of each warp of a unit to all of them. `slots` [units, warps of a unit, N] must
+// Gives all warps of a unit the N values of each of them. `slots` [units, warps of a unit, N] must
 // not be used again before the next barrier of the block.
 template <int N, int U, int B>
 DEVICE void gather(float (&all)[Sharing<U, B>::kWarpsOfUnit][N], const float (&own)[N],
@@ -211,10 +214,11 @@ struct Moments {
   float mean, inverse;  // 1 / sqrt(variance + epsilon)
 };
 
-// Moments of F features of a unit over the rows that count, into `statistics`: the mean of feature
-// f at `index + f * stride`, its variance `size` further. Each warp measures from its first row
-// that counts, then means are pooled as offsets from one of them: the mean of equal rows is each of
-// them. Mean and variance are zero if no row counts.
+// Computes the moments of F features of a unit over the rows that count, and writes them to
+// `statistics`: the mean of feature f at `index + f * stride`, its variance `size` elements later.
+// Each warp subtracts the value of its first row that counts; the warps' means are then pooled as
+// offsets from one of them. The mean of equal values is therefore exact. Mean and variance are zero
+// if no row counts.
 template <int F, int U, int B>
 DEVICE void batch_moments(Moments (&moments)[F], const float (&x)[F][Sharing<U, B>::kRows],
                           const bool (&counts)[Sharing<U, B>::kRows], float epsilon,
@@ -291,9 +295,9 @@ DEVICE void known_moments(Moments (&moments)[F], const float* statistics, int si
                   rsqrtf(statistics[index + f * stride + size] + epsilon)};
 }
 
-// The backward pass of scale * (x - mean) * inverse for F features of a unit: `d`, the gradient of
-// the result, becomes that of x. `sums` are those of `d` over the batch; `d_scale` are the scales'
-// gradients.
+// The backward pass of scale * (x - mean) * inverse for F features of a unit. Replaces `d`, the
+// gradient of the result, by the gradient of x. Writes the sums of the given `d` over the batch to
+// `sums`, and the gradients of the scales to `d_scale`.
 template <int F, int U, int B>
 DEVICE void normalize_backward(float (&d)[F][Sharing<U, B>::kRows], float (&sums)[F],
                                float (&d_scale)[F], const float (&x)[F][Sharing<U, B>::kRows],
@@ -338,10 +342,10 @@ DEVICE void normalize_backward(float (&d)[F][Sharing<U, B>::kRows], float (&sums
   }
 }
 
-// ---- Products of the block's columns of the kernel with what blocks exchange.
+// ---- Products of the block's columns of the kernel with the operand that blocks exchange.
 
-// What blocks exchange: K rows, each of B elements, in the order in which lanes read them. A buffer
-// has room for K rounded up to whole tiles.
+// The matrix that blocks exchange: K rows of B elements, in the order in which lanes read them. A
+// buffer has room for K rounded up to whole tiles.
 template <typename T, int B>
 struct Operand {
   T* data;
@@ -351,8 +355,8 @@ struct Operand {
       : data(static_cast<T*>(exchange) + static_cast<size_t>(buffer) * tiles(rows) * kTile * B),
         rows(rows) {}
   BOTH_METHOD static constexpr int tiles(int rows) { return (rows + kTile - 1) / kTile; }
-  // Float32 is [K, B]. bfloat16 is [tile, row, kTile]: a lane reads eight neighbours, of which the
-  // tensor cores take four at a time.
+  // float32 is [K, B]. bfloat16 is [tile, row of the batch, kTile]: a lane reads eight consecutive
+  // elements, and each mma takes four of them.
   DEVICE_METHOD T& at(int k, int row) const {
     if constexpr (sizeof(T) == 4) return data[static_cast<size_t>(k) * B + row];
     return data[(static_cast<size_t>(k / kTile) * B + row) * kTile + k % kTile];
@@ -362,20 +366,21 @@ struct Operand {
 DEVICE void assign(float& to, float x) { to = x; }
 DEVICE void assign(bfloat16& to, float x) { to = __float2bfloat16(x); }
 
-// A warp's part of a product: its group's rows of the batch, C columns, some rows of the operand.
+// A warp's part of a product: its group's rows of the batch, C columns, its share of the operand's
+// rows.
 template <typename T, int C, int U, int B>
 struct Sums;
 
-// A lane has kVector rows of the batch, next to each other; where the group's rows leave lanes
-// over, these have the next row of the operand.
+// A lane has kVector consecutive rows of the batch. If a group's rows need only some of the lanes,
+// the other lanes take the next rows of the operand.
 template <int C, int U, int B>
 struct Sums<float, C, U, B> {
   using By = Sharing<U, B>;
   static constexpr int kVector = C > 8 ? 2 : 4;
   static constexpr int kLanesOfRow = By::kGroupRows / kVector;
   static constexpr int kRowsOfLoad = kWarp / kLanesOfRow;
-  static constexpr int kAhead = C > 16 ? 2 : By::kWarps > 8 ? 4 : 8;  // loads, as registers allow
-  static constexpr int kColumns = C < 4 ? C : 4;  // weights that are read at once
+  static constexpr int kAhead = C > 16 ? 2 : By::kWarps > 8 ? 4 : 8;  // loads that registers allow
+  static constexpr int kColumns = C < 4 ? C : 4;  // weights in one load
   static_assert(kLanesOfRow * kRowsOfLoad == kWarp, "lanes by rows");
   float sums[C][kVector] = {};
 
@@ -405,7 +410,7 @@ struct Sums<float, C, U, B> {
       }
     };
     read(ahead, first);
-    // Zeros beyond the last row, in place of branches.
+    // Rows beyond the last one are read as zeros, which avoids branches in the sums.
     for (int k = first; k - first < operand.rows - part * kRowsOfLoad; k += kAhead * kStep) {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) now[i] = ahead[i];
@@ -444,9 +449,9 @@ struct Sums<float, C, U, B> {
   }
 };
 
-// By the tensor cores, in tiles [16 rows of the batch, 16 of the operand, 8 columns]. Which element
-// of the sum has which place in a tile is free, if both factors agree: a lane's four are
-// neighbours.
+// Uses the tensor cores, in tiles [16 rows of the batch, 16 rows of the operand, 8 columns]. The
+// operand's rows may have any order in a tile if both factors have the same order: here, a lane's
+// four rows are consecutive.
 template <int C, int U, int B>
 struct Sums<bfloat16, C, U, B> {
   using By = Sharing<U, B>;
@@ -456,7 +461,7 @@ struct Sums<bfloat16, C, U, B> {
   BOTH_METHOD static constexpr size_t weight_bytes(int rows) {
     return sizeof(bfloat16) * kWidth * 8 * kTile * Operand<bfloat16, B>::tiles(rows);
   }
-  // [8 columns, tile, column, kTile].
+  // Weights are [column / 8, tile, column % 8, kTile].
   DEVICE_METHOD static bfloat16& weight(bfloat16* weights, int rows, int k, int column) {
     const int tile = column / 8 * Operand<bfloat16, B>::tiles(rows) + k / kTile;
     return weights[(tile * 8 + column % 8) * kTile + k % kTile];
@@ -506,7 +511,7 @@ struct Sums<bfloat16, C, U, B> {
   }
 };
 
-// What a block's units pass on: G rows of the operand each.
+// Writes a block's rows of the operand, G for each unit.
 template <typename T, int G, int U, int B>
 struct Outbox;
 
@@ -522,7 +527,7 @@ struct Outbox<float, G, U, B> {
   DEVICE_METHOD void send() {}
 };
 
-// By way of shared memory, where they are put side by side: [row, kPitch bytes].
+// Collects the values in shared memory, [row of the batch, kPitch bytes], to write whole vectors.
 template <int G, int U, int B>
 struct Outbox<bfloat16, G, U, B> {
   static constexpr int kValues = G * U, kVector = kValues < 8 ? kValues : 8;
@@ -552,20 +557,20 @@ struct Outbox<bfloat16, G, U, B> {
   }
 };
 
-// Shared memory of a block, for a product of C columns and for what its units pass on, G rows each.
+// Shared memory of a block, for a product of C columns and an Outbox of G rows for each unit.
 template <typename T, int C, int G, int U, int B>
 struct Shared {
   using By = Sharing<U, B>;
   using Warp = Sums<T, C, U, B>;
-  static constexpr int kPitch = B + 4;  // keeps lanes that store sums out of each other's banks
+  static constexpr int kPitch = B + 4;  // avoids bank conflicts when lanes store sums
   static constexpr int kSlots = By::kParts / 2;
   static_assert(By::kParts % 2 == 0, "two warps share a slot");
-  static constexpr int kGathered = U * By::kWarpsOfUnit * 12;  // for each of two uses in a step
+  static constexpr int kGathered = U * By::kWarpsOfUnit * 12;  // of each of two gathers in a step
   static constexpr size_t kOutboxBytes = Outbox<T, G, U, B>::kBytes;
   T* weights;
   float* sums;            // [kSlots, C, kPitch]
   float* gathered;        // [2, kGathered]
-  unsigned char* outbox;  // of an Outbox
+  unsigned char* outbox;  // memory of an Outbox
   int rows;
 
   BOTH_METHOD static constexpr size_t weight_bytes(int rows) {
@@ -582,12 +587,12 @@ struct Shared {
         gathered(sums + kSlots * C * kPitch),
         outbox(reinterpret_cast<unsigned char*>(gathered + 2 * kGathered)),
         rows(rows) {
-    // Units beyond the last one pass zeros on.
+    // Units beyond the last one send zeros.
     for (int i = threadIdx.x; i < kOutboxBytes; i += By::kThreads) outbox[i] = 0;
     if (kOutboxBytes) __syncthreads();
   }
 
-  // `of(k, column)` is the kernel's element, for k beyond `rows` zero.
+  // Loads the kernel's elements `of(k, column)`, and zeros as padding.
   template <typename F>
   DEVICE_METHOD void load_weights(F of) {
     constexpr int kColumns = sizeof(T) == 2 ? (C + 7) / 8 * 8 : C;
@@ -602,12 +607,12 @@ struct Shared {
     }
   }
 
-  // All threads of the block call it; when it returns, they may ask for `product`.
+  // All threads of the block call it. Afterwards, `product` gives the result.
   DEVICE_METHOD void multiply(const Operand<T, B>& operand, int warp, int lane) {
     const int group = warp % By::kGroups, part = warp / By::kGroups;
     Warp own;
     own.add(weights, operand, group, part, lane);
-    // Two warps share a slot: one stores its sums, then the other one adds its own.
+    // Two warps share a slot: one stores its sums, then the other adds its own.
     float* slot = sums + part % kSlots * C * kPitch;
     if (part < kSlots)
       own.each(group, lane, [&](int c, int row, float x) { slot[c * kPitch + row] = x; });
@@ -625,7 +630,8 @@ struct Shared {
   }
 };
 
-// Elements of the last tile beyond the operand's rows, of both buffers. One block clears them.
+// Zeroes the elements of the last tile beyond the operand's rows, in both buffers. Only block 0
+// does so.
 template <typename T, int U, int B>
 DEVICE void clear_padding(void* exchange, int rows) {
   if (sizeof(T) == 4 || blockIdx.x > 0) return;
@@ -636,8 +642,8 @@ DEVICE void clear_padding(void* exchange, int rows) {
   }
 }
 
-// A barrier of all blocks, in two halves. What a block wrote before it arrived for the `turn`th
-// time can be read by all that have waited for that turn.
+// A barrier of all blocks, in two halves: after its wait for a turn, a block sees everything that
+// any block wrote before it arrived for that turn.
 DEVICE void arrive(unsigned* arrived) {
   __syncthreads();
   if (threadIdx.x == 0) increment_release(arrived);
@@ -689,7 +695,7 @@ __global__ void __launch_bounds__(Sharing<U, B>::kThreads, 1) forward(Arguments 
     const size_t gates_at = static_cast<size_t>(t) * 4 * H, units_at = static_cast<size_t>(t) * H;
     uint8_t flags[R] = {};
     float terms[4][R], recurrent[4][R];
-    if (at.owner) {  // before the product, during which they arrive
+    if (at.owner) {  // loaded before the product, which hides the latency
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         flags[r] = a.flags[static_cast<size_t>(t) * B + at.row(r)];
@@ -750,7 +756,7 @@ __global__ void __launch_bounds__(Sharing<U, B>::kThreads, 1) forward(Arguments 
     }
     out.send();
     arrive(a.arrived);
-    if (at.owner) {  // what no other block waits for
+    if (at.owner) {  // after `arrive`: no other block waits for these results
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         const size_t here = (units_at + unit) * B + at.row(r);
@@ -766,12 +772,12 @@ __global__ void __launch_bounds__(Sharing<U, B>::kThreads, 1) forward(Arguments 
   }
   if (a.keep || !at.owner) return;
 #pragma unroll
-  for (int r = 0; r < R; ++r) a.cell[unit * B + at.row(r)] = c[r];  // the last one alone
+  for (int r = 0; r < R; ++r) a.cell[unit * B + at.row(r)] = c[r];  // only the last one
 }
 
 // ---- Backward.
 
-// What the forward pass left of a step of a unit.
+// Residuals, inputs and the output's gradient of a unit at a time step, as read from memory.
 template <int R>
 struct Read {
   uint8_t flags[R] = {};
@@ -809,7 +815,7 @@ struct Read {
   }
 };
 
-// The step computed again, from what was read and its own cell: the `before` of the step after it.
+// A recomputed forward step. Its cell is the `before` of the step after it, or the last cell.
 template <int R>
 struct Step : Read<R> {
   float gates[4][R], c[1][R], output[R];
@@ -845,7 +851,7 @@ template <typename T, int U, int B>
 __global__ void __launch_bounds__(Sharing<U, B>::kThreads, 1) backward(Arguments a) {
   DYNAMIC_SHARED(memory);
   constexpr int R = Sharing<U, B>::kRows;
-  constexpr bool kEarly = R == 1;  // reads a step ahead, as registers allow
+  constexpr bool kEarly = R == 1;  // reads a step ahead, if registers allow it
   const int H = a.units;
   const Place<U, B> at(H);
   const int unit = at.unit;
@@ -929,7 +935,7 @@ __global__ void __launch_bounds__(Sharing<U, B>::kThreads, 1) backward(Arguments
     out.send();
     arrive(a.arrived);
     bool valid[R] = {};
-    if (at.owner) {  // what no other block waits for, and the next step
+    if (at.owner) {  // after `arrive`: results that no other block waits for, and the next step
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         valid[r] = step.flags[r] & kValid;
@@ -952,7 +958,7 @@ __global__ void __launch_bounds__(Sharing<U, B>::kThreads, 1) backward(Arguments
     shared.multiply(out.operand, at.warp, at.lane);
     if (at.owner) {
 #pragma unroll
-      for (int r = 0; r < R; ++r)  // a row that is not valid passes its gradient on
+      for (int r = 0; r < R; ++r)  // a row that is not valid keeps its gradient for step t - 1
         d_h[r] = (valid[r] ? 0.f : d_h[r]) + shared.product(at.own, at.row(r));
     }
   }
@@ -973,13 +979,13 @@ __global__ void __launch_bounds__(Sharing<U, B>::kThreads, 1) backward(Arguments
 
 using Kernel = void (*)(Arguments);
 
-// How a kernel is run.
+// The launch parameters of a kernel.
 struct Plan {
   Kernel kernel = nullptr;
   int blocks = 0, threads = 0;
   size_t memory = 0;              // shared memory of a block
-  bool fits = false;              // all blocks at once on the device
-  const char* problem = nullptr;  // of the device, if it has not told
+  bool fits = false;              // all blocks are resident on the device at once
+  const char* problem = nullptr;  // the error of CUDA, if it could not tell whether they fit
 };
 
 #ifdef __CUDACC__
@@ -1019,7 +1025,7 @@ ffi::Error run(const Plan& plan, Arguments arguments, Stream stream) {
 #else
 using Stream = void*;
 
-// With one block on each multiprocessor; a real device may hold more.
+// Assumes one block per multiprocessor; a real device may hold more.
 void check_on_device(Plan* plan) {
   plan->fits = plan->blocks <= emulation::device.processors &&
                plan->memory <= emulation::device.shared_memory;
@@ -1058,7 +1064,7 @@ Plan plan_of(int batch, int units, bool is_forward) {
   }
 }
 
-// With few units a block if that fits, since more multiprocessors then share the work.
+// Takes the fewest units per block that fit, so that more multiprocessors share the work.
 template <typename T>
 Plan plan_of(int64_t units_of_block, int batch, int units, bool is_forward) {
   Plan plan;
@@ -1076,7 +1082,8 @@ Plan plan_of(bool in_bfloat16, int64_t units_of_block, int batch, int units, boo
                      : plan_of<float>(units_of_block, batch, units, is_forward);
 }
 
-// A kernel's size of shared memory is set before its launch, and is that of all its launches.
+// Held from setting a kernel's size of shared memory to its launch: the size is set per kernel, not
+// per launch.
 std::mutex launching;
 
 ffi::Error launch(const Arguments& a, ffi::DataType dtype, int batch, int64_t units_of_block,
@@ -1197,7 +1204,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(BnlstmForward, forward_call,
                                   .Ret<Floats>()
                                   .Ret<Floats>()  // hidden, cell, recurrent term
                                   .Ret<Floats>()
-                                  .Ret<Floats>()  // statistics, if not
+                                  .Ret<Floats>()  // statistics, if not given
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::U32>>()
                                   .Attr<bool>("normalize_recurrent")
@@ -1221,14 +1228,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(BnlstmBackward, backward_call,
                                   .Arg<Floats>()
                                   .Arg<Floats>()  // cell, recurrent term
                                   .Arg<Floats>()
-                                  .Arg<Floats>()  // gradients by hidden state, last cell
+                                  .Arg<Floats>()  // gradients of hidden states, last cell
                                   .Ret<Floats>()
-                                  .Ret<Floats>()  // by pre-activation, recurrent term
+                                  .Ret<Floats>()  // of pre-activation, recurrent term
                                   .Ret<Floats>()
                                   .Ret<Floats>()
-                                  .Ret<Floats>()  // by scales, cell's bias
+                                  .Ret<Floats>()  // of scales, cell's bias
                                   .Ret<Floats>()
-                                  .Ret<Floats>()  // by first state
+                                  .Ret<Floats>()  // of first state
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::U32>>()
                                   .Attr<bool>("normalize_recurrent")
@@ -1237,7 +1244,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(BnlstmBackward, backward_call,
                                   .Attr<float>("epsilon")
                                   .Attr<int64_t>("units_of_block"));
 
-// Null if both calls fit on the device, for a padded batch; else what the device says, or "".
+// Null if both passes fit on the device, for a padded batch. Otherwise the error of CUDA, or "" if
+// a pass does not fit.
 extern "C" const char* BnlstmProblem(int units, int batch, int in_bfloat16) {
   const std::lock_guard<std::mutex> lock(launching);
   for (bool is_forward : {true, false}) {

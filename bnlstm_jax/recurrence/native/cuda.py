@@ -1,10 +1,10 @@
-"""The recurrence in one CUDA kernel, forward, and one backward: cuda.cu, called through `jax.ffi`.
+"""The recurrence as one CUDA kernel per pass: cuda.cu, called through `jax.ffi`.
 
-A scan in XLA starts several small programs at every step. Here the device's multiprocessors share
-the hidden units, keep their part of the recurrent kernel, and run all steps together; the source
-says how. Unlike the other implementations this one is not made of the step of `bnlstm_jax.cells`,
-but written out for (BN-)LSTMs, in float32. On a CPU, CUDA is emulated, which is slow and serves to
-test it.
+A scan in XLA starts several small programs at every time step. Here one kernel runs all time steps:
+multiprocessors divide the hidden units, and each keeps its part of the recurrent kernel. cuda.cu
+describes how. Like `cpu`, this does not use the step of `bnlstm_jax.cells`, but implements
+(BN-)LSTMs directly, in float32 with products of float32 or bfloat16. On a CPU, CUDA is emulated:
+this is slow, and only for tests.
 
 Within a call arrays are `[time, features, batch]`, the batch padded.
 """
@@ -28,10 +28,10 @@ from bnlstm_jax.recurrence.native import common
 from bnlstm_jax.recurrence.problem import Problem, Result, with_input_terms
 
 SOURCE = Path(__file__).parent / "cuda.cu"
-BATCHES = (32, 64, 128)  # to which a batch is padded
+BATCHES = (32, 64, 128)  # a batch is padded to one of these sizes
 LARGEST_BATCH = BATCHES[-1]
-OLDEST = 8.0  # compute capability: products of bfloat16 on tensor cores
-TILE = 32  # to a multiple of which the rows that blocks exchange are padded
+OLDEST = 8.0  # compute capability; tensor cores multiply bfloat16 from it on
+TILE = 32  # the rows that blocks exchange are padded to a multiple of it
 # Residuals are h, c, the recurrent term and moments; `jax.checkpoint` recomputes the rest.
 _RESIDUAL = "bnlstm_jax.recurrence.native"
 _SAVE_RESIDUALS = jax.checkpoint_policies.save_only_these_names(_RESIDUAL)
@@ -41,12 +41,12 @@ _SAVE_RESIDUALS = jax.checkpoint_policies.save_only_these_names(_RESIDUAL)
 
 
 def platform() -> str:
-    """Where the kernel would run: on a GPU, or emulated on a CPU."""
+    """The platform that the kernel is compiled for: `gpu`, or `cpu`, which emulates CUDA."""
     return "gpu" if default_device().platform == "gpu" else "cpu"
 
 
 def load(platform: str) -> ctypes.CDLL:
-    """The library, its two calls registered with XLA.
+    """Loads the library, and registers its two calls with XLA.
 
     Raises:
       RuntimeError: it cannot be compiled.
@@ -55,7 +55,7 @@ def load(platform: str) -> ctypes.CDLL:
 
 
 def padded(batch: int) -> int:
-    """Rows that the kernel is given for a batch of at most `LARGEST_BATCH`."""
+    """The size to which a batch of at most `LARGEST_BATCH` is padded."""
     return next(rows for rows in BATCHES if batch <= rows)
 
 
@@ -72,7 +72,7 @@ def why_unsupported(problem: Problem) -> str | None:
             f"{kernel.dtype}, dtype {operands}, the state {problem.carry[0].dtype}"
         )
     if platform() == "gpu":
-        has = default_device().compute_capability  # of AMD's GPUs, a name
+        has = default_device().compute_capability  # for AMD's GPUs, a name
         if not has.replace(".", "").isdigit() or float(has) < OLDEST:
             return f"needs a GPU of compute capability {OLDEST} or newer, and this one's is {has}"
     units, rows = kernel.shape[0], padded(min(problem.carry[1].shape[0], LARGEST_BATCH))
@@ -95,10 +95,10 @@ class Options:
 
     Attributes:
       normalize_recurrent, normalize_cell: which terms are normalised.
-      given: by given statistics; else by the batch's own moments.
+      given: normalise by given statistics; otherwise by moments of the batch.
       epsilon: added to variances.
       operands: dtype of the operands of recurrent products, float32 or bfloat16.
-      units_of_block: hidden units of a block of threads, 2, 4 or 8; 0 for what fits best.
+      units_of_block: hidden units of a block of threads, 2, 4 or 8; 0 for the fewest that fit.
     """
 
     normalize_recurrent: bool
@@ -116,9 +116,9 @@ class Options:
         aliases: dict[int, int] | None = None,
         **more: Any,
     ) -> list[Array]:
-        """Calls the kernel, with room for what its blocks exchange.
+        """Calls the kernel, with buffers for the exchange between blocks.
 
-        `aliases` are arguments that are overwritten, and the results that take their place.
+        `aliases` maps each argument that is overwritten to the result that takes its place.
         """
         kernel, *others = arrays
         kernel = kernel.astype(self.operands)
@@ -133,7 +133,7 @@ class Options:
             name, results, vmap_method="sequential", input_output_aliases=aliases
         )
         attributes = dataclasses.asdict(self) | {"epsilon": np.float32(self.epsilon)} | more
-        del attributes["operands"]  # the kernel's dtype says so
+        del attributes["operands"]  # given by the kernel's dtype
         return list(call(kernel, *others, **attributes))[:-2]
 
 
@@ -143,7 +143,7 @@ class Inputs(NamedTuple):
     Attributes:
       kernel: the recurrent kernel `[H, 4H]`.
       pre_activation: input term and bias, `[T, 4H, B]`.
-      flags: of rows, bytes `[T, B]`.
+      flags: see `common.flags`, bytes `[T, B]`.
       recurrent_scale, cell_scale, cell_bias: `[4H]`, `[H]`, `[H]`.
       cell, hidden: the initial state, `[H, B]`.
       recurrent_statistics, cell_statistics: given mean and variance, `[T, 2, 4H]`, `[T, 2, H]`.
@@ -162,10 +162,10 @@ class Inputs(NamedTuple):
 
 
 def forward_call(options: Options, inputs: Inputs, keep: bool) -> list[Array]:
-    """Hidden states and cells `[T, H, B]`, recurrent terms `[T, 4H, B]`, moments as statistics.
+    """Hidden states and cells `[T, H, B]`, recurrent terms `[T, 4H, B]`, moments like statistics.
 
-    Unless `keep`, cells are the last alone and there are no recurrent terms. There are no moments
-    where statistics are given.
+    Unless `keep`, there is only the last cell, and recurrent terms are empty. Moments are empty if
+    statistics are given.
     """
     steps, gates, batch = inputs.pre_activation.shape
     units, found = gates // 4, 0 if options.given else steps
@@ -183,7 +183,7 @@ def call_kernel(options: Options, inputs: Inputs) -> tuple[Array, ...]:
 
 def _forward(options, inputs):
     inputs = last_derivative("implementation 'gpu'", inputs)
-    # `jax.checkpoint` around the call computes `inputs` again rather than store them.
+    # `jax.checkpoint` around the call recomputes `inputs` instead of storing them.
     results = forward_call(options, inputs, keep=True)
     hidden, cell, recurrent_term, *moments = (checkpoint_name(x, _RESIDUAL) for x in results)
     return (hidden, cell[-1], *moments), (inputs, hidden, cell, recurrent_term, *moments)
@@ -200,7 +200,8 @@ def _backward(options, residuals, gradients):
         "bnlstm_backward",
         (terms, terms, terms[1:2], state[:1], state[:1], state, state),
         *(*inputs, cell, recurrent_term, d_hidden, d_cell),
-        # Gradients take the place of what they are of, which is read in the same order.
+        # The gradients overwrite pre-activations and recurrent terms: the kernel reads a time step
+        # of these before it writes its gradients.
         aliases={Inputs._fields.index("pre_activation"): 0, len(inputs) + 1: 1},
     )
     entering = jnp.concatenate([inputs.hidden[None], hidden[:-1]])

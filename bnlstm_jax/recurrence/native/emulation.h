@@ -1,7 +1,9 @@
-// What cuda.cu uses of CUDA, on a CPU: each CUDA thread is a fiber, and fibers take turns.
+// The parts of CUDA that cuda.cu uses, emulated on a CPU. Each CUDA thread is a fiber, and fibers
+// take turns.
 //
-// A fiber runs until it has to wait for others: at a barrier, a shuffle, or in wait_for_all. So all
-// of the kernel but the device's own timing is tested without a GPU. Slow, and for small sizes.
+// A fiber runs until it has to wait for others: at a barrier, a shuffle, or in wait_for_all. All of
+// the kernel is thus tested without a GPU, except for effects of the GPU's timing. Emulation is
+// slow, for small sizes only.
 
 #pragma once
 
@@ -56,7 +58,7 @@ static inline float divide(float x, float y) { return x / y; }
 
 namespace emulation {
 
-// The device that is emulated: its multiprocessors, and the shared memory that a block can have.
+// The emulated device: the number of multiprocessors, and the most shared memory of a block.
 struct Device {
   int processors;
   size_t shared_memory;
@@ -115,14 +117,14 @@ static inline void enter() {
 
 static inline void run(int blocks, int threads, size_t memory,
                        const std::function<void()>& kernel) {
-  constexpr size_t kStack = 256 * 1024;  // touched where it is used, no more
+  constexpr size_t kStack = 256 * 1024;  // only the pages in use take memory
   std::vector<Block> all(blocks);
   std::vector<Fiber> fibers(static_cast<size_t>(blocks) * threads);
   std::unique_ptr<unsigned char[]> stacks(new unsigned char[kStack * fibers.size()]);
   for (Block& block : all) {
     block.memory = static_cast<unsigned char*>(std::aligned_alloc(128, (memory + 127) / 128 * 128));
     block.threads = threads;
-    std::memset(block.memory, 0xff, memory);  // NaN, as a read before a write deserves
+    std::memset(block.memory, 0xff, memory);  // NaN, to expose a read before a write
   }
   body = &kernel;
   grid_dim = {static_cast<unsigned>(blocks)};
@@ -151,11 +153,11 @@ static inline void run(int blocks, int threads, size_t memory,
   for (Block& block : all) std::free(block.memory);
 }
 
-// What the lanes of a warp have, by lane. All of them call it together.
+// Returns the words of all lanes of a warp, by lane. All lanes call it together.
 static inline const Words* gather(const Words& own) {
   const unsigned warp = now->thread / 32, lane = now->thread % 32;
   Block& block = *now->block;
-  // Whoever is a turn ahead writes the other slots.
+  // A lane that is one turn ahead writes to the other slots.
   Words* slots = block.slots[warp][block.warps[warp].turn % 2];
   slots[lane] = own;
   wait_at(block.warps[warp], 32);
@@ -214,7 +216,7 @@ V load_past_l1(const void* from) {
   return value;
 }
 
-// mma.m16n8k16, with its elements on the lanes that CUDA's instruction set puts them on.
+// mma.m16n8k16. Lanes hold the elements that the PTX instruction assigns to them.
 static inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const emulation::Words* lanes = emulation::gather({{a[0], a[1], a[2], a[3], b0, b1}});
   const int lane = emulation::now->thread % 32;

@@ -36,7 +36,7 @@ def test_a_missing_device_is_named(monkeypatch):
 
 
 def test_operations_are_those_of_products():
-    """Two for each number of the recurrent kernel, in each row; of embedded inputs' too."""
+    """Two per kernel element, example and time step; embedded inputs have a product too."""
     recurrent = 2 * 784 * 100 * 100 * 400
     assert programs.operations(programs.SIZES["pmnist"], is_update=False) == recurrent
     assert programs.operations(programs.SIZES["pmnist"], is_update=True) == 3 * recurrent

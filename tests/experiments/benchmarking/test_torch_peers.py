@@ -1,4 +1,4 @@
-"""PyTorch's BN-LSTM is ours."""
+"""The benchmark's BN-LSTM in PyTorch computes what `bnlstm_jax.BNLSTM` computes."""
 
 import flax.linen as nn
 import jax
@@ -9,9 +9,9 @@ from bnlstm_jax import BNLSTM
 
 BATCH, TIME, FEATURES, SYMBOLS = 6, 5, 4, 7
 
-# Single precision. The first recurrent term is the same in all rows, so that PyTorch's batch mean
-# of it is off by a rounding, 6e-8, of which dividing by sqrt(epsilon) makes 2e-5; a few steps of
-# normalisation by standard deviations that are not small follow.
+# Single precision. The first recurrent term is equal in all rows. Rounding moves PyTorch's batch
+# mean of it by 6e-8, and division by sqrt(epsilon) enlarges that to 2e-5. Standard deviations are
+# not small in the few steps that follow.
 SINGLE = dict(rtol=0, atol=1e-4)
 
 
@@ -24,13 +24,13 @@ def peers():
 
 
 def draw_variables(layer, x, rng):
-    """Variables of a layer, each moved from where it starts."""
+    """The initial variables of a layer plus noise."""
     variables = layer.init(jax.random.key(0), x)
     return jax.tree.map(lambda v: v + 0.5 * rng.normal(size=v.shape).astype(np.float32), variables)
 
 
 def copied(peers, variables, inputs, **options):
-    """PyTorch's layer with the variables of ours."""
+    """The PyTorch layer with the variables of our layer."""
     import torch
 
     layer = peers.BNLSTM(FEATURES, inputs, TIME, **options)
@@ -54,8 +54,8 @@ def test_the_eager_bn_lstm_is_ours(peers, inputs, symbols):
     eager = copied(peers, variables, inputs, symbols=symbols)
     with torch.no_grad():
         np.testing.assert_allclose(eager(torch.tensor(x)), y, **SINGLE)
-    assert np.std(y) > 0.1  # so that it is a test
-    for term in ("input", "recurrent", "cell"):  # PyTorch's running variances are unbiased ones
+    assert np.std(y) > 0.1  # outputs vary
+    for term in ("input", "recurrent", "cell"):  # means only: PyTorch's variances are unbiased
         name = f"{term}_mean"
         np.testing.assert_allclose(getattr(eager, name), updated["batch_stats"][name], **SINGLE)
 

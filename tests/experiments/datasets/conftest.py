@@ -10,7 +10,7 @@ from experiments.runtime.errors import UserError
 
 @pytest.fixture
 def host(monkeypatch):
-    """What hosts send, by address: what is put into this dict. Other addresses are not found."""
+    """A dict of the contents that hosts send, by address. Other addresses give status 404."""
     files = {}
 
     def send(self, request, **kwargs):
@@ -26,7 +26,7 @@ def host(monkeypatch):
 
 @pytest.fixture
 def load_error(host):
-    """The one-line error of loading a data set, which leaves nothing behind."""
+    """Gets the one-line error of loading a data set; checks that no file is left behind."""
 
     def message(name: str, data_dir: Path) -> str:
         before = sorted(data_dir.rglob("*"))

@@ -11,7 +11,7 @@ import pytest
 from experiments.datasets import babi
 
 ARCHIVE = "tasks_1-20_v1-2.tar.gz"
-STORIES = {"qa1": 2000, "qa2": 2000, "qa4": 10_000, "qa5": 2000}  # of the training texts
+STORIES = {"qa1": 2000, "qa2": 2000, "qa4": 10_000, "qa5": 2000}  # in the training texts
 SPLITS = {"train": 9000, "valid": 1000, "test": 1000}
 NAMES = (
     "apple bathroom bedroom Bill Daniel football Fred garden hallway Jeff John kitchen Mary milk "
@@ -137,7 +137,7 @@ def test_questions_spell_the_original_ones(splits, originals):
         return [labels.get(word, word) for word in text.split()]
 
     def words(lines: list[str]) -> list[str]:
-        """As spelled: in lower case but for the people, marks apart, line numbers left out."""
+        """In the spelling of the arrays: lower case except people, marks apart, no line numbers."""
         text = re.sub(r"^[0-9]+ ", "", "\n".join(lines), flags=re.MULTILINE)
         text = re.sub(r"\b(The|Where|What|Who)\b", lambda word: word[0].lower(), text)
         return re.sub(r"([.?])", r" \1", text).split()
@@ -188,7 +188,7 @@ def test_no_story_is_split(splits, originals):
 
 @pytest.fixture
 def texts(monkeypatch) -> dict[str, bytes]:
-    """Texts of 20 and 3 stories, which take the place of the real ones."""
+    """Replaces the real texts with texts of 20 stories for training and 3 for testing."""
 
     def text(stories: int) -> bytes:
         people = ("Mary", "John", "Daniel")
@@ -269,7 +269,7 @@ def test_missing_original_is_downloaded(tmp_path, texts, host, monkeypatch):
     monkeypatch.setattr(tarfile, "open", lambda *args: opened.append(args) or read(*args))
     arrays, _, source = babi.prepare(tmp_path, tmp_path)
     assert source["texts"] == {"from": babi.URLS[1], "sha256": babi.SHA256}
-    assert len(opened) == 2  # of each address once
+    assert len(opened) == 2  # each address once
     for key, array in babi.prepare(tmp_path, tmp_path)[0].items():
         np.testing.assert_array_equal(arrays[key], array)
 

@@ -17,7 +17,7 @@ MANUAL = "by hand from https://cs.nyu.edu/~kcho/DMQA/"
 
 
 def item(data: prepared.Dataset, name: str, ends: str, index: int) -> list[str]:
-    """An entry of one of the arrays: the words, or the lines if it is of bytes."""
+    """An entry of an array: its words, or its lines if the array holds bytes."""
     ends = data.arrays[ends]
     values = data.arrays[name][ends[index - 1] if index else 0 : ends[index]]
     if values.dtype == np.uint8:
@@ -120,7 +120,7 @@ def test_unpacked_sample_is_the_same(sample, unpacked):
     assert [path.name for path in (unpacked.parent / "prepared").iterdir()] == ["cnn"]
 
 
-# Files that are not as they should be
+# Missing, damaged and improper files
 
 
 def content(passage="@entity1 met @entity2 .", question="who met @placeholder", answer="@entity1"):

@@ -25,7 +25,7 @@ def originals(data_dir):
 
 @pytest.fixture(scope="session")
 def prepared_mnist(originals, tmp_path_factory):
-    """A data_dir with MNIST prepared from local files, and none of the originals left."""
+    """A data_dir with MNIST prepared from local files, without the original files."""
     folder = tmp_path_factory.mktemp("data")
     shutil.copytree(originals, folder / "mnist")
     load("mnist", str(folder))
@@ -53,7 +53,7 @@ def test_arrays_are_those_of_the_original_files(prepared_mnist, originals):
 
 
 def test_unpacked_files_are_as_good(prepared_mnist, originals, tmp_path):
-    """Where torchvision leaves them, some beside the packed ones; and in the data folder."""
+    """In torchvision's folders, one beside its packed file, and in the data folder."""
     folders = [tmp_path / "MNIST" / "raw", tmp_path / "mnist" / "MNIST" / "raw", tmp_path]
     for name, folder in zip(NAMES, [*folders, tmp_path], strict=True):
         folder.mkdir(parents=True, exist_ok=True)

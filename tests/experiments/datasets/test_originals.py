@@ -74,7 +74,7 @@ def test_damaged_file_is_reported(tmp_path, get, content):
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Sends files, and fails as the first folder of the path says."""
+    """Sends files; the first folder of the path selects how it fails."""
 
     def do_GET(self):
         _, folder, name = self.path.split("/")
@@ -84,7 +84,7 @@ class Server(http.server.BaseHTTPRequestHandler):
             return
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
-        if folder == "good":  # as hosts say of .gz files, which are not to be unpacked
+        if folder == "good":  # some hosts send it for .gz files, which must stay packed
             self.send_header("Content-Encoding", "gzip")
         self.end_headers()
         if folder == "other":
@@ -97,7 +97,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def mirrors(monkeypatch):
-    """The words, at several addresses of a server: `mirrors("404", "good")`."""
+    """`WORDS` with several addresses of a server, by `mirrors("404", "good")`."""
     monkeypatch.setenv("no_proxy", "*")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -65,7 +65,7 @@ def load_error(data_dir: Path, name: str = "digits") -> str:
 
 
 def forbid(monkeypatch, forbidden: Path) -> None:
-    """Makes a file one that may not be read, also for root, whom permissions do not bind."""
+    """Makes opening a file fail. Changed permissions would not stop root."""
     open_any = Path.open
 
     def open_if_allowed(path, *args, **kwargs):
@@ -268,7 +268,7 @@ def test_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
 def test_second_process_waits_for_the_first(tmp_path, monkeypatch, caplog):
     prepare = digits.prepare
     prepared_by, others = [], []
-    # Another process and another thread are the same to the lock of a file.
+    # The lock of a file treats another thread like another process.
     other = threading.Thread(target=lambda: others.append(load("digits", str(tmp_path))))
 
     def slow_prepare(source_dir, work_dir):
@@ -308,7 +308,7 @@ def test_file_systems_with_few_locks(tmp_path, monkeypatch, caplog, number, told
     assert ("is on a file system without locks" in caplog.text) == told
 
 
-@pytest.mark.parametrize("parent", ["file", "/proc"])  # mkdir calls the latter not found
+@pytest.mark.parametrize("parent", ["file", "/proc"])  # in /proc, mkdir says: not found
 def test_unwritable_data_dir_is_reported(tmp_path, parent):
     (tmp_path / "file").touch()
     folder = tmp_path / parent / "data"

@@ -8,13 +8,13 @@ from experiments.datasets.question_arrays import SPLITS, Question, pack
 from experiments.datasets.questions import Selection, Split, Texts
 from experiments.runtime.errors import UserError
 
-# Shares with the question:      who, met             entity2      entity1, met, entity2
+# Words of ASKED:       who     met                        @entity2                  met @entity2
 PASSAGE = "nobody knows who met whom . it rained ! @entity2 slept . @entity1 met @entity2 twice ?"
 ASKED = "who met @entity2 in @placeholder"
 
 
 def made(*texts, prefix=""):
-    """Questions on passages, all of them in each split."""
+    """A data set with the same questions in each split."""
     items = [
         Question(f"q{i}", passage.split(), question.split(), answer, ["@entity1:Ann", "@entity2:B"])
         for i, (passage, question, answer) in enumerate(texts)
@@ -55,8 +55,8 @@ FIRST, SECOND = "nobody knows who met whom .", "it rained !"
 THIRD, FOURTH = "@entity2 slept .", "@entity1 met @entity2 twice ?"
 
 
-# The scores of the four sentences, by hand. words: who and met, nothing, @entity2, met and
-# @entity2. Punctuation and the placeholder count nothing.
+# Scores of the four sentences, computed by hand. With the question they share: who and met;
+# nothing; @entity2; met and @entity2. Punctuation and the placeholder do not count.
 @pytest.mark.parametrize(
     "number, rule, power, ties, expected",
     [

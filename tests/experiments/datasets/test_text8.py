@@ -16,7 +16,7 @@ SIZE = 5_000
 SYMBOLS = np.random.default_rng(0).integers(0, 27, SIZE).astype(np.uint8)
 TEXT = "".join(VOCABULARY[symbol] for symbol in SYMBOLS).encode()
 
-# Without the time, which would make names of tests differ.
+# Without a time stamp: contents are part of the names of tests, which must not change.
 compress = functools.partial(gzip.compress, mtime=0)
 
 

@@ -1,4 +1,4 @@
-"""Points run here, by stand-ins for a run."""
+"""Points run on this machine, with small programs in place of runs."""
 
 import json
 import os
@@ -26,7 +26,7 @@ if fails:
 folder.mkdir()
 (folder / "results.json").write_text(results)
 """
-# Sends a signal to the sweep, and saves when it is told to stop.
+# Sends a signal to the sweep, and saves upon SIGTERM.
 ENDLESS = """
 import os, pathlib, signal, sys, time
 folder, number = pathlib.Path(sys.argv[1]), int(sys.argv[2])
@@ -136,7 +136,7 @@ def test_a_signal_while_a_point_starts_stops_it_also_without_a_terminal(tmp_path
         patch.setattr(sys, "stderr", closed)
         with pytest.raises(Stopped):
             runner.run(points, commands, Observed(tmp_path, 1), lambda _: None)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # for what is in the buffer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # takes the rest of the buffer
     assert (tmp_path / "saved").exists()
 
 

@@ -1,4 +1,4 @@
-"""SLURM jobs without SLURM: stand-ins for its commands."""
+"""SLURM jobs without SLURM: shell scripts replace its commands."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_srun_gets_the_cores_of_a_process(tmp_path):
 
 # ---- What a job does on a node.
 
-# Stands for a run: has SLURM signal the job, and saves when it is told to stop.
+# Replaces a run: sends the job the signal that SLURM would send, and ends upon SIGTERM.
 RUN = """
 import os, pathlib, signal, sys, time
 folder, number = pathlib.Path(sys.argv[1]), int(sys.argv[2])
@@ -99,12 +99,12 @@ def test_a_job_that_slurm_has_queued_again_ends(handlers, tmp_path):
     assert (tmp_path / "told").read_text() == "x"
 
 
-# Loads the job as it was submitted, and runs it as submitit does on a node.
+# Loads a submitted job and runs it, as submitit does on a node.
 PROCESS = "import sys; from submitit.core.submission import process_job; process_job(sys.argv[1])"
 
 
 def start_job(folder, number, rank="0"):
-    """Starts a process of job 7, whose command has SLURM send it the signal `number`."""
+    """Starts a process of job 7, whose command sends it the signal `number`, as SLURM would."""
     folder.mkdir(exist_ok=True)
     delayed = DelayedSubmission(Job([sys.executable, "-c", RUN, str(folder), str(int(number))]))
     delayed.set_timeout(60, 3)
@@ -117,7 +117,7 @@ def start_job(folder, number, rank="0"):
 def test_submitit_requeues_a_job_in_its_first_process(tmp_path, cluster):
     processes = [start_job(tmp_path / rank, signal.SIGUSR2, rank) for rank in ("0", "1")]
     first, other = (process.wait(60) for process in processes)
-    assert first != 0 and other == 0  # an error of the other would end the job
+    assert first != 0 and other == 0  # an error in the other would end the job
     assert (cluster / "scontrol.called").read_text() == "requeue 7\n"
     for rank in ("0", "1"):
         assert (tmp_path / rank / "told").read_text() == "x"
@@ -131,12 +131,12 @@ def test_a_stopped_job_leaves_no_result(tmp_path):
     assert not (tmp_path / "7_0_result.pkl").exists()
 
 
-# ---- What a sweep asks of a cluster.
+# ---- Points of a sweep as jobs.
 
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
-    """A folder with stand-ins for SLURM's commands: jobs run at once, unless `wait` exists."""
+    """A folder of scripts that replace SLURM's commands. A file `wait` in it keeps jobs queued."""
     folder = tmp_path / "bin"
     folder.mkdir()
     commands = {

@@ -1,4 +1,4 @@
-"""Tables of sweeps that nobody ran."""
+"""Tables of made-up sweeps."""
 
 import csv
 
@@ -20,7 +20,7 @@ def make(folder, swept, kind="lstm"):
 
 
 def write_results(point, value, kind="lstm", lower_is_better=False):
-    """A finished run."""
+    """Writes the results of a finished run."""
     statistics = ["none"] if kind == "lstm" else ["batch", "running", "population"]
     run = point.runs[kind]
     run.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def test_kinds_have_rows_of_their_own(tmp_path):
     statuses = [("lstm", "finished"), ("bn_lstm", "unfinished")]
     assert [(row["kind"], row["status"]) for row in rows] == statuses
     write_results(point, 0.5, "bn_lstm")
-    # One column holds the LSTM's test, and the BN-LSTM's with population statistics.
+    # One column has the LSTM's test results, and the BN-LSTM's with population statistics.
     lines = sweep_table.write(points, {}, tmp_path).splitlines()
     assert lines[2].startswith("| BN-LSTM | 10         | 1 of 1 | 0.5000         | 0.4500 ")
     assert lines[3].startswith("| LSTM    | 10         | 1 of 1 | 0.2500         | 0.0000 ")

@@ -1,6 +1,6 @@
-"""The Attentive Reader against the plain loops of tests/reference_reader.py, and what they imply.
+"""The Attentive Reader against the plain loops of tests/reference_reader.py, and its properties.
 
-Nearly all in double precision, so that a wrong formula cannot hide behind rounding.
+Most tests are in double precision, so that rounding cannot hide a wrong formula.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from experiments.models.attentive_reader import FORMS, AttentiveReader, Encoder,
 from tests import reference_reader
 
 WORDS, UNITS, BATCH, TIME, QUESTION = 11, 3, 4, 6, 4
-ROWS = TIME - 1  # of the passage's tables: the last one serves the last step too
+ROWS = TIME - 1  # of the passage's tables; the last row serves the last two steps
 
 NORMALISED = [form for form in FORMS if form != "lstm"]
 SEQUENCE = ["bn_e_star", "bn_e_star_star"]
-# Lengths of passages and questions. Behind the longest passage there are two steps of padding, or
-# none, and then there are passages and questions without a word.
+# Lengths of passages and questions: with padding after the longest; without; with an empty passage
+# and an empty question; all empty.
 LENGTHS = {
     "padded": ((4, 1, 3, 2), (3, 1, 2, 2)),
     "full": ((6, 1, 3, 2), (4, 1, 4, 2)),
@@ -33,12 +33,12 @@ LENGTHS = {
 }
 
 # Double precision: one normalisation multiplies a rounding error (1e-16) by at most
-# 1 / sqrt(epsilon) = 1000, and a dozen of steps follow each other.
+# 1 / sqrt(epsilon) = 1000, and about a dozen follow each other.
 VALUES = dict(rtol=1e-9, atol=1e-9)
 # Central differences of functions of order 10: rounding gives 1e-15 * 10 / 1e-6 = 1e-8 and up to
 # 316 times that where a normalised term varies little.
 GRADIENTS = dict(rtol=1e-6, atol=5e-6)
-# Logits of order one in single precision, enlarged by divisions by small standard deviations.
+# Logits of order one in single precision; small standard deviations amplify rounding.
 SINGLE = dict(rtol=1e-4, atol=1e-5)
 
 
@@ -90,7 +90,7 @@ def draw(form, seed=0, **steps):
 
 
 def applied(reader, params, stats, batch, train, **kwargs):
-    """Logits, weights of attention and statistics afterwards."""
+    """Logits, attention and updated statistics."""
     logits, updated = reader.apply(
         {"params": params, "batch_stats": stats},
         *batch,
@@ -110,7 +110,7 @@ def values(form, train, mask=False, **options):
 
 @functools.cache
 def gradients(form):
-    """A compiled function: gradients of weighted logits in training, without padding."""
+    """A compiled function: gradients of weighted logits in training; statistics mask padding."""
     reader = make_reader(form, mask=True)
 
     def value(params, stats, batch, weights):
@@ -136,7 +136,7 @@ def assert_close(found, expected, **tolerance):
 
 
 def statistics_after(stats, found):
-    """A running average without memory: tables take the rows that a batch has something for."""
+    """Running averages with momentum 0: a batch replaces the rows of the steps that it reaches."""
     flat = dict(leaves(stats))
     for path, new in leaves(found).items():
         old = flat[path]
@@ -200,8 +200,8 @@ def reader_terms():
     return "passage", "question", "attended", "readout_question", "mean"
 
 
-# Forms, whether they train, and whether padding is left out of statistics. The authors' arrays
-# (test_reader_against_authors.py) cover the others.
+# Form, training or inference, and whether statistics mask padding. The authors' arrays
+# (test_reader_against_authors.py) cover the other combinations.
 RUNS = [
     *((form, True, False) for form in FORMS),
     ("bn_everywhere", True, True),
@@ -259,7 +259,7 @@ def test_epsilon_is_a_field(double):
 
 
 def other_padding(batch):
-    """The same with other words behind the ends."""
+    """The batch with other words in its padding."""
     passages, questions, *lengths = batch
     words = [
         np.where(np.arange(x.shape[1]) < n[:, None], x, (x + 1) % WORDS)
@@ -286,7 +286,7 @@ RUNS_BLIND_TO_PADDING = [
 @pytest.mark.parametrize("form, train, mask", RUNS_BLIND_TO_PADDING)
 def test_padding_has_no_influence(form, train, mask, double):
     params, stats, _ = draw(form)
-    batch = make_batch()  # with a step of padding behind the longest passage, which may count
+    batch = make_batch()  # one step of padding after the longest passage may count
     logits, attention, updated = run(form, train, mask, params, stats, batch)
     longer = values(form, train, mask)(params, stats, more_padding(batch))
     for changed in (run(form, train, mask, params, stats, other_padding(batch)), longer):
@@ -325,8 +325,8 @@ def test_population_statistics_are_averages_over_batches(double):
     steps = dict(passage_steps=TIME, question_steps=QUESTION + 1)
     params, stats, _ = draw(form, **steps)
     reader = make_reader(form, mask, **steps)
-    # Their longest passages and questions have 6 and 4 words, and 4 and 3. No question reaches the
-    # last row of its table.
+    # The longest passage and question have 6 and 4 words in one batch, 4 and 3 in the other. No
+    # question reaches the last row of its table.
     batches = [make_batch("full"), make_batch("padded", 1)]
     got = bnlstm_jax.estimate_population_statistics(
         reader,
@@ -343,7 +343,7 @@ def test_population_statistics_are_averages_over_batches(double):
     for path, statistic in leaves(got).items():
         found = [moments[path] for moments in each]
         if statistic.ndim == 2:
-            # Only those of masked steps are NaN, without a row behind them.
+            # Rows are NaN only at masked steps, which are the last ones.
             found = [moment[~np.isnan(moment).any(axis=1)] for moment in found]
             steps = max(map(len, found))
             found = [np.pad(m, ((0, steps - len(m)), (0, 0)), mode="edge") for m in found]
@@ -358,7 +358,7 @@ def test_one_batch_makes_inference_equal_training(double):
     form, mask = "bn_everywhere", True
     params, stats, _ = draw(form)
     words = make_batch()[:2]
-    # No longer than the tables, and two sequences reach each step: one has no variance.
+    # No longer than the tables. Two sequences reach each step, since one has no variance.
     batch = *words, np.array((4, 1, 3, 4)), np.array((3, 1, 3, 2))
     training = run(form, True, mask, params, stats, batch)
     found = bnlstm_jax.estimate_population_statistics(
@@ -385,7 +385,7 @@ def test_inference_is_outside_of_mapped_axes(double):
 
 
 def dropped(reader, params, batch, key=None, **kwargs):
-    """Logits, and what the encoders are given."""
+    """Logits, and the inputs of the encoders."""
     given = {}
     key = None if key is None else jax.random.key(key)
 
@@ -431,16 +431,16 @@ def test_dropout_of_embeddings_and_of_the_answer():
     for name, words in zip(("passage", "question"), batch, strict=False):
         embedded = params["embedding"][words]
         for of_direction in given[name]:
-            mask = of_direction != 0  # no embedding is
+            mask = of_direction != 0  # embeddings are positive
             np.testing.assert_allclose(of_direction, np.where(mask, embedded / keep, 0), rtol=1e-6)
             masks.append(mask)
-    # Independent in every element, direction and sequence: 240 draws, with a deviation of 3%.
+    # Independent in every element, direction and sequence: 240 draws, a standard deviation of 3%.
     assert abs(np.concatenate(masks, axis=None).mean() - keep) < 0.12
     same = [np.mean(a == b) for a, b in (masks[:2], masks[2:])]
-    assert max(same) < 0.9  # of 72 and 48, where chance gives 0.625
+    assert max(same) < 0.9  # of 72 and 48; 0.625 by chance
     assert all(len(np.unique(mask[b], axis=0)) > 1 for mask in masks for b in range(BATCH))
 
-    # An orthogonal read-out shows g itself, and embeddings of zero leave no other dropout.
+    # An identity read-out shows the answer vector g. Zero embeddings leave only the dropout of g.
     params["embedding"] *= 0
     params["readout"] = {"kernel": np.eye(UNITS, WORDS, dtype=np.float32), "bias": np.zeros(WORDS)}
     whole, _ = dropped(reader.clone(dropout_rate=0.0), params, batch)
@@ -450,7 +450,7 @@ def test_dropout_of_embeddings_and_of_the_answer():
     whole = whole[:, :UNITS]
     mask = answers != 0
     np.testing.assert_allclose(answers, np.where(mask, whole / keep, 0), rtol=1e-5)
-    # What is shown at inference is the mean over keys: 1000 have a deviation of 2% of it.
+    # Inference gives the mean over keys. The mean of 1000 keys has a standard deviation of 2%.
     inference = dropped(reader, params, batch)[0][:, :UNITS]
     np.testing.assert_allclose(answers.mean(0), inference, rtol=0.1)
     np.testing.assert_allclose(inference, whole, rtol=1e-6)
@@ -476,9 +476,9 @@ def test_unscaled_dropout_is_the_scaled_one_of_smaller_weights():
 
 
 def blocks(params, units):
-    """All square blocks that start orthogonal, of a reader with encoders in one or two directions.
+    """All square blocks with orthogonal initial values, of a reader in one or two directions.
 
-    The bilinear kernel is one of them where it has the same size.
+    The bilinear kernel is among them if it has the same size.
     """
     layers = [layer for name in ("passage", "question") for layer in params[name].values()]
     kernels = [layer[name] for layer in layers for name in ("input_kernel", "recurrent_kernel")]
@@ -490,7 +490,7 @@ def blocks(params, units):
 @pytest.mark.parametrize("form, identical", [("bn_lstm", False), ("bn_e_star_star", True)])
 def test_initial_values(form, identical):
     units, words = 8, 50
-    scale = 0.2 if identical else 0.1  # which is not said
+    scale = 0.2 if identical else 0.1  # 0.1 is the default
     options = dict(scale_init=nn.initializers.constant(scale)) if identical else {}
     reader = AttentiveReader(
         words, units, quirks=Quirks(identical_blocks=identical), **FORMS[form], **options
@@ -510,7 +510,7 @@ def test_initial_values(form, identical):
         uniform["passage"] = params["passage_kernel"]
     for name, matrix in uniform.items():
         bound = np.sqrt(6 / (sum(matrix.shape) + 1))
-        # At least 64 draws: the largest is below 0.9 of the bound once in 800 times.
+        # The largest of at least 64 draws is below 0.9 of the bound once in 800 times.
         assert 0.9 * bound < np.abs(matrix).max() <= bound, name
         assert abs(matrix.mean()) < 0.3 * bound, name
     width = np.abs(params["attention_kernel"]).max() * np.sqrt(units)
@@ -539,7 +539,7 @@ def test_single_precision_and_bfloat16():
 
     logits = jax.jit(functools.partial(read, reader=single.clone(dtype=jnp.bfloat16)))(params)
     assert logits.dtype == jnp.float32
-    # Products lose 2^-9 of their factors; normalisation of four rows enlarges that.
+    # Products round their factors by 2^-9; normalisation over four rows amplifies that.
     assert 1e-4 < np.abs(logits - expected).max() < 0.3
 
 
@@ -548,7 +548,7 @@ def test_matrix_products_have_operands_in_bfloat16():
     reader = make_reader("bn_e_star", param_dtype=jnp.float32, dtype=jnp.bfloat16)
     program = jax.jit(lambda params: applied(reader, params, stats, make_batch(), True)[0])
     pairs = re.findall(r"dot_general.*: \((.*)\) -> ", program.lower(params).as_text())
-    # Two of each encoder, five terms, three of the bilinear one, attention, answer.
+    # Two for each encoder, five terms, three for the bilinear term, attention, answer.
     coarse = [pair for pair in pairs if pair.count("bf16") == 2]
     assert len(coarse) == 4 + 5 + 3 + 1 + 1
     # The others are sums over the batch for statistics, as products with a row of weights.

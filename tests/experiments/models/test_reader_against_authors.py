@@ -1,13 +1,13 @@
 """The Attentive Reader against arrays that the authors' released code computed.
 
-The arrays are in tests/data/authors. All is in double precision. Training is by batch statistics.
-Evaluation is by population statistics for all but the encoders' input terms, which the authors'
-code normalises by the batch.
+The arrays are in tests/data/authors. All tests are in double precision. Training uses batch
+statistics. Evaluation uses population statistics, except for the encoders' input terms, which the
+authors' code normalises by the batch.
 
-Training BN-e** needs one change. Behind the end of a passage its backward states are zero here, as
+Training BN-e** needs one change. After the end of a passage its backward states are zero here, as
 in the fork of the code that trained the paper's BN-e**. In the branch that computed the arrays they
-are copies of earlier states. They count in the statistics of one term of attention. For this form
-the test puts the copies in place of the zeros.
+are copies of earlier states. These states count in the statistics of one term of attention, so the
+test replaces the zeros by the copies.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ WORDS, UNITS = 13, 4
 # Without normalisation: attention's gradients are small differences of larger terms, which costs
 # two digits. Found: 6e-14 at most.
 LSTM = 1e-12
-# Input terms alone have the batch's statistics, with variances far from zero. Found: 2e-16.
+# Only input terms use batch statistics, and their variances are far from zero. Found: 2e-16.
 EVALUATION = authors.NO_BATCH_STATISTICS
 
 # The authors' names. Their gates stand in the order i, f, o, g.
@@ -138,7 +138,7 @@ def by_path(arrays, names, prefix):
 
 
 def wrap_backward_states(lengths):
-    """Repeats a passage's backward states behind its end, as the authors' branch does."""
+    """Repeats a passage's backward states after its end, as the authors' branch does."""
 
     def intercept(call, args, kwargs, context):
         result = call(*args, **kwargs)
@@ -178,7 +178,7 @@ def differentiated(form, extra_terms, implementation):
     return jax.jit(jax.grad(cost, has_aux=True))
 
 
-# To save time, the other implementation runs only the form that has most in it.
+# To save time, `reference` runs only the form with the most parts.
 RUNS = [(case, "xla") for case in CASES] + [("bn_e_star_star_1_1", "reference")]
 
 
@@ -196,7 +196,7 @@ def test_reader_computes_the_authors_answers_attention_and_gradients(case, imple
     for path, gradient in expected.items():
         name = "/".join(path)
         if form_of(case) != "lstm" and path[-1] == "initial_hidden":
-            # Normalisation takes the initial hidden state away.
+            # Normalisation removes the initial hidden state.
             authors.assert_only_rounding(gradients[path], gradient, name)
         else:
             assert_agrees(gradients[path], gradient, tolerance(case), name)

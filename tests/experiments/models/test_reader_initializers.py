@@ -34,6 +34,6 @@ def test_fan_uniform_fills_its_interval():
     # 13,900 draws: each tenth of the interval has 1390, with a deviation of 35.
     counts, _ = np.histogram(matrix, bins=10, range=(-bound, bound))
     assert np.abs(counts - 1390).max() < 180
-    # Not symmetric in its axes' use, but in its bound.
+    # The transposed shape has the same bound.
     wide = np.asarray(reader_initializers.fan_uniform()(jax.random.key(1), (139, 100)))
     assert 0.99 * bound < np.abs(wide).max() <= bound

@@ -14,7 +14,7 @@ from tests.full_disk import files_of_at_most
 
 
 def read_events(folder):
-    """Events of all files of a folder, of the oldest first."""
+    """Events of all files in a folder, oldest file first."""
     for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns):
         content = path.read_bytes()
         while content:  # records are: length, its checksum, event, its checksum
@@ -27,7 +27,7 @@ def curves(folder):
     """The points of each curve, as TensorBoard shows them."""
     shown = {}
     for event in read_events(folder):
-        if event.session_log.status == SessionLog.START:  # takes back what is of its step or later
+        if event.session_log.status == SessionLog.START:  # drops points of its step or later
             shown = {(tag, step): v for (tag, step), v in shown.items() if step < event.step}
         for value in event.summary.value:
             if not value.metadata.plugin_data.plugin_name:
@@ -98,7 +98,7 @@ def test_other_readings_have_curves_of_their_own():
 
 
 def test_a_full_disk_is_an_error(small_config, tmp_path):
-    """TensorBoard's file meets the limit before that of the metrics does."""
+    """TensorBoard's file reaches the limit before the file of metrics does."""
     with (
         files_of_at_most(4000),
         pytest.raises(OSError, match="File too large"),
@@ -111,7 +111,7 @@ def test_a_full_disk_is_an_error(small_config, tmp_path):
 
 
 class StandIn:
-    """For the package wandb: keeps what it is told."""
+    """Replaces the package wandb, and records its calls."""
 
     Error = RuntimeError
     Settings = SimpleNamespace

@@ -12,7 +12,7 @@ def test_the_best_checkpoint_from_the_folder_alone(small_config, tmp_path, kind)
     small_config.model.kind = kind
     small_config.num_updates = small_config.eval_every = 2
     results = train.train(small_config, tmp_path)
-    # Nothing in it tells of the devices, which may be others where it is read.
+    # The checkpoint does not name devices, since it may be read on others.
     assert not list(tmp_path.glob("checkpoints/2/**/_sharding"))
 
     update, variables, statistics = read_best(tmp_path)
@@ -25,7 +25,7 @@ def test_the_best_checkpoint_from_the_folder_alone(small_config, tmp_path, kind)
         with np.load(tmp_path / "population_statistics.npz") as saved:
             for name, value in variables["batch_stats"]["layer"].items():
                 np.testing.assert_array_equal(value, saved[f"layer/{name}"])
-        # Without the file, or with that of another update, there are the running averages.
+        # Without the file, or with a file of another update, running averages are read.
         np.savez(tmp_path / "population_statistics.npz", update=1, **{"layer/cell_var": [1.0]})
         update, running, statistics = read_best(tmp_path)
         assert statistics == "running"

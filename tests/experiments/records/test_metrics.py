@@ -24,7 +24,7 @@ def test_a_log_file_shows_progress(capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize("open_pair", [os.pipe, os.openpty], ids=["pipe", "terminal"])
 def test_a_closed_output_does_not_stop_a_run(monkeypatch, tmp_path, open_pair):
     reader, writer = open_pair()
-    os.close(reader)  # as of `| tee log`, upon Ctrl-C
+    os.close(reader)  # as Ctrl-C closes `| tee log`
     with os.fdopen(writer, "w") as closed:
         monkeypatch.setattr(sys, "stdout", closed)
         with metrics.Reporter(tmp_path, "title", "data", 0, 10) as reporter:

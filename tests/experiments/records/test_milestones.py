@@ -11,7 +11,7 @@ from tests.scripts.made_up import write_run
     "metric, low, high, value, verdict",
     [
         ("accuracy", 0.4, 0.6, 0.55, "on track"),
-        ("accuracy", 0.4, 0.6, 0.21, "on track"),  # below by less than the others lie apart
+        ("accuracy", 0.4, 0.6, 0.21, "on track"),  # below the range by less than its width
         ("accuracy", 0.4, 0.6, 0.19, "off"),
         ("accuracy", 0.4, 0.6, 0.81, "better"),
         ("accuracy", 0.5, 0.5, 0.46, "on track"),  # below a single run by less than a tenth
@@ -31,7 +31,7 @@ def test_milestones_are_the_range_of_runs_of_the_same_config(tmp_path, monkeypat
     experiment = Experiment("pmnist", "bn_lstm")
     for seed, values in ((1, [0.5, 0.6, 0.7, 0.8]), (2, [0.53, 0.58, 0.7, 0.7])):
         points = {500 * (n + 1): {"accuracy": value} for n, value in enumerate(values)}
-        points |= {500 * seed + 100: {"accuracy": 0.99}}  # which the other run lacks
+        points |= {500 * seed + 100: {"accuracy": 0.99}}  # the other run lacks this update
         write_run(tmp_path, experiment, seed, points)
     write_run(tmp_path, Experiment("pmnist", "lstm"), 1, {500: {"accuracy": 0.1}})
     config = experiment.get_config()

@@ -19,7 +19,7 @@ def results_of(length, eval_batch_size, update=3):
     "second, kept",
     [
         (results_of(200, 100), {"batch", "population"}),
-        # Statistics of a batch are those of its size.
+        # Batch statistics depend on the batch size.
         (results_of(200, 10), {"population"}),
         (results_of(200, 100, update=4), set()),
     ],

@@ -23,7 +23,7 @@ def test_runs_are_found_by_what_they_are(tmp_path):
         folders = [run.folder for run in runs.of(experiment, found)]
         assert folders == [tmp_path / str(experiment) / f"seed_{seed}" for seed in (1, 2)]
     assert runs.of(Experiment("mnist", "lstm"), found) == []
-    # Wherever they lie; and of two, the one that came further.
+    # Runs are found in any subfolder. Of two with one seed, the one with more updates is returned.
     elsewhere = write_run(tmp_path / "other", PMNIST, 1, {500: {"accuracy": 0.5}})
     assert runs.of(PMNIST, runs.find(tmp_path))[0].folder == elsewhere
 

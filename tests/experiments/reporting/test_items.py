@@ -1,4 +1,4 @@
-"""Tables and figures of runs that nobody ran."""
+"""Tables and figures of made-up runs."""
 
 import json
 
@@ -24,7 +24,7 @@ def mnist_runs(tmp_path):
         write_run(tmp_path, Experiment("pmnist", "bn_lstm"), seed, points, {"accuracy": value})
     points = {500: {"accuracy": 0.2}}
     write_run(tmp_path, Experiment("pmnist", "lstm"), 1, points, {"accuracy": 0.25})
-    write_run(tmp_path, Experiment("mnist", "lstm"), 1, points)  # goes on
+    write_run(tmp_path, Experiment("mnist", "lstm"), 1, points)  # unfinished
     return tmp_path
 
 
@@ -72,7 +72,7 @@ def test_curves_lie_over_the_papers(mnist_runs):
     drawn = [line.get_xydata().T for line in first.lines]
     published = paper.curves("pmnist_valid_accuracy")[("bn_lstm",)]
     assert any(np.array_equal(line, published) for line in drawn)
-    # The third seed has the second of two updates alone.
+    # The third seed has only the second of the two updates.
     mean = (0.65 + 0.75 + 0.5) / 3
     assert any(line.shape == (2, 1) and np.allclose(line, [[1000], [mean]]) for line in drawn)
     theirs = f"{published[1, list(published[0]).index(1000)]:.4f}"
@@ -120,7 +120,7 @@ def test_curves_of_a_run_before_its_first_validation_keep_the_axis(tmp_path):
 
 
 def test_curves_by_hours(mnist_runs):
-    """3,900 seconds are for 1,000 updates of the BN-LSTM, and for 500 of the LSTM."""
+    """In 3,900 seconds, the BN-LSTM makes 1,000 updates, and the LSTM makes 500."""
     table, figure = show("figure_pmnist_hours", mnist_runs)
     hours = 3900 / 3600
     drawn = [line.get_xydata().T for line in figure.axes[0].lines]

@@ -1,4 +1,4 @@
-"""The two figures without training, against the paper's own points and against definitions."""
+"""The two figures that need no training, against the paper's points and against definitions."""
 
 import csv
 
@@ -12,7 +12,7 @@ from experiments.reporting import paper, untrained
 
 
 def finite_difference_norms(pixels, labels, gamma, parameters, steps):
-    """Norms of dL / dh_t in double precision, by moving every element of h_t up and down."""
+    """Norms of dL / dh_t in double precision, by central differences in each element of h_t."""
     input_kernel, readout = parameters
     batch, time = pixels.shape
 
@@ -54,12 +54,12 @@ def test_gradient_norms_are_finite_differences():
     parameters = np.float64(params["input_kernel"][0]), np.float64(readout)
     steps = (5, 3, 0)
     expected = finite_difference_norms(np.float64(pixels), labels, 0.4, parameters, steps)
-    # Float32 through six steps, in which near-zero variances divide by up to 3e-3.
+    # Float32 over six steps. Where a variance is near zero, a step divides by only 3e-3.
     np.testing.assert_allclose(np.take(found, steps), expected, rtol=2e-3)
 
 
 def test_the_smallest_gradients_are_not_lost_in_their_squares():
-    """Norms of 1e-25, as in the figure, have squares that float32 does not."""
+    """Norms of 1e-25, as in the figure, have squares below the range of float32."""
     random = np.random.default_rng(0)
     pixels = random.uniform(size=(20, 300)).astype(np.float32)
     found = untrained.gradient_norms(pixels, np.arange(20) % 10, 0.9, jax.random.key(0))
@@ -80,10 +80,10 @@ def norms(mnist):
 
 
 def test_gradient_norms_are_the_papers(norms):
-    """At t = 783, 600 and 300, where one draw of weights and batch hardly differs from another.
+    """The paper's norms at t = 783, 600 and 300 are in the range of ours, up to a factor of 2.
 
-    For larger gamma, and further from the end, draws are orders of magnitude apart: the paper's one
-    line has to be among ours.
+    For small gamma and near the end, draws of weights and batch hardly differ, and the median must
+    agree too. Elsewhere draws are orders of magnitude apart.
     """
     published = paper.curves("tanh_rnn_gradient_norm")
     for gamma, draws in norms.items():
@@ -101,7 +101,7 @@ def test_gradient_norms_are_the_papers(norms):
 
 
 def test_the_figure_is_of_permuted_pixels(mnist, norms):
-    """Near the end draws hardly differ, and tell the two orders apart."""
+    """Near the end draws hardly differ, so that they distinguish the two orders."""
     in_order = untrained.draws_of_gradient_norms(mnist, 0.1, draws=5, order="in_order")
     theirs = paper.at(paper.curves("tanh_rnn_gradient_norm")[("0.1",)], 750)
     assert np.all(in_order[:, 750] > 1.6 * theirs)
@@ -109,13 +109,13 @@ def test_the_figure_is_of_permuted_pixels(mnist, norms):
 
 
 def test_tanh_derivative_is_the_papers():
-    # Of 1,000 samples, as in the paper, means scatter by .01; these are of 100,000.
+    # The paper's means over 1,000 samples scatter by 0.01. Ours are over 100,000.
     stddevs, means = paper.TANH_MEANS
     mean, _, _ = untrained.tanh_derivative(stddevs, seed=0, samples=100_000)
     np.testing.assert_allclose(mean, means, atol=0.01)
     stddevs, *quartiles = np.transpose(paper.TANH_QUARTILES)
     _, *found = untrained.tanh_derivative(stddevs, seed=0, samples=100_000)
-    # Quartiles of 1,000 samples scatter by .02.
+    # Quartiles of 1,000 samples scatter by 0.02.
     np.testing.assert_allclose(found, quartiles, atol=0.03)
 
 

@@ -1,4 +1,4 @@
-"""How commands run, whatever they do."""
+"""The behaviour that all commands share."""
 
 import os
 import signal
@@ -85,7 +85,7 @@ def test_other_errors_keep_their_traceback():
 @pytest.mark.parametrize("command", ["experiments.main", "scripts.sample"])
 def test_ctrl_c_while_modules_load_shows_no_traceback(command, tmp_path):
     process = subprocess.Popen(
-        # A test in the background may ignore the signal, and its processes with it.
+        # Tests in the background may ignore SIGINT, and their child processes inherit that.
         ["env", "--default-signal=INT", *(sys.executable, "-m", command, f"--workdir={tmp_path}")],
         cwd=ROOT,
         stdout=subprocess.PIPE,

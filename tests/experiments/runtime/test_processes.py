@@ -1,4 +1,4 @@
-"""Jobs of several processes, as a user starts them: the same command in each."""
+"""Jobs of several processes that run the same command, as a user starts them."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from experiments.runtime import processes
 from experiments.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[3]
-TIMEOUT = 10  # seconds after which a silent process is lost
+TIMEOUT = 10  # seconds after which a silent process counts as lost
 
 COMMAND = (
     "--config=configs/text.py",
@@ -61,7 +61,7 @@ def killed():
 
 
 class Job:
-    """Processes that train together, each with so many virtual devices."""
+    """Processes that train together, each with the same number of virtual devices."""
 
     def __init__(self, number_of, devices, folder, *arguments, own=(), timeout=60):
         self.folder, address = folder, f"127.0.0.1:{free_port()}"
@@ -72,13 +72,13 @@ class Job:
             command = [sys.executable, "-m", "experiments.main", *COMMAND, *arguments, *joining]
             command += [f"--process_id={number}", f"--peer_timeout={timeout}"] if joining else []
             command += own[number] if own else []
-            # The others have another folder, to see that only the first writes.
+            # Other processes get other workdirs, to test that only the first process writes.
             command.append(f"--workdir={folder if number == 0 else f'{folder}_{number}'}")
             environment = os.environ | {
                 "JAX_PLATFORMS": "cpu",
                 "JAX_NUM_CPU_DEVICES": str(devices),
                 "PYTHONUNBUFFERED": "1",
-                # As on many clusters; nothing listens there.
+                # Many clusters set a proxy. Nothing listens at this one.
                 "http_proxy": "http://127.0.0.1:9",
                 "https_proxy": "http://127.0.0.1:9",
             }
@@ -119,7 +119,7 @@ def assert_finished(ended):
 
 
 def assert_equal(ours, theirs, atol=1e-5):
-    """Checkpoints, metrics and results; measured differences are 2e-7."""
+    """Compares checkpoints, metrics and results; measured differences are 2e-7."""
     a, b = (
         flatten_dict(checkpoints.read_checkpoint(run / "checkpoints", 20), sep="/")
         for run in (ours, theirs)
@@ -131,7 +131,7 @@ def assert_equal(ours, theirs, atol=1e-5):
         assert one == pytest.approx(other, abs=1e-4)
     one, other = (json.loads((run / "results.json").read_text()) for run in (ours, theirs))
     for row, expected in zip(one["rows"], other["rows"], strict=True):
-        # An argmax may fall otherwise where two characters are as likely but for rounding.
+        # Rounding may change the argmax where two characters are equally likely.
         assert row == pytest.approx(expected, abs=5e-3)
 
 
@@ -160,7 +160,7 @@ def test_other_numbers_of_processes_equal_one_device(book, alone, tmp_path, proc
 
 @pytest.mark.long
 def test_a_lost_peer_ends_the_job_which_then_goes_on_elsewhere(book, alone, tmp_path):
-    """Killed on two processes, resumed on one device, which is stopped, and on two again."""
+    """Killed on two processes, resumed on one device up to update 10, finished on two processes."""
     folder = tmp_path / "run"
     job = Job(2, 2, folder, book, "--config.num_updates=100000", timeout=TIMEOUT)
     job.wait_for_checkpoint()

@@ -13,14 +13,14 @@ def test_a_log_file_gets_lines_with_the_time_left(capsys, monkeypatch):
     clock = iter(range(0, 1000, 25))
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     assert list(progress.track("abcdefg", "reading", 7)) == list("abcdefg")
-    # A step takes 25 seconds by this clock: a line after every third of them.
+    # A step takes 25 seconds by this clock, so there is a line after every third step.
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["reading: 3 of 7, 0:01:40 left", "reading: 6 of 7, 0:00:25 left"]
 
 
 def test_a_process_of_its_own_does_not_look_for_devices():
     code = "from experiments.runtime import progress; print(*progress.track([1, 2], 'reading', 2))"
-    # Where JAX looks for one, the process fails.
+    # The process would fail if JAX looked for a device.
     environment = os.environ | {"JAX_PLATFORMS": "absent"}
     command = [sys.executable, "-c", code]
     assert subprocess.check_output(command, env=environment, text=True) == "1 2\n"

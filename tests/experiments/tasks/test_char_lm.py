@@ -45,7 +45,7 @@ def config(tmp_path):
 
 
 def random_variables(task):
-    """Parameters and statistics that tell all time steps apart."""
+    """Random parameters and statistics, which differ between time steps."""
     symbols = jnp.zeros((1, LENGTH - 1), jnp.int32)
     shapes = jax.eval_shape(
         lambda: task.model.init(jax.random.key(0), symbols, use_running_average=True)
@@ -61,7 +61,7 @@ def random_variables(task):
 
 
 def by_hand(variables, symbols, batch_statistics=False):
-    """Nats of each prediction, and whether it was right, for symbols `[batch, time]`."""
+    """Nats of each prediction, and whether it is right, for symbols `[batch, time]`."""
     params = variables["params"]
     statistics = variables.get("batch_stats", {}).get("layer", {})
     inputs = np.eye(params["layer"]["input_kernel"].shape[0])[symbols[:, :-1]]
@@ -87,7 +87,7 @@ def test_epochs_cut_the_text_without_overlap_at_every_offset(config):
         assert sizes == [16, 16, 16, 12]  # the last batch is short: 60 segments
         starts = np.concatenate([batch["start"] for batch in batches])
         positions = np.sort((starts[:, None] + batches[0]["steps"]).ravel())
-        # One stretch of the text, each character of it once, with less than a segment before.
+        # Segments cover a part of the text without gaps, from an offset of less than a segment.
         np.testing.assert_array_equal(positions, positions[0] + np.arange(60 * LENGTH))
         assert 0 <= positions[0] < LENGTH and positions[-1] < SIZES["train"]
         offsets.add(int(positions[0]))
@@ -161,7 +161,7 @@ def test_segments_of_any_length(config, length, batch_statistics):
     count = SIZES["test"] // length
     segments = np.asarray(task.text["test"])[: count * length].reshape(count, length)
     segments = segments[tasks.evaluation_order(count)]
-    count -= batch_statistics and count % 7 == 1  # one alone has none, and counts for nothing
+    count -= batch_statistics and count % 7 == 1  # a last batch of one is left out
     parts = [
         by_hand(variables, segments[first : min(first + 7, count)], batch_statistics)
         for first in range(0, count, 7)
@@ -199,7 +199,7 @@ def test_every_way_of_evaluation_has_a_name(config):
 
 
 def test_only_validation_is_normalised_in_batches_of_training(config):
-    """The paper's results by length are of batches of one size, also at training's length."""
+    """The paper's results by length use one batch size, also at the length of training."""
     config.model.kind, config.batch_size, config.eval_batch_size = "bn_lstm", 16, 7
     task = tasks.load(config)
     variables = random_variables(task)
@@ -252,13 +252,13 @@ def test_a_run_keeps_its_statistics_and_names_its_data(config, tmp_path):
     valid = [row for row in rows if row["split"] == "valid"]
     assert {row["reading"] for row in valid} == {"segments of 10"}
 
-    # The best is that of the fewest bits, and evaluated as when it was chosen: in the same batches.
+    # The best checkpoint has the fewest bits, and its evaluation uses the batches of validation.
     best = min(valid, key=lambda row: row["bits_per_character"])
     assert results["update"] == best["update"]
     again = next(row for row in results["rows"] if row["statistics"] == "batch")
     assert again["bits_per_character"] == best["bits_per_character"]
 
-    # The saved statistics are those that gave the results.
+    # The results were computed with the saved statistics.
     with np.load(folder / "population_statistics.npz") as file:
         assert int(file["update"]) == results["update"]
         saved = {name.removeprefix("layer/"): file[name] for name in file if name != "update"}
@@ -358,7 +358,7 @@ def test_evaluation_of_a_finished_run_can_be_extended(config, tmp_path):
     config.eval_lengths, config.whole_text = (30,), ()
     more = train.evaluate_run(config, folder)
     assert readings(more) == {*segments, "segments of 20", "segments of 30"}
-    # What is the same checkpoint's stays; of other population statistics it does not.
+    # Rows of the same checkpoint stay, unless population statistics are re-estimated differently.
     assert all(row in more["rows"] for row in before["rows"])
     config.population_batch_size = 30
     assert readings(train.evaluate_run(config, folder)) == {"segments of 10", "segments of 30"}

@@ -19,7 +19,7 @@ ENTITIES = [f"@entity{i}" for i in range(6)]
 
 
 def make_questions(count, seed):
-    """Random passages of a few sentences, some long; the answer is asked for by its neighbour."""
+    """Random passages of a few sentences, some long; a question has the word before its answer."""
     random = np.random.default_rng(seed)
     plain = [f"word{i}" for i in range(12)]
     for number in range(count):
@@ -35,7 +35,7 @@ def make_questions(count, seed):
 
 @pytest.fixture(scope="session")
 def questions_dir(tmp_path_factory):
-    """A data_dir in which a small data set of the form of the CNN questions is prepared."""
+    """A data_dir with a small prepared data set in the format of the CNN questions."""
     folder = tmp_path_factory.mktemp("data")
     splits = {s: list(make_questions(n, i)) for i, (s, n) in enumerate(COUNTS.items())}
     info = {"counts": COUNTS, "complete": False, "skipped": {"train": {"empty": ["a", "b"]}}}
@@ -71,14 +71,14 @@ def test_the_answer_survives_the_permutation_of_entities(config):
                 zip(before[name].ravel().tolist(), after[name].ravel().tolist(), strict=True)
             )
         mapped = dict(pairs)
-        assert len(mapped) == len(pairs) == len(set(mapped.values()))  # one map for all of a batch
+        assert len(mapped) == len(pairs) == len(set(mapped.values()))  # one map per batch
         assert all((a in entities and b in entities) or a == b for a, b in pairs)
         for row in range(8):
             found = after["passage"][row] == after["answer"][row]
             assert found.any()
             np.testing.assert_array_equal(found, before["passage"][row] == before["answer"][row])
         maps.append(tuple(mapped.get(e) for e in sorted(entities)))
-    assert len(set(maps)) > 8  # drawn anew for each batch
+    assert len(set(maps)) > 8  # each batch has its own map
     again = permuting.train_batch(5)
     assert all(np.array_equal(again[k], permuting.train_batch(5)[k]) for k in again)
     reading = permuting.readings[0]
@@ -123,7 +123,7 @@ def test_batches_hold_the_words_of_the_data_set_and_padding(config):
 
 def test_an_epoch_has_whole_batches_in_a_new_order_and_few_shapes(config):
     task = tasks.load(config)
-    assert task.updates_per_epoch == 6  # of 50 questions 48
+    assert task.updates_per_epoch == 6  # with 48 of 50 questions
     epochs = []
     for epoch in range(2):
         batches = [task.train_batch(6 * epoch + i) for i in range(6)]
@@ -157,11 +157,11 @@ def test_metrics_are_those_worked_out_by_hand(config):
     batch = {"passage": np.array(passage), "passage_length": np.array([2, 2, 1, 2, 2])}
     batch["answer"] = np.array([one, two, plain, one, unknown])
     logits = np.full((5, len(words)), -3.0, np.float32)
-    logits[0, one] = 1  # right, both ways
-    logits[1, one], logits[1, two] = 5, 1  # the better word is behind the passage's end
-    logits[2, plain] = 2  # right, but no entity
-    logits[3, two] = 60  # wrong, both ways, and sure
-    logits[4, unknown] = 3  # what the vocabulary lacks is not known by being called so
+    logits[0, one] = 1  # right in both metrics
+    logits[1, one], logits[1, two] = 5, 1  # the likelier word is after the end of the passage
+    logits[2, plain] = 2  # right, but not an entity
+    logits[3, two] = 60  # wrong in both metrics, with certainty
+    logits[4, unknown] = 3  # <unk> is never a right answer
     p = np.exp(logits - logits.max(1, keepdims=True, initial=0).astype(float))
     p = (p / p.sum(1, keepdims=True))[np.arange(5), batch["answer"]]
     metrics = jax.tree.map(float, task.metrics(logits, batch))
@@ -308,7 +308,7 @@ def test_only_statistics_of_sequences_are_taken_from_the_evaluated_batch(config)
 
 def test_a_row_has_input_terms_by_the_batch_and_all_others_by_the_population(config):
     config.model.kind = "bn_e_star"
-    config.batch_size = 4  # of nine: the last batch has one question, which counts for nothing
+    config.batch_size = 4  # of nine: the last batch has one question, which is left out
     config.num_lengths = 1
     task = tasks.load(config)
     variables = train.variables_of(train.create_state(task, config))

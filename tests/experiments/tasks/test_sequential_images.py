@@ -74,7 +74,7 @@ def test_evaluation_has_a_fixed_order_that_separates_neighbours():
     order = tasks.evaluation_order(10_000)
     np.testing.assert_array_equal(np.sort(order), np.arange(10_000))
     np.testing.assert_array_equal(order, tasks.evaluation_order(10_000))
-    # As many neighbours in a batch of 100 as chance has: 100 of 9,999 pairs, give or take 10.
+    # Neighbours share a batch of 100 as often as by chance: 100 of 9,999 pairs, give or take 10.
     batch = np.empty(10_000, int)
     batch[order] = np.arange(10_000) // 100
     assert 60 < np.sum(batch[1:] == batch[:-1]) < 140
@@ -82,7 +82,7 @@ def test_evaluation_has_a_fixed_order_that_separates_neighbours():
 
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_neighbours_in_mnist_are_alike_and_evaluation_separates_them(split, data_dir):
-    """The variance of mean brightness over batches of 100, relative to that of random batches."""
+    """Compares the variance of mean brightness over batches of 100 with random batches."""
     if not (data_dir / "mnist").is_dir():
         pytest.skip("needs original data: BNLSTM_DATA_DIR has no mnist")
     arrays = datasets.load("mnist", str(data_dir)).arrays
@@ -94,7 +94,7 @@ def test_neighbours_in_mnist_are_alike_and_evaluation_separates_them(split, data
         return values.reshape(-1, 100).mean(1).var() / (values.var() / 100)
 
     assert spread(brightness) > 10
-    # Of 100 batches, it scatters around 1 with a deviation of .14.
+    # For 100 random batches the ratio is 1, with a standard deviation of 0.14.
     assert spread(brightness[tasks.evaluation_order(10_000)]) < 1.6
 
 

@@ -1,4 +1,4 @@
-"""The checks find faults: implementations that are wrong on purpose beside the plain scan."""
+"""The checks find faults in implementations that are wrong on purpose."""
 
 import functools
 import json
@@ -41,7 +41,7 @@ def last_step_lost(problem):
 
 
 def calling(function):
-    """The plain scan, whose outputs are multiplied by what a function returns when it runs."""
+    """The plain scan, with outputs multiplied by the result of a callback."""
 
     def run(problem):
         result = scan.reference(problem)
@@ -68,7 +68,7 @@ FAULTS = {
     raising_when_traced: "RuntimeError: no such instruction",
 }
 IMPLEMENTATIONS = {function.__name__: function for function in (second_scan, *FAULTS)} | {
-    # Each call is right but for rounding.
+    # Each call is correct up to rounding, but two calls differ.
     "racing": calling(lambda: np.float32(1 + 2.0**-22 * (next(numbers) % 2))),
     "fatal": calling(fault),
     "never reached": second_scan,
@@ -77,7 +77,7 @@ IMPLEMENTATIONS = {function.__name__: function for function in (second_scan, *FA
 
 @pytest.fixture(scope="module")
 def results():
-    """The results of all, in float32, by implementation; without those of what is running."""
+    """The float32 results by implementation, without records of running checks."""
     with pytest.MonkeyPatch.context() as patch:
         table = {name: Implementation(run) for name, run in IMPLEMENTATIONS.items()}
         table |= recurrence.IMPLEMENTATIONS
@@ -95,7 +95,7 @@ def test_faults_fail(fault, results):
 
 def test_a_second_plain_scan_passes(results):
     assert results["second_scan"]["outcome"] == "passed"
-    assert results["second_scan"]["share"] <= 1 / check.FACTOR  # the same errors exactly
+    assert results["second_scan"]["share"] <= 1 / check.FACTOR  # exactly the same errors
 
 
 def test_calls_that_differ_fail(results):
@@ -127,7 +127,7 @@ def test_a_kernel_that_cannot_be_compiled_is_tried_once(monkeypatch):
 
 
 def test_the_file_has_results_and_what_is_running(monkeypatch, tmp_path):
-    """As when a kernel hangs, and the process is killed."""
+    """A kernel may hang until the process is killed; the file must name it."""
     seen = []
 
     def look():
@@ -157,7 +157,7 @@ def test_unsupported_options_are_no_failures():
 
 @pytest.mark.parametrize("error, passes", [(1e-4, True), (0.1, False), (np.nan, False)])
 def test_the_plain_scan_must_be_right_itself(error, passes):
-    """Or nothing could fail beside it."""
+    """Otherwise all would pass, because allowed errors are multiples of the scan's errors."""
     expected = {"outputs": np.array([1.0, -2.0])}
     of_scan = check.relative_errors({"outputs": np.array([1 + error, -2])}, expected)
     assert (check.scan_problem(of_scan, "float32") is None) == passes
@@ -166,7 +166,7 @@ def test_the_plain_scan_must_be_right_itself(error, passes):
 def test_errors_are_relative_to_the_largest_value():
     expected = {"gradients/a": np.array([1e-17]), "gradients/b": np.array([2.0, -50.0])}
     found = {"gradients/a": np.array([1e-3]), "gradients/b": np.array([2.5, -50.0])}
-    # The first should be zero: a thousandth of the largest gradient counts.
+    # The first should be zero. Its error is relative to a thousandth of the largest gradient.
     errors = check.relative_errors(found, expected)
     assert errors == pytest.approx({"gradients/a": 1e-3 / 0.05, "gradients/b": 0.5 / 50})
 
@@ -178,7 +178,7 @@ EMULATED = [
 
 @pytest.mark.parametrize("name", EMULATED)
 def test_the_emulated_cuda_kernel_passes(name):
-    """In small: what will be run on a GPU."""
+    """The cases that run on a GPU, with smaller sizes."""
     case = CASES[name].shrunk(units=18, batch=40, steps=4)
     with emulation():
         found = list(check.check_case(case, ["float32", "bfloat16"], ["gpu"], repeats=2))

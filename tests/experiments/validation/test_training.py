@@ -11,7 +11,7 @@ from experiments.validation import training
 
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory):
-    """Of three updates, after which time is up."""
+    """The losses of three updates, after which time is up."""
     config = digits.get_config()
     config.data_dir = str(tmp_path_factory.mktemp("data"))
     config.model.kind, config.model.features = "bn_lstm", 6
@@ -25,7 +25,7 @@ def test_implementations_train_the_same_model(losses):
     assert list(losses) == ["xla", f"xla, {training.MOVED}", "cpu"]
     assert {len(values) for values in losses.values()} == {3}
     apart = training.differences(losses)
-    # Losses near 2.3: rounding of an average of a batch, grown through two updates.
+    # Losses are near 2.3. Two updates amplify the rounding of a batch's mean.
     assert 0 < apart["cpu"].max() < 1e-4
     assert 0 < apart[f"xla, {training.MOVED}"].max() < 1e-4
 

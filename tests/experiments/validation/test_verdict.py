@@ -1,4 +1,4 @@
-"""Verdicts and the report, from results that are made up."""
+"""Verdicts and the report, from made-up results."""
 
 import re
 
@@ -21,7 +21,7 @@ SIZES = {"pmnist": 100, "ptb": 1000, "text8": 2000}
 
 
 def make_findings(outcomes=(), times=(), gain=1.0, updates=300):
-    """Findings of a kernel that passes all but text8, which does not fit, and is twice as fast."""
+    """Findings of a kernel that is twice as fast and passes all cases but text8, not supported."""
     outcomes = {"text8": "not supported", **dict(outcomes)}
     results = [
         {
@@ -70,7 +70,7 @@ def make_findings(outcomes=(), times=(), gain=1.0, updates=300):
 
 
 def test_validated_up_to_the_most_units_that_passed(monkeypatch):
-    """text8, which does not fit, need not be measured."""
+    """text8, which the kernel does not support, need not be measured."""
     findings = make_findings()
     assert "text8" in findings["benchmark"]["sizes"]
     found = verdict.judge(findings, "gpu")

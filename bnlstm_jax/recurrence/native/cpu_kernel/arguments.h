@@ -1,4 +1,4 @@
-// What a call is given and gives back.
+// The arguments and results of a call.
 
 #pragma once
 
@@ -7,24 +7,26 @@
 namespace {
 
 constexpr int kGates = 4;  // forget, input, output, candidate
-// Inputs of fewer features have gradients of their kernel row by row; those of others are products.
+// With fewer input features than this, dot products at every time step compute the gradient of the
+// input kernel; otherwise a matrix product over several time steps does.
 constexpr int kFewFeatures = 8;
-// A row of the batch at a step: it is not past its end; it counts in the statistics of the terms.
+// Flags of a sequence at a time step. kValid: the step is not padding. Others: the sequence counts
+// in the moments of that term.
 enum Flag : uint8_t { kValid = 1, kInRecurrent = 2, kInCell = 4, kInInput = 8 };
 
-// What the input term of a step is computed from.
+// Where the input term comes from.
 enum class Source {
   kInputs,   // [T, B, D], multiplied by a kernel
-  kSymbols,  // [T, B], rows of a kernel
+  kSymbols,  // [T, B], each selects a row of a kernel
   kTerms,    // the terms themselves, [T, B, 4H]
 };
 
-// Statistics of a normalised term, [T, 2, F]: mean and variance.
+// The normalisation of a term. Statistics [T, 2, F] are mean and variance.
 struct Term {
   bool normalized = false;
   float epsilon = 0;
   const float* scale = nullptr;   // [F]
-  float* statistics = nullptr;    // given, or those of the batch
+  float* statistics = nullptr;    // given, or moments of the batch
   float* d_scale = nullptr;       // [F]
   float* d_statistics = nullptr;  // [T, 2, F] if given
 };
@@ -33,8 +35,8 @@ struct Arguments {
   int64_t steps, batch, units;
   int64_t features;  // D, or the number of symbols, or 4H
   Source source;
-  bool given;  // statistics are given; otherwise they are the batch's, and are outputs
-  bool keep;   // write what the backward pass needs
+  bool given;  // statistics are given; otherwise the forward pass computes them from the batch
+  bool keep;   // the forward pass writes residuals for the backward pass
   const float* kernel;        // [H, 4H]
   const float* input_kernel;  // [D, 4H]
   const float* bias;          // [4H]
@@ -50,8 +52,8 @@ struct Arguments {
   float* last_cell;       // [B, H]
   float* cell;            // [T, H, B]
   float* recurrent_term;  // [T, H, 4, B]
-  // Gradients of the outputs, then those that the backward pass computes.
-  const float* d_hidden;     // [T, B, H], the last carry's h included
+  // Gradients of the outputs, then the gradients that the backward pass computes.
+  const float* d_hidden;     // [T, B, H], includes the gradient of the last carry's h
   const float* d_last_cell;  // [B, H]
   float* d_kernel;           // [H, 4H]
   float* d_input_kernel;     // [D, 4H]
@@ -63,7 +65,7 @@ struct Arguments {
 
   int64_t gates() const { return kGates * units; }
   bool dense() const { return source == Source::kInputs; }
-  // Whether the sum of both terms is kept in place of the recurrent term.
+  // Whether `recurrent_term` holds the sum of the recurrent and the input term.
   bool merged() const { return !recurrent.normalized && !input.normalized; }
 };
 

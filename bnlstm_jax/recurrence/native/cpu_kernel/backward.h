@@ -6,11 +6,11 @@
 
 namespace {
 
-// Rows of one unit at a step, and what its gradient needs besides.
+// Pointers to the rows of one hidden unit at one time step.
 struct UnitRows {
-  float* recurrent;  // [4], terms
+  float* recurrent;  // [4], recurrent terms
   float* gates;      // [4], activations, then gradients of input terms
-  float* d_gates;    // [4], by the pre-activations
+  float* d_gates;    // [4], gradients of pre-activations
   float* d_cell_term;
   const float *cell, *cell_before;
   static constexpr int kRows = 3 * kGates + 1;
@@ -32,19 +32,19 @@ struct UnitMoments {
 };
 
 struct Backward : Own {
-  // Steps whose gradients of kernels are one product.
+  // A single product computes the gradients of kernels for steps_of_product time steps.
   const int64_t steps_of_product, most_rows, product_stride;
-  int64_t collected = 0;  // steps, for the next product
+  int64_t collected = 0;  // time steps so far for the next product
   Floats entering_data, entering_inputs_data;
-  const PanelMatrix entering, entering_inputs;  // h and x, [steps of product * B, H or D]
+  const PanelMatrix entering, entering_inputs;  // previous h, and x: [most_rows, H or D]
   Floats d_terms, d_input_terms;                // [4U, product_stride]
   Floats d_packed, d_packed_inputs;             // gradients of kernels, transposed
   Floats d_hidden, d_cells;                     // rows of the thread's units
-  Floats kept_back;    // likewise: gradients by h of rows of the batch that keep theirs
-  Floats cells;        // likewise, of two steps
+  Floats kept_back;    // likewise: gradients that skip the step, where sequences keep their h
+  Floats cells;        // likewise, of two time steps
   Floats scratch;      // UnitRows of kUnits units
-  Floats d_inputs;     // rows [4U], of input terms that the caller computed
-  Floats packed_transposed, feature_gradients;  // of the features whose gradients it computes
+  Floats d_inputs;     // [4U] rows, gradients of input terms that the caller computed
+  Floats packed_transposed, feature_gradients;  // of the thread's share of the input features
   Floats feature_rows;                          // inputs, if they have few features
 
   Backward(Shared& shared, int thread)
@@ -72,7 +72,7 @@ struct Backward : Own {
         feature_gradients(features * width),
         feature_rows(few_features() ? a.features * width : 0) {}
 
-  // As many as make reading and writing the gradient of a large kernel cheap beside its product.
+  // Enough time steps that the product takes much longer than reading and writing a large d_packed.
   static int64_t product_steps(const Arguments& a) {
     const int64_t rows = std::clamp<int64_t>(a.units, 256, 1024);
     return std::min(a.steps, (rows + a.batch - 1) / a.batch);
@@ -84,7 +84,7 @@ struct Backward : Own {
   }
 
   void run() {
-    // All threads at once; the constructors run one after the other.
+    // Here all threads do this at once; the constructors run one after the other.
     std::fill_n(d_packed.get(), own_gates() * round_up(a.units), 0.f);
     std::fill_n(d_packed_inputs.get(), own_gates() * input_width(), 0.f);
     pack(packed.get(), units, a.gates(), [&](int64_t row, int64_t k) {
@@ -130,8 +130,8 @@ struct Backward : Own {
     write_kernels();
   }
 
-  // Adds to the gradient by the hidden states of step t what flows from step t + 1 through its
-  // recurrent term, and writes the gradient by the inputs of that step.
+  // Adds the gradient that flows back through the recurrent term of step t + 1 to the gradient of
+  // the hidden states of step t. Also writes the gradient of the inputs of step t + 1.
   void pass_back(int64_t t) {
     if (t + 1 == a.steps) return;
     const size_t all_gates = a.gates();
@@ -145,16 +145,15 @@ struct Backward : Own {
     from_rows(a.d_inputs, feature_gradients.get(), t + 1, a.features, first_feature, features);
   }
 
-  // Fetches the thread's units of a step, which lie in as many places as there are rows of the
-  // batch.
+  // Prefetches the thread's units at a time step, which are contiguous only within a sequence.
   void fetch(const float* array, int64_t t) const {
     for (int64_t b = 0; b < a.batch; ++b)
       for (int64_t u = 0; u < units + 15; u += 16)
         __builtin_prefetch(array + (b * a.steps + t) * a.units + first + u);
   }
 
-  // From the sums over the batch of d and of d * (x - mean). Adds to the gradient by the scale, and
-  // writes that by given statistics.
+  // Computes a correction from the sums over the batch of d and of d * (x - mean). Also adds to the
+  // gradient of the scale, and writes the gradient of given statistics.
   template <int N>
   INLINE Correction<N> correction(const Term& term, const Moments<N>& of, Each<N> sums,
                                   Each<N> products, float share, int64_t t, int64_t unit) {
@@ -171,12 +170,13 @@ struct Backward : Own {
   INLINE void add(float* to, int64_t unit, Each<N> x) {
     scatter<N>(to, unit, a.units, gather<N>(to, unit, a.units) + x);
   }
-  // Rows of the batch whose values the moments of a term depend on.
+  // The sequences that get a gradient of a term: those that count in its batch moments, or all if
+  // it has none.
   const Counted& depended(const Term& term, const Counted& counted) const {
     return term.normalized && !a.given ? counted : masks.all;
   }
 
-  // The gradient of a step of units `start` to `end`.
+  // The backward pass of one time step, for the units from `start` to `end` - 1.
   void step(int64_t t, int64_t start, int64_t end) {
     UnitMoments of[kUnits];
     for (int64_t u = start; u < end; ++u) {
@@ -201,11 +201,12 @@ struct Backward : Own {
     return {scratch.get() + (u - start) * UnitRows::kRows * width, width,
             cells_at(t) + u * width, cells_at(t - 1) + u * width};
   }
-  // The cells of a step, or of that before the first one: two steps are there at a time.
+  // The cells of step t; t = -1 is the initial state. The buffer holds two consecutive steps.
   float* cells_at(int64_t t) const { return cells.get() + (t + 2) % 2 * units * width; }
   const float* input_rows_of(int64_t u) const { return input_terms.get() + kGates * u * width; }
 
-  // Through equation 3 or 8: from the hidden state to the output gate and the normalised cell.
+  // Back through equation 3 or 8: from the hidden state to the output gate and the normalised cell.
+  // Recomputes the activations first.
   INLINE void output_backward(int64_t t, int64_t u, UnitRows rows, UnitMoments& of) {
     const int64_t unit = first + u;
     const float* input = input_rows_of(u);
@@ -241,7 +242,7 @@ struct Backward : Own {
                                unit);
   }
 
-  // Through equation 2 or 7: from the cell to the gates and to the cell before.
+  // Back through equation 2 or 7: from the cell to the gates and the previous cell.
   INLINE void gates_backward(int64_t t, int64_t u, UnitRows rows, UnitMoments& of) {
     const int64_t unit = first + u;
     const float* input = input_rows_of(u);
@@ -277,7 +278,7 @@ struct Backward : Own {
                                 masks.input.share, t, unit);
   }
 
-  // Through equation 1 or 6: from the gates to recurrent and input terms.
+  // Back through equation 1 or 6: from the gates to the recurrent and input terms.
   INLINE void terms_backward(int64_t t, int64_t u, UnitRows rows, const UnitMoments& of) {
     const Counted& counted = depended(a.recurrent, masks.recurrent);
     const Counted& input_counted = depended(a.input, masks.input);
@@ -285,7 +286,8 @@ struct Backward : Own {
     for (int gate = 0; gate < kGates; ++gate) {
       const int64_t row = kGates * u + gate;
       const float* d = rows.d_gates + gate * width;
-      // Terms without moments of the batch have no correction: 0 times infinity would be NaN.
+      // Without moments of the batch, the correction is zero, and `d` stands in for x: zero times
+      // an infinite x would be NaN.
       const float* recurrent = by_batch(a.recurrent) ? rows.recurrent + gate * width : d;
       const float* input = by_batch(a.input) ? input_rows_of(u) + gate * width : d;
       float *d_input = rows.gates + gate * width, *for_product = product_row(d_terms, row);
@@ -306,13 +308,14 @@ struct Backward : Own {
     }
   }
   bool by_batch(const Term& term) const { return term.normalized && !a.given; }
-  // Where the step's gradients of a row of terms are collected. Whole vectors are written: what is
-  // past the batch belongs to the next step, or to none.
+  // The place in the next product for this time step's gradients of a row of terms. Writes are
+  // whole vectors: the next step overwrites elements past the batch; after the last step nothing
+  // reads them.
   float* product_row(const Floats& rows, int64_t row) const {
     return rows.get() + row * product_stride + collected * a.batch;
   }
 
-  // From a row of input terms to inputs and their kernel.
+  // Back from a row of input terms to the inputs and the input kernel.
   INLINE void input_backward(int64_t t, int64_t row, const float* d) {
     if (a.source == Source::kTerms) return copy(d_inputs.get() + row * width, d, a.batch);
     float* d_kernel = d_packed_inputs.get() + row * input_width();
@@ -332,8 +335,8 @@ struct Backward : Own {
     }
   }
 
-  // Adds the step to those of the next product for gradients of kernels, which is done when it is
-  // due: with many rows, sums need not be read and written at every step.
+  // Collects a time step for the next product, and computes the product if it has all its steps. A
+  // product for several steps reads and writes the gradients of kernels only once.
   void collect(int64_t t) {
     if (t > 0)
       append(entering, a.hidden + (t - 1) * a.units, a.steps * a.units, a.units);

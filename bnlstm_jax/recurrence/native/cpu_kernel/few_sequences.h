@@ -1,4 +1,4 @@
-// Inference of few sequences, such as one text.
+// Inference with few sequences, such as one text.
 
 #pragma once
 
@@ -9,18 +9,18 @@
 
 namespace {
 
-// Rows are sequences here, and vectors are of units: for one sequence, a row of the batch would be
-// all padding. The recurrent kernel is read once a step, from memory in the order of panels.
+// Here a row is one sequence, and vectors run over hidden units. Vectors over the batch would be
+// mostly padding. Each time step reads the recurrent kernel once, in the order of its panels.
 struct FewSequences {
   Shared& shared;
   const Arguments& a;
-  const int64_t first, units, padded;  // hidden units of the thread, and in whole vectors
+  const int64_t first, units, padded;  // the thread's hidden units; padded to whole vectors
   Floats kernel_data, input_kernel_data;
   const PanelMatrix kernel, input_kernel;  // [H, 4 padded], [D + 1, 4 padded]
   Floats terms, input_terms;               // [B, 4 padded]
   Floats cells, hidden;                    // [B, padded]
   Floats bias, cell_bias;
-  // Of a step: x is normalised to slope * (x - mean).
+  // Normalises a term of a time step to slope * (x - mean).
   struct Normalizer {
     const Term& term;
     const int64_t gates;
@@ -38,7 +38,7 @@ struct FewSequences {
   };
   Normalizer recurrent, input, cell_term;
 
-  static constexpr int kMost = kLanes / 4;  // sequences
+  static constexpr int kMost = kLanes / 4;  // the most sequences
   static bool fits(const Arguments& a) {
     const bool any = a.input.normalized || a.recurrent.normalized || a.cell_term.normalized;
     return !a.keep && a.batch <= kMost && (a.given || !any);
@@ -66,7 +66,7 @@ struct FewSequences {
         cell_term(a.cell_term, 1, padded) {}
 
   int64_t columns() const { return kGates * padded; }
-  // The thread's part of a row of gates, or of one a unit, and of a matrix of such rows.
+  // Copies the thread's units from a row [gates * H], or from each row of a matrix [count, 4H].
   void take(float* to, const float* row, int64_t gates = kGates) const {
     for (int64_t gate = 0; gate < gates; ++gate)
       copy(to + gate * padded, row + gate * a.units + first, units);
@@ -84,7 +84,7 @@ struct FewSequences {
     if (a.source != Source::kTerms) {
       take(input_kernel, a.input_kernel, a.features);
       const Vector nan = broadcast(std::numeric_limits<float>::quiet_NaN());
-      input_kernel.compute_row(a.features, [&](int) { return nan; });  // of unknown symbols
+      input_kernel.compute_row(a.features, [&](int) { return nan; });  // for unknown symbols
     }
     take(bias.get(), a.bias);
     take(cell_bias.get(), a.cell_bias, 1);
@@ -133,7 +133,8 @@ struct FewSequences {
     }
   }
 
-  // Long texts are read on by the statistics of one step, which are prepared once.
+  // Whether the statistics equal the previous time step's. In long texts most time steps have the
+  // same statistics, which are then prepared once.
   bool known_from_before(const Normalizer& of, int64_t t) const {
     const int64_t size = of.gates * a.units;
     const float* now = of.term.statistics + t * 2 * size + first;

@@ -9,7 +9,7 @@ namespace {
 struct Forward : Own {
   const int thread;
   Floats terms, cells, hidden;  // rows of the thread's units
-  Floats output_gates, zeros;   // rows of kUnits units; of one
+  Floats output_gates, zeros;   // [kUnits] rows; [4] rows, in place of input terms if merged()
 
   Forward(Shared& shared, int thread)
       : Own(shared, thread),
@@ -63,7 +63,7 @@ struct Forward : Own {
     return {mean, variance, gather<N>(term.scale, unit, a.units), term.epsilon};
   }
 
-  // A step of units `start` to `end`.
+  // One time step of the units from `start` to `end` - 1.
   void step(int64_t t, int64_t start, int64_t end) {
     Moments<4> r[kUnits], x[kUnits];
     Moments<1> m[kUnits];
@@ -102,7 +102,7 @@ struct Forward : Own {
     }
   }
 
-  // N vectors of the hidden state, by equation 3 or 8.
+  // Writes N vectors of the hidden state: equation 3 or 8.
   template <int N>
   INLINE void write_hidden(int start, const float* c, const float* o, float* h,
                            const Moments<1>& of, float bias) {
@@ -115,7 +115,7 @@ struct Forward : Own {
     }
   }
 
-  // Moves the cell of a unit on, by equation 2, and writes its output gate.
+  // Updates the cell of a unit, and writes its output gate: equations 1 and 2, or 6 and 7.
   INLINE void apply_gates(int64_t u, const Moments<4>& r, const Moments<4>& x, float* o) {
     const float* recurrent = terms.get() + kGates * u * width;
     const float* input = a.merged() ? zeros.get() : input_terms.get() + kGates * u * width;

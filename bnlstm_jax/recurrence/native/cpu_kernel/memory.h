@@ -1,4 +1,4 @@
-// Memory of a call.
+// Aligned arrays in huge pages.
 
 #pragma once
 
@@ -27,8 +27,8 @@ void advise_huge_pages(const void* data, size_t bytes) {
 #endif
 }
 
-// Faults in a thread's share of the pages ahead of their use: a page costs as much as the
-// computation that fills it, and all threads would wait for whoever meets the next one.
+// Faults in a thread's share of the huge pages before they are used. A page fault costs as much as
+// the computation that fills the page, and all threads would wait for the thread that takes it.
 void populate(const void* data, size_t bytes, int thread, int threads) {
 #if defined(MADV_POPULATE_WRITE)
   constexpr size_t kHuge = size_t{1} << 21;
@@ -43,7 +43,7 @@ void populate(const void* data, size_t bytes, int thread, int threads) {
 #endif
 }
 
-// Zeros, or whatever there is, aligned to cache lines.
+// An array aligned to cache lines, uninitialised unless `zeros`.
 class Floats {
  public:
   explicit Floats(size_t size, bool zeros = true) {

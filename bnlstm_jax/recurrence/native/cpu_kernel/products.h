@@ -1,11 +1,10 @@
-// Products of matrices, of which one is multiplied by a vector of the other's row at a time.
+// Matrix products. An element of A is broadcast and multiplied by a vector of a row of X.
 //
 //   C [M, N] (+)= A [M, K] X [K, N]
 //
-// X is in panels: of up to kPanel vectors of columns, [K, columns of the panel], so that a panel's
-// rows follow each other in memory. A is packed, in tiles of up to kTile rows, [K, rows of the
-// tile], or is in rows. Sums are over K in its order, whatever the shapes of tiles: an element has
-// the same bits wherever it is computed.
+// X is stored in contiguous panels of up to kPanel vectors of columns, [K, columns of the panel]. A
+// is packed, in tiles of up to kTile rows, [K, rows of the tile], or row-major. Sums run over K in
+// order, whatever the shapes of tiles, so that an element has the same bits in any tile.
 
 #pragma once
 
@@ -16,12 +15,12 @@
 namespace {
 
 constexpr int kTile = 6;                          // rows of a tile
-constexpr int kPanel = kRegisters == 32 ? 4 : 2;  // vectors of a panel: a tile's sums are registers
-constexpr int kCached = 1 << 16;  // floats of X that stay in the second cache
-constexpr int kLeastBlock = 256;  // rows of X
-constexpr int kAhead = 128;       // columns of a tile of A that are fetched before they are due
+constexpr int kPanel = kRegisters == 32 ? 4 : 2;  // vectors of a panel; tile sums fit in registers
+constexpr int kCached = 1 << 16;  // floats of X that stay in the L2 cache
+constexpr int kLeastBlock = 256;  // fewest rows of X in a block of all panels
+constexpr int kAhead = 128;       // prefetch distance, in columns of a tile of A
 
-// How so many vectors of columns are shared between panels.
+// Divides vectors of columns evenly between panels.
 struct Panels {
   int vectors, count;
 
@@ -31,7 +30,7 @@ struct Panels {
   int size(int panel) const { return start(panel + 1) - start(panel); }
 };
 
-// A matrix X.
+// A right operand X.
 struct PanelMatrix {
   float* data;
   Panels panels;
@@ -39,7 +38,7 @@ struct PanelMatrix {
 
   size_t size() const { return rows * panels.vectors * kLanes; }
   float* panel(int p) const { return data + rows * panels.start(p) * kLanes; }
-  // Writes a row, of which `vector_at(i)` are the elements from column i on.
+  // Writes row k. `vector_at(i)` returns the vector of elements that starts at column i.
   template <typename VectorAt>
   INLINE void compute_row(size_t k, const VectorAt& vector_at) const {
     for (int p = 0; p < panels.count; ++p) {
@@ -59,17 +58,17 @@ struct PanelMatrix {
   }
 };
 
-// A matrix A. Packed or not, row m of tiles starts at data + m * stride.
+// A left operand A. Packed or not, the tile whose first row is m starts at data + m * stride.
 struct LeftMatrix {
   const float* data;
   size_t stride;
   bool packed;
 };
 
-// Packs a matrix [rows, K] of which `element(row, k)` is an element.
+// Packs the matrix [rows, K] of elements `element(row, k)`.
 template <typename Element>
 void pack(float* to, int64_t rows, int64_t K, const Element& element) {
-  constexpr int64_t kBlock = 32;  // columns, whose cache lines stay while all rows pass
+  constexpr int64_t kBlock = 32;  // columns whose cache lines stay during the loop over rows
   for (int64_t start = 0; start < K; start += kBlock)
     for (int64_t m = 0; m < rows; m += kTile) {
       const int64_t tile = std::min<int64_t>(kTile, rows - m), end = std::min(start + kBlock, K);
@@ -79,7 +78,7 @@ void pack(float* to, int64_t rows, int64_t K, const Element& element) {
     }
 }
 
-// What the sums of a tile begin from, or are added to: C.
+// How a tile's sums use C: they overwrite it, start from it, or are added to it at the end.
 enum class With { kNothing, kSumsSoFar, kAdded };
 
 template <int Rows, int Vectors>
@@ -128,9 +127,9 @@ void multiply_panel(int vectors, int rows, const float* a, size_t row, size_t k,
     multiply_panel<Vectors - 1>(vectors, rows, a, row, k, x, K, c, stride, with);
 }
 
-// C, whose rows of whole vectors are `stride` apart. All of a block of rows of X stays in the cache
-// while a tile of A passes, so that A is read once. If such blocks were short, one panel of it
-// stays while all of A passes.
+// Computes C, whose rows are padded to whole vectors and `stride` apart. A block of rows of X, with
+// all panels, stays in the cache for all tiles of A, so that A is read once. If such a block had
+// too few rows, a block of a single panel stays in the cache for all of A instead.
 inline void multiply(LeftMatrix a, int M, PanelMatrix x, int K, float* c, size_t stride,
                      bool add = false) {
   const auto block_of = [](int vectors) { return kCached / std::max(vectors * kLanes, 1); };

@@ -1,16 +1,15 @@
 // The recurrence of an LSTM over all time steps on a CPU, forward and backward, with batch
 // normalization of its terms: equations 1 to 3, or 6 to 8, of "Recurrent Batch Normalization". The
-// Python caller says what the arguments are.
+// caller, cpu.py, documents the arguments.
 //
-// A thread owns hidden units for the whole batch and for all steps, so that statistics are sums
-// within a thread. It packs its part of the recurrent kernel once. Threads exchange the hidden
-// state (backward: the gradient of the recurrent term) once a step, and one barrier separates the
-// steps. Each number is computed by one thread, in an order that does not depend on how many there
-// are.
+// Each thread owns some hidden units, for the whole batch and all time steps, so that moments are
+// sums within one thread. It packs its part of the recurrent kernel once. Threads exchange the
+// hidden state (backward: the gradient of the recurrent term) once per time step, with one barrier.
+// One thread computes each number, in an order that does not depend on the number of threads.
 //
-// Arrays [T, B, F] of the caller have the batch as their first axis in memory. Within a call rows
-// are [feature, batch]: a row is one feature, or unit, of the whole batch, padded to whole vectors,
-// with zeros. The four rows of a unit, one a gate, follow each other: row 4u + g is column gH + u
+// Arrays [T, B, F] of the caller have the batch as their first axis in memory. Within a call,
+// matrices are [feature, batch]: a row is one feature, or unit, of the whole batch, padded with
+// zeros to whole vectors. The four gates of a unit are adjacent rows: row 4u + g is column gH + u
 // of a kernel. Gradients are named d_*.
 //
 // The headers are parts of this one source: arguments.h; vectors.h, products.h, threads.h,
@@ -41,8 +40,8 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-// The number of processors that a container's quota of time is worth, rounded up, by the files of
-// cgroups v2 or v1 in a folder; 0 if there is no quota.
+// A container's CPU quota in processors, rounded up, from the files of cgroups v2 or v1 in a
+// folder; 0 if there is no quota.
 int processors_of_quota(const std::string& folder) {
   double time = 0, period = 0;
   if (!(std::ifstream(folder + "/cpu.max") >> time >> period)) {  // "max 100000": no quota
@@ -52,7 +51,7 @@ int processors_of_quota(const std::string& folder) {
   return time > 0 && period > 0 ? std::ceil(time / period) : 0;
 }
 
-// Processors that the process may use, by its affinity and the quota of its container.
+// The number of processors that the process may use, by its affinity and its container's quota.
 int processors_of_process() {
   int processors = std::max(1u, std::thread::hardware_concurrency());
 #if defined(__linux__)
@@ -64,8 +63,8 @@ int processors_of_process() {
   return processors;
 }
 
-// Threads that the process may use: BNLSTM_NUM_THREADS, or one a processor; 0 if the variable is
-// not a number of threads.
+// The largest number of threads of a call: BNLSTM_NUM_THREADS, or one per processor; 0 if the
+// variable is not a number from 1 to 4096.
 int threads_of_process() {
   if (const char* set = std::getenv("BNLSTM_NUM_THREADS")) {
     char* end;
@@ -75,9 +74,9 @@ int threads_of_process() {
   return processors_of_process();
 }
 
-// As many threads as have enough to do in a step that waiting for each other does not count.
+// The number of threads: each has enough work in a time step to outweigh the wait at the barrier.
 int threads_for(const Arguments& a, int most) {
-  constexpr int64_t kLeast = 1 << 15;  // multiplications of a thread in a step
+  constexpr int64_t kLeast = 1 << 15;  // multiplications per thread and time step
   const int64_t worth = a.gates() * a.units * a.batch / kLeast;
   return std::clamp<int64_t>(std::min(worth, a.units), 1, most);
 }
@@ -104,7 +103,7 @@ ffi::Error run(const Arguments& a, bool backward) {
   return ffi::Error::Success();
 }
 
-// Takes the buffers of a call in turn, and checks their sizes.
+// Takes the buffers of a call one after the other, and checks their types and sizes.
 template <typename Buffers>
 class Reader {
  public:
@@ -119,7 +118,7 @@ class Reader {
     }
     return at(*buffer).typed_data();
   }
-  // The number of the first buffer that is wrong, or 0.
+  // The number, from 1, of the first buffer that is wrong or not expected; 0 if there is none.
   size_t wrong() const { return wrong_ ? wrong_ : next_ == buffers_.size() ? 0 : next_ + 1; }
 
  private:
@@ -136,7 +135,7 @@ class Reader {
   size_t next_ = 0, wrong_ = 0;
 };
 
-// The arguments that both passes have. `known` is whether statistics are arguments.
+// Takes the arguments of both passes. `known`: the statistics are among them.
 Arguments take_arguments(Reader<ffi::RemainingArgs>& args, ffi::Dictionary options, bool known) {
   const auto number = [&](const char* name) { return options.get<int64_t>(name).value(); };
   const auto flag = [&](const char* name) { return options.get<bool>(name).value(); };
@@ -252,11 +251,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(BnlstmCpuBackward, backward,
 // The instruction set that the library is compiled for.
 extern "C" const char* BnlstmInstructionSet() { return kInstructionSet; }
 
-// For a test.
+// Exported for a test.
 extern "C" int BnlstmProcessorsOfQuota(const char* folder) { return processors_of_quota(folder); }
 
-// Floating-point operations a second of as many threads as a call may have: of multiplications and
-// additions that wait for nothing, half a second of them.
+// Floating-point operations per second of as many threads as a call may have, measured with
+// independent multiply-adds for half a second.
 extern "C" double BnlstmPeak() {
   constexpr int kSums = 12;
   constexpr int64_t kRounds = 1 << 16;

@@ -1,4 +1,5 @@
-// What all threads of a call share, and what each of them has in the forward and backward passes.
+// The state of a call: `Shared`, common to all threads, and `Own`, of one thread. The forward and
+// the backward pass derive from `Own`.
 
 #pragma once
 
@@ -18,11 +19,11 @@ namespace {
 struct Shared {
   const Arguments& a;
   const int threads;
-  const int width;  // of a row
+  const int width;  // elements of a row: the batch, padded to whole vectors
   const Panels panels;
   Barrier barrier;
-  // Two buffers each, used in turn, of so many rows: hidden states (backward: gradients of
-  // recurrent terms), inputs, gradients of input terms.
+  // Double buffers, whose halves alternate between time steps, and their numbers of rows. `state`:
+  // hidden states (backward: gradients of recurrent terms). `d_inputs`: gradients of input terms.
   const int64_t rows, input_count, d_input_count;
   Floats state, inputs, d_inputs;
 
@@ -51,12 +52,12 @@ struct Own {
   Shared& shared;
   const Arguments& a;
   const int width;
-  const int64_t first, units;             // hidden units
-  const int64_t first_feature, features;  // of the inputs that it brings into rows
+  const int64_t first, units;             // the thread's hidden units
+  const int64_t first_feature, features;  // the thread's share of the input features
   Masks masks;
-  std::vector<int32_t> symbols;  // of a step; those unknown are the last column of their kernel
-  Floats packed, packed_inputs;  // kernels
-  Floats input_terms;            // rows [4U]; backward, zeros where recurrent terms hold them
+  std::vector<int32_t> symbols;  // of a time step; unknown ones select the column of NaN
+  Floats packed, packed_inputs;  // the thread's part of the recurrent and the input kernel
+  Floats input_terms;            // [4U] rows; in the backward pass, zeros if merged()
   Floats input_rows;
 
   Own(Shared& shared, int thread)
@@ -75,12 +76,12 @@ struct Own {
         input_rows(features * width) {}
 
   int64_t own_gates() const { return kGates * units; }
-  // Columns of a row of the input kernel, transposed; symbols have one more, of NaN.
+  // Columns of the transposed input kernel. For symbols, column D is NaN, for unknown symbols.
   int64_t input_columns() const {
     if (a.source == Source::kTerms) return 0;
     return a.dense() ? a.features : round_up(a.features + 1);
   }
-  // The column of a kernel that is a row of terms, of all units.
+  // Maps a row of the terms of all units to its column of a kernel: 4u + g to gH + u.
   int64_t column(int64_t row) const { return row % kGates * a.units + row / kGates; }
 
   void pack_input_kernel() {
@@ -96,7 +97,7 @@ struct Own {
     }
   }
 
-  // Brings some features of a step, of an array [T, B, size], into rows, and back.
+  // Transposes some features at time step t of an array [T, B, size] to rows, and back.
   void to_rows(float* rows, const float* array, int64_t t, int64_t size, int64_t first,
                int64_t features) const {
     transpose(rows, width, array + t * size + first, a.steps * size, a.batch, features);
@@ -105,7 +106,7 @@ struct Own {
                  int64_t features) const {
     transpose(array + t * size + first, a.steps * size, rows, width, features, a.batch);
   }
-  // Brings the thread's units of a state [B, H] into rows, and back.
+  // Transposes the thread's units of a state [B, H] to rows, and back.
   void to_rows(float* rows, const float* state) const {
     transpose(rows, width, state + first, a.units, a.batch, units);
   }
@@ -113,7 +114,7 @@ struct Own {
     transpose(state + first, a.units, rows, width, units, a.batch);
   }
 
-  // Brings the thread's share of a step's inputs into rows, for all threads.
+  // Transposes the thread's share of a time step's inputs to rows of the shared buffer.
   void share_inputs(int64_t t) {
     if (features == 0) return;
     to_rows(input_rows.get(), a.inputs, t, a.features, first_feature, features);
@@ -122,7 +123,7 @@ struct Own {
       inputs.write_row(first_feature + d, input_rows.get() + d * width);
   }
 
-  // What belongs to a step alone.
+  // Sets the masks and the symbols of a time step.
   void enter(int64_t t) {
     if (a.flags != nullptr) masks.set(a.flags + t * a.batch, a.batch);
     if (a.source != Source::kSymbols) return;
@@ -151,8 +152,8 @@ struct Own {
   }
 };
 
-// A step of so many units is done in stages: what a stage of one unit waits for, a sum over the
-// batch, is there by the time that the next stage needs it.
+// A stage of a time step runs for kUnits units before the next stage. The work for the other units
+// hides the latency of a unit's sum over the batch, which its next stage needs.
 constexpr int kUnits = 4;
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Rows of a step: which columns count, and their mean and variance.
+// The sequences that count at a time step, and the normalisation of rows by mean and variance.
 
 #pragma once
 
@@ -13,11 +13,11 @@
 
 namespace {
 
-// Which rows of the batch count for something.
+// A mask of the sequences that count.
 struct Counted {
   std::vector<Mask> lanes;
-  int first = 0;
-  float share = 0;  // of one row: 1 / the number of rows; 0 if there are none
+  int first = 0;    // the first sequence that counts
+  float share = 0;  // 1 / the number of sequences that count; 0 if none does
 
   void set(const uint8_t* flags, int flag, int batch) {
     int count = 0;
@@ -49,7 +49,7 @@ struct Masks {
   }
 };
 
-// A number for each of N rows: of a cell's, or of the gates' four.
+// A number for each of N rows of a unit: 1 for the cell, 4 for the gates.
 template <int N>
 using Each = std::conditional_t<N == 1, float, Four>;
 
@@ -63,7 +63,7 @@ INLINE Four root(Four x) {
 INLINE float element(float x, int) { return x; }
 INLINE float element(Four x, int n) { return x[n]; }
 
-// The numbers of a unit in an array [F]: at column gH + u for gates g.
+// Reads the numbers of a unit from an array [F]: element u, or elements gH + u for the gates g.
 template <int N>
 INLINE Each<N> gather(const float* from, int64_t unit, int64_t units) {
   if constexpr (N == 1)
@@ -79,7 +79,7 @@ INLINE void scatter(float* to, int64_t unit, int64_t units, Each<N> x) {
     for (int n = 0; n < 4; ++n) to[n * units + unit] = x[n];
 }
 
-// How N rows are normalised: to slope * (x - mean). By default they are not.
+// Normalises N rows to slope * (x - mean). The default leaves them unchanged.
 template <int N>
 struct Moments {
   Each<N> mean = Each<N>{}, inverse = Each<N>{} + 1, slope = Each<N>{} + 1;
@@ -89,8 +89,9 @@ struct Moments {
       : mean(mean), inverse(1 / root(variance + epsilon)), slope(scale * inverse) {}
 };
 
-// Mean and variance of N rows, `width` apart. Both passes measure from the first row of the batch
-// that counts: the mean of equal values is each of them. They are zero if no row counts.
+// Mean and variance of N rows, `width` apart, over the sequences that count; zero if none does.
+// Both loops subtract the value of the first such sequence, so that the mean of equal values is
+// exact.
 template <int N>
 INLINE void batch_moments(const float* x, int width, const Counted& counted, Each<N>& mean,
                           Each<N>& variance) {
@@ -114,7 +115,7 @@ INLINE void batch_moments(const float* x, int width, const Counted& counted, Eac
   if (counted.share == 0) mean = Each<N>{};
 }
 
-// Moments by the statistics of a step, or none of a term that is not normalised.
+// Moments from the statistics of a time step; the default if the term is not normalised.
 template <int N>
 INLINE Moments<N> known_moments(const Term& term, int64_t t, int64_t unit, int64_t units) {
   if (!term.normalized) return {};
@@ -123,21 +124,21 @@ INLINE Moments<N> known_moments(const Term& term, int64_t t, int64_t unit, int64
           gather<N>(term.scale, unit, units), term.epsilon};
 }
 
-// What the gradient of slope * (x - mean) takes off that of its result, by moments of the batch:
-// d_x = slope * (d - mean - (x - moments.mean) * tilt). By default nothing.
+// The part of a gradient that flows through moments of the batch; zero by default. If d is the
+// gradient of slope * (x - moments.mean): d_x = slope * (d - mean - (x - moments.mean) * tilt).
 template <int N>
 struct Correction {
   Each<N> mean = Each<N>{}, tilt = Each<N>{};
 };
 
-// The pre-activations of a gate, from its terms.
+// The pre-activations of a gate, from its recurrent and input terms.
 INLINE Vector pre_activation(int gate, const Moments<4>& r, Vector recurrent, const Moments<4>& x,
                              Vector input, Four bias) {
   return (recurrent - r.mean[gate]) * r.slope[gate] + (input - x.mean[gate]) * x.slope[gate] +
          bias[gate];
 }
 
-// The gradient by a gate's terms x, from that by its pre-activations.
+// The gradient of a gate's terms x, from the gradient d of its pre-activations.
 INLINE Vector term_backward(int gate, Vector d, Vector x, const Moments<4>& of,
                             const Correction<4>& off) {
   return (d - off.mean[gate] - (x - of.mean[gate]) * off.tilt[gate]) * of.slope[gate];

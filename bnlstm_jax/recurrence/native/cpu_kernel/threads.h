@@ -1,4 +1,4 @@
-// Threads that run one function together, and the barrier at which they wait for each other.
+// Runs a function in several threads; a barrier for them.
 
 #pragma once
 
@@ -20,14 +20,13 @@
 
 namespace {
 
-// Waits actively for about as long as it takes to wake a thread, then offers the processor to
-// others that want it, then sleeps. If it slept sooner, a thread that is woken late would keep the
-// others waiting until they sleep too, at every step.
+// Spins for about as long as waking a thread takes, then yields the processor, then sleeps. If
+// threads slept earlier, one that wakes late would make the others sleep too, at every time step.
 class Barrier {
  public:
   explicit Barrier(int threads) : threads_(threads) {}
 
-  // Says that the thread has come this far, and returns what to wait for.
+  // Registers this thread's arrival, and returns the turn to pass to `wait`.
   unsigned arrive() {
     const unsigned turn = turn_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
@@ -54,7 +53,7 @@ class Barrier {
   }
 
  private:
-  static constexpr int kSpins = 2000, kYields = 500;  // some 50 and 200 microseconds
+  static constexpr int kSpins = 2000, kYields = 500;  // about 50 and 200 microseconds
   const int threads_;
   std::atomic<int> arrived_{0};
   std::atomic<unsigned> turn_{0};
@@ -62,9 +61,9 @@ class Barrier {
   std::condition_variable next_turn_;
 };
 
-// Runs `prepare(threads)`, then `work(thread)` in each of at most so many threads, this one among
-// them; there are fewer where the system has no more. What `prepare` throws is passed on. Threads
-// live as long as the call: they leave nothing that a fork could break.
+// Starts at most `most` threads, this one included, and fewer if the system refuses more. Calls
+// `prepare` with their number, then `work(thread)` in each. Rethrows exceptions of `prepare`. The
+// threads end with the call, so that a later fork() meets none of them.
 inline void run_in_threads(int most, const std::function<void(int)>& prepare,
                            const std::function<void(int)>& work) {
   std::mutex mutex;
@@ -89,7 +88,7 @@ inline void run_in_threads(int most, const std::function<void(int)>& prepare,
         }
         if (run) work(i);
       });
-  } catch (const std::exception&) {  // no more threads
+  } catch (const std::exception&) {  // the system refuses more threads
   }
   try {
     prepare(static_cast<int>(others.size()) + 1);

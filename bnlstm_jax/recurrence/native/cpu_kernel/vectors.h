@@ -1,4 +1,4 @@
-// Vectors of floats as wide as the processor's registers, by the compiler's vector extensions.
+// SIMD vectors as wide as the processor's registers, written with the compiler's vector extensions.
 
 #pragma once
 
@@ -40,17 +40,17 @@ struct VectorOf {
 };
 
 using Vector = VectorOf<kLanes>::type;
-using Mask = VectorOf<kLanes>::mask;  // of lanes: all bits or none
+using Mask = VectorOf<kLanes>::mask;  // each lane: all bits set, or none
 using Four = VectorOf<4>::type;
 
-// A number of elements, rounded up to whole vectors.
+// Rounds a number of elements up to whole vectors.
 inline int64_t round_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// x - 0 is x, and costs nothing. x + 0 is an addition: it makes 0 of -0.
+// x - 0 equals x for every x, so the compiler removes it. It cannot remove x + 0: -0 + 0 is 0.
 INLINE Vector broadcast(float x) { return x - Vector{}; }
 
-// x * y + z, rounded once. GCC makes `x * y + z` of two instructions in some loops and of one in
-// others, for AMD's processors: the bits of a sum would depend on the shape of its tile.
+// x * y + z, rounded once where the processor has a fused instruction. For AMD's processors, GCC by
+// itself fuses in some loops only: the bits of a sum would depend on the shape of its tile.
 INLINE Vector multiply_add(Vector x, Vector y, Vector z) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(x, y, z);
@@ -63,12 +63,12 @@ INLINE Vector multiply_add(Vector x, Vector y, Vector z) {
 #endif
 }
 
-// Of aligned memory of floats.
+// Aligned loads and stores.
 typedef Vector FloatsAsVector __attribute__((may_alias));
 INLINE Vector load(const float* from) { return *reinterpret_cast<const FloatsAsVector*>(from); }
 INLINE void store(float* to, Vector x) { *reinterpret_cast<FloatsAsVector*>(to) = x; }
 
-// Of memory that need not be aligned.
+// Unaligned loads and stores.
 template <typename V = Vector>
 INLINE V load_any(const float* from) {
   V x;
@@ -80,12 +80,13 @@ INLINE void store_any(float* to, V x) {
   std::memcpy(to, &x, sizeof(V));
 }
 
+// x where the mask is set; elsewhere y, or 0 without a y.
 INLINE Vector where(Mask mask, Vector x) { return Vector(Mask(x) & mask); }
 INLINE Vector where(Mask mask, Vector x, Vector y) {
   return Vector((Mask(x) & mask) | (Mask(y) & ~mask));
 }
 
-// Elements of the vectors x and y, side by side, by index.
+// Selects elements by index from the concatenation of x and y.
 template <int... I, typename V>
 INLINE auto shuffle(V x, V y, std::integer_sequence<int, I...>) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -105,7 +106,7 @@ std::integer_sequence<int, (Start + I)...> from(std::integer_sequence<int, I...>
 template <int Start, int N>
 using Range = decltype(from<Start>(std::make_integer_sequence<int, N>{}));
 
-// A vector's halves added up until four elements are left.
+// Adds the halves of a vector to each other until four elements are left.
 template <typename V>
 INLINE Four fold(V x) {
   constexpr int n = sizeof(V) / 4;
@@ -131,8 +132,8 @@ INLINE Four totals(const Vector (&x)[4]) {
          shuffle(ab, cd, std::integer_sequence<int, 2, 3, 6, 7>{});
 }
 
-// One step of a transposition: of blocks of `Size` elements, odd ones of x and even ones of y
-// change places.
+// One step of a transposition: swaps the odd blocks of `Size` elements of x with the even blocks
+// of y. Returns the new y if `Upper`, else the new x.
 template <int Size, bool Upper, int... I>
 INLINE Vector exchange(Vector x, Vector y, std::integer_sequence<int, I...>) {
   return shuffle(x, y,
@@ -152,8 +153,8 @@ INLINE void exchange_blocks(Vector (&rows)[kLanes]) {
   if constexpr (Size > 1) exchange_blocks<Size / 2>(rows);
 }
 
-// to [columns, rows] = from [rows, columns], whose rows are `stride` apart; neither need be
-// aligned.
+// Transposes `from` [rows, columns], with rows `stride` apart, into `to` [columns, rows], with rows
+// `to_stride` apart. Neither has to be aligned.
 inline void transpose(float* to, size_t to_stride, const float* from, size_t stride, int rows,
                       int columns) {
   for (int i = 0; i < rows; i += kLanes)
@@ -173,7 +174,7 @@ inline void transpose(float* to, size_t to_stride, const float* from, size_t str
     }
 }
 
-// Copies n floats; what follows them in `to` stays.
+// Copies n floats. Does not write past them.
 INLINE void copy(float* to, const float* from, int n) {
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) store_any(to + i, load_any(from + i));
@@ -184,14 +185,15 @@ INLINE void copy(float* to, const float* from, int n) {
     }
 }
 
-// tanh is x P(x^2) / Q(x^2) up to 8, from where it is 1 but for 2.3e-7. The coefficients are those
-// of least relative error, 1e-8; with float32's roundings it is below 3.3e-7.
+// For |x| <= 8, tanh(x) is computed as x P(x^2) / Q(x^2); beyond, as 1 or -1, with an error of at
+// most 2.3e-7. The coefficients minimise the relative error, 1e-8. With float32's rounding it is
+// below 3.3e-7.
 constexpr float kP[] = {0.9999999935732949f, 0.13444499869249102f, 0.0035716002717578184f,
                         2.1894699265299463e-05f, 1.5230470613748452e-08f};
 constexpr float kQ[] = {1.f, 0.4677782718969857f, 0.026164451475806344f, 0.000341129570410269f,
                         8.52246798376191e-07f};
 
-// tanh of N vectors side by side: an operation on one need not wait for the last on another.
+// tanh of N vectors at once: their operations are independent and can overlap.
 template <int N>
 INLINE void tanh(Vector (&x)[N]) {
   Vector u[N], p[N], q[N];
@@ -209,8 +211,8 @@ INLINE void tanh(Vector (&x)[N]) {
   }
 }
 
-// Activations from pre-activations of three gates and the candidate: the sigmoid is
-// 1/2 + tanh(x / 2) / 2.
+// Replaces the pre-activations of the three gates and the candidate by activations. One tanh
+// computes all four: sigmoid(x) = 1/2 + tanh(x / 2) / 2.
 INLINE void activate(Vector (&x)[4]) {
   UNROLL for (int n = 0; n < 3; ++n) x[n] *= 0.5f;
   tanh(x);
