@@ -56,7 +56,7 @@ def check_rows(module: nn.Module, rows: int) -> None:
     if rows == 1 and not module.is_initializing() and pooled_axis(module) is None:
         raise ValueError(
             f"{type(module).__name__}: expected a batch of at least 2 under batch statistics, got "
-            "1; leave a last batch of one out, or write use_running_average=True to normalise by "
+            "1; drop a last batch of one example, or pass use_running_average=True to normalise by "
             "running statistics"
         )
 

@@ -490,7 +490,9 @@ def _checked(layer: RecurrentLayer, inputs: Array, call: _Call, training: bool) 
     lengths = jnp.asarray(call.seq_lengths)
     if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         got = f"{lengths.dtype}{list(lengths.shape)}"
-        raise ValueError(f"seq_lengths: expected integers [{batch}], one a sequence, got {got}")
+        raise ValueError(
+            f"seq_lengths: expected integers [{batch}], got {got}"
+        )
     # In 32 bits: narrower integers may not hold the number of steps.
     return call._replace(seq_lengths=jnp.clip(lengths.astype(jnp.int32), 0, steps))
 
@@ -509,7 +511,7 @@ def _check_first_step(first_step: Array | int | None, training: bool) -> None:
     if known is not None and known < 0:
         raise ValueError(f"first_step: expected at least 0, got {known}")
     if training and known != 0:
-        raise ValueError("first_step: expected None under batch statistics; run sequences whole")
+        raise ValueError("first_step: expected None or 0 under batch statistics")
 
 
 def flip_sequences(x: Array, seq_lengths: Array | None) -> Array:
@@ -527,10 +529,12 @@ def flip_sequences(x: Array, seq_lengths: Array | None) -> Array:
 def _statistics_shape(layer: RecurrentLayer, term: str, steps: int) -> tuple[int, ...]:
     """Shape of a term's statistics in a layer initialised by sequences of `steps` time steps."""
     if layer.shared_statistics and layer.max_steps is not None:
-        raise ValueError("max_steps: expected None with shared_statistics, which are of all steps")
+        raise ValueError("max_steps: expected None with shared_statistics")
     whole = term == "input" and layer.input_statistics == "sequence"
     if layer.is_initializing() and not (layer.max_steps or steps):
-        raise ValueError("max_steps: expected a number, to initialise by sequences without steps")
+        raise ValueError(
+            "max_steps: expected a number if the layer is initialised by sequences without steps"
+        )
     rows = () if whole or layer.shared_statistics else (layer.max_steps or steps,)
     return (*rows, term_size(layer, term))
 

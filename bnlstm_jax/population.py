@@ -312,7 +312,7 @@ def _check(sums: dict[Path, _Sum], unlifted: frozenset[Path]) -> None:
         )
     if left:
         warnings.warn(
-            f"{_texts(left)}: statistics not re-estimated, since these are not modules of "
+            f"{_texts(left)}: statistics not re-estimated, because these modules are not from "
             "bnlstm_jax; they keep the values in variables",
             UserWarning,
             stacklevel=3,

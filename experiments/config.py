@@ -123,7 +123,7 @@ def check_rows(config: ConfigDict, rows: int, source: str) -> None:
     """
     if rows == 1 and has_batch_statistics(config):
         raise UserError(
-            f"{source}, which has no batch statistics: take 2 or more, or config.model.kind=lstm"
+            f"{source}, but batch statistics need at least 2: use more, or config.model.kind=lstm"
         )
 
 

@@ -43,7 +43,7 @@ def define_flags() -> None:
     flags.DEFINE_boolean(
         "profile",
         False,
-        "Trace the updates, which should be few, by JAX's profiler into WORKDIR/profile.",
+        "Trace all updates with JAX's profiler into WORKDIR/profile; use few updates.",
     )
     flags.DEFINE_boolean(
         "distributed", False, "Join the other processes of a TPU pod, a SLURM or an Open MPI job."
@@ -51,12 +51,13 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "coordinator_address", None, "HOST:PORT of process 0, to join processes started by hand."
     )
-    flags.DEFINE_integer("num_processes", None, "Number of those processes.")
-    flags.DEFINE_integer("process_id", None, "Number of this one among them, from 0.")
+    flags.DEFINE_integer("num_processes", None, "Number of processes in the job.")
+    flags.DEFINE_integer("process_id", None, "Index of this process in the job, from 0.")
     flags.DEFINE_integer(
         "peer_timeout",
         60,
-        "Seconds to wait for other processes; one that is silent for so long ends the job.",
+        "Seconds to wait for other processes at the start. A process that is silent for longer "
+        "ends the job.",
         lower_bound=2,
     )
 
@@ -147,7 +148,7 @@ def main(_: list[str]) -> None:
     """Runs every kind of model that the config names, in one process or many."""
     given = flags.FLAGS
     if given.profile and given.mode == "evaluate":
-        raise UserError("--profile traces updates, and --mode=evaluate makes none: leave one out")
+        raise UserError("--profile traces updates, but --mode=evaluate makes none: leave one out")
     memory.keep_freed()
     base = given.config
     config.check(base)

@@ -307,7 +307,7 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
         if start > config.num_updates:
             raise UserError(
                 f"config.num_updates is {config.num_updates}, and the run in {folder} is at update "
-                f"{start}: ask for more, or leave it as it is with --mode=evaluate"
+                f"{start}: increase config.num_updates, or use --mode=evaluate"
             )
         if start == config.num_updates:
             results = processes.on_first(lambda: results_file.read_finished(folder, config, start))

@@ -26,11 +26,11 @@ FLAGS = ("sizes", "dtypes", "passes", "device", "rounds", "small")  # recorded i
 
 def define_flags() -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_list("sizes", list(SIZES), f"Of {', '.join(SIZES)}.")
-    flags.DEFINE_list("dtypes", list(DTYPES), f"Of products' operands: {', '.join(DTYPES)}.")
-    flags.DEFINE_list("passes", list(PASSES), f"Of {', '.join(PASSES)}.")
-    flags.DEFINE_list("implementations", None, "Of this project; by default all for the device.")
-    flags.DEFINE_enum("device", None, timing.DEVICES, "By default the one JAX chooses.")
+    flags.DEFINE_list("sizes", list(SIZES), f"Sizes to time, of {', '.join(SIZES)}.")
+    flags.DEFINE_list("dtypes", list(DTYPES), f"Dtypes of operands, of {', '.join(DTYPES)}.")
+    flags.DEFINE_list("passes", list(PASSES), f"Passes to time, of {', '.join(PASSES)}.")
+    flags.DEFINE_list("implementations", None, "By default all that the device runs.")
+    flags.DEFINE_enum("device", None, timing.DEVICES, "By default the one that JAX chooses.")
     flags.DEFINE_integer("rounds", 7, "Measurements of each candidate.", lower_bound=1)
     paths.DEFINE_path("output", "benchmark.json", "File for all results.")
     flags.DEFINE_bool("small", False, "Tiny layers, for a quick look.")

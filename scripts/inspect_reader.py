@@ -125,7 +125,7 @@ def inspect(
     elif rank > 1:
         verdict += f", at place {rank:,} with probability {np.exp(log_p[target]):.2g}"
     if answer not in passage:
-        verdict += "; the passage as the model reads it lacks it"
+        verdict += "; the answer is not in the passage that the model reads"
     return Inspection(
         passage,
         question,

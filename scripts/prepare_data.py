@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     start = time.perf_counter()
     folder = prepared.folder_of(name, given.data_dir)
     if given.source_dir and not os.path.isdir(given.source_dir):
-        raise errors.UserError(f"--source_dir is {given.source_dir}, and there is no such folder")
+        raise errors.UserError(f"--source_dir={given.source_dir} is not a folder")
     made = prepared.prepare(name, given.data_dir, given.source_dir or given.data_dir)
     prepared.read(folder)
     seconds = time.perf_counter() - start

@@ -84,7 +84,7 @@ def make_section(name: str, item: Item, found: Found, data_dir: str) -> Section:
         picture = committed.read_bytes() if committed.exists() else b""
     else:
         if shown == Shown():
-            notes.append("Not drawn: no run here has come as far, and kept what it needs.")
+            notes.append("Not drawn: no run here has the data that it needs yet.")
         if shown.figure is not None:
             picture = pictures.png(shown.figure)
     there = [(experiment, run) for experiment in item.experiments for run in found[experiment]]
@@ -167,7 +167,7 @@ def into_readme(readme: Path, table: str) -> None:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise UserError(f"{readme} has no place for the summary: {BEGIN} and {END}")
+        raise UserError(f"{readme} lacks the markers of the summary: {BEGIN} and {END}")
     files.write_text(readme, f"{before}{BEGIN}\n\n{table}\n\n{END}{after}")
 
 
@@ -178,7 +178,7 @@ def main(_: list[str]) -> None:
     if not folder.is_dir():
         raise UserError(f"--runs={folder} is not a folder")
     if page.suffix == ".md":
-        raise UserError(f"--output={page}: it is a page of HTML, and the Markdown is beside it")
+        raise UserError(f"--output={page} is the name of the Markdown file: end it with .html")
     paths.check_output(page)
     found = find(ITEMS.values(), folder)
     sections = [make_section(n, item, found, given.data_dir) for n, item in ITEMS.items()]

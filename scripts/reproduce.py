@@ -42,7 +42,7 @@ MINUTES = {"mnist": 500, "pmnist": 500, "text8": 10}
 
 def define_flags() -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_enum("budget", "minutes", ["none", "minutes", "full"], "How far runs go.")
+    flags.DEFINE_enum("budget", "minutes", ["none", "minutes", "full"], "Updates of each run.")
     flags.DEFINE_integer("seeds", 1, "Runs of each experiment, with seeds from 1.", lower_bound=1)
     paths.DEFINE_path("data_dir", "data", "Folder of the data.")
     paths.DEFINE_path("workdir", "runs/reproduce", "Folder of the runs.")
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
             print(f"{name:30} {item.title}")
         return
     if len(argv) > 2:
-        raise UserError(f"one at a time: {argv[1]} or {argv[2]}")
+        raise UserError(f"name one table or figure, not several: {', '.join(argv[1:])}")
     name, folder = argv[1], Path(given.workdir)
     if name not in ITEMS:
         raise UserError(unknown_name("the table or figure", name, ITEMS))

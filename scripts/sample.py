@@ -38,9 +38,7 @@ def define_flags() -> None:
         "prompt", None, "Text to go on from; by default the start of a line, or of a word."
     )
     flags.DEFINE_integer("length", 500, "Number of characters to draw.", lower_bound=1)
-    flags.DEFINE_float(
-        "temperature", 1.0, "What logits are divided by: 0 takes the most likely character."
-    )
+    flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 takes the most likely character.")
     flags.DEFINE_integer(
         "seed", 1, "The same seed draws the same text.", lower_bound=0, upper_bound=2**32 - 1
     )

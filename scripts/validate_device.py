@@ -129,7 +129,7 @@ def run(words: Sequence[str], seconds: float) -> str:
         status = process.wait(seconds)
     except subprocess.TimeoutExpired:
         end(process)
-        return "its time was up"
+        return "timed out"
     except BaseException:
         end(process)
         raise
@@ -196,7 +196,7 @@ def main(_: list[str]) -> None:
     path = folder / "report.md"
     print(f"\n{path.read_text(encoding='utf-8')}\nReport: {path}")
     is_whole = all(
-        outcome == "done" or (step != "check" and outcome == "its time was up")
+        outcome == "done" or (step != "check" and outcome == "timed out")
         for step, outcome, _ in steps
     )
     sys.exit(0 if is_whole else 1)

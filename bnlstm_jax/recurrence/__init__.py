@@ -78,7 +78,8 @@ def why_unsupported(name: str, problem: Problem) -> str | None:
         return None
     platform = IMPLEMENTATIONS[name].platform
     if not runs_here(platform):
-        return f"needs a device of platform {platform!r}, and this is {default_device().platform!r}"
+        here = default_device().platform
+        return f"needs a device of platform {platform!r}; the default device is {here!r}"
     return IMPLEMENTATIONS[name].why_unsupported(problem)
 
 

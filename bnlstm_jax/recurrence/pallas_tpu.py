@@ -151,14 +151,14 @@ def _vmem_bytes(leaves: Any) -> int:
 def why_unsupported(problem: Problem) -> str | None:
     """See `bnlstm_jax.recurrence.Implementation`."""
     if problem.norm.pools and problem.statistics is None:
-        return "does not support axis_name: the batch is on one device"
+        return "does not support axis_name"
     of_products = jnp.dtype(problem.dtype or jnp.float32)
     dtypes = {of_products, problem.recurrent_kernel.dtype, problem.carry[0].dtype}
     has = {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}
     wide = jax.config.jax_enable_x64  # type: ignore[attr-defined]
     # The interpreter supports any dtype.
     if default_device().platform == "tpu" and (dtypes - has or wide):
-        return "computes in float32, with products of float32 or bfloat16, without jax_enable_x64"
+        return "supports only a float32 state, float32 or bfloat16 products, and no jax_enable_x64"
     return None
 
 

@@ -127,8 +127,8 @@ def find(source_dir: Path) -> Path:
         raise UserError(f"CNN is not in {source_dir}: {_how_to_get(source_dir / 'cnn')}")
     if len(archives) > 1:
         raise UserError(
-            f"{' and '.join(map(str, archives))} are there, and CNN is in one of them: "
-            "rename it to cnn.tgz"
+            f"several archives may be CNN's: {' and '.join(map(str, archives))}; rename the "
+            "right one to cnn.tgz"
         )
     return archives[0]
 

@@ -52,7 +52,7 @@ def implementation_of(layer: Layer, batch_size: int) -> str:
         raise UserError(f"config.model.implementation is {name}: {error}") from error
     if reason is not None:
         pooled = "axis_name" in reason
-        other = ", or config.parallel.statistics_devices 1" if pooled else ""
+        other = ", or config.parallel.devices 1" if pooled else ""
         raise UserError(
             f"config.model.implementation is {name}, which {reason}: make it xla{other}"
         )

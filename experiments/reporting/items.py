@@ -20,8 +20,8 @@ PMNIST_CURVES = by_kind("pmnist_valid_accuracy", "pmnist", "accuracy")
 PTB_CURVES = by_kind("ptb_valid_bpc", "ptb", BITS)
 HOURS = (
     "Not in the paper: whether normalisation is worth its time. Hours are updates times the mean "
-    "time of an update of the run, on its machine and beside what else ran there. Hours on "
-    "different machines do not compare the models."
+    "time of an update of the run, on its machine, which may have run other work at the same time. "
+    "Hours on different machines do not compare the models."
 )
 
 ITEMS: dict[str, Item] = {
@@ -115,7 +115,7 @@ ITEMS: dict[str, Item] = {
         [by_gamma("ptb_gamma_bpc", "ptb", BITS, split) for split in ("train", "valid")],
         updates=13_200,
         ylim=(1.1, 1.7),
-        remark="The paper's axes, which have nats over updates that are too many by 1 / ln 2, are "
-        "corrected here.",
+        remark="The paper's axes show nats, and numbers of updates that are too large by a factor "
+        "of 1 / ln 2. Both are corrected here.",
     ),
 }

@@ -175,7 +175,7 @@ def check_evaluation(task: Task, config: ConfigDict) -> list[str]:
         for split in reading.splits:
             count = task.num_examples(split, reading)
             examples = f"{split} {reading.name or 'examples'}"
-            check_rows(config, count, f"of the {examples} there is 1")
+            check_rows(config, count, f"there is only 1 of the {examples}")
             if count % config[field] == 1:
                 notes.append(
                     f"the last batch of the {count:,} {examples} has one example; evaluation with "

@@ -255,8 +255,8 @@ def compare(calls: Sequence[Arrays], expected: Arrays, of_scan: dict[str, float]
     worst = max(found, key=lambda name: found[name] / allowed[name])
     problem = None
     if found[worst] > allowed[worst]:
-        problem = f"{worst} is off by {found[worst]:.1e} of its largest value, allowed are "
-        problem += f"{allowed[worst]:.1e}"
+        problem = f"{worst} is off by {found[worst]:.1e} of its largest value; at most "
+        problem += f"{allowed[worst]:.1e} is allowed"
     for name, value in first.items():
         if any(value.tobytes() != other[name].tobytes() for other in others):
             problem = problem or f"{name} differs between calls with the same inputs"

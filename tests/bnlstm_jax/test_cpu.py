@@ -444,7 +444,7 @@ def test_is_compiled_for_one_process_where_the_cache_cannot_be_written(tmp_path)
     chosen, log = finish(
         start(CHOICE, PATH="/bin:/usr/bin", XDG_CACHE_HOME=cache, TMPDIR=temporary)
     )
-    assert chosen == "cpu" and "WARNING libraries are not kept: " in log
+    assert chosen == "cpu" and "compiled libraries are not kept: " in log
     assert not list(temporary.iterdir())
 
 

@@ -165,7 +165,7 @@ def test_answers_that_the_model_cannot_give(folder):
     answers = np.full_like(part.answers, run.task.questions.words.index("?"))
     run.task.splits["valid"] = part._replace(answers=answers)
     found = inspect_reader.inspect(run.task, run.variables, "valid", 0, {})
-    assert found.verdict.endswith("; the passage as the model reads it lacks it")
+    assert found.verdict.endswith("; the answer is not in the passage that the model reads")
 
 
 def test_the_page_shows_an_inspection():

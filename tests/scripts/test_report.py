@@ -67,7 +67,7 @@ def test_runs_and_missing_runs_are_listed(page):
     assert "| pmnist/bn_lstm | 1 | 1,000 of 100,000 | 1:05 h | cpu (" in flat
     assert "| 012345678 | 2026-11-23 |" in flat
     assert "| pmnist/lstm | 1 | 500 of 100,000 | -, not finished |" in flat
-    assert "Not drawn: no run here has come as far" in flat
+    assert "Not drawn: no run here has the data that it needs yet" in flat
     # At 3,900 seconds for 1,000 updates.
     assert "pmnist BN-LSTM: 1,000 of 100,000 updates, 107:15 h more at its pace." in flat
     assert "text8 LSTM: not run; text8 BN-LSTM: not run" in flat

@@ -149,7 +149,7 @@ def test_a_step_that_hangs_is_ended_and_its_results_count(monkeypatch, tmp_path)
     steps = {"rates": f"{write}; {hang}", "check": "pass"}
     assert call(monkeypatch, tmp_path, steps, minutes=0.1) == 0
     assert time.monotonic() - start < 60
-    assert outcomes(tmp_path) == {"rates": "its time was up", "check": "done"}
+    assert outcomes(tmp_path) == {"rates": "timed out", "check": "done"}
     assert "## Rates" in (tmp_path / "report.md").read_text()
 
 

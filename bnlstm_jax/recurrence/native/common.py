@@ -50,7 +50,7 @@ def _load(source: Path, platform: str, symbol: str, target: str) -> ctypes.CDLL 
                 "; where Python has an older libstdc++ than the compiler, set "
                 "CXX='g++ -static-libstdc++ -static-libgcc'"
             )
-        return RuntimeError(f"{source.name} is compiled, and cannot be loaded: {error}{hint}")
+        return RuntimeError(f"{source.name} was compiled but cannot be loaded: {error}{hint}")
     name = "CUDA" if platform == "gpu" else platform
     for call in ("Forward", "Backward"):
         handler = jax.ffi.pycapsule(getattr(library, f"{symbol}{call}"))
@@ -62,7 +62,7 @@ def why_unsupported(problem: Problem) -> str | None:
     """Why no native kernel supports a problem; None if one may."""
     norm = problem.norm
     if norm.pools and problem.statistics is None:
-        return "does not support axis_name: the batch is on one device"
+        return "does not support axis_name"
     if norm.terms and norm.kind == "layer":
         return "does not support layer normalisation"
     return None

@@ -302,10 +302,10 @@ def test_a_run_refuses_to_go_on_with_other_data(config, tmp_path, change):
         ({"segment_length": 206}, r"the valid text of letters\.txt .* has 205 characters"),
         ({"segment_length": 307}, r"the train text of letters\.txt .* it needs 614"),
         ({"batch_size": 61}, r"config\.batch_size is 61, .* has 60 training examples"),
-        ({"batch_size": 1}, r"config\.batch_size is 1, which has no batch statistics"),
+        ({"batch_size": 1}, r"config\.batch_size is 1, but batch statistics need"),
         (
             {"eval_batch_size": 1, "eval_lengths": (20,)},
-            r"config\.eval_batch_size is 1, which has no batch statistics",
+            r"config\.eval_batch_size is 1, but batch statistics need",
         ),
     ],
     ids=str,

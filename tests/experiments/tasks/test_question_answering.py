@@ -218,7 +218,7 @@ def test_words_of_passages_that_are_left_out_are_not_in_the_vocabulary(config):
     [
         ("max_passage_length", 1, r"config\.max_passage_length is 1, and .* no train passages"),
         ("batch_size", 51, r"config\.batch_size is 51, and part of CNN \(50 / 9 / 7 questions\)"),
-        ("batch_size", 1, r"config\.batch_size is 1, which has no batch statistics"),
+        ("batch_size", 1, r"config\.batch_size is 1, but batch statistics need"),
         ("population_batch_size", 1, r"config\.population_batch_size is 1"),
         ("num_lengths", 0, r"config\.num_lengths is 0: it must be at least 1"),
         ("sentence_rule", "wrods", r"config\.sentence_rule.*did you mean words"),

@@ -135,7 +135,7 @@ def test_bad_fields_are_named(small_config):
     with pytest.raises(UserError, match=r"config\.model\.max_steps is 65.*64 steps"):
         tasks.load(small_config)
     small_config.batch_size = 1
-    with pytest.raises(UserError, match=r"config\.batch_size is 1, which has no batch stat"):
+    with pytest.raises(UserError, match=r"config\.batch_size is 1, but batch statistics need"):
         tasks.load(small_config)
     small_config.batch_size = 10
     small_config.model.max_steps = 4
@@ -161,7 +161,7 @@ def test_only_normalised_layers_need_statistics_over_devices(small_config, kind)
             assert layers.implementation_of(layer, batch_size=10) == "gpu"
             assert layers.implementation_of(layer, batch_size=1000) == "xla"
         else:
-            with pytest.raises(UserError, match=r"axis_name.*statistics_devices 1"):
+            with pytest.raises(UserError, match=r"axis_name: make it xla, or config\.parallel\.devices 1"):
                 layers.implementation_of(layer, batch_size=10)
 
 

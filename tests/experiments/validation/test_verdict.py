@@ -195,4 +195,4 @@ def test_the_report_has_a_part_for_each_step_that_ran():
     assert "- gpu, float32, not supported in 1 cases: a reason" in page
     assert "10%, permuted MNIST" in page
     assert "| BN-LSTM, gpu | 500.0" in page and "## Training: pMNIST" in page
-    assert "## Steps" in report.page({}, [("check", "its time was up", "9")], "")
+    assert "## Steps" in report.page({}, [("check", "timed out", "9")], "")

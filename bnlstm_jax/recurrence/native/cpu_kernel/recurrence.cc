@@ -98,7 +98,7 @@ ffi::Error run(const Arguments& a, bool backward) {
         },
         [&](int thread) { passes[thread]->run(); });
   } catch (const std::bad_alloc&) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "the recurrence needs more memory");
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "the CPU kernel is out of memory");
   }
   return ffi::Error::Success();
 }
@@ -177,8 +177,8 @@ Arguments take_arguments(Reader<ffi::RemainingArgs>& args, ffi::Dictionary optio
 }
 
 ffi::Error wrong_size(const char* what, size_t number) {
-  return ffi::Error::InvalidArgument(std::string("the recurrence got ") + what + " " +
-                                     std::to_string(number) + " of another size or type");
+  return ffi::Error::InvalidArgument(std::string("the CPU kernel got ") + what + " " +
+                                     std::to_string(number) + " of an unexpected size or type");
 }
 
 ffi::Error forward(ffi::RemainingArgs all_args, ffi::RemainingRets all_results,
