@@ -490,9 +490,7 @@ def _checked(layer: RecurrentLayer, inputs: Array, call: _Call, training: bool) 
     lengths = jnp.asarray(call.seq_lengths)
     if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         got = f"{lengths.dtype}{list(lengths.shape)}"
-        raise ValueError(
-            f"seq_lengths: expected integers [{batch}], got {got}"
-        )
+        raise ValueError(f"seq_lengths: expected integers [{batch}], got {got}")
     # In 32 bits: narrower integers may not hold the number of steps.
     return call._replace(seq_lengths=jnp.clip(lengths.astype(jnp.int32), 0, steps))
 

@@ -40,7 +40,7 @@ def check(model: ConfigDict) -> None:
 
 
 def implementation_of(layer: Layer, batch_size: int) -> str:
-    """The implementation that runs a layer's recurrence here; for `cpu` with its instruction set.
+    """The implementation that runs a layer's recurrence here: `cpu, AVX2, 2 threads`, or `xla`.
 
     Raises:
       UserError: the layer's `implementation` does not support it; the message names another.
@@ -58,7 +58,13 @@ def implementation_of(layer: Layer, batch_size: int) -> str:
         )
 
     name = recurrence.choose(name, problem)
-    return f"{name}, {cpu.instruction_set()}" if name == "cpu" else name
+    if name != "cpu":
+        return name
+    try:
+        threads = cpu.threads()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return f"{name}, {cpu.instruction_set()}, {threads} thread{'s' * (threads != 1)}"
 
 
 def check_max_steps(model: ConfigDict, steps: int, sequences: str) -> None:

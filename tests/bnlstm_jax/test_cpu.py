@@ -245,6 +245,8 @@ def test_a_wrong_number_of_threads_is_refused(value, monkeypatch):
     message = f"BNLSTM_NUM_THREADS: expected a number of threads, got '{value}'"
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
         jax.block_until_ready(run("cpu"))
+    with pytest.raises(ValueError, match=message):
+        cpu.threads()
 
 
 @pytest.mark.parametrize("files, processors", [

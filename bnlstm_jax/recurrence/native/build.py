@@ -63,9 +63,7 @@ def cache_folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
-        logging.getLogger(__name__).warning(
-            "compiled libraries are not kept: %s", error
-        )
+        logging.getLogger(__name__).warning("compiled libraries are not kept: %s", error)
         return Path(_temporary_folder().name)
     return folder
 

@@ -13,6 +13,7 @@ depend on it. `jax.vmap` runs the mapped calls one after the other.
 import ctypes
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +55,19 @@ def instruction_set() -> str:
     name = load().BnlstmInstructionSet
     name.restype = ctypes.c_char_p
     return name().decode()
+
+
+def threads() -> int:
+    """The most threads that a call may use.
+
+    Raises:
+      ValueError: `BNLSTM_NUM_THREADS` is not a number of threads.
+    """
+    number = load().BnlstmThreads()
+    if number == 0:
+        given = os.environ["BNLSTM_NUM_THREADS"]
+        raise ValueError(f"BNLSTM_NUM_THREADS: expected a number of threads, got {given!r}")
+    return number
 
 
 def peak() -> float:

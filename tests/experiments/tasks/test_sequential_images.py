@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from bnlstm_jax.recurrence.devices import emulation
+from bnlstm_jax.recurrence.native import cpu
 from experiments import datasets, tasks
 from experiments.models import layers
 from experiments.runtime.errors import UserError
@@ -161,8 +162,19 @@ def test_only_normalised_layers_need_statistics_over_devices(small_config, kind)
             assert layers.implementation_of(layer, batch_size=10) == "gpu"
             assert layers.implementation_of(layer, batch_size=1000) == "xla"
         else:
-            with pytest.raises(UserError, match=r"axis_name: make it xla, or config\.parallel\.devices 1"):
+            with pytest.raises(UserError, match=r"axis_name.* config\.parallel\.devices 1"):
                 layers.implementation_of(layer, batch_size=10)
+
+
+def test_the_implementation_has_the_kernels_threads(small_config, monkeypatch):
+    small_config.model.implementation = "cpu"
+    layer = layers.recurrent_layer(small_config.model, 16)
+    for threads, end in (("1", ", 1 thread"), ("3", ", 3 threads")):
+        monkeypatch.setenv("BNLSTM_NUM_THREADS", threads)
+        assert layers.implementation_of(layer, 10) == f"cpu, {cpu.instruction_set()}{end}"
+    monkeypatch.setenv("BNLSTM_NUM_THREADS", "all")
+    with pytest.raises(UserError, match="BNLSTM_NUM_THREADS: expected a number of threads"):
+        layers.implementation_of(layer, 10)
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(BnlstmCpuBackward, backward,
 // The instruction set that the library is compiled for.
 extern "C" const char* BnlstmInstructionSet() { return kInstructionSet; }
 
+// The most threads of a call; see `threads_of_process`.
+extern "C" int BnlstmThreads() { return threads_of_process(); }
+
 // Exported for a test.
 extern "C" int BnlstmProcessorsOfQuota(const char* folder) { return processors_of_quota(folder); }
 
