@@ -527,7 +527,7 @@ def flip_sequences(x: Array, seq_lengths: Array | None) -> Array:
 def _statistics_shape(layer: RecurrentLayer, term: str, steps: int) -> tuple[int, ...]:
     """Shape of a term's statistics in a layer initialised by sequences of `steps` time steps."""
     if layer.shared_statistics and layer.max_steps is not None:
-        raise ValueError("max_steps: expected None with shared_statistics")
+        raise ValueError(f"max_steps: expected None with shared_statistics, got {layer.max_steps}")
     whole = term == "input" and layer.input_statistics == "sequence"
     if layer.is_initializing() and not (layer.max_steps or steps):
         raise ValueError(
@@ -586,7 +586,7 @@ def _record(
         rows, steps = variables[0].value.shape[0], count.shape[0]
         if layer.max_steps is None and steps > rows:
             raise ValueError(
-                f"max_steps: statistics have {rows} time steps, those of the sequence that "
+                f"max_steps: expected at most {rows} time steps, as in the sequence that "
                 f"initialised the layer, got {steps}; set max_steps"
             )
 

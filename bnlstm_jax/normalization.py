@@ -356,7 +356,7 @@ def last_derivative(of: str, x: T) -> T:
 
 def _refuse(of, x):
     raise NotImplementedError(
-        f"second derivatives of {of} are not defined; layers have them with "
+        f"second derivatives of {of} are not defined; in a recurrent layer, set "
         "implementation='reference'"
     )
 

@@ -104,7 +104,8 @@ def estimate_population_statistics(
         raise ValueError(f"late_steps: expected 'skip' or 'repeat', got {late_steps!r}")
     _check_model(model)
     if rngs is not None and not isinstance(rngs, Mapping):
-        raise TypeError("rngs: expected a dict of keys, such as {'dropout': key}")
+        got = type(rngs).__name__
+        raise TypeError(f"rngs: expected a dict of keys, such as {{'dropout': key}}, got {got}")
     statistics = flatten_dict(variables.get("batch_stats", {}))
     options = _Options(model, inputs, late_steps, tuple(sorted(kwargs.items())))
     if transform is None:
@@ -307,8 +308,8 @@ def _check(sums: dict[Path, _Sum], unlifted: frozenset[Path]) -> None:
         raise ValueError(
             f"{_texts(left & unlifted)}: a lifted transform (nn.scan, nn.vmap, nn.RNN) does not "
             f"return the statistics of the batch; add {CURRENT_BATCH_STATS!r}: 0 to its "
-            f"variable_axes, or {CURRENT_BATCH_STATS!r} to its variable_carry if 'batch_stats' is "
-            "there"
+            f"variable_axes, or {CURRENT_BATCH_STATS!r} to its variable_carry if that has "
+            "'batch_stats'"
         )
     if left:
         warnings.warn(
@@ -319,9 +320,9 @@ def _check(sums: dict[Path, _Sum], unlifted: frozenset[Path]) -> None:
         )
     if not any(jnp.any(weight > 0) for _, weight, _ in sums.values()):
         raise ValueError(
-            "no batch statistics to average: there are no batches (or no valid rows in them), or "
-            "no layer of the model has statistics, or variables lack the collection "
-            "'batch_stats', or an argument such as use_running_average=False is missing"
+            "no batch statistics to average: expected at least one batch with valid rows, a model "
+            "with statistics, variables with the collection 'batch_stats', and an argument such as "
+            "use_running_average=False"
         )
 
 

@@ -123,7 +123,8 @@ def check_rows(config: ConfigDict, rows: int, source: str) -> None:
     """
     if rows == 1 and has_batch_statistics(config):
         raise UserError(
-            f"{source}, but batch statistics need at least 2: use more, or config.model.kind=lstm"
+            f"{source}: batch statistics need at least 2 examples; use more, or "
+            "config.model.kind=lstm"
         )
 
 
@@ -188,7 +189,7 @@ def check(config: ConfigDict) -> None:
             paths.expand(f"config.{name}", config[name])  # refuses invalid paths
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError(
-            f"config.wandb is {config.wandb}, and the package is not installed: pip install wandb"
+            f"config.wandb is {config.wandb}: the package wandb is not installed; pip install wandb"
         )
     model_kinds(config)
     check_batch_sizes(config)

@@ -43,7 +43,7 @@ def define_flags() -> None:
     flags.DEFINE_boolean(
         "profile",
         False,
-        "Trace all updates with JAX's profiler into WORKDIR/profile; use few updates.",
+        "Trace all updates with JAX's profiler into WORKDIR/profile; limit config.num_updates.",
     )
     flags.DEFINE_boolean(
         "distributed", False, "Join the other processes of a TPU pod, a SLURM or an Open MPI job."
@@ -109,7 +109,7 @@ def check_fields(argv: Sequence[str], config: ConfigDict) -> None:
     for word in argv:
         name = word.partition("=")[0].lstrip("-")
         if name == "config.task":
-            raise UserError(f"{name}: the config file has its task: choose another by --config")
+            raise UserError(f"{name} cannot be set by a flag: use a config file of that task")
         if name.startswith("config.") and name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
@@ -148,14 +148,14 @@ def main(_: list[str]) -> None:
     """Runs every kind of model that the config names, in one process or many."""
     given = flags.FLAGS
     if given.profile and given.mode == "evaluate":
-        raise UserError("--profile traces updates, but --mode=evaluate makes none: leave one out")
+        raise UserError("--profile traces updates, and --mode=evaluate makes none: remove one flag")
     memory.keep_freed()
     base = given.config
     config.check(base)
     with job():
         fields = json.loads(base.to_json_best_effort())
         versions = {"jax": jax.__version__, "numpy": np.__version__}
-        processes.check_same({"--mode": given.mode, "config": fields, "version of": versions}, "")
+        processes.check_same({"--mode": given.mode, "config": fields, "versions": versions}, "")
         run_all(base)
 
 

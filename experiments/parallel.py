@@ -174,7 +174,7 @@ def check(config: ConfigDict, num_processes: int = 1, num_local_devices: int | N
         near = config.batch_size // size * size or size
         raise UserError(
             f"config.batch_size is {config.batch_size}: it must be divisible by the {size} devices "
-            f"(config.parallel.devices), as {near} is; or use {shared} of them"
+            f"(config.parallel.devices), such as {near}; or use {shared} devices"
         )
     if members and size % members:
         raise UserError(
@@ -183,8 +183,8 @@ def check(config: ConfigDict, num_processes: int = 1, num_local_devices: int | N
         )
     if members:
         source = (
-            f"config.parallel.statistics_devices is {members}: of config.batch_size "
-            f"{config.batch_size} they have one example"
+            f"config.parallel.statistics_devices is {members}, so statistics are of one example of "
+            f"config.batch_size {config.batch_size}"
         )
         check_rows(config, config.batch_size * members // size, source)
 

@@ -220,8 +220,8 @@ def check_finite(state: TrainState, folder: Path, saved: int | None) -> None:
         latest = f"the latest checkpoint, of update {saved}, is in {folder}"
     raise processes.Everywhere(
         f"update {int(state.step) + 1} was not applied: "
-        f"{finite.describe(names, refused)}; {latest}; a lower config.optimizer.learning_rate "
-        "may help, in another workdir"
+        f"{finite.describe(names, refused)}; {latest}; try a lower "
+        "config.optimizer.learning_rate in another workdir"
     )
 
 
@@ -376,7 +376,7 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
                 if stop is not None:
                     raise Stopped(
                         f"{signal.Signals(stop).name}: stopped after update {done:,} of "
-                        f"{total:,}, which is saved; the same command continues",
+                        f"{total:,}, which is saved; run the same command to continue",
                         stop,
                     )
                 if log or save:
@@ -412,8 +412,8 @@ def evaluate_best(
     best_step = checkpoints.best_step()
     if best_step is None:
         raise UserError(
-            f"--workdir={folder} holds no checkpoint to evaluate, one with a finite validation "
-            f"{task.selection}"
+            f"--workdir={folder} holds no checkpoint to evaluate: train until a validation has a "
+            f"finite {task.selection}"
         )
     variables = devices.replicate(variables_of(checkpoints.restore(best_step, state)))
     population = None

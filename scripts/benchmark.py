@@ -29,11 +29,11 @@ def define_flags() -> None:
     flags.DEFINE_list("sizes", list(SIZES), f"Sizes to time, of {', '.join(SIZES)}.")
     flags.DEFINE_list("dtypes", list(DTYPES), f"Dtypes of operands, of {', '.join(DTYPES)}.")
     flags.DEFINE_list("passes", list(PASSES), f"Passes to time, of {', '.join(PASSES)}.")
-    flags.DEFINE_list("implementations", None, "By default all that the device runs.")
-    flags.DEFINE_enum("device", None, timing.DEVICES, "By default the one that JAX chooses.")
-    flags.DEFINE_integer("rounds", 7, "Measurements of each candidate.", lower_bound=1)
+    flags.DEFINE_list("implementations", None, "Implementations; by default all that run here.")
+    flags.DEFINE_enum("device", None, timing.DEVICES, "Device; by default the one JAX chooses.")
+    flags.DEFINE_integer("rounds", 7, "Number of measurements of each candidate.", lower_bound=1)
     paths.DEFINE_path("output", "benchmark.json", "File for all results.")
-    flags.DEFINE_bool("small", False, "Tiny layers, for a quick look.")
+    flags.DEFINE_bool("small", False, "Time tiny layers, for a quick test.")
 
 
 def main(_: list[str]) -> None:
@@ -46,7 +46,7 @@ def main(_: list[str]) -> None:
     implementations = given.implementations or available()
     timing.check_names("implementations", implementations, available())
     if "xla" not in implementations:
-        raise UserError("--implementations must include xla, which others are compared with")
+        raise UserError("--implementations must include xla, the baseline of the comparison")
     sizes = {name: SIZES[name].small() if given.small else SIZES[name] for name in given.sizes}
     recorded = {name: getattr(given, name) for name in FLAGS}
     benchmark.run(

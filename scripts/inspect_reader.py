@@ -77,13 +77,13 @@ def define_flags() -> None:
     """Defines the flags of the command."""
     paths.DEFINE_path("workdir", None, "Folder of a reader's run.", required=True)
     flags.DEFINE_integer(
-        "example", None, "Number of the question, from 0 on.", required=True, lower_bound=0
+        "example", None, "Index of the question, from 0.", required=True, lower_bound=0
     )
-    flags.DEFINE_enum("split", "valid", SPLITS, "Where the question is from.")
+    flags.DEFINE_enum("split", "valid", SPLITS, "Split of the question.")
     paths.DEFINE_path(
         "output", None, "Page to write, by default attention_SPLIT_N.html in the folder of the run."
     )
-    paths.DEFINE_path("data_dir", None, "Folder of the data, if not the one of training.")
+    paths.DEFINE_path("data_dir", None, "Folder of the data; by default that of the run.")
 
 
 def predict(
@@ -121,9 +121,9 @@ def inspect(
     rank = 1 + int(np.flatnonzero(order == target)[0]) if target >= len(SPECIALS) else None
     verdict = f"{'Right' if rank == 1 else 'Wrong'}: the answer is {name_of(answer.text, names)}"
     if rank is None:
-        verdict += ", a word that the model does not know"
+        verdict += ", a word outside the model's vocabulary"
     elif rank > 1:
-        verdict += f", at place {rank:,} with probability {np.exp(log_p[target]):.2g}"
+        verdict += f", at rank {rank:,} with probability {np.exp(log_p[target]):.2g}"
     if answer not in passage:
         verdict += "; the answer is not in the passage that the model reads"
     return Inspection(
@@ -178,15 +178,15 @@ def main(_: list[str]) -> None:
     config = workdir.read_config(folder)
     if config.task != "question_answering":
         raise UserError(
-            f"--workdir={folder} holds a run of the task {config.task}: "
-            "only models of the task question_answering attend to words"
+            f"--workdir={folder} holds a run of the task {config.task}: it must be of the task "
+            "question_answering"
         )
     record = workdir.read_record(folder)
     count = record["questions"][split]
     if example >= count:
         raise UserError(
-            f"--example={example}: {record['dataset']} has {count:,} {split} questions, "
-            f"from 0 to {count - 1}"
+            f"--example={example}: it must be from 0 to {count - 1}, for the {split} questions of "
+            f"{record['dataset']}"
         )
     page = Path(given.output or folder / f"attention_{split}_{example}.html")
     paths.check_output(page)  # before data are loaded, which may take minutes

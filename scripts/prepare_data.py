@@ -30,7 +30,7 @@ from experiments.runtime import cli, errors, paths
 def define_flags() -> None:
     """Defines the flags of the command."""
     paths.DEFINE_path(
-        "data_dir", None, "Folder to write to, the same that runs are given.", required=True
+        "data_dir", None, "Folder to write to; runs take it as --config.data_dir.", required=True
     )
     paths.DEFINE_path(
         "source_dir", None, "Folder with original files, if not --data_dir; it is only read."
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     made = prepared.prepare(name, given.data_dir, given.source_dir or given.data_dir)
     prepared.read(folder)
     seconds = time.perf_counter() - start
-    print(f"{name} {'was prepared' if made else 'is there already'}, verified ({seconds:.1f} s)")
+    print(f"{name} {'was prepared' if made else 'was prepared before'}, verified ({seconds:.1f} s)")
     print("\n".join(described(folder)))
 
 

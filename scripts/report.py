@@ -31,7 +31,7 @@ BEGIN, END = "<!-- python -m scripts.report --readme -->", "<!-- end of the repo
 
 def define_flags() -> None:
     """Defines the flags of the command."""
-    paths.DEFINE_path("runs", str(ROOT / "results" / "runs"), "Folder with runs in it.")
+    paths.DEFINE_path("runs", str(ROOT / "results" / "runs"), "Folder of runs.")
     paths.DEFINE_path("output", "report.html", "Page to write.")
     paths.DEFINE_path("data_dir", "data", "Folder of the data, for figures without runs.")
     flags.DEFINE_boolean("readme", False, "Put the summary into README.md.")
@@ -79,7 +79,7 @@ def make_section(name: str, item: Item, found: Found, data_dir: str) -> Section:
     try:
         shown = item.show(found, data_dir)
     except UserError as error:
-        notes.append(f"Not drawn anew: {error}.")
+        notes.append(f"Not redrawn: {error}.")
         committed = COMMITTED / f"{name}.png"
         picture = committed.read_bytes() if committed.exists() else b""
     else:
@@ -129,7 +129,7 @@ def missing(experiment: Experiment, runs: list[Run]) -> str:
     far = f"{furthest:,} of {whole:,} updates" if runs else "not run"
     paces = [run.seconds / run.updates for run in runs if run.seconds and run.updates]
     if paces:
-        far += f", {duration(round(min(paces) * (whole - furthest)))} more at its pace"
+        far += f", {duration(round(min(paces) * (whole - furthest)))} left at its pace"
     return f"{experiment.config} {LABELS[experiment.kind]}{fields}: {far}"
 
 
@@ -142,7 +142,7 @@ def as_markdown(section: Section) -> str:
         parts.append(markdown.table(*section.runs))
     if section.missing:
         short = markdown.escape(section.missing)
-        parts.append(f"Not as far as the paper: {short}. `{section.reproduce}`")
+        parts.append(f"Fewer updates than the paper: {short}. `{section.reproduce}`")
     return "\n\n".join(parts)
 
 
@@ -178,11 +178,11 @@ def main(_: list[str]) -> None:
     if not folder.is_dir():
         raise UserError(f"--runs={folder} is not a folder")
     if page.suffix == ".md":
-        raise UserError(f"--output={page} is the name of the Markdown file: end it with .html")
+        raise UserError(f"--output={page} is the name of the Markdown file: use .html")
     paths.check_output(page)
     found = find(ITEMS.values(), folder)
     sections = [make_section(n, item, found, given.data_dir) for n, item in ITEMS.items()]
-    texts = ["# The paper, and what was measured here", *map(as_markdown, sections)]
+    texts = ["# The paper's results and ours", *map(as_markdown, sections)]
     files.write_text(page, pages.render("report.html", sections=sections))
     files.write_text(page.with_suffix(".md"), "\n\n".join(texts) + "\n")
     if given.readme:

@@ -95,7 +95,7 @@ def write(name: str, folder: Path, output: Path, data_dir: str) -> str:
         pictures.save(figure, output / f"{name}.png")
         parts.append(f"![{title}]({name}.png)")
     if table is None and figure is None:
-        parts.append("No run has come far enough to show anything.")
+        parts.append("No run has results to show yet.")
     text = "\n\n".join(parts) + "\n"
     files.write_text(output / f"{name}.md", text)
     return text
@@ -124,7 +124,7 @@ def main(argv: list[str]) -> None:
     if points:
         renew()  # raises before the runs if the output cannot be written
         errors = runner.run(points, commands, launcher, lambda _: renew())
-    print(f"{renew()}\nIn {output}/{name}.md")
+    print(f"{renew()}\nWritten to {output}/{name}.md")
     if errors:
         sys.exit(f"error: {len(errors)} of {len(points)} points failed")
 

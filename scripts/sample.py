@@ -34,9 +34,7 @@ COLDEST = 1e-6  # lower temperatures count as 0, because logits divided by them 
 def define_flags() -> None:
     """Defines the flags of the command."""
     paths.DEFINE_path("workdir", None, "Folder of a character model's run.", required=True)
-    flags.DEFINE_string(
-        "prompt", None, "Text to go on from; by default the start of a line, or of a word."
-    )
+    flags.DEFINE_string("prompt", None, "Text to continue; by default a newline, or a space.")
     flags.DEFINE_integer("length", 500, "Number of characters to draw.", lower_bound=1)
     flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 takes the most likely character.")
     flags.DEFINE_integer(
@@ -58,12 +56,10 @@ def check_prompt(prompt: str | None, vocabulary: str) -> str:
     strange = "".join(dict.fromkeys(character for character in prompt if character not in known))
     if strange:
         lower = prompt.lower()
-        hint = f"there are {known if len(known) <= 100 else known[:100] + '...'!r}"
+        hint = f"use only {known if len(known) <= 100 else known[:100] + '...'!r}"
         if set(lower) <= set(known):
             hint = f"did you mean {lower!r}?"
-        raise UserError(
-            f"--prompt has {strange!r}, not among the characters of the training text: {hint}"
-        )
+        raise UserError(f"--prompt has {strange!r}, which the training text lacks: {hint}")
     return prompt
 
 
@@ -118,8 +114,8 @@ def main(_: list[str]) -> None:
     config = workdir.read_config(folder)
     if config.task != "char_lm":
         raise UserError(
-            f"--workdir={folder} holds a run of the task {config.task}: "
-            "only models of the task char_lm write text"
+            f"--workdir={folder} holds a run of the task {config.task}: it must be of the task "
+            "char_lm"
         )
     vocabulary = workdir.read_record(folder)["vocabulary"]
     prompt = check_prompt(given.prompt, vocabulary)

@@ -9,7 +9,7 @@ unset PYTHONPATH # so that only packages of the environment are imported
 if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     python=${PYTHON:-python3}
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-        echo "error: Python 3.11 or newer is needed, as python3 or named by PYTHON=..." >&2
+        echo "error: $python is missing or older than Python 3.11: set PYTHON to a newer one" >&2
         exit 2
     fi
     if ! "$python" -m venv --clear .venv; then

@@ -32,7 +32,7 @@ def define_flags() -> None:
 
 def define_own_flags(values: flags.FlagValues) -> None:
     """Defines the flags of a job in `values`."""
-    flags.DEFINE_integer("nodes", 1, "Nodes of the cluster.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("nodes", 1, "Number of nodes.", lower_bound=1, flag_values=values)
     described = "Name of the job; by default that of the workdir."
     flags.DEFINE_string("job_name", None, described, flag_values=values)
     slurm.define_flags(values)

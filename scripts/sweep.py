@@ -75,7 +75,7 @@ def main(_: list[str]) -> None:
         points, commands, launcher, lambda errors: sweep_table.write(points, errors, folder)
     )
     table = sweep_table.write(points, errors, folder)
-    print(f"\n{table}\nEach run: {folder / sweep_table.CSV_NAME}")
+    print(f"\n{table}\nResults of each run: {folder / sweep_table.CSV_NAME}")
     if errors:
         sys.exit(f"error: {len(errors)} of {len(points)} points failed")
 

@@ -51,13 +51,13 @@ USER_ERROR = 2  # exit status of `cli.run`
 
 def define_flags() -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_float("minutes", 15, "Time for all steps.", lower_bound=0.1)
+    flags.DEFINE_float("minutes", 15, "Time for all steps together, in minutes.", lower_bound=0.1)
     flags.DEFINE_list("only", list(SHARES), f"Steps to run, of {', '.join(SHARES)}.")
     flags.DEFINE_enum("step", None, list(SHARES), "Runs this step alone, in this process.")
     flags.DEFINE_list("cases", None, f"Cases to check; by default all: {', '.join(check.CASES)}.")
     paths.DEFINE_path("data_dir", "data", "Folder of the data to train on.")
     flags.DEFINE_bool("small", False, "Tiny layers, and digits to train on: a rehearsal.")
-    flags.DEFINE_enum("device", None, timing.DEVICES, "By default the one JAX chooses.")
+    flags.DEFINE_enum("device", None, timing.DEVICES, "Device; by default the one JAX chooses.")
     paths.DEFINE_path(
         "output", None, "Folder for the report and all results; validation, or rehearsal if small."
     )

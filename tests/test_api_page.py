@@ -53,7 +53,7 @@ def page(tmp_path_factory):
     return (folder / "bnlstm_jax.html").read_text()
 
 
-def test_every_public_name_has_its_documentation(page):
+def test_every_public_name_is_documented(page):
     words = Sections(page).words
     for name in bnlstm_jax.__all__:
         value = getattr(bnlstm_jax, name)
@@ -69,13 +69,13 @@ def test_every_public_name_has_its_documentation(page):
             assert missing <= {"Args", "bnlstm_jax"}, name  # Arguments there; left out in links
 
 
-def test_members_of_every_flax_module_are_left_out(page):
+def test_inherited_flax_members_are_omitted(page):
     shown = set(re.findall(r'id="BNLSTMCell\.(\w+)"', page))
     assert shown == {"__init__", "__call__", "initialize_carry"}
     assert "::" not in re.sub(r"(?s)<(style|script).*?</\1>", "", page)
 
 
-def test_default_values_read_as_they_are_written(page):
+def test_default_values_are_readable(page):
     text = html.unescape(re.sub(r"<[^>]+>", "", re.sub(r"(?s)<(style|script).*?</\1>", "", page)))
     assert "scale_init: Initializer = constant(...)" in text
     assert not re.search(r"<(function|class)\b", text)

@@ -32,7 +32,7 @@ CLASSES = {"ptb": 50, "text8": 27, "text": 6}
 
 
 @pytest.mark.parametrize("name, variant", VARIANTS, ids=str)
-def test_config_builds_and_steps(name, variant, request, tmp_path):
+def test_config_builds_and_runs_one_update(name, variant, request, tmp_path):
     module = importlib.import_module(f"configs.{name}")
     assert f"python -m experiments.main --config=configs/{name}.py" in module.__doc__
     for word in variant:
@@ -74,7 +74,7 @@ def test_config_builds_and_steps(name, variant, request, tmp_path):
         assert ("initial_hidden" in learned) == (kind in shared.NO_BATCH_STATISTICS)
 
 
-def test_settings_are_those_of_the_released_code():
+def test_mnist_settings_match_the_released_code():
     for name, noise, order in (("mnist", 0.1, "in_order"), ("pmnist", 0.0, "released_draw")):
         config = importlib.import_module(f"configs.{name}").get_config()
         assert config.optimizer.to_dict() == {
@@ -93,7 +93,7 @@ def test_settings_are_those_of_the_released_code():
         assert (config.pixel_order, config.pixel_order_seed) == (order, 1)
 
 
-def test_language_models_are_those_of_the_released_code():
+def test_language_model_settings_match_the_released_code():
     for name, units, length, batch_size, rate, updates, population in (
         ("ptb", 1000, 100, 64, 2e-3, 791, 100),
         ("text8", 2000, 180, 128, 1e-3, 3907, 1000),

@@ -53,26 +53,26 @@ def metadata(built):
         return HeaderParser().parsestr(file.read(name).decode())
 
 
-def test_an_index_accepts_them(built):
+def test_distributions_pass_twine_check(built):
     output = run(sys.executable, "-m", "twine", "check", "--strict", *built)
     assert output.count("PASSED") == 2
 
 
-def test_the_wheel_holds_the_library_alone(built):
+def test_wheel_contains_only_the_library(built):
     with zipfile.ZipFile(built[0]) as file:
         names = {name for name in file.namelist() if ".dist-info/" not in name}
     files = {path for path in LIBRARY.rglob("*") if path.is_file() and path.suffix != ".pyc"}
     assert names == {str(path.relative_to(ROOT)) for path in files}
 
 
-def test_the_source_archive_holds_what_the_wheel_is_built_of(built):
+def test_source_archive_contains_the_files_to_build(built):
     with tarfile.open(built[1]) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
     assert {"LICENSE", "README.md", "requirements.txt", "tests/requirements.txt"} <= names
-    assert not any(name.startswith("tests/test_") for name in names)
+    assert {name for name in names if name.startswith("tests/")} == {"tests/requirements.txt"}
 
 
-def test_metadata(metadata):
+def test_metadata_matches_citation_and_changelog(metadata):
     assert metadata["Version"] == bnlstm_jax.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert f"version: {bnlstm_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
@@ -80,7 +80,7 @@ def test_metadata(metadata):
     assert newest == bnlstm_jax.__version__
 
 
-def test_extras_are_the_requirement_files(metadata):
+def test_extras_match_the_requirement_files(metadata):
     needed = {"": set(), "experiments": set(), "dev": set()}
     for line in metadata.get_all("Requires-Dist"):
         requirement = Requirement(line)
@@ -93,7 +93,7 @@ def test_extras_are_the_requirement_files(metadata):
     assert needed[""] == {line for line in experiments if re.match("(jax|flax)[<>]", line)}
 
 
-def test_the_workflow_runs_the_readmes_commands_on_each_supported_python(metadata):
+def test_workflow_runs_readme_commands_on_supported_pythons(metadata):
     job = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())["jobs"]["tests"]
     prefix = "Programming Language :: Python :: 3."
     supported = [c for c in metadata.get_all("Classifier") if c.startswith(prefix)]
@@ -106,12 +106,12 @@ def test_the_workflow_runs_the_readmes_commands_on_each_supported_python(metadat
 
 
 @pytest.mark.long
-def test_readme_example_runs_from_the_wheel_alone(built, tmp_path):
+def test_readme_example_runs_from_the_installed_wheel(built, tmp_path):
     run(sys.executable, "-m", "venv", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
     run(python, "-m", "pip", "install", "--quiet", built[0])
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
-    told = "import bnlstm_jax; print(bnlstm_jax.__file__, logits.shape)"
-    (tmp_path / "example.py").write_text(code + told)
+    report = "import bnlstm_jax; print(bnlstm_jax.__file__, logits.shape)"
+    (tmp_path / "example.py").write_text(code + report)
     output = run(python, "example.py", cwd=tmp_path)
     assert str(tmp_path / "venv") in output and "(1, 10)" in output

@@ -35,7 +35,7 @@ def final(results):
 
 
 @pytest.mark.parametrize("number_of_devices", [1, 8])  # one: the CPU kernel; several: XLA
-def test_the_layer_examples_run(number_of_devices, monkeypatch):
+def test_layer_examples_run(number_of_devices, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: number_of_devices)
     names = {}
     exec(example("nn.Module"), names)
@@ -55,7 +55,7 @@ def test_the_layer_examples_run(number_of_devices, monkeypatch):
     np.testing.assert_allclose(names["logits"], expected, rtol=1e-6)
 
 
-def test_a_finished_run_predicts_as_its_results_say(tmp_path, monkeypatch):
+def test_loaded_run_reproduces_its_recorded_loss(tmp_path, monkeypatch):
     config = digits.get_config()
     config.data_dir = str(tmp_path / "data")
     config.num_updates = config.eval_every = 4
@@ -74,7 +74,7 @@ def test_a_finished_run_predicts_as_its_results_say(tmp_path, monkeypatch):
     assert run.config.to_dict() == config.to_dict()
 
 
-def test_a_run_on_other_data_is_refused(tmp_path):
+def test_run_with_a_different_dataset_hash_raises(tmp_path):
     config = digits.get_config()
     config.data_dir = str(tmp_path / "data")
     config.num_updates = config.eval_every = 1
@@ -86,7 +86,7 @@ def test_a_run_on_other_data_is_refused(tmp_path):
         runs.load(tmp_path / "run")
 
 
-def test_trained_weights_classify_as_well_as_the_run_did(data_dir, monkeypatch):
+def test_published_weights_reproduce_the_reported_accuracy(data_dir, monkeypatch):
     monkeypatch.chdir(ROOT)
     arrays = datasets.load("mnist", str(data_dir)).arrays
     names = {"images": arrays["test_images"][:500].reshape(-1, 28, 28)}
@@ -111,7 +111,7 @@ def anchors(page):
     return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
-def test_links_lead_somewhere():
+def test_repository_links_resolve():
     for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/**/*.md")):
         for link in links(page.read_text()):
             target, _, fragment = re.sub(REPOSITORY, f"{ROOT}/", link).partition("#")
@@ -147,7 +147,7 @@ def mapped():
     return paths, leaves
 
 
-def test_the_map_names_every_file_and_no_other():
+def test_file_map_matches_the_repository():
     paths, leaves = mapped()
     for path in paths:
         assert (ROOT / path).exists(), path

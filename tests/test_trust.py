@@ -95,7 +95,7 @@ def data_dir(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["object", "structured", "pickle", "text", "empty"])
-def test_prepared_data_hold_numbers_alone(data_dir, payload, form):
+def test_non_numeric_prepared_data_raises(data_dir, payload, form):
     folder = data_dir / "prepared/digits"
     content = {
         "object": npy(payload),
@@ -112,7 +112,7 @@ def test_prepared_data_hold_numbers_alone(data_dir, payload, form):
 
 
 @pytest.mark.parametrize("name", ["../secret", "/secret", "a/../../secret"])
-def test_a_manifest_names_files_of_its_folder_alone(data_dir, name):
+def test_manifest_paths_outside_the_folder_raise(data_dir, name):
     folder = data_dir / "prepared/digits"
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["arrays"] = {name: manifest["arrays"]["train_images"]}
@@ -126,7 +126,7 @@ def test_a_manifest_names_files_of_its_folder_alone(data_dir, name):
 
 
 @pytest.mark.parametrize("field", ["update", "layer/cell_mean"])
-def test_statistics_hold_numbers_alone(tmp_path, payload, field):
+def test_pickled_objects_in_statistics_raise(tmp_path, payload, field):
     arrays = {"update": np.int64(7), "layer/cell_mean": np.zeros(3)}
     path = tmp_path / workdir.STATISTICS_NAME
     path.write_bytes(npz(**arrays))
@@ -146,7 +146,7 @@ STRANGE = ["", "[]", "5", "null", '"text"', "{", "\0", "[" * 100_000, "\x80\x04K
 
 @pytest.mark.parametrize("name", ["config.json", "run.json"])
 @pytest.mark.parametrize("content", STRANGE, ids=range(len(STRANGE)))
-def test_files_of_a_run_that_are_no_objects(tmp_path, name, content):
+def test_malformed_run_files_raise(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError) as error:
         {"config.json": workdir.read_config, "run.json": workdir.read_record}[name](tmp_path)
@@ -169,7 +169,7 @@ def test_files_of_a_run_that_are_no_objects(tmp_path, name, content):
         ("log_every", {"seconds": 3}),
     ],
 )
-def test_a_runs_config_of_other_types(tmp_path, field, value):
+def test_run_config_with_wrong_types_raises(tmp_path, field, value):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(run_config()))
     config.check(workdir.read_config(tmp_path))
@@ -181,7 +181,7 @@ def test_a_runs_config_of_other_types(tmp_path, field, value):
 
 
 @pytest.mark.parametrize("file", [digits, ptb, babi_config])  # of each task
-def test_a_config_that_lacks_a_field_names_it(file):
+def test_missing_config_field_is_named_in_the_error(file):
     whole = file.get_config()
     tasks.module(whole).check(whole)
     fields = flatten_dict(whole.to_dict(), sep=".")
@@ -194,7 +194,7 @@ def test_a_config_that_lacks_a_field_names_it(file):
         assert one_line(error).startswith(f"config.{field} is missing: it must be of type ")
 
 
-def test_a_runs_config_cannot_name_other_code(tmp_path, monkeypatch):
+def test_config_cannot_import_other_modules(tmp_path, monkeypatch):
     """Only a module of `experiments.tasks` is a task, whatever else can be imported."""
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\nTask = print")
     monkeypatch.syspath_prepend(tmp_path)
@@ -255,7 +255,7 @@ def question(text: str) -> tuple[str, bytes]:
 
 
 @pytest.mark.parametrize("linked", [False, True])
-def test_members_of_cnns_archive(tmp_path, outside, linked):
+def test_cnn_archive_cannot_access_outside_files(tmp_path, outside, linked):
     name, content = question("@entity1 spoke .")
     contents = {f"cnn/questions/{folder}/{name}": content for folder in cnn.FOLDERS}
     target = str(outside / "secret")
@@ -276,7 +276,7 @@ def test_members_of_cnns_archive(tmp_path, outside, linked):
 
 
 @pytest.mark.parametrize("linked", [False, True])
-def test_members_of_babis_archive(tmp_path, outside, monkeypatch, linked):
+def test_babi_archive_cannot_access_outside_files(tmp_path, outside, monkeypatch, linked):
     texts = {name: f"1 Mary went.\n2 {name}".encode() for name in babi.SHA256}
     hashes = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
     first = next(iter(texts))
@@ -300,7 +300,7 @@ def test_members_of_babis_archive(tmp_path, outside, monkeypatch, linked):
     assert snapshot(tmp_path) == before
 
 
-def test_members_of_text8s_archive(tmp_path, outside):
+def test_text8_archive_cannot_access_outside_files(tmp_path, outside):
     path = tmp_path / "text8.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for name in (*EVIL, str(outside / "evil"), "../text8", "/text8"):
@@ -331,7 +331,7 @@ def host(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["babi", "mnist", "ptb", "text8"])
-def test_what_a_host_sends_is_checked(tmp_path, host, name):
+def test_downloads_with_wrong_content_raise(tmp_path, host, name):
     with pytest.raises(UserError) as error:
         prepared.load(name, str(tmp_path))
     assert one_line(error).count("(sent another file)") >= 2
@@ -340,7 +340,7 @@ def test_what_a_host_sends_is_checked(tmp_path, host, name):
 
 
 @pytest.mark.parametrize("name", ["mnist", "ptb", "text8"])
-def test_original_files_are_checked(tmp_path, host, name):
+def test_corrupt_original_files_raise(tmp_path, host, name):
     """Even if the size is right."""
     file = importlib.import_module(f"experiments.datasets.{name}").ORIGINALS.files[0]
     path = tmp_path / name / file.name
@@ -414,7 +414,7 @@ def page_of(text: str) -> str:
 
 
 @pytest.mark.parametrize("text", NASTY)
-def test_pages_escape_what_they_show(text):
+def test_pages_escape_malicious_text(text):
     plain, page = Outline(page_of("plain")), Outline(page_of(text))
     assert page.elements == plain.elements
     shown, harmless = "".join(page.text), "".join(plain.text)

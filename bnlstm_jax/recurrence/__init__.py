@@ -79,7 +79,7 @@ def why_unsupported(name: str, problem: Problem) -> str | None:
     platform = IMPLEMENTATIONS[name].platform
     if not runs_here(platform):
         here = default_device().platform
-        return f"needs a device of platform {platform!r}; the default device is {here!r}"
+        return f"needs a device of platform {platform!r}, got {here!r}"
     return IMPLEMENTATIONS[name].why_unsupported(problem)
 
 
@@ -96,10 +96,10 @@ def choose(name: str, problem: Problem) -> str:
     if name == "auto":
         chosen, reason, level = _validated(problem)
     elif unsupported := why_unsupported(name, problem):
-        raise ValueError(f"implementation={name!r} {unsupported}; write implementation='xla'")
+        raise ValueError(f"implementation={name!r} {unsupported}; use implementation='xla'")
     batch, most = problem.carry[1].shape[0], IMPLEMENTATIONS[chosen].max_batch
     if most is not None and batch > most:
-        chosen, reason = "xla", f"{chosen!r} takes up to {most} sequences, got {batch}"
+        chosen, reason = "xla", f"{chosen!r} supports up to {most} sequences, got {batch}"
     if chosen != name:
         log_choice(name, chosen, reason, level)
     return chosen
@@ -135,7 +135,9 @@ def _validated(problem: Problem) -> tuple[str, str, int]:
     if not kernels:
         return "xla", f"there is no kernel for {device.device_kind}", logging.INFO
     if (devices := jax.device_count()) > 1:
-        return "xla", f"a kernel runs on one device, and there are {devices}", logging.INFO
+        return "xla", f"kernels support one device, got {devices}", logging.INFO
+    if validated == 0:
+        return "xla", f"the kernel is not validated on {device.device_kind}", logging.INFO
     if units > validated:
         where = f"up to {validated} units on {device.device_kind}"
         return "xla", f"the kernel is validated {where}, got {units}", logging.INFO
@@ -151,4 +153,4 @@ def _validated(problem: Problem) -> tuple[str, str, int]:
 @functools.cache
 def log_choice(name: str, chosen: str, reason: str, level: int) -> None:
     """Logs which implementation was chosen; once, even if a layer is traced several times."""
-    logging.getLogger(__name__).log(level, "implementation %r is %r: %s", name, chosen, reason)
+    logging.getLogger(__name__).log(level, "implementation %r uses %r: %s", name, chosen, reason)

@@ -91,7 +91,7 @@ def check_names(flag: str, given: list[str], known: Iterable[str]) -> None:
       UserError: names the flag and the known names.
     """
     if not given:
-        raise UserError(f"--{flag} is empty: there are {', '.join(known)}")
+        raise UserError(f"--{flag} is empty: use one or more of {', '.join(known)}")
     for name in given:
         checks.one_of(f"--{flag}", name, tuple(known))
 

@@ -127,7 +127,7 @@ def find(source_dir: Path) -> Path:
         raise UserError(f"CNN is not in {source_dir}: {_how_to_get(source_dir / 'cnn')}")
     if len(archives) > 1:
         raise UserError(
-            f"several archives may be CNN's: {' and '.join(map(str, archives))}; rename the "
+            f"several archives match cnn*.tgz: {' and '.join(map(str, archives))}; rename the "
             "right one to cnn.tgz"
         )
     return archives[0]
@@ -239,9 +239,9 @@ def _info(
             names.sort()
         if reasons:
             told = "; ".join(f"{reason}, {_some(names)}" for reason, names in reasons.items())
-            logging.warning("Skipped of the %s questions in %s: %s", split, path, told)
+            logging.warning("Skipped invalid %s questions in %s: %s", split, path, told)
         if not counts[split]:
-            raise _damaged(path, f"holds no proper question of the {split} split")
+            raise _damaged(path, f"holds no valid question of the {split} split")
     return {"counts": counts, "complete": found == COMPLETE, "skipped": skipped}
 
 

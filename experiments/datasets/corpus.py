@@ -53,7 +53,7 @@ def check(dataset: str, text_file: str, split: tuple[float, ...]) -> None:
     if dataset not in DATASETS:
         raise UserError(unknown_name("config.dataset", dataset, DATASETS))
     if dataset == "text" and not text_file:
-        raise UserError("config.text_file is empty: give the path of a UTF-8 text file")
+        raise UserError("config.text_file is empty: it must be the path of a UTF-8 text file")
     if dataset != "text" and text_file:
         raise UserError(
             f"config.text_file is {text_file}, and config.dataset is {dataset}: "
@@ -62,8 +62,8 @@ def check(dataset: str, text_file: str, split: tuple[float, ...]) -> None:
     if dataset == "ptb":
         if split:
             raise UserError(
-                f"config.split is {_flag(split)}, and ptb comes split: leave it empty, "
-                "--config.split='()'"
+                f"config.split is {_flag(split)}: it must be empty for ptb, which has fixed "
+                "splits; use --config.split='()'"
             )
         return
     is_number = [isinstance(n, numbers.Real) and not isinstance(n, bool) and n > 0 for n in split]
@@ -142,7 +142,7 @@ def _ptb(data_dir: str) -> Corpus:
 def _text8(data_dir: str, split: tuple[float, ...]) -> Corpus:
     data = datasets.load("text8", data_dir)
     text, complete = data.arrays["text"], data.info["complete"]
-    hint = "" if complete else f", or delete {folder_of('text8', data_dir)} to prepare it anew"
+    hint = "" if complete else f"; or delete {folder_of('text8', data_dir)} to prepare it again"
     sizes = _sizes(split, len(text), "text8" if complete else "the prefix of text8", hint)
     name = "text8"
     if sizes != TEXT8_SPLIT:  # only the complete text is long enough for it
@@ -198,8 +198,8 @@ def _sizes(split: tuple[float, ...], length: int, source: str, hint: str = "") -
         sizes = tuple(end - start for start, end in itertools.pairwise(points))
     if min(sizes) < 1 or sum(sizes) > length:
         raise UserError(
-            f"config.split is {_flag(split)}, and {source} has {length:,} characters: "
-            f"ask for less{hint}"
+            f"config.split is {_flag(split)}, and {source} has {length:,} characters: each split "
+            f"must have at least 1, all together at most {length:,}{hint}"
         )
     return sizes
 

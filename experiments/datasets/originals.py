@@ -138,7 +138,7 @@ class Originals:
                 problems.append(f"{url} ({_reason(error)})")
         raise UserError(
             f"{self.title} cannot be downloaded from {' or '.join(problems)}: get "
-            f"{', '.join(missing)} elsewhere, as on a machine with network, and place "
+            f"{', '.join(missing)} elsewhere, such as on a machine with network, and place "
             f"{'it' if len(missing) == 1 else 'them'} in the folder {source_dir / self.name}"
         )
 

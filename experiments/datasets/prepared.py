@@ -244,9 +244,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise _unusable(path, f"has format {manifest['format']}, this program reads {FORMAT}")
         if _digest(manifest["arrays"], manifest["info"]) != manifest["digest"]:
-            raise _unusable(path, "is damaged: its digest does not fit its contents")
+            raise _unusable(path, "is damaged: its digest does not match its contents")
         if set(manifest["files"]) != {f"{name}.npy" for name in manifest["arrays"]}:
-            raise _unusable(path, "is damaged: its files are not those of its arrays")
+            raise _unusable(path, "is damaged: its files do not match its arrays")
         for name, file in manifest["files"].items():
             if Path(name).name != name or {"bytes", "sha256"} - {*file}:
                 raise _unusable(path, f"is damaged: invalid entry for {name!r}")

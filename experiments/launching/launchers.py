@@ -22,7 +22,7 @@ FILES_ARRIVE_S = 60  # seconds until files written on a cluster's node are visib
 def define_flags() -> None:
     """Defines the flags of a command that runs points."""
     flags.DEFINE_enum("launcher", "local", ["local", "slurm"], "Where runs execute.")
-    flags.DEFINE_integer("jobs", 1, "Runs at once with --launcher=local.", lower_bound=1)
+    flags.DEFINE_integer("jobs", 1, "Runs at a time with --launcher=local.", lower_bound=1)
     slurm.define_flags(flags.FLAGS)
 
 
@@ -117,7 +117,7 @@ class Slurm:
         if job.done():
             return False
         print(
-            f"{point.name}: job {job.job_id} is {job.state}; to start it anew, delete {folder}",
+            f"{point.name}: job {job.job_id} is {job.state}; to submit a new job, delete {folder}",
             flush=True,
         )
         return True

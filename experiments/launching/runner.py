@@ -146,7 +146,7 @@ class Signals:
     def check(self) -> None:
         """Raises `Stopped` if a signal has arrived."""
         if self._received is not None:
-            raise Stopped("stopped; the same command continues", self._received)
+            raise Stopped("stopped; run the same command to continue", self._received)
 
     def sleep(self, seconds: float) -> None:
         """Waits; raises `Stopped` at a signal."""

@@ -26,10 +26,10 @@ MAX_TIMEOUTS = 100  # how often a job is requeued at its time limit
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of a command that submits jobs, as flags of `values`."""
     for name, default, lowest, described in (
-        ("gpus_per_node", 1, 0, "GPUs of each node; 0 on nodes without."),
-        ("cpus_per_task", None, 1, "Cores of each process."),
-        ("mem_gb", None, 1, "Memory of each node, in GB."),
-        ("time_to_save", 120, 1, "Seconds before the time limit at which a run is told to stop."),
+        ("gpus_per_node", 1, 0, "GPUs per node; 0 for nodes without GPUs."),
+        ("cpus_per_task", None, 1, "CPU cores per process."),
+        ("mem_gb", None, 1, "Memory per node, in GB."),
+        ("time_to_save", 120, 1, "Seconds before the time limit at which a run saves and stops."),
     ):
         flags.DEFINE_integer(name, default, described, lower_bound=lowest, flag_values=values)
     limit = "Time limit, such as 24:00:00, 2-00:00:00 or a number of minutes."
@@ -59,14 +59,14 @@ def minutes(time: str | None, time_to_save: int) -> int:
     found = re.fullmatch(form, time or "", re.ASCII)
     if not found:
         problem = f"--time is {time!r}" if time else "--time is missing"
-        raise UserError(f"{problem}: give a limit like 24:00:00, 2-00:00:00, or in minutes")
+        raise UserError(f"{problem}: use a limit such as 24:00:00, 2-00:00:00 or 90 (minutes)")
     part = {name: int(value or 0) for name, value in found.groupdict().items()}
     hours = 24 * part["days"] + part["hours"]
     limit = 60 * hours + part["minutes"] + part["seconds"] // 60 + part["only"]
     if 60 * limit <= time_to_save:
         raise UserError(
-            f"--time={time} is too short: the run is told to stop {time_to_save} seconds before "
-            "(--time_to_save)"
+            f"--time={time} is too short: in whole minutes, it must exceed --time_to_save, "
+            f"{time_to_save} seconds"
         )
     return limit
 
@@ -81,7 +81,7 @@ def parameters(values: flags.FlagValues) -> dict[str, Any]:
     for option in values.extra:
         name, equals, value = option.lstrip("-").partition("=")
         if not equals:
-            raise UserError(f"--extra={option} has no value: write --extra=NAME=VALUE")
+            raise UserError(f"--extra={option} has no value: use --extra=NAME=VALUE")
         extra[name] = value
     given = {name: getattr(values, name) for name in PARAMETERS} | {
         "mem": f"{values.mem_gb}GB" if values.mem_gb else None,
@@ -165,7 +165,7 @@ class Executor(submitit.SlurmExecutor):
         except OSError as error:
             raise UserError(f"{self.folder} cannot be written: {error.strerror}") from error
         except FailedJobError as error:
-            raise UserError(f"sbatch refuses the job: {error}") from error
+            raise UserError(f"sbatch rejected the job: {error}") from error
 
 
 def make_executor(folder: Path, **given: Any) -> Executor:
@@ -195,6 +195,5 @@ def check_commands(*names: str) -> None:
     for name in names:
         if shutil.which(name) is None:
             raise UserError(
-                f"{name} is not installed here: use a login node of a SLURM cluster, or --dry_run "
-                "to see what would be submitted"
+                f"{name} is not on the PATH: use a login node of a SLURM cluster, or --dry_run"
             )

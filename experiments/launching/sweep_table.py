@@ -95,8 +95,9 @@ def as_markdown(points: list[Point], table: list[Row], errors: dict[str, str]) -
     text = (
         f"{lines}\n\n"
         f"{len(table)} runs: {told}. Mean ± sample standard deviation over seeds, of finished "
-        "runs. Rows are sorted by validation, which also chose each run's checkpoint. Validation "
-        "uses batch statistics, test re-estimated population statistics; an LSTM has neither.\n"
+        "runs. Rows are sorted by validation, which also selects each run's checkpoint. Validation "
+        "uses batch statistics, and test uses re-estimated population statistics; an LSTM has "
+        "neither.\n"
     )
     for name, error in errors.items():
         text += f"\n- `{name}` failed: {markdown.escape(error)}"

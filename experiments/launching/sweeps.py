@@ -31,7 +31,7 @@ NAME_LENGTH = 150  # file systems allow 255 bytes
 def values(field: str, *given: Any) -> list[Fields]:
     """A point for each value of a field."""
     if not given:
-        raise UserError(f"values({field!r}) of a sweep has no value")
+        raise UserError(f"values({field!r}) is empty: give at least one value")
     return [{field: value} for value in given]
 
 
@@ -45,8 +45,8 @@ def zipped(*lists: list[Fields]) -> list[Fields]:
     lengths = [len(points) for points in lists]
     if len(set(lengths)) > 1:
         raise UserError(
-            f"zipped(...) of a sweep has lists of {', '.join(map(str, lengths))} points: make them "
-            "equally long"
+            f"zipped(...) has lists of {', '.join(map(str, lengths))} points: they must have the "
+            "same length"
         )
     return [_joined(points) for points in zip(*lists, strict=True)]
 
@@ -55,7 +55,7 @@ def _joined(points: Iterable[Fields]) -> Fields:
     joined: Fields = {}
     for point in points:
         for field in point.keys() & joined.keys():
-            raise UserError(f"a sweep sets {field} twice in one point: leave one of them out")
+            raise UserError(f"a sweep sets {field} twice in one point: remove one value")
         joined |= point
     return joined
 
@@ -71,17 +71,17 @@ def load(file: str) -> list[Fields]:
         raise UserError(unknown_name("--sweep", file, others))
     get_sweep = runpy.run_path(file).get("get_sweep")
     if get_sweep is None:
-        raise UserError(f"--sweep={file} has no function get_sweep(): let it return the points")
+        raise UserError(f"--sweep={file} has no function get_sweep(): add one that returns points")
     points = get_sweep()
     if not (isinstance(points, list) and points and all(map(_is_point, points))):
         raise UserError(
-            f"--sweep={file}: get_sweep() must return a list of {{config field: value}}; neither "
-            "the list nor a point may be empty"
+            f"--sweep={file}: get_sweep() must return a non-empty list of non-empty dicts "
+            "{config field: value}"
         )
     points = [{field: plain(value) for field, value in point.items()} for point in points]
     for number, point in enumerate(points):
         if point in points[:number]:
-            raise UserError(f"--sweep={file} has a point twice: {point}")
+            raise UserError(f"--sweep={file} has the same point twice: {point}")
     return points
 
 
@@ -178,7 +178,7 @@ def make_points(base: ConfigDict, swept: list[Fields], folder: Path) -> list[Poi
         fields = {field: flat[field] for field in names}
         for other in points:
             if other.fields == fields:
-                raise UserError(f"a sweep has one run twice, as {other.name} and as {own}")
+                raise UserError(f"points {other.name} and {own} are the same run: remove one")
         try:
             runs = check_run(config, folder / own)
         except UserError as error:
@@ -211,9 +211,9 @@ def _with(base: ConfigDict, point: Fields) -> ConfigDict:
     known = flatten_dict(base.to_dict(), sep=".")
     for field, value in point.items():
         if field == "task":
-            raise UserError("a sweep cannot set the field task, which is its config file's")
+            raise UserError("a sweep cannot set config.task: use a config file of that task")
         if field not in known:
-            raise UserError(unknown_name("a swept field", field, known))
+            raise UserError(unknown_name("a field of the sweep", field, known))
         kind = type(known[field])
         # A ConfigDict would accept None, and convert booleans to numbers.
         wrong = value is None or (isinstance(value, bool) and kind is not bool)
@@ -223,5 +223,6 @@ def _with(base: ConfigDict, point: Fields) -> ConfigDict:
         except TypeError:
             wrong = True
         if wrong:
-            raise UserError(f"config.{field} is swept and is {value!r}: it must be {kind.__name__}")
+            expected = f"it must be of type {kind.__name__}"
+            raise UserError(f"config.{field} is {value!r} in the sweep: {expected}")
     return made

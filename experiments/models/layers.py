@@ -31,8 +31,8 @@ def check(model: ConfigDict) -> None:
     one_of("config.model.input_statistics", model.input_statistics, ("per_step", "sequence"))
     if model.shared_statistics and model.max_steps:
         raise UserError(
-            f"config.model.max_steps is {model.max_steps}, and config.model.shared_statistics are "
-            "of all time steps: make max_steps 0"
+            f"config.model.max_steps is {model.max_steps}: it must be 0 with "
+            "config.model.shared_statistics"
         )
     for term in words(model.normalize):
         one_of("config.model.normalize", term, ("input", "recurrent", "cell"))
@@ -75,9 +75,8 @@ def check_max_steps(model: ConfigDict, steps: int, sequences: str) -> None:
     """
     if model.max_steps > steps:
         raise UserError(
-            f"config.model.max_steps is {model.max_steps}, and training {sequences} have "
-            f"{steps} steps: later ones would never have statistics; make it at most "
-            "that, or 0 for all of them"
+            f"config.model.max_steps is {model.max_steps}: it must be at most {steps}, the time "
+            f"steps of training {sequences}, or 0 for all of them"
         )
 
 

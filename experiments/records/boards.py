@@ -96,8 +96,8 @@ class WeightsAndBiases:
             )
         except wandb.Error as error:
             raise UserError(
-                f"config.wandb is {config.wandb}: {error}; or set WANDB_MODE=offline, and upload "
-                "the run later by `wandb sync`"
+                f"config.wandb is {config.wandb}: {error}; to run without it, set "
+                "WANDB_MODE=offline, and upload the run later by `wandb sync`"
             ) from error
 
     def __enter__(self) -> "WeightsAndBiases":

@@ -151,8 +151,8 @@ class Checkpoints:
             if "No space left" in reason or "RESOURCE_EXHAUSTED" in reason:
                 reason = "no space left on device"
             raise UserError(
-                f"a checkpoint cannot be written to {self._folder} ({reason[:200]}); earlier ones "
-                "are kept: make room, and start the run again"
+                f"a checkpoint cannot be written to {self._folder} ({reason[:200]}): remove the "
+                "cause, and run the same command again; earlier checkpoints are kept"
             ) from error
 
     def latest_step(self) -> int | None:
@@ -184,7 +184,7 @@ class Checkpoints:
             try:
                 arrays = read_checkpoint(self._folder, step)
             except Damaged as damage:
-                raise UserError(f"{damage}; start the run again, to use another one") from damage
+                raise UserError(f"{damage}; train again to use another checkpoint") from damage
             # Early runs lack `gradient_norm`.
             arrays["window"] = serialization.to_state_dict(state.window) | arrays["window"]
             saved = flatten_dict(arrays, sep="/")
@@ -192,8 +192,8 @@ class Checkpoints:
             for name in sorted(saved.keys() | wanted.keys()):
                 if np.shape(saved.get(name)) != np.shape(wanted.get(name)):
                     raise UserError(
-                        f"{self._folder / str(step)} is of another model: {name} is "
-                        f"{np.shape(saved.get(name))} there, and here {np.shape(wanted.get(name))}"
+                        f"{self._folder / str(step)} is of another model: {name} has the shape "
+                        f"{np.shape(saved.get(name))}, expected {np.shape(wanted.get(name))}"
                     )
             state = serialization.from_state_dict(state, arrays)
 
@@ -268,14 +268,14 @@ def put_aside_damaged(folder: Path) -> None:
             damages[step] = damage
     if damages and len(damages) == len(steps):
         raise UserError(
-            f"{next(iter(damages.values()))}, and there is no other: start the run anew in another "
-            "folder (--workdir)"
+            f"{next(iter(damages.values()))}, and no other is intact: start a new run in another "
+            "--workdir"
         )
     for step, damage in damages.items():
         aside = folder / f"{step}.damaged"
         shutil.rmtree(aside, ignore_errors=True)
         (folder / str(step)).rename(aside)
-        logging.warning("%s; it is now %s, and another is used", damage, aside)
+        logging.warning("%s; it was renamed to %s, and another one is used", damage, aside)
 
 
 def read_best(folder: Path) -> tuple[int, dict[str, Any], str]:
@@ -289,7 +289,7 @@ def read_best(folder: Path) -> tuple[int, dict[str, Any], str]:
       UserError: there is no run, no validated checkpoint, or the checkpoint is damaged.
     """
     record = workdir.read_record(folder)
-    missing = UserError(f"--workdir={folder} holds no validated checkpoint yet")
+    missing = UserError(f"--workdir={folder} holds no validated checkpoint yet: train further")
     if not (folder / "checkpoints").is_dir():
         raise missing
     update, variables = _read_best(folder, record["selection"], record["lower_is_better"])
@@ -307,8 +307,8 @@ def tell_statistics(folder: Path, update: int, statistics: str) -> None:
     """Notes on stderr that a model has only running averages; arguments as from `read_best`."""
     if statistics == "running":
         print(
-            f"no re-estimated population statistics of update {update} yet: using the running "
-            f"average; to have them: python -m experiments.main --mode=evaluate --workdir={folder}",
+            f"no re-estimated population statistics of update {update} yet: using running averages"
+            f"; to re-estimate: python -m experiments.main --mode=evaluate --workdir={folder}",
             file=sys.stderr,
         )
 

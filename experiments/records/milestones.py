@@ -27,7 +27,7 @@ class Milestone(NamedTuple):
         margin = max(self.high - self.low, MARGIN * self.high)
         better = value > self.high if self.metric == "accuracy" else value < self.low
         on_track = self.low - margin <= value <= self.high + margin
-        verdict = "on track" if on_track else "better" if better else "off"
+        verdict = "on track" if on_track else "better" if better else "off track"
         return (
             f"{verdict}: {self.metric} {value:.3f}, in earlier runs {self.low:.3f} to "
             f"{self.high:.3f} (seeds: {self.seeds})"

@@ -125,8 +125,8 @@ def check_record(record: dict[str, Any], workdir: Path) -> None:
         if name == "statistics_rows":
             run, restore = "a run with other batch statistics", "the number of devices"
         raise UserError(
-            f"--workdir={workdir} holds {run}: there {name} is {_short(theirs.get(name))}, here it "
-            f"is {_short(value)}; choose another workdir, or restore {restore}"
+            f"--workdir={workdir} holds {run}: {name} is {_short(theirs.get(name))} in that run, "
+            f"{_short(value)} now; choose another workdir, or restore {restore}"
         )
 
 
@@ -189,7 +189,7 @@ def check(config: ConfigDict, workdir: Path) -> None:
     if not (workdir / "config.json").exists():
         if others := runs_around(workdir):
             raise UserError(
-                f"--workdir={workdir}: runs cannot lie within each other, and there are runs in "
+                f"--workdir={workdir}: runs cannot be nested, and there are runs in "
                 f"{', '.join(map(str, others))}; choose another workdir, or one of these"
             )
         return
@@ -203,8 +203,8 @@ def check(config: ConfigDict, workdir: Path) -> None:
         name = differing[0]
         more = f" (and {len(differing) - 1} more fields)" if len(differing) > 1 else ""
         raise UserError(
-            f"--workdir={workdir} holds the run of another config: there config.{name} is "
-            f"{theirs.get(name)}, here it is {ours.get(name)}{more}; choose another workdir"
+            f"--workdir={workdir} holds the run of another config: config.{name} is "
+            f"{theirs.get(name)} in that run, {ours.get(name)} now{more}; choose another workdir"
         )
 
 

@@ -137,7 +137,7 @@ class LearningCurves(Item):
                 pictures.tidy(panel)
             for panel in column[1:]:
                 panel.set_ylim(range_of(lines, found, limits[1]) or self.ylim)
-                panel.set_title("as far as measured here", fontsize="small")
+                panel.set_title("updates measured here", fontsize="small")
         legend(axes[0, -1], self.lines, found)
         return Shown(curve_table(self.lines, found), figure)
 

@@ -54,5 +54,6 @@ def unknown_name(field: str, name: str, known: Iterable[str]) -> str:
     """The error message for an unknown name, with the nearest known name."""
     known = sorted(known)
     nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {nearest[0]}? " if nearest else ""
-    return f"{field} is {name!r}, which is unknown: {hint}there are {', '.join(known)}"
+    choice = f": use one of {', '.join(x or repr(x) for x in known)}" if known else ""
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    return f"{field} is {name!r}, which is unknown{choice}{hint}"

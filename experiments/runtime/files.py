@@ -62,7 +62,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: it is not JSON; restore it from a backup") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: it is no JSON object; restore it from a backup")
+        raise UserError(f"{path} is damaged: it is not a JSON object; restore it from a backup")
     return value
 
 

@@ -66,7 +66,7 @@ class Interruption:
           Stopped: on every process.
         """
         if (number := self.requested()) is not None:
-            raise Stopped(f"stopped by {_name(number)}; the same command continues", number)
+            raise Stopped(f"stopped by {_name(number)}; run the same command to continue", number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -75,7 +75,7 @@ class Interruption:
             signal.signal(each, signal.SIG_DFL if each == signal.SIGINT else signal.SIG_IGN)
         if jax.process_count() > 1:
             signal.raise_signal(signal.SIGTERM)
-        again = "; once more to stop at once" if number == signal.SIGINT else ""
+        again = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
         # Shows the cursor again, which a progress bar hides.
         show = "\033[?25h" if sys.stderr.isatty() else ""
         said = f"{show}{_name(number)}: stopping after this update or batch{again}\n"

@@ -39,8 +39,8 @@ class PathParser(flags.ArgumentParser):
         """
         if re.match(r"[\w.+-]+://", argument):
             raise ValueError(
-                "URLs cannot be read or written; mount the bucket (gs:// by gcsfuse), and give the "
-                "path in the mounted folder"
+                "URLs are not supported; mount the bucket (gs:// by gcsfuse), and use the path of "
+                "the mounted folder"
             )
         path = os.path.expanduser(argument)
         if path.startswith("~"):

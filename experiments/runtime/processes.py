@@ -95,7 +95,7 @@ def check_same(values: dict[str, Any], what: str) -> None:
         difference = (
             f"{what}{name} is {here} in process {jax.process_index()}, {there} in process 0"
         )
-    raise Everywhere(f"{difference}; start all processes with the same flags and data")
+    raise Everywhere(f"{difference}; start all processes with the same flags, data and versions")
 
 
 @contextlib.contextmanager
@@ -131,7 +131,7 @@ def joined(
         )
     except ValueError as error:
         raise UserError(
-            "--distributed: JAX finds no cluster here (TPU pod, SLURM, Open MPI); give "
+            "--distributed: JAX finds no cluster here (TPU pod, SLURM, Open MPI); use "
             "--coordinator_address=HOST:PORT --num_processes=N --process_id=I"
         ) from error
     try:
@@ -164,5 +164,5 @@ def _check(address: str | None, num_processes: int | None, process_id: int | Non
         socket.getaddrinfo(host.strip("[]"), int(port))
     except (OSError, OverflowError, ValueError) as error:
         raise UserError(
-            f"--coordinator_address is {address!r}: it must be HOST:PORT, of a host that exists"
+            f"--coordinator_address is {address!r}: it must be HOST:PORT with a known host"
         ) from error

@@ -144,8 +144,8 @@ def check_batch_size(config: ConfigDict, num_examples: int, data: str) -> None:
     size = config.batch_size
     if size > num_examples:
         raise UserError(
-            f"config.batch_size is {size}, and {data} has {num_examples} training examples: make "
-            "it smaller"
+            f"config.batch_size is {size}: it must be at most {num_examples}, the number of "
+            f"training examples of {data}"
         )
     check_batch_sizes(config)
 
@@ -175,7 +175,7 @@ def check_evaluation(task: Task, config: ConfigDict) -> list[str]:
         for split in reading.splits:
             count = task.num_examples(split, reading)
             examples = f"{split} {reading.name or 'examples'}"
-            check_rows(config, count, f"there is only 1 of the {examples}")
+            check_rows(config, count, f"the number of {examples} is {count}")
             if count % config[field] == 1:
                 notes.append(
                     f"the last batch of the {count:,} {examples} has one example; evaluation with "

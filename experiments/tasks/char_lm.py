@@ -171,20 +171,21 @@ class Task(tasks.Task):
             least = 2 * length if split == "train" else length  # in training there is an offset
             if size > np.iinfo(np.int32).max:
                 raise UserError(
-                    f"the {split} text of {self.data} has {size:,} characters, and positions are "
-                    "counted in 32 bits: set config.split to fewer"
+                    f"the {split} text of {self.data} has {size:,} characters: it must have fewer "
+                    "than 2^31; reduce config.split"
                 )
             if size < least:
                 raise UserError(
                     f"config.segment_length is {length}, and the {split} text of {self.data} has "
-                    f"{size:,} characters: it needs {least:,}; make segments shorter or give more"
+                    f"{size:,} characters: it must have at least {least:,}; use shorter segments "
+                    "or more text"
                 )
         check_batch_size(self.config, self.num_segments, self.data)
         validated = self.sizes["valid"] // length
         if has_batch_statistics(self.config) and validated < batch_size:
             logging.warning(
-                "The validation text of %s has %d segments, fewer than a batch: their batch "
-                "statistics, by which the best checkpoint is chosen, are noisy",
+                "The validation text of %s has %d segments, fewer than a batch: batch statistics, "
+                "and so the choice of the best checkpoint, are noisy",
                 self.data,
                 validated,
             )
@@ -192,7 +193,8 @@ class Task(tasks.Task):
             size = min(self.sizes[split] for split in reading.splits)
             if not reading.continued and reading.length > size:
                 raise UserError(
-                    f"config.eval_lengths has {reading.length}, and there are {size:,} characters"
+                    f"config.eval_lengths has {reading.length}: it must be at most {size:,}, the "
+                    "number of characters of the text"
                 )
 
 

@@ -271,7 +271,7 @@ class Task(tasks.Task):
         kept = {split: questions.answers_kept(data.splits[split]) for split in SPLITS}
         self.record["answers_kept"] = kept
         shares = ", ".join(f"{share:.1%} of {split}" for split, share in kept.items())
-        self.notes.append(f"the sentences kept hold the answers of {shares} questions")
+        self.notes.append(f"the kept sentences contain the answers of {shares} questions")
         return data
 
     def _within_limit(self, split: str, part: Split) -> Split:
@@ -286,8 +286,8 @@ class Task(tasks.Task):
             part = part.select(within)
         if not len(part.answers):
             raise UserError(
-                f"config.max_passage_length is {limit}, and {self.data} has no {split} passages "
-                "within it: make it greater"
+                f"config.max_passage_length is {limit}: {self.data} has no {split} passage of at "
+                f"most {limit} words; increase it"
             )
         self.record.setdefault("too_long", {})[split] = left_out
         return part

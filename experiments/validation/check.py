@@ -244,7 +244,7 @@ def scan_problem(of_scan: dict[str, float], dtype: str) -> str | None:
     worst = max(of_scan, key=of_scan.__getitem__)
     if of_scan[worst] <= LARGEST_SCAN_ERROR[dtype]:
         return None
-    return f"the plain scan itself: {worst} is off by {of_scan[worst]:.1e}"
+    return f"the plain scan is wrong: {worst} is off by {of_scan[worst]:.1e}"
 
 
 def compare(calls: Sequence[Arrays], expected: Arrays, of_scan: dict[str, float]) -> Result:
@@ -376,7 +376,7 @@ def run(cases: Mapping[str, Case], small: bool, output: Path) -> int:
             print(describe(result), flush=True)
         files.write_json(output, record)
     failed = sum(result["outcome"] == "failed" for result in results)
-    print(f"{failed} of {len(results)} failed. All results: {output}")
+    print(f"{failed} of {len(results)} checks failed. All results: {output}")
     return failed
 
 
@@ -386,4 +386,4 @@ def describe(result: Result) -> str:
     line = f"{result['implementation']:5}  {result['case']} ({sizes}): {result['outcome']}"
     if result.get("problem") is not None:
         return f"{line}: {result['problem']}"
-    return f"{line}, {result['share']:.0%} of what is allowed, at {result['nearest']}"
+    return f"{line}, {result['share']:.0%} of the allowed error, at {result['nearest']}"

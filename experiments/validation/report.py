@@ -74,10 +74,10 @@ def table_line(units: int, device: str) -> str:
     if now == units:
         return "`VALIDATED_UNITS` has that value."
     if now > units:
-        return f"`VALIDATED_UNITS` has more: {now}."
-    before = f"now {now}" if now else "not there yet"
+        return f"`VALIDATED_UNITS` has a larger value: {now}."
+    before = f"now {now}" if now else "not listed yet"
     line = f'`"{device}": {units},` ({before})'
-    return f"In `VALIDATED_UNITS` of `bnlstm_jax/recurrence/__init__.py` that is {line}."
+    return f"Its line in `VALIDATED_UNITS` of `bnlstm_jax/recurrence/__init__.py`: {line}."
 
 
 def check_parts(findings: Findings) -> list[str]:
@@ -90,7 +90,7 @@ def check_parts(findings: Findings) -> list[str]:
         nearest = max(passed, key=lambda r: r["share"], default=None)
         share = f"{nearest['share']:.0%}, {nearest['case']}" if nearest else "-"
         rows.append((name, dtype, *(str(counts[name, dtype, each]) for each in OUTCOMES), share))
-    header = ["implementation", "dtype", *OUTCOMES, "largest error, of what is allowed"]
+    header = ["implementation", "dtype", *OUTCOMES, "largest share of the allowed error"]
     failed = [
         f"- {r['implementation']}, {r['case']}, {r['dtype']}: failed: {r['problem']}"
         for r in results

@@ -112,7 +112,7 @@ def limits(findings: Findings, name: str) -> list[tuple[int, str]]:
     sizes = findings.get("benchmark", {}).get("sizes", {})
     for (size, dtype), ratio in speedups(findings, name).items():
         if ratio < SLOWER:
-            problem = f"{size}, {dtype}: an update by xla takes {ratio:.2f} of its time"
+            problem = f"{size}, {dtype}: an update by xla takes {ratio:.2f} of the kernel's time"
             found.append((sizes[size]["features"], problem))
     gain = gains(findings)
     if name in gain and not gain[name] >= LEAST_GAIN * gain["xla"]:

@@ -125,21 +125,21 @@ def in_cases(cases):
 
 
 @in_cases(CASES)
-def test_layer_computes_the_authors_states(case, implementation):
+def test_layer_states_match_the_authors(case, implementation):
     h, c, *_ = run(case, implementation)
     assert_agrees(h, CASES[case]["h"], tolerance(case), "h")
     assert_agrees(c, CASES[case]["c"][-1], tolerance(case), "c")
 
 
 @in_cases(CASES)
-def test_layer_computes_the_authors_gradients(case, implementation):
+def test_layer_gradients_match_the_authors(case, implementation):
     *_, (by_params, by_inputs) = run(case, implementation)
     assert_gradients_agree(by_params, case)
     assert_agrees(by_inputs, CASES[case]["g_x"], tolerance(case), "inputs")
 
 
 @in_cases(UPDATED)
-def test_layer_updates_running_statistics_as_the_authors_do(case, implementation):
+def test_updated_running_statistics_match_the_authors(case, implementation):
     updated = run(case, implementation)[2]
     expected = statistics(case, "u")
     assert updated.keys() == expected.keys() and len(expected) == 6
@@ -148,7 +148,7 @@ def test_layer_updates_running_statistics_as_the_authors_do(case, implementation
 
 
 @in_cases(["ptb_inf_long"])
-def test_inference_repeats_the_last_statistics_as_the_authors_do(case, implementation):
+def test_inference_beyond_max_steps_matches_the_authors(case, implementation):
     arrays = CASES[case]
     rows, steps = len(arrays["s_a_mean"]), len(arrays["x"])
     assert rows < steps
@@ -157,7 +157,7 @@ def test_inference_repeats_the_last_statistics_as_the_authors_do(case, implement
 
 
 @pytest.mark.parametrize("case", SYMBOLS)
-def test_symbols_stand_for_the_authors_one_hot_vectors(case):
+def test_symbols_match_the_authors_one_hot_vectors(case):
     h, c, _, by_params = run(case, "xla", symbols=True)
     assert_agrees(h, CASES[case]["h"], tolerance(case), "h")
     assert_agrees(c, CASES[case]["c"][-1], tolerance(case), "c")
@@ -165,7 +165,7 @@ def test_symbols_stand_for_the_authors_one_hot_vectors(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_cell_computes_the_authors_states_and_statistics_at_every_step(case):
+def test_cell_matches_the_authors_at_every_step(case):
     """Layers return only the last cell state. This compares the states of all steps."""
     arrays, given, expected = CASES[case], statistics(case), statistics(case, "u")
     cell = (bnlstm_jax.LSTMCell if case in BASELINE else bnlstm_jax.BNLSTMCell)(**options(case))

@@ -298,18 +298,18 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_equals_the_reference(case):
+def test_layer_matches_the_reference(case):
     check(case)
 
 
 @pytest.mark.parametrize("normalize", SUBSETS, ids=lambda terms: "+".join(terms) or "none")
-def test_each_choice_of_normalised_terms(normalize):
+def test_each_subset_of_terms_matches_the_reference(normalize):
     check(Case(normalize=normalize, lengths=RAGGED))
 
 
 @pytest.mark.parametrize("normalize", SUBSETS, ids=lambda terms: "+".join(terms) or "none")
 @pytest.mark.parametrize("input_statistics", ["per_step", "sequence"])
-def test_names_and_shapes_of_variables(normalize, input_statistics):
+def test_variables_have_expected_names_and_shapes(normalize, input_statistics):
     case = Case(normalize=normalize, input_statistics=input_statistics, max_steps=6)
     params, stats = case.shapes()
     layer = case.layer(param_dtype=jnp.float32)
@@ -320,7 +320,7 @@ def test_names_and_shapes_of_variables(normalize, input_statistics):
     assert {name: leaf.shape for name, leaf in found.items()} == stats
 
 
-def test_initial_statistics():
+def test_initial_statistics_have_zero_mean_and_unit_variance():
     layer = Case().layer(param_dtype=jnp.float32)
     inputs = jnp.ones((5, 4, 3))  # initialising must not count as a batch
     found = layer.init(jax.random.key(0), inputs, use_running_average=False)["batch_stats"]
@@ -329,7 +329,7 @@ def test_initial_statistics():
         np.testing.assert_array_equal(leaf, 1.0 if name.endswith("var") else 0.0)
 
 
-def test_lstm_has_the_same_parameters_without_scales():
+def test_lstm_has_the_bnlstm_parameters_without_scales():
     case = Case(plain=True)
     layer = case.layer(param_dtype=jnp.float32)
     variables = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((2, 3, 3)))
@@ -348,7 +348,7 @@ def test_lstm_has_the_same_parameters_without_scales():
     ],
     ids=["plain", "masks", "all rows counted", "sequence"],
 )
-def test_without_momentum_the_statistics_are_those_of_the_batch(case):
+def test_zero_momentum_stores_the_batch_statistics(case):
     values, stats, weights = case.draw()
     with jax.enable_x64(True), jax.disable_jit():
         _, _, updates, _ = run_library(case, values, stats, weights)
@@ -360,7 +360,7 @@ def test_without_momentum_the_statistics_are_those_of_the_batch(case):
 
 
 @pytest.mark.parametrize("options", [{}, {"input_statistics": "sequence"}], ids=["step", "whole"])
-def test_any_lengths(options):
+def test_arbitrary_lengths_match_the_reference(options):
     case = Case(batch=4, **options)
     values, stats, weights = case.draw(1)
 
@@ -375,7 +375,7 @@ def test_any_lengths(options):
         equals_the_reference()
 
 
-def test_training_beyond_the_initialising_sequence_is_refused():
+def test_training_beyond_inferred_max_steps_raises():
     layer = bnlstm_jax.BNLSTM(2)
     inputs = jnp.ones((5, 4, 3))
     variables = layer.init(jax.random.key(0), inputs[:, :3], use_running_average=True)
@@ -385,7 +385,7 @@ def test_training_beyond_the_initialising_sequence_is_refused():
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
-def test_variables_may_be_numpy_arrays(train):
+def test_layer_accepts_numpy_arrays(train):
     """As in a restored checkpoint."""
     case = Case(train=train, lengths=RAGGED)
     values, stats, _ = jax.tree.map(np.float32, case.draw())
@@ -407,7 +407,7 @@ CONSTANT = {"per step": {}, "sequence": {"input_statistics": "sequence"}}
 
 
 @pytest.mark.parametrize("options", CONSTANT.values(), ids=CONSTANT.keys())
-def test_columns_without_variance(options):
+def test_columns_with_zero_variance_match_the_reference(options):
     """One input is constant, and one column of each of the two terms is always zero."""
 
     def change(values):
@@ -419,7 +419,7 @@ def test_columns_without_variance(options):
 
 
 @pytest.mark.parametrize("options", CONSTANT.values(), ids=CONSTANT.keys())
-def test_rows_without_variance(options):
+def test_identical_rows_match_the_reference_with_finite_gradients(options):
     """The same input in all rows: every term of every step has variance zero.
 
     The derivative of N is 316 there, three times a step, so no step is small enough for finite
@@ -440,7 +440,7 @@ def test_rows_without_variance(options):
     [{}, {"lengths": (4, 4, 4, 4)}, {"input_statistics": "sequence"}],
     ids=["per step", "masks", "sequence"],
 )
-def test_variance_far_from_the_origin_in_single_precision(options):
+def test_float32_variance_is_accurate_far_from_zero(options):
     """Values near 8192 that differ in the sixth digit: E[x^2] - E[x]^2 would lose them.
 
     The kernel is the identity, and inputs are multiples of 2^-6, which are exact in single
@@ -511,7 +511,7 @@ def test_first_step_ignores_the_recurrent_term_exactly(batch, features, options)
 
 
 @pytest.mark.parametrize("lengths", [None, RAGGED])
-def test_learned_hidden_state_has_exactly_no_gradient(lengths):
+def test_initial_hidden_gradient_is_exactly_zero_in_training(lengths):
     case = Case(lengths=lengths)
     values, _stats, weights = case.draw()
 
@@ -545,7 +545,7 @@ COARSE_CASES = {
 
 
 @pytest.mark.parametrize("case", SINGLE_CASES.values(), ids=SINGLE_CASES.keys())
-def test_single_precision(case):
+def test_float32_layer_matches_the_reference(case):
     values, stats, weights = case.draw()
     *got, gradients = run_library(case, values, stats, weights, param_dtype=jnp.float32)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((got, gradients)))
@@ -557,7 +557,7 @@ def test_single_precision(case):
 
 
 @pytest.mark.parametrize("case", COARSE_CASES.values(), ids=COARSE_CASES.keys())
-def test_bfloat16_products(case):
+def test_bfloat16_layer_matches_the_reference(case):
     """Only the factors of the products are rounded; the reference rounds the same."""
     values, stats, weights = case.draw()
     options = {"dtype": jnp.bfloat16, "param_dtype": jnp.float32}
@@ -596,7 +596,7 @@ def test_bfloat16_products(case):
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["BNLSTM", "LSTM"])
-def test_call_options_override_the_attributes(plain):
+def test_call_arguments_override_the_fields(plain):
     case = Case(plain=plain, lengths=RAGGED)
     values, stats, _ = case.draw()
     params, inputs, _ = split_values(values)
@@ -647,7 +647,7 @@ SHARDED = {
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize("case", SHARDED.values(), ids=SHARDED.keys())
-def test_shards_share_their_statistics(case, implementation):
+def test_sharded_batch_matches_the_reference(case, implementation):
     values, stats, weights = case.draw()
     layer = case.layer(axis_name="batch", implementation=implementation)
     lengths = None if case.lengths is None else np.asarray(case.lengths, np.int32)
@@ -723,7 +723,7 @@ def test_reference_running_average():
     np.testing.assert_array_equal(previous["cell_mean"], [[1.0], [2.0], [3.0]])
 
 
-def test_reference_step_by_hand():
+def test_reference_step_matches_hand_calculation():
     """Two rows, one unit: every normalised term is plus or minus one when epsilon is zero."""
     params = {
         "input_kernel": np.array([[1.0, 2.0, -1.0, 3.0]]),
@@ -749,7 +749,7 @@ def test_reference_step_by_hand():
     np.testing.assert_allclose(found["input_var"], [[2.25, 9.0, 2.25, 20.25]])
 
 
-def test_reference_agrees_with_the_lstm_of_flax():
+def test_reference_matches_flax_lstm():
     case = Case(plain=True, lengths=RAGGED, carry=True)
     values, _, _ = case.draw()
     values["cell_bias"][...] = 0.0  # flax has none
@@ -781,7 +781,7 @@ def test_reference_agrees_with_the_lstm_of_flax():
                 np.testing.assert_allclose(outputs[b, :n], expected[b, :n], **VALUES)
 
 
-def test_reference_statistics_agree_with_the_batch_norm_of_flax():
+def test_reference_statistics_match_flax_batch_norm():
     case = Case(lengths=RAGGED, input_statistics="sequence")
     values, stats, _ = case.draw()
     projected = values["inputs"] @ values["input_kernel"]
@@ -803,7 +803,7 @@ def test_reference_statistics_agree_with_the_batch_norm_of_flax():
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_reference_in_inference_treats_each_row_alone(reverse):
+def test_reference_inference_processes_rows_independently(reverse):
     case = Case(
         train=False, time=5, max_steps=3, lengths=(5, 1, 3, 2, 0), reverse=reverse, carry=True
     )
@@ -823,7 +823,7 @@ def test_reference_in_inference_treats_each_row_alone(reverse):
 
 
 @pytest.mark.parametrize("options", [{}, {"mask_statistics": False}], ids=["valid", "all"])
-def test_reference_with_its_own_statistics_gives_the_same_in_inference(options):
+def test_reference_inference_with_batch_statistics_equals_training(options):
     case = Case(lengths=(4, 1, 3, 4, 1), **options)
     values, _, _ = case.draw()
     outputs, _, found = run_reference(case, values, None)
@@ -831,7 +831,7 @@ def test_reference_with_its_own_statistics_gives_the_same_in_inference(options):
     np.testing.assert_allclose(again, outputs, rtol=1e-12, atol=1e-12)
 
 
-def test_finite_differences():
+def test_finite_differences_match_analytic_gradients():
     values = {"x": np.array([0.3, -1.2]), "y": np.array([[2.0]])}
     gradients = reference.finite_differences(
         lambda v: np.sin(v["x"]).sum() * v["y"][0, 0] ** 3, values

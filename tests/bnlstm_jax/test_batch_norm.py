@@ -41,7 +41,7 @@ def train(module, variables, x, where=None):
 
 @pytest.mark.parametrize("shape", [(6, FEATURES), (4, 5, FEATURES)], ids=["rows", "steps"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-def test_against_numpy(shape, masked):
+def test_outputs_and_statistics_match_numpy(shape, masked):
     variables, x, where = draw(shape)
     where = where if masked else None
     y, updated = train(BatchNorm(momentum=0.7), variables, x, where)
@@ -56,7 +56,7 @@ def test_against_numpy(shape, masked):
     assert current["count"] == (x[..., 0].size if where is None else where.sum())
 
 
-def test_inference_uses_the_running_statistics_of_all_rows():
+def test_inference_normalises_all_rows_by_running_statistics():
     variables, x, where = draw()
     stats = variables["batch_stats"]
     wanted = variables["params"]["scale"] * (x - stats["mean"]) / np.sqrt(stats["var"] + 1e-5)
@@ -69,7 +69,7 @@ def test_inference_uses_the_running_statistics_of_all_rows():
         assert CURRENT_BATCH_STATS not in updated
 
 
-def test_initial_variables_are_those_of_the_paper():
+def test_initial_variables_match_the_paper():
     variables = BatchNorm().init(jax.random.key(0), draw()[1], use_running_average=False)
     np.testing.assert_array_equal(variables["params"]["scale"], np.full(FEATURES, np.float32(0.1)))
     np.testing.assert_array_equal(variables["batch_stats"]["mean"], np.zeros(FEATURES))
@@ -79,7 +79,7 @@ def test_initial_variables_are_those_of_the_paper():
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-def test_against_the_batch_norm_of_flax(masked):
+def test_results_and_gradients_match_flax_batch_norm(masked):
     variables, x, where = draw()
     mask = where if masked else None
     # Flax standardises the rows that do not count too: they are left out of the comparison.
@@ -105,7 +105,7 @@ def test_against_the_batch_norm_of_flax(masked):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, wanted)
 
 
-def test_rows_that_do_not_count_have_no_influence():
+def test_masked_out_rows_have_no_effect():
     variables, x, where = draw()
     other = np.where(where, x, np.float32(1e6))
     # Padding may hold NaN.
@@ -116,7 +116,7 @@ def test_rows_that_do_not_count_have_no_influence():
         jax.tree.map(np.testing.assert_array_equal, dict(updated), dict(results[0][1]))
 
 
-def test_without_a_row_that_counts_all_is_finite_and_nothing_is_learned():
+def test_fully_masked_batch_is_finite_and_keeps_statistics():
     variables, x, where = draw()
 
     def value(params, x):
@@ -135,7 +135,7 @@ def test_without_a_row_that_counts_all_is_finite_and_nothing_is_learned():
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-def test_mapped_axis_pools_the_batch(masked):
+def test_statistics_are_pooled_over_a_mapped_axis(masked):
     variables, x, where = draw()
     where[0] = False  # a shard without a row that counts
     where = where if masked else None
@@ -158,7 +158,7 @@ def test_mapped_axis_pools_the_batch(masked):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **SINGLE), mine, dict(of_all))
 
 
-def test_use_running_average_is_set_in_the_field_or_in_the_call():
+def test_use_running_average_is_required_as_field_or_argument():
     variables, x, _ = draw()
     inference = BatchNorm(use_running_average=True).apply(variables, x)
     only_called = BatchNorm().apply(variables, x, use_running_average=True)
@@ -169,7 +169,7 @@ def test_use_running_average_is_set_in_the_field_or_in_the_call():
         BatchNorm().apply(variables, x)
 
 
-def test_half_precision_has_float32_statistics():
+def test_bfloat16_inputs_are_normalised_in_float32():
     variables, x, _ = draw()
     half = jnp.asarray(x, jnp.bfloat16)
     y, updated = train(BatchNorm(momentum=0.0), variables, half)
@@ -180,7 +180,7 @@ def test_half_precision_has_float32_statistics():
     np.testing.assert_allclose(updated["batch_stats"]["var"], var, **SINGLE)
 
 
-def test_the_output_has_the_dtype_of_the_field():
+def test_dtype_field_sets_the_output_dtype():
     variables, x, _ = draw()
     module = BatchNorm(dtype=jnp.bfloat16)
     for y, wanted in (
@@ -194,7 +194,7 @@ def test_the_output_has_the_dtype_of_the_field():
         np.testing.assert_array_equal(y, wanted.astype(jnp.bfloat16))
 
 
-def test_a_mask_is_broadcast():
+def test_mask_is_broadcast_to_the_inputs():
     variables, x, _ = draw()
     mask = np.array([True, False, True, True])[:, None, None]
     _, updated = train(BatchNorm(momentum=0.0), variables, x, mask)
@@ -203,7 +203,7 @@ def test_a_mask_is_broadcast():
     np.testing.assert_allclose(updated["batch_stats"]["var"], counted.var(0), **SINGLE)
 
 
-def test_a_mask_may_be_a_list():
+def test_mask_may_be_a_list():
     variables, x, where = draw()
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -213,7 +213,7 @@ def test_a_mask_may_be_a_list():
 
 
 @pytest.mark.parametrize("kind", [BatchNorm, lambda **fields: bnlstm_jax.BNLSTM(2, **fields)])
-def test_momentum_may_be_an_array_of_a_compiled_function(kind):
+def test_momentum_may_be_a_traced_array(kind):
     x = draw()[1]
     variables = kind().init(jax.random.key(0), x, True)
 
@@ -229,7 +229,7 @@ def test_momentum_may_be_an_array_of_a_compiled_function(kind):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_masks_of_another_type_or_rank_raise(compiled):
+def test_masks_of_wrong_dtype_or_rank_raise(compiled):
     variables, x, where = draw()
 
     def outputs(mask):
@@ -255,7 +255,7 @@ MODULES = {
 
 
 @pytest.mark.parametrize("module, inputs", MODULES.values(), ids=MODULES.keys())
-def test_initialising_and_inference_need_no_mapped_axis(module, inputs):
+def test_only_training_needs_the_mapped_axis(module, inputs):
     variables = module.init(jax.random.key(0), *inputs, use_running_average=False)
     module.apply(variables, *inputs, use_running_average=True)
     with pytest.raises(NameError, match="batch"):
@@ -265,7 +265,7 @@ def test_initialising_and_inference_need_no_mapped_axis(module, inputs):
 
 
 @pytest.mark.parametrize("kind", [bnlstm_jax.BNLSTMCell, bnlstm_jax.BNSimpleCell])
-def test_cells_pool_the_batch_over_a_mapped_axis(kind):
+def test_cell_statistics_are_pooled_over_a_mapped_axis(kind):
     random = np.random.default_rng(0)
     x, c, h = (random.normal(size=(6, n)).astype(np.float32) for n in (2, 3, 3))
     carry = (c, h) if kind is bnlstm_jax.BNLSTMCell else h

@@ -108,44 +108,44 @@ SIZES = [(4, 32, 3), (5, 7, 3), (9, 33, 2), (3, 100, 2), (6, 128, 2), (4, 1, 2),
 
 
 @pytest.mark.parametrize("units, batch, steps", SIZES)
-def test_sizes(units, batch, steps):
+def test_kernel_matches_reference_at_several_sizes(units, batch, steps):
     compare(units, batch, steps)
 
 
 @pytest.mark.parametrize("block", [4, 8])
-def test_units_of_a_block(block):
+def test_kernel_matches_reference_for_larger_blocks(block):
     # Few rows may be nearly equal: a large epsilon keeps their rounding errors small.
     compare(10, 5, 3, block=block, lengths=(3, 1, 2, 0, 3), epsilon=0.01)
 
 
 @pytest.mark.parametrize("batch", [5, 40, 100])
-def test_bfloat16(batch):
+def test_bfloat16_kernel_matches_reference(batch):
     compare(18, batch, 2, dtype=jnp.bfloat16)
 
 
 @pytest.mark.parametrize("terms", [(), ("recurrent",), ("cell",)])
-def test_terms(terms):
+def test_kernel_matches_reference_for_subsets_of_terms(terms):
     compare(5, 6, 3, terms)
 
 
 @pytest.mark.parametrize("lengths", [None, (4, 1, 3, 0, 2)])
-def test_given_statistics(lengths):
+def test_kernel_matches_reference_with_given_statistics(lengths):
     compare(5, 5, 4, given=True, lengths=lengths)
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
-def test_several_chunks_of_a_product(dtype):
+def test_kernel_matches_reference_for_140_units(dtype):
     compare(140, 4, 2, dtype=dtype)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("units, batch, steps", [(100, 100, 10), (6, 7, 784)])
-def test_sizes_of_the_paper(units, batch, steps):
+def test_kernel_matches_reference_at_paper_width_or_length(units, batch, steps):
     compare(units, batch, steps)
 
 
 @pytest.mark.parametrize("batch", [3, 100])
-def test_what_all_examples_share_is_normalised_to_exactly_zero(batch):
+def test_identical_hidden_states_are_normalised_to_exactly_zero(batch):
     """The first recurrent term, if all examples have the same initial hidden state."""
     (kernel, params, (c, h), inputs), _ = draw(0, 5, batch, 1, BOTH, False)
 
@@ -156,7 +156,7 @@ def test_what_all_examples_share_is_normalised_to_exactly_zero(batch):
     np.testing.assert_array_equal(hidden(h[0]), hidden(jnp.zeros(5)))
 
 
-def test_larger_batches_are_run_by_xla():
+def test_oversized_batches_fall_back_to_xla():
     layer = bnlstm_jax.LSTM(2, implementation="gpu")
     chosen = [
         recurrence.choose("gpu", abstract_problem(layer, cuda.LARGEST_BATCH + more))
@@ -167,7 +167,7 @@ def test_larger_batches_are_run_by_xla():
     assert layer.apply(layer.init(jax.random.key(0), x), x).shape == (len(x), 2, 2)
 
 
-def test_a_float32_layer_where_float64_is_enabled():
+def test_float32_layer_matches_xla_with_float64_enabled():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 2)), jnp.float32)
     with jax.enable_x64(True):
         layer = bnlstm_jax.LSTM(4, variant=Variant(cell_bias=False))
@@ -179,14 +179,14 @@ def test_a_float32_layer_where_float64_is_enabled():
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="too much for the emulation")
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 @pytest.mark.parametrize("units, batch, steps", [(240, 64, 50), (1000, 64, 20)])
-def test_many_units(units, batch, steps, dtype):
+def test_kernel_matches_reference_for_many_units(units, batch, steps, dtype):
     if cuda.why_unsupported(abstract_problem(bnlstm_jax.BNLSTM(units, dtype=dtype), batch)):
         pytest.skip("too large for this GPU")
     lengths = np.random.default_rng(0).integers(1, steps + 1, batch)
     compare(units, batch, steps, lengths=lengths, dtype=dtype, epsilon=0.01)
 
 
-def test_keeps_states_and_recurrent_terms_alone():
+def test_residuals_hold_only_states_and_recurrent_terms():
     """The residuals of each step are h, c and the recurrent term `[batch, 4H]`."""
     layer = bnlstm_jax.BNLSTM(16, max_steps=10, use_running_average=False, implementation="gpu")
     x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 10, 1)), jnp.float32)
@@ -201,7 +201,7 @@ def test_keeps_states_and_recurrent_terms_alone():
     assert 6 * row < kept < 7 * row  # the rest is inputs, statistics and parameters
 
 
-def test_runs_within_vmap():
+def test_vmap_matches_separate_calls():
     layer = bnlstm_jax.BNLSTM(3, implementation="gpu")
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 5, 2)), jnp.float32)
     variables = layer.init(jax.random.key(0), x[0], use_running_average=True)
@@ -223,14 +223,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind, options, message", REFUSED.values(), ids=REFUSED.keys())
-def test_what_it_has_not_is_refused(kind, options, message):
+def test_unsupported_options_raise(kind, options, message):
     layer = kind(**{"features": 2} | options, implementation="gpu")
     x = jnp.ones((2, 3, 1))
     with pytest.raises(ValueError, match=message):  # when it is traced
         jax.eval_shape(lambda: layer.init(jax.random.key(0), x, use_running_average=False))
 
 
-def test_older_gpus_are_refused(monkeypatch):
+def test_older_gpus_are_unsupported(monkeypatch):
     turing = SimpleNamespace(platform="gpu", compute_capability="7.5")
     monkeypatch.setattr(cuda, "default_device", lambda: turing)
     problem = abstract_problem(bnlstm_jax.BNLSTM(2))
@@ -247,14 +247,14 @@ FITTING = {  # the paper's sizes, on an H200
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="emulates one GPU's sizes")
 @pytest.mark.parametrize("units, batch, dtype, fits", FITTING.values(), ids=FITTING.keys())
-def test_tells_what_fits(units, batch, dtype, fits):
+def test_why_unsupported_rejects_layers_too_large(units, batch, dtype, fits):
     """A block's arrays must fit its shared memory, and all blocks the device at once."""
     problem = abstract_problem(bnlstm_jax.BNLSTM(units, dtype=dtype), batch)
     assert (cuda.why_unsupported(problem) is None) == fits
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="emulates another GPU")
-def test_a_smaller_gpu_fits_fewer_units():
+def test_smaller_gpu_supports_fewer_units():
     library = cuda.load("cpu")
 
     def fits(units):
@@ -270,7 +270,7 @@ def test_a_smaller_gpu_fits_fewer_units():
 
 @pytest.mark.long
 @pytest.mark.parametrize("architecture", ["80", "86", "89", "90", "100", "120"])
-def test_compiles_for_other_gpus(architecture, tmp_path):
+def test_kernel_compiles_for_other_gpus(architecture, tmp_path):
     """With nearly all values in registers, which the compiler reports."""
     try:
         command = build.nvcc_command(cuda.SOURCE, architecture)

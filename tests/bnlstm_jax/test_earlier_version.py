@@ -124,19 +124,19 @@ def outputs():
 
 
 @pytest.mark.parametrize("name", modules())
-def test_initial_values_are_the_same(name, outputs):
+def test_initial_values_match_earlier_version(name, outputs):
     np.testing.assert_allclose(
         flat(initialized(name)), outputs[f"initial_{name}"], **CLOSE_AT_FIRST
     )
 
 
 @pytest.mark.parametrize("name", modules())
-def test_outputs_statistics_and_gradients_are_the_same(name, outputs):
+def test_outputs_statistics_and_gradients_match_earlier_version(name, outputs):
     found = computed(name, randomized(name))
     np.testing.assert_allclose(found, outputs[name], **CLOSE)
 
 
-def test_restores_a_checkpoint(outputs):
+def test_restored_checkpoint_reproduces_earlier_outputs(outputs):
     trees = jax.eval_shape(lambda: {name: initialized(name) for name in RESTORED})
     with ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(DATA / "checkpoint", trees)

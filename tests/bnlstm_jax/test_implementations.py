@@ -122,7 +122,7 @@ EVERY = [("xla", case) for case in CASES] + [
 
 
 @pytest.mark.parametrize("name, case", EVERY)
-def test_equal_in_everything(name, case):
+def test_outputs_statistics_and_gradients_agree(name, case):
     with jax.enable_x64(True):
         found = run(name, param_dtype=jnp.float64, **CASES[case])
         expected = by_plain_scan(case)
@@ -140,7 +140,7 @@ NATIVE = [("cpu", case) for case in CASES] + [
 
 
 @pytest.mark.parametrize("name, case", NATIVE)
-def test_native_kernels_are_equal_in_everything(name, case):
+def test_native_kernels_match_the_reference(name, case):
     """In float32, because the kernels do not support float64."""
     if name == "cpu" and jax.default_backend() != "cpu":
         pytest.skip("the kernel is for CPUs")
@@ -168,7 +168,7 @@ MIXED = [(name, {}) for name in ("xla", "tpu", "gpu")] + [
 
 
 @pytest.mark.parametrize("name, options", MIXED)
-def test_equal_in_mixed_precision(name, options):
+def test_implementations_agree_in_mixed_precision(name, options):
     options = {"dtype": jnp.bfloat16, "batch": 16, **options}
     found, expected = run(name, **options), run("reference", **options)
     assert jax.tree.map(lambda a: a.dtype, found) == jax.tree.map(lambda a: a.dtype, expected)
@@ -204,7 +204,7 @@ INFERENCE = {
 
 @pytest.mark.parametrize("name", ["tpu", "gpu", "cpu"])
 @pytest.mark.parametrize("case", INFERENCE.values(), ids=INFERENCE.keys())
-def test_inference_equals_the_plain_scan(case, name):
+def test_inference_matches_the_reference(case, name):
     options = dict(case)
     batch, lengths = options.pop("batch", 5), options.pop("lengths", None)
     first_step = options.pop("first_step", None)
@@ -232,7 +232,7 @@ def test_inference_equals_the_plain_scan(case, name):
         np.testing.assert_allclose(outputs(name), outputs("reference"), rtol=1e-5, atol=1e-6)
 
 
-def test_takes_at_most_half_of_the_memory_of_the_plain_scan():
+def test_xla_uses_at_most_half_the_reference_memory():
     x = jnp.zeros((32, 50, 1))
 
     def memory(implementation):
@@ -249,7 +249,7 @@ def test_takes_at_most_half_of_the_memory_of_the_plain_scan():
     assert memory("xla") <= memory("reference") / 2
 
 
-def test_only_the_plain_scan_is_differentiated_forward():
+def test_forward_mode_works_in_reference_but_raises_in_xla():
     x = jnp.ones((2, 3, 1))
     layer = bnlstm_jax.LSTM(2, implementation="reference")
     variables = layer.init(jax.random.key(0), x)
@@ -261,7 +261,7 @@ def test_only_the_plain_scan_is_differentiated_forward():
         jax.jvp(lambda x: layer.clone(implementation="xla").apply(variables, x), (x,), (x,))
 
 
-def test_unknown_names_are_refused():
+def test_unknown_implementation_raises():
     with pytest.raises(ValueError, match=r"implementation: .*'auto', 'xla', .*'gpu'.* got 'cuda'"):
         run("cuda")
 
@@ -285,7 +285,7 @@ def gpu_kernel_is_for_this_device(monkeypatch):
 CHOICES = {
     "validated": ("gpu", {}, 2, "validated on"),
     "more units than validated": ("xla", {"features": 9}, 2, "validated up to 8 units on"),
-    "a large batch": ("xla", {}, 129, "takes up to 128 sequences, got 129"),
+    "a large batch": ("xla", {}, 129, "supports up to 128 sequences, got 129"),
     "layer normalisation": ("xla", {"kind": bnlstm_jax.LNLSTM}, 2, "layer normalisation"),
     "an axis name": ("xla", {"axis_name": "batch"}, 2, "axis_name"),
     "dtypes": ("xla", {"dtype": jnp.float16}, 2, "dtype float16"),
@@ -293,7 +293,7 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("case", CHOICES.values(), ids=CHOICES.keys())
-def test_auto_takes_a_validated_kernel(case, gpu_kernel_is_for_this_device, caplog):
+def test_auto_selects_and_logs_an_implementation_once(case, gpu_kernel_is_for_this_device, caplog):
     expected, options, batch, why = case
     options = {"features": 8, "kind": bnlstm_jax.BNLSTM} | options
     layer = options.pop("kind")(**options)
@@ -302,11 +302,11 @@ def test_auto_takes_a_validated_kernel(case, gpu_kernel_is_for_this_device, capl
         assert chosen(layer, batch) == expected
         assert chosen(layer, batch) == expected
     (record,) = caplog.records  # once
-    assert f"'auto' is '{expected}': " in record.getMessage() and why in record.getMessage()
+    assert f"'auto' uses '{expected}': " in record.getMessage() and why in record.getMessage()
 
 
 @pytest.mark.parametrize("error", [RuntimeError, OSError])
-def test_auto_is_xla_where_the_kernel_cannot_be_compiled(
+def test_auto_selects_xla_if_the_kernel_cannot_be_loaded(
     error, caplog, monkeypatch, gpu_kernel_is_for_this_device
 ):
     def fail(*_):
@@ -319,7 +319,7 @@ def test_auto_is_xla_where_the_kernel_cannot_be_compiled(
     ]
 
 
-def test_auto_is_xla_where_no_kernel_is_validated(monkeypatch, gpu_kernel_is_for_this_device):
+def test_auto_selects_xla_without_a_validated_kernel(monkeypatch, gpu_kernel_is_for_this_device):
     monkeypatch.setattr(recurrence, "VALIDATED_UNITS", {})
     assert chosen(bnlstm_jax.LSTM(2)) == "xla"
     monkeypatch.delitem(recurrence.IMPLEMENTATIONS, "gpu")
@@ -327,7 +327,7 @@ def test_auto_is_xla_where_no_kernel_is_validated(monkeypatch, gpu_kernel_is_for
 
 
 @pytest.mark.parametrize("name", ["tpu", "gpu"])
-def test_kernels_are_refused_on_other_devices(name, monkeypatch):
+def test_kernels_raise_on_other_devices(name, monkeypatch):
     monkeypatch.setattr(devices, "_emulating", False)
     monkeypatch.setattr(devices, "default_device", lambda: jax.devices("cpu")[0])
     layer = bnlstm_jax.LSTM(2, implementation=name)

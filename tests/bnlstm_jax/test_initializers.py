@@ -9,7 +9,7 @@ from bnlstm_jax import initializers
 H = 12
 
 
-def test_semi_orthogonal_over_the_whole_kernel():
+def test_semi_orthogonal_applies_to_the_whole_kernel():
     wide = initializers.semi_orthogonal()(jax.random.key(0), (H, 4 * H))
     tall = initializers.semi_orthogonal()(jax.random.key(0), (4 * H, H))
     np.testing.assert_allclose(wide @ wide.T, np.eye(H), atol=1e-5)
@@ -18,7 +18,7 @@ def test_semi_orthogonal_over_the_whole_kernel():
     assert np.abs(block @ block.T - np.eye(H)).max() > 0.1
 
 
-def test_identity_block_is_the_candidates():
+def test_identity_block_initialises_the_candidate():
     kernel = initializers.identity_block()(jax.random.key(0), (H, 4 * H))
     np.testing.assert_array_equal(kernel[:, 3 * H :], np.eye(H))
     gates = kernel[:, : 3 * H]
@@ -27,7 +27,7 @@ def test_identity_block_is_the_candidates():
         initializers.identity_block()(jax.random.key(0), (H, H))
 
 
-def test_a_layer_starts_as_in_the_paper():
+def test_layer_initialisation_matches_the_paper():
     layer = bnlstm_jax.BNLSTM(H, max_steps=2)
     params = layer.init(jax.random.key(0), jnp.zeros((1, 2, 3)), use_running_average=True)["params"]
     forget, others = params["bias"][:H], params["bias"][H:]
@@ -38,7 +38,7 @@ def test_a_layer_starts_as_in_the_paper():
         assert np.all(params[name] == 0), name
 
 
-def test_initial_noise_has_its_deviation_and_follows_its_key():
+def test_initial_noise_has_given_deviation_and_depends_on_key():
     layer = bnlstm_jax.LSTM(50, initial_hidden_noise=0.1)
     x = jnp.zeros((200, 1, 3))
     variables = layer.init(jax.random.key(0), x)

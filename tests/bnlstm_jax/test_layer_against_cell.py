@@ -170,7 +170,7 @@ def test_layer_rnn_and_scan_agree(normalize, train, given):
 
 
 @pytest.mark.parametrize("normalize", [None, TERMS], ids=["LSTM", "BN-LSTM"])
-def test_layer_rnn_and_scan_agree_compiled_in_single_precision(normalize):
+def test_compiled_layer_rnn_and_scan_agree_in_float32(normalize):
     params, stats, inputs, weights = draw(normalize)
     arguments = single((params, inputs, random_carry(), stats, weights))
     (_, layer), gradients = runner("layer", normalize, True, jnp.float32)(*arguments)
@@ -182,7 +182,7 @@ def test_layer_rnn_and_scan_agree_compiled_in_single_precision(normalize):
 
 
 @pytest.mark.parametrize("normalize", SUBSETS.values(), ids=SUBSETS.keys())
-def test_cell_makes_the_variables_of_the_layer(normalize):
+def test_cell_and_layer_variables_have_matching_shapes(normalize):
     inputs = jnp.ones((BATCH, TIME, INPUTS))
     key = jax.random.key(0)
     layer = jax.eval_shape(make_layer(normalize, False).init, key, inputs)
@@ -201,7 +201,7 @@ def test_cell_makes_the_variables_of_the_layer(normalize):
 
 @pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("normalize", SUBSETS.values(), ids=SUBSETS.keys())
-def test_one_step_of_the_cell_against_the_reference(normalize, train):
+def test_cell_step_matches_the_reference(normalize, train):
     params, stats, inputs, _ = draw(normalize, seed=2, time=1)
     carry = random_carry()
     flat = {name: leaf[0] for name, leaf in stats.items()}
@@ -232,7 +232,7 @@ def test_one_step_of_the_cell_against_the_reference(normalize, train):
 
 @pytest.mark.parametrize("normalize", [None, TERMS], ids=["LSTM", "BN-LSTM"])
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "masks"])
-def test_return_carry_and_continuation(normalize, masked):
+def test_returned_carry_continues_the_sequence(normalize, masked):
     """The returned carry is the last valid state, from which a second call can continue."""
     params, stats, inputs, _ = draw(normalize)
     with jax.enable_x64(True), jax.disable_jit():
@@ -284,7 +284,7 @@ BIDIRECTIONAL = {
 
 @pytest.mark.parametrize("lengths", [None, (4, 1, 3, 2, 1)], ids=["full", "masks"])
 @pytest.mark.parametrize("normalize, options", BIDIRECTIONAL.values(), ids=BIDIRECTIONAL.keys())
-def test_bidirectional_against_the_reference(normalize, options, lengths):
+def test_bidirectional_layer_matches_the_reference(normalize, options, lengths):
     options = dict(options)
     train = options.pop("train", False)
     names = ("forward_rnn", "backward_rnn")
@@ -324,7 +324,7 @@ def test_bidirectional_against_the_reference(normalize, options, lengths):
             assert_close(dict(updates["batch_stats"][name]), after, **DOUBLE)
 
 
-def test_weights_of_flax_are_taken_over_as_the_page_says():
+def test_documented_code_converts_flax_weights():
     page = (Path(__file__).parents[2] / "docs" / "layer.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(theirs = .*?)```", page, re.DOTALL)
     x = jax.random.normal(jax.random.key(1), (3, 5, 2))
@@ -337,7 +337,7 @@ def test_weights_of_flax_are_taken_over_as_the_page_says():
 
 @pytest.mark.parametrize("field", ["normalize", "mask_statistics"])
 @pytest.mark.parametrize("terms", [("input", "cells"), "input"], ids=str)
-def test_names_of_other_terms_are_refused(field, terms):
+def test_invalid_terms_raise(field, terms):
     layer = bnlstm_jax.BNLSTM(3, use_running_average=True, **{field: terms})
     with pytest.raises(ValueError, match=f"{field}: expected"):
         layer.init(jax.random.key(0), np.zeros((2, 4, 5), np.float32))

@@ -37,7 +37,7 @@ def draw(terms=TERMS, seed=0):
     return params, rng.normal(size=(BATCH, TIME, INPUTS)), rng.normal(size=(BATCH, TIME, FEATURES))
 
 
-def test_input_epsilon_is_that_of_the_input_term():
+def test_input_epsilon_applies_only_to_the_input_term():
     """A very large epsilon removes that term."""
     with jax.enable_x64(True):
         params, inputs, _ = draw()
@@ -64,7 +64,7 @@ def make_layer(terms=TERMS, **options):
     ],
     ids=str,
 )
-def test_layer_equals_the_loop_and_its_finite_differences(terms, masked, implementation):
+def test_layer_matches_reference_and_finite_differences(terms, masked, implementation):
     params, inputs, weights = draw(terms)
     lengths = LENGTHS if masked else None
     layer = make_layer(terms, implementation=implementation, return_carry=True)
@@ -105,14 +105,14 @@ def test_cell_under_flax_rnn_equals_the_layer():
     np.testing.assert_allclose(outputs, expected, **VALUES)
 
 
-def test_parameters_and_nothing_to_keep():
+def test_layer_has_parameters_but_no_statistics():
     layer = make_layer(param_dtype=jnp.float32)
     shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((BATCH, TIME, INPUTS)))
     assert set(shapes) == {"params"}
     assert jax.tree.map(jnp.shape, shapes["params"]) == {k: v.shape for k, v in draw()[0].items()}
 
 
-def test_examples_do_not_know_of_each_other():
+def test_examples_are_independent():
     """An example has the same outputs alone and in a batch, whatever `use_running_average` is."""
     params, inputs, _ = draw()
     with jax.enable_x64(True):
@@ -122,7 +122,7 @@ def test_examples_do_not_know_of_each_other():
     np.testing.assert_allclose(alone, together[:1], **VALUES)
 
 
-def test_transform_equals_flax():
+def test_layer_normalize_matches_flax():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(3, 7, 16)) * 4 + 2, jnp.float32)
     scale = jnp.asarray(rng.normal(size=16), jnp.float32)
@@ -143,7 +143,7 @@ def test_statistics_are_accurate_far_from_zero():
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-def test_a_hundred_black_pixels_have_finite_gradients(implementation):
+def test_gradients_are_finite_after_100_zero_inputs(implementation):
     """Their products have no variance; a hidden state that starts from zero has none either."""
     layer = bnlstm_jax.LNLSTM(16, implementation=implementation)
     inputs = jnp.zeros((BATCH, 100, INPUTS))
@@ -158,7 +158,7 @@ def test_a_hundred_black_pixels_have_finite_gradients(implementation):
     assert not finite(layer.clone(initial_hidden_init=nn.initializers.zeros_init()))
 
 
-def test_half_precision_products_have_float32_statistics():
+def test_bfloat16_inputs_are_normalised_in_float32():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8)) + 100, jnp.bfloat16)
     found = layer_normalize(x, jnp.ones(8), 1e-5)
     assert found.dtype == jnp.float32

@@ -28,7 +28,7 @@ def assert_equal(actual, expected):
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=IDS)
-def test_training_gives_outputs_statistics_and_gradients_of_linen(layer):
+def test_nnx_training_matches_linen(layer):
     module, variables = converted(layer)
     kwargs = {"use_running_average": False, "mutable": ["batch_stats"]}
 
@@ -66,7 +66,7 @@ class Stacked(nnx.Module):
         return self.readout(h[:, -1])
 
 
-def test_a_model_of_nnx_trains():
+def test_nnx_model_trains():
     model = Stacked(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adam(0.03), wrt=nnx.Param)
     labels = jnp.arange(len(X)) % 2

@@ -39,7 +39,7 @@ def two_passes(x, where, epsilon, axis=(-2,)):
 
 @pytest.mark.parametrize("axis", [(-2,), (-3, -2)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradient_is_that_of_automatic_differentiation(axis, masked):
+def test_gradient_matches_automatic_differentiation(axis, masked):
     with jax.enable_x64(True):
         random = np.random.default_rng(0)
         x = jnp.asarray(random.normal(size=(3, 5, 4)) + 2)
@@ -69,7 +69,7 @@ def test_gradient_is_that_of_automatic_differentiation(axis, masked):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_shards_pool_their_rows_and_gradients(masked):
+def test_pooled_shards_match_the_whole_batch(masked):
     with jax.enable_x64(True):
         random = np.random.default_rng(5)
         x, weights = (jnp.asarray(random.normal(size=(2, 4, 3))) for _ in range(2))
@@ -100,7 +100,7 @@ def test_shards_pool_their_rows_and_gradients(masked):
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
-def test_gradient_against_finite_differences():
+def test_gradient_matches_finite_differences():
     with jax.enable_x64(True):
         x = jnp.asarray(np.random.default_rng(1).normal(size=(6, 3)))
         check_grads(lambda x: by_own_moments(x, None, EPSILON)[0], (x,), order=1, modes=["rev"])
@@ -128,7 +128,7 @@ def test_equal_rows_are_standardised_to_exactly_zero(value):
     assert np.all(statistics.mean == jnp.float32(value)) and np.all(statistics.var == 0)
 
 
-def test_a_single_row_and_no_row_stay_finite():
+def test_results_are_finite_for_one_row_or_none():
     x = jnp.asarray(np.random.default_rng(2).normal(size=(1, 4)), jnp.float32)
     for where in (None, jnp.zeros((1, 1), bool)):
         outputs = by_own_moments(x, where, EPSILON)
@@ -137,7 +137,7 @@ def test_a_single_row_and_no_row_stay_finite():
         assert np.all(outputs[1].var == 0)
 
 
-def test_rows_that_do_not_count_have_no_influence():
+def test_masked_out_rows_have_no_effect():
     x = jnp.asarray(np.random.default_rng(3).normal(size=(5, 4)), jnp.float32)
     where = jnp.asarray([True, True, False, True, False])[:, None]
     outputs = by_own_moments(x, where, EPSILON)
@@ -146,7 +146,7 @@ def test_rows_that_do_not_count_have_no_influence():
         np.testing.assert_array_equal(a, b)
 
 
-def test_half_precision_input_has_float32_statistics():
+def test_bfloat16_input_has_float32_statistics():
     x = jnp.asarray(np.random.default_rng(4).normal(size=(32, 4)), jnp.bfloat16)
     standardized, statistics = by_own_moments(x, None, EPSILON)
     gradient = jax.grad(lambda x: by_own_moments(x, None, EPSILON)[0].sum())(x)
@@ -156,7 +156,7 @@ def test_half_precision_input_has_float32_statistics():
     np.testing.assert_allclose(statistics.var, exact.var(0), rtol=1e-5)
 
 
-def test_running_average_moves_only_where_it_may():
+def test_running_average_updates_only_selected_rows():
     running = Statistics(jnp.zeros((3, 2)), jnp.ones((3, 2)))
     batch = Statistics(jnp.full((3, 2), 10.0), jnp.full((3, 2), 5.0))
     where = jnp.asarray([True, False, True])[:, None]
@@ -165,7 +165,7 @@ def test_running_average_moves_only_where_it_may():
     np.testing.assert_allclose(var, [[1.4, 1.4], [1, 1], [1.4, 1.4]], rtol=1e-6)
 
 
-def test_second_derivatives_are_refused():
+def test_second_derivatives_raise():
     def slope(x):
         return jax.grad(lambda x: jnp.sum(by_own_moments(x, None, EPSILON)[0] ** 3))(x).sum()
 

@@ -22,7 +22,7 @@ def kernels_anywhere():
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("steps", [1, 5])
-def test_scan_is_that_of_jax(steps, reverse):
+def test_kernel_scan_matches_lax_scan(steps, reverse):
     """With constants, carries and inputs of every rank, booleans, and trees of them."""
     random = np.random.default_rng(0)
 
@@ -82,12 +82,12 @@ def compare_training(batch, steps, features, lengths=None):
 
 
 @pytest.mark.parametrize("batch, steps, features", [(7, 3, 100), (100, 3, 100), (2, 2, 100)])
-def test_training_at_odd_sizes(batch, steps, features):
+def test_training_matches_xla_at_unaligned_sizes(batch, steps, features):
     compare_training(batch, steps, features)
 
 
 @pytest.mark.long
-def test_training_on_784_steps():
+def test_training_matches_xla_over_784_steps():
     compare_training(7, 784, 20, jnp.asarray([784, 1, 500, 783, 20, 0, 300]))
 
 
@@ -121,7 +121,7 @@ def training_and_inference(kind, options, units=100, batch=7, steps=3, inputs=1)
 
 
 @pytest.mark.parametrize("kind, options", LOWERED.values(), ids=LOWERED.keys())
-def test_is_lowered_for_a_tpu(kind, options):
+def test_kernel_lowers_for_tpu(kind, options):
     """Lowering refuses what a TPU cannot do, such as indexing by arrays, and needs no TPU."""
     both, arguments = training_and_inference(kind, options)
     device = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")
@@ -147,7 +147,7 @@ def products(value, in_kernel=False):
 
 @pytest.mark.parametrize("precision", [None, "bfloat16", "high", "highest"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_products_have_a_precision_that_a_tpu_has(dtype, precision):
+def test_kernel_products_use_precisions_supported_by_tpus(dtype, precision):
     """Mosaic supports the default for all operands, and `highest` only for 32-bit operands."""
     both, arguments = training_and_inference(bnlstm_jax.LSTM, {"dtype": dtype}, inputs=3)
     with jax.default_matmul_precision(precision):
@@ -169,7 +169,7 @@ COMPILED = {  # at the paper's sizes
 @pytest.mark.long
 @pytest.mark.parametrize("chip", ["v5e:2x2", "v6e:2x2"])
 @pytest.mark.parametrize("options, sizes", COMPILED.values(), ids=COMPILED.keys())
-def test_compiles_for_tpus_that_are_not_there(options, sizes, chip, monkeypatch):
+def test_kernel_compiles_ahead_of_time_for_tpus(options, sizes, chip, monkeypatch):
     """The kernels fit the vector memory of these TPUs."""
     pytest.importorskip("libtpu", reason="needs the version of libtpu that jax[tpu] names")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # else libtpu looks for its cloud for minutes
@@ -187,7 +187,7 @@ def test_compiles_for_tpus_that_are_not_there(options, sizes, chip, monkeypatch)
     assert compiled.memory_analysis().temp_size_in_bytes > 0
 
 
-def test_needs_the_batch_on_one_device():
+def test_axis_name_raises_in_training():
     layer = bnlstm_jax.BNLSTM(2, implementation="tpu", axis_name="batch")
     with pytest.raises(ValueError, match=r"axis_name.*'xla'"):
         layer.init(jax.random.key(0), jnp.ones((2, 3, 1)), use_running_average=False)

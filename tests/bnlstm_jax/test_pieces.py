@@ -31,7 +31,7 @@ def layer_and_variables(kind, **options):
     [("lstm", {}), ("bn_lstm", {}), ("bn_lstm", {"input_statistics": "sequence"})],
     ids=["lstm", "bn_lstm", "sequence"],
 )
-def test_pieces_equal_the_whole(kind, options, pieces):
+def test_pieces_match_the_whole_sequence(kind, options, pieces):
     layer, variables, inputs = layer_and_variables(kind, **options)
     apply = jax.jit(layer.apply, static_argnames="return_carry")
     carry, start, outputs = None, 0, []
@@ -57,7 +57,7 @@ def test_pieces_equal_the_whole(kind, options, pieces):
         np.testing.assert_allclose(state, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_the_first_step_matters_until_statistics_end():
+def test_first_step_is_clipped_to_the_last_statistics():
     layer, variables, inputs = layer_and_variables("bn_lstm")
     runs = [layer.apply(variables, inputs[:, :1], first_step=t) for t in (0, 1, ROWS - 1, 999)]
     assert not np.allclose(runs[0], runs[1], atol=1e-3)

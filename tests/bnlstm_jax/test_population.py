@@ -28,7 +28,7 @@ def batch_statistics(layer, variables, *args, **kwargs):
     )[1]["batch_stats"]
 
 
-def test_is_the_plain_average_of_batch_statistics():
+def test_estimate_is_the_mean_of_batch_statistics():
     layer = bnlstm_jax.BNLSTM(5, max_steps=STEPS, momentum=0.3)
     variables = make(layer)
     batches = [jax.random.normal(jax.random.key(k), (4 + k, STEPS, 3)) for k in range(3)]
@@ -43,7 +43,7 @@ def test_is_the_plain_average_of_batch_statistics():
         np.testing.assert_allclose(got[name], wanted[name], rtol=1e-5, atol=1e-7, err_msg=name)
 
 
-def test_steps_average_over_the_batches_that_reach_them():
+def test_each_step_averages_over_batches_reaching_it():
     layer = bnlstm_jax.BNLSTM(5, max_steps=STEPS)
     variables = make(layer)
     long, short = (jax.random.normal(jax.random.key(k), (4, t, 3)) for k, t in ((1, 5), (2, 2)))
@@ -56,7 +56,7 @@ def test_steps_average_over_the_batches_that_reach_them():
     np.testing.assert_array_equal(got[5], got[4])  # reached by no batch
 
 
-def test_masked_steps_count_as_not_reached():
+def test_masked_steps_are_equivalent_to_truncated_steps():
     layer = bnlstm_jax.BNLSTM(5, max_steps=STEPS)
     variables = make(layer)
     x = jax.random.normal(jax.random.key(1), (4, STEPS, 3))
@@ -76,7 +76,7 @@ def test_masked_steps_count_as_not_reached():
 
 @pytest.mark.parametrize("input_statistics", ["per_step", "sequence"])
 @pytest.mark.parametrize("normalize", [("input", "recurrent", "cell"), ("input",), ("cell",)])
-def test_one_batch_makes_inference_equal_training(input_statistics, normalize):
+def test_inference_matches_training_on_a_single_batch(input_statistics, normalize):
     layer = bnlstm_jax.BNLSTM(
         5, max_steps=STEPS, normalize=normalize, input_statistics=input_statistics
     )
@@ -92,7 +92,7 @@ def test_one_batch_makes_inference_equal_training(input_statistics, normalize):
     np.testing.assert_allclose(inference, training, rtol=1e-4, atol=1e-5)
 
 
-def test_inputs_leaves_labels_out():
+def test_inputs_function_drops_labels():
     layer = bnlstm_jax.BNLSTM(5, max_steps=STEPS)
     variables, x = make(layer), jax.random.normal(jax.random.key(1), (4, STEPS, 3))
     estimate = functools.partial(
@@ -132,7 +132,7 @@ def test_equal_calls_share_a_compiled_program(terms):
         assert len(traced) == number
 
 
-def test_takes_tuples_and_finds_layers_within_models():
+def test_tuple_batches_and_nested_layers_are_supported():
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x, lengths, train):
@@ -156,20 +156,20 @@ def test_takes_tuples_and_finds_layers_within_models():
             np.testing.assert_array_equal(leaf[4:], leaf[3:4].repeat(2, 0))
 
 
-def test_says_what_is_wrong_where_there_is_nothing_to_average():
+def test_estimation_without_batches_or_statistics_raises():
     layer = bnlstm_jax.BNLSTM(5, max_steps=STEPS)
     variables = make(layer)
     x = jnp.zeros((4, STEPS, 3))
-    with pytest.raises(ValueError, match="no batches"):
+    with pytest.raises(ValueError, match="expected at least one batch"):
         bnlstm_jax.estimate_population_statistics(layer, variables, [], use_running_average=False)
     with pytest.raises(ValueError, match="use_running_average=False"):
         bnlstm_jax.estimate_population_statistics(layer, variables, [x], use_running_average=True)
     parameters = {"params": variables["params"]}
-    with pytest.raises(ValueError, match="variables lack the collection 'batch_stats'"):
+    with pytest.raises(ValueError, match="variables with the collection 'batch_stats'"):
         bnlstm_jax.estimate_population_statistics(layer, parameters, [x], use_running_average=False)
 
 
-def test_other_collections_may_change_and_stay_as_they_are():
+def test_updates_of_other_collections_are_discarded():
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x, train):
@@ -186,7 +186,7 @@ def test_other_collections_may_change_and_stay_as_they_are():
     assert variables["ema"]["calls"] == 0
 
 
-def test_a_transform_may_map_the_axis_of_pooled_statistics():
+def test_transform_can_map_the_axis_of_pooled_statistics():
     layer, pooled = (bnlstm_jax.BNLSTM(3, max_steps=STEPS, axis_name=axis) for axis in (None, "b"))
     variables = make(layer)
     x = jax.random.normal(jax.random.key(1), (2, 4, STEPS, 3))
@@ -205,7 +205,7 @@ def test_a_transform_may_map_the_axis_of_pooled_statistics():
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["cut", "masked"])
-def test_repeated_late_steps_count_for_every_batch(masked):
+def test_late_steps_are_skipped_or_repeated(masked):
     layer = bnlstm_jax.BNLSTM(5, max_steps=STEPS)
     variables = make(layer)
     keys = jax.random.split(jax.random.key(1), 3)
@@ -241,7 +241,7 @@ def test_repeated_late_steps_count_for_every_batch(masked):
 
 
 @pytest.mark.parametrize("late_steps", ["skip", "repeat"])
-def test_a_batch_without_a_row_says_nothing(late_steps):
+def test_fully_masked_batch_has_no_effect(late_steps):
     layer = bnlstm_jax.BNLSTM(5, max_steps=STEPS, input_statistics="sequence")
     norm = BatchNorm()
 
@@ -264,7 +264,7 @@ def test_a_batch_without_a_row_says_nothing(late_steps):
     jax.tree.map(np.testing.assert_array_equal, both, alone)
 
 
-def test_layers_without_steps_average_over_all_batches():
+def test_batch_norm_weights_batches_equally():
     model = BatchNorm()
     batches = [jax.random.normal(jax.random.key(k), (4 + k, 3)) + k for k in range(3)]
     variables = model.init(jax.random.key(0), batches[0], use_running_average=True)
@@ -279,7 +279,7 @@ def test_layers_without_steps_average_over_all_batches():
         np.testing.assert_allclose(got["var"], var, rtol=1e-5, atol=1e-6)
 
 
-def test_refuses_what_it_does_not_know_about_late_steps():
+def test_unknown_late_steps_value_raises():
     layer = bnlstm_jax.BNLSTM(5, max_steps=STEPS)
     with pytest.raises(ValueError, match="'skip' or 'repeat'"):
         bnlstm_jax.estimate_population_statistics(
@@ -336,7 +336,7 @@ class MappedLayers(nn.Module):
 
 @pytest.mark.parametrize("late_steps", ["skip", "repeat"])
 @pytest.mark.parametrize("stack", [ScannedLayers, MappedLayers])
-def test_stacked_layers_equal_separate_ones(stack, late_steps):
+def test_stacked_layers_match_separate_layers(stack, late_steps):
     model = stack(STACKED)
     lengths = (5, 2, 3)
     batches = [jax.random.normal(jax.random.key(t), (4 + t, t, 3)) for t in lengths]
@@ -408,7 +408,7 @@ def simple_moments(params, x):
 
 
 @pytest.mark.parametrize("loop", [LoopOverTime, Recurrent])
-def test_cells_over_time(loop):
+def test_cells_over_time_match_numpy(loop):
     batches = [jax.random.normal(jax.random.key(k), (4 + k, STEPS, 3)) for k in range(3)]
     model = loop(bnlstm_jax.BNSimpleCell, {"variable_axes": STACKED})
     variables = model.init(jax.random.key(0), batches[0])
@@ -419,7 +419,7 @@ def test_cells_over_time(loop):
 
 
 @pytest.mark.parametrize("loop", [LoopOverTime, Recurrent])
-def test_cells_over_time_equal_the_layer(loop):
+def test_cells_over_time_match_the_layer(loop):
     batches = [jax.random.normal(jax.random.key(k), (4 + k, STEPS, 3)) for k in range(3)]
     model, layer = loop(bnlstm_jax.BNLSTMCell, {"variable_axes": STACKED}), bnlstm_jax.BNLSTM(4)
     variables = model.init(jax.random.key(0), batches[0])
@@ -454,7 +454,7 @@ def test_carried_statistics_average_over_time():
     ],
     ids=["layers", "ensemble", "scan", "carry", "RNN"],
 )
-def test_transforms_that_keep_back_statistics_raise(model):
+def test_transforms_without_current_batch_stats_raise(model):
     x = jax.random.normal(jax.random.key(1), (4, STEPS, 3))
     variables = model.init(jax.random.key(0), x)
     name = "layer" if "layer" in variables["batch_stats"] else "cell"
@@ -463,7 +463,7 @@ def test_transforms_that_keep_back_statistics_raise(model):
 
 
 @pytest.mark.parametrize("lift", [nn.remat, nn.jit])
-def test_transforms_of_all_collections_need_nothing(lift):
+def test_remat_and_jit_need_no_variable_axes(lift):
     layer = bnlstm_jax.BNLSTM(4, max_steps=STEPS)
 
     class Model(nn.Module):
@@ -484,7 +484,7 @@ def test_transforms_of_all_collections_need_nothing(lift):
 # ---- Modules called several times.
 
 
-def test_calls_of_a_batch_count_by_their_rows():
+def test_repeated_calls_are_weighted_by_rows():
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x, y, train=False):
@@ -504,7 +504,7 @@ def test_calls_of_a_batch_count_by_their_rows():
         np.testing.assert_allclose(got[name], np.mean(each, axis=0), **SINGLE)
 
 
-def test_calls_of_a_layer_count_by_their_rows_at_each_step():
+def test_repeated_layer_calls_are_weighted_by_rows_per_step():
     layer = bnlstm_jax.BNLSTM(4, max_steps=STEPS)
 
     class Model(nn.Module):
@@ -530,7 +530,7 @@ def test_calls_of_a_layer_count_by_their_rows_at_each_step():
         np.testing.assert_array_equal(statistic[5], statistic[4], err_msg=name)
 
 
-def test_statistics_left_by_an_earlier_call_do_not_count():
+def test_current_statistics_of_earlier_calls_are_ignored():
     model = BatchNorm()
     x, other = (jax.random.normal(jax.random.key(k), (4 + k, 3)) + k for k in range(2))
     variables = model.init(jax.random.key(0), x, use_running_average=True)
@@ -557,7 +557,7 @@ class Mixed(nn.Module):
         return nn.SpectralNorm(nn.Dense(3), name="spectral")(x, update_stats=train)
 
 
-def test_other_modules_keep_their_statistics_with_a_warning():
+def test_other_modules_keep_their_statistics_and_warn():
     x = jax.random.normal(jax.random.key(1), (4, STEPS, 3))
     variables = Mixed().init(jax.random.key(0), x)
     with pytest.warns(UserWarning, match="/flax_norm, /spectral") as warned:
@@ -573,7 +573,7 @@ def test_other_modules_keep_their_statistics_with_a_warning():
 
 
 @pytest.mark.filterwarnings("error")
-def test_frozen_modules_are_left_without_a_warning():
+def test_frozen_modules_keep_their_statistics_without_warning():
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x, train=False):
@@ -588,7 +588,7 @@ def test_frozen_modules_are_left_without_a_warning():
         jax.tree.map(np.testing.assert_array_equal, got[name], variables["batch_stats"][name])
 
 
-def test_a_module_that_no_row_reaches_keeps_its_statistics():
+def test_fully_masked_module_keeps_its_statistics():
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x, lengths, **kwargs):
@@ -606,7 +606,7 @@ def test_a_module_that_no_row_reaches_keeps_its_statistics():
     assert all(np.any(got["some"][name] != old["some"][name]) for name in old["some"])
 
 
-def test_a_member_of_an_ensemble_that_no_row_reaches_keeps_its_statistics():
+def test_fully_masked_ensemble_member_keeps_its_statistics():
     axes = {"params": 0, "batch_stats": 0, bnlstm_jax.CURRENT_BATCH_STATS: 0}
 
     class Ensemble(nn.Module):
@@ -631,7 +631,7 @@ def test_a_member_of_an_ensemble_that_no_row_reaches_keeps_its_statistics():
 
 
 @pytest.mark.filterwarnings("ignore:/flax_norm")
-def test_a_train_flag_that_drives_dropout_takes_a_key():
+def test_dropout_key_is_required_and_folded_per_batch():
     model, x = Mixed(0.5), jax.random.normal(jax.random.key(1), (8, STEPS, 3))
     variables = model.init(jax.random.key(0), x)
     batches, key = [x, 2 * x], jax.random.key(2)
@@ -664,13 +664,13 @@ def test_models_without_statistics_raise():
         bnlstm_jax.estimate_population_statistics(layer, variables, [x])
 
 
-def test_a_class_in_place_of_a_module_raises():
+def test_class_instead_of_module_raises():
     with pytest.raises(TypeError, match=r"flax\.linen\.Module"):
         bnlstm_jax.estimate_population_statistics(bnlstm_jax.BNLSTM, {}, [])
 
 
 @pytest.mark.filterwarnings("ignore:/flax_norm")
-def test_nnx_wrappers_raise_and_name_what_to_pass():
+def test_nnx_wrapper_raises_and_suggested_code_works():
     x = jax.random.normal(jax.random.key(1), (4, STEPS, 3))
     model = nnx.bridge.ToNNX(Mixed(), rngs=nnx.Rngs(0)).lazy_init(x)
     with pytest.raises(TypeError, match=r"model\.to_nnx__module.*nnx\.BatchStat.*nnx\.update"):
@@ -688,7 +688,7 @@ def test_nnx_wrappers_raise_and_name_what_to_pass():
     assert np.any(stats["layer"]["input_mean"] != 0)
 
 
-def test_statistics_of_other_modules_keep_their_shape():
+def test_scalar_statistics_of_other_modules_are_unchanged():
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x, use_running_average):

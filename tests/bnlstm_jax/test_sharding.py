@@ -53,7 +53,7 @@ def results(module, variables, inputs, training):
 
 @pytest.mark.parametrize("place", ["whole", "sharded"])
 @pytest.mark.parametrize("name, training", CASES)
-def test_results_on_an_explicit_mesh_are_those_of_one_device(name, training, place):
+def test_results_on_explicit_mesh_match_one_device(name, training, place):
     module, inputs, variables = draw(name)
 
     @jax.jit
@@ -79,7 +79,7 @@ def test_results_on_an_explicit_mesh_are_those_of_one_device(name, training, pla
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), got, wanted)
 
 
-def test_population_statistics_on_an_explicit_mesh_are_those_of_one_device():
+def test_population_statistics_on_explicit_mesh_match_one_device():
     module, inputs, variables = draw("BNLSTM")
     batches = [inputs["inputs"], 2 * inputs["inputs"]]
     training = {"use_running_average": False}

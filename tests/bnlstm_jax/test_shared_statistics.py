@@ -39,7 +39,7 @@ def double():
 
 
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["full", "masks"])
-def test_are_those_of_all_rows_that_count(lengths):
+def test_shared_statistics_pool_all_valid_steps(lengths):
     layer, variables, inputs = make()
     outputs, updated = train(layer, variables, inputs, lengths)
     statistics, params = updated["batch_stats"], variables["params"]
@@ -62,7 +62,7 @@ def test_are_those_of_all_rows_that_count(lengths):
     }
 
 
-def test_pooled_groups_are_those_of_their_rows():
+def test_pool_steps_matches_moments_of_all_rows():
     rng = np.random.default_rng(1)
     groups = [rng.normal(size=(n, 3)) * n + n for n in (1, 4, 2)]
     mean, var = (np.stack([f(g, 0) for g in groups] + [np.full(3, 7.0)]) for f in (np.mean, np.var))
@@ -74,7 +74,7 @@ def test_pooled_groups_are_those_of_their_rows():
     np.testing.assert_array_equal(nothing.mean, np.zeros(3))
 
 
-def test_training_is_that_with_statistics_of_each_step():
+def test_training_outputs_match_per_step_statistics():
     layer, variables, inputs = make()
     each = layer.clone(shared_statistics=False)
     outputs, _ = train(layer, variables, inputs)
@@ -83,7 +83,7 @@ def test_training_is_that_with_statistics_of_each_step():
     np.testing.assert_array_equal(train(each, own, inputs)[0], outputs)
 
 
-def test_inference_normalises_every_step_alike():
+def test_inference_uses_the_same_statistics_at_every_step():
     layer, variables, inputs = make()
     _, updated = train(layer, variables, inputs)
     variables = {**variables, **updated}
@@ -104,7 +104,7 @@ def test_population_statistics_are_averages_over_batches():
         np.testing.assert_allclose(leaf, (each[0][name] + each[1][name]) / 2, rtol=1e-12)
 
 
-def test_shards_share_them():
+def test_shared_statistics_are_pooled_over_shards():
     layer, variables, inputs = make(axis_name="batch")
     shards, lengths = inputs.reshape(2, 3, TIME, INPUTS), LENGTHS.reshape(2, 3)
     mapped = jax.vmap(lambda x, n: train(layer, variables, x, n), axis_name="batch")
@@ -115,6 +115,6 @@ def test_shards_share_them():
         np.testing.assert_array_equal(*updated["batch_stats"][name])
 
 
-def test_a_number_of_steps_is_refused():
+def test_max_steps_with_shared_statistics_raises():
     with pytest.raises(ValueError, match=r"max_steps.*shared_statistics"):
         make(max_steps=4)

@@ -20,7 +20,7 @@ def loop(params, x, statistics=None):
     return np.stack(outputs, 1), (np.stack(means), np.stack(variances))
 
 
-def test_agrees_with_a_loop_in_training_and_inference():
+def test_training_and_inference_match_a_numpy_loop():
     random = np.random.default_rng(0)
     x = random.normal(size=(B, T, D)).astype(np.float32)
     layers = {
@@ -51,7 +51,7 @@ def test_agrees_with_a_loop_in_training_and_inference():
     np.testing.assert_allclose(inference, wanted, atol=2e-5)
 
 
-def test_has_the_parameters_of_a_tanh_rnn():
+def test_variables_have_expected_names_and_shapes():
     cell = bnlstm_jax.BNSimpleCell(H)
     variables = cell.init(
         jax.random.key(0), jnp.zeros((B, H)), jnp.zeros((B, D)), use_running_average=False

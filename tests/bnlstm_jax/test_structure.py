@@ -25,7 +25,7 @@ MODULES = [
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_modules_list_and_document_all_of_their_fields(module):
+def test_modules_declare_and_document_all_fields(module):
     fields = {field.name for field in dataclasses.fields(module)} - {"parent", "name"}
     assert fields <= set(vars(module)["__annotations__"])
     documented = re.findall(r"^ {2}(\w+(?:, \w+)*): ", inspect.getdoc(module), re.MULTILINE)
@@ -44,7 +44,7 @@ def functions(node, depth=0):
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.name)
-def test_functions_fit_on_a_screen(path):
+def test_functions_have_limited_length_and_nesting(path):
     for function, depth in functions(ast.parse(path.read_text())):
         documentation = ast.get_docstring(function, clean=False) or ""
         lines = function.end_lineno - function.lineno + 1 - len(documentation.splitlines())
@@ -53,12 +53,12 @@ def test_functions_fit_on_a_screen(path):
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.name)
-def test_the_library_imports_nothing_that_is_built_on_it(path):
+def test_library_imports_no_other_repository_folder(path):
     imported = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
     assert not {"experiments", "scripts", "configs", "tests"} & set(imported)
 
 
-def test_nothing_private_of_jax_is_used_and_two_files_import_what_is_experimental():
+def test_private_and_experimental_jax_imports_are_restricted():
     folders = ("bnlstm_jax", "experiments", "scripts", "configs", "tests")
     private, experimental = (
         "jax." + "_src",

@@ -61,7 +61,7 @@ def run_and_differentiate(layer, variables, inputs, **options):
 
 @pytest.mark.parametrize("kind", ["lstm", "bn_lstm"])
 @pytest.mark.parametrize("way", WAYS)
-def test_symbols_equal_their_one_hot_vectors(kind, way):
+def test_symbols_match_one_hot_vectors(kind, way):
     of_symbols, of_vectors = layers(kind)
     symbols = some_symbols()
     init = dict(use_running_average=True)
@@ -76,7 +76,7 @@ def test_symbols_equal_their_one_hot_vectors(kind, way):
     assert np.any(got[-1]["input_kernel"] != 0)
 
 
-def test_symbols_against_the_reference():
+def test_symbols_match_the_reference():
     layer, _ = layers("bn_lstm")
     symbols = some_symbols(np.uint8)
     variables = layer.init(jax.random.key(0), symbols, use_running_average=True)
@@ -89,7 +89,7 @@ def test_symbols_against_the_reference():
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16], ids=["float32", "bfloat16"])
-def test_look_up_is_the_product(dtype):
+def test_look_up_equals_the_one_hot_product(dtype):
     kernel = jax.random.normal(jax.random.key(0), (SYMBOLS, 7))
     symbols = some_symbols()
     got = look_up(symbols, kernel, dtype)
@@ -98,7 +98,7 @@ def test_look_up_is_the_product(dtype):
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_no_one_hot_vectors_are_made(train):
+def test_no_one_hot_vectors_are_created(train):
     """Only kernels have an axis of vocabulary size, in the function and in its gradient."""
     of_symbols, of_vectors = layers("bn_lstm")
 
@@ -124,7 +124,7 @@ def _shapes(jaxpr):
 
 
 @pytest.mark.parametrize("kind", ["lstm", "bn_lstm"])
-def test_inputs_of_another_kind_are_refused(kind):
+def test_inputs_inconsistent_with_vocab_size_raise(kind):
     of_symbols, of_vectors = (
         layers(kind, use_running_average=True) if kind != "lstm" else layers(kind)
     )
@@ -137,7 +137,7 @@ def test_inputs_of_another_kind_are_refused(kind):
         of_symbols.init(key, symbols.astype(np.float32))
 
 
-def test_symbols_out_of_range_are_not_taken_for_others():
+def test_look_up_of_out_of_range_symbols_gives_nan():
     kernel = jnp.ones((SYMBOLS, 2))
     got = look_up(np.array([0, SYMBOLS - 1, SYMBOLS, 200], np.uint8), kernel)
     np.testing.assert_array_equal(np.isnan(got[:, 0]), [False, False, True, True])

@@ -38,7 +38,7 @@ def draw(module, *arguments, **options):
 @pytest.mark.parametrize(
     "input_statistics, masked", [("per_step", ("recurrent",)), ("sequence", ("input", "cell"))]
 )
-def test_each_term_is_masked_by_itself_and_input_has_its_epsilon(input_statistics, masked):
+def test_per_term_masks_and_input_epsilon_match_reference(input_statistics, masked):
     # Small inputs, so that the variance is not large compared to epsilon.
     x = 1e-2 * np.random.default_rng(0).normal(size=(BATCH, TIME, UNITS))
     lengths = np.array([4, 1, 3, 2])
@@ -72,7 +72,7 @@ def test_each_term_is_masked_by_itself_and_input_has_its_epsilon(input_statistic
         np.testing.assert_allclose(statistics[name], moment, **VALUES, err_msg=name)
 
 
-def test_lstm_without_learned_cell_and_cell_bias_and_with_two_biases():
+def test_lstm_variants_match_the_reference():
     x = np.random.default_rng(0).normal(size=(BATCH, TIME, UNITS))
     variant = Variant(bias_factor=2.0, cell_bias=False, learned_cell=False)
     options = dict(variant=variant, param_dtype=jnp.float64)
@@ -92,7 +92,7 @@ def test_lstm_without_learned_cell_and_cell_bias_and_with_two_biases():
     np.testing.assert_allclose(layer.apply({"params": params}, x), expected, **VALUES)
 
 
-def test_bn_lstm_layer_and_cell_take_the_variant():
+def test_bn_lstm_layer_and_cell_variants_match_reference():
     x = np.random.default_rng(0).normal(size=(BATCH, 1, UNITS))
     variant = Variant(2.0, cell_bias=False, learned_cell=False, input_epsilon=0.1)
     options = dict(variant=variant, param_dtype=jnp.float64, use_running_average=True)

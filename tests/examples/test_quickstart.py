@@ -27,7 +27,7 @@ def test_outputs_are_committed_and_small():
 
 
 @pytest.mark.long
-def test_it_runs_and_finds_what_is_committed():
+def test_notebook_reproduces_the_committed_accuracy():
     notebook = nbformat.read(FILE, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":

@@ -36,7 +36,7 @@ def by_hand(variables, x, layer):
     return jnp.concatenate(outputs, -1), jnp.concatenate(last, -1)
 
 
-def test_inference_is_the_composition_of_single_layers(variables):
+def test_inference_matches_composed_single_layers(variables):
     hidden, _ = by_hand(variables, X, 0)
     expected, last = by_hand(variables, hidden, 1)
     outputs, h = MODEL.apply(variables, X, LENGTHS)
@@ -61,7 +61,7 @@ def test_padding_has_no_effect(variables):
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
-def test_dropout_is_between_layers_alone(variables):
+def test_dropout_applies_only_between_layers(variables):
     keys = [{"dropout": jax.random.key(seed)} for seed in (3, 4)]
     (_, first), (_, second) = (
         MODEL.apply(variables, X, LENGTHS, train=True, rngs=rngs, mutable=["batch_stats"])
@@ -72,7 +72,7 @@ def test_dropout_is_between_layers_alone(variables):
     assert not equal["BNLSTM_2"]["input_mean"] and not equal["BNLSTM_3"]["input_mean"]
 
 
-def test_population_statistics_are_those_of_batches_under_dropout(variables):
+def test_population_statistics_match_batches_with_dropout(variables):
     key = jax.random.key(5)
     population = estimate_population_statistics(
         MODEL, variables, [(X, LENGTHS)], train=True, rngs={"dropout": key}
@@ -92,7 +92,7 @@ def test_population_statistics_are_those_of_batches_under_dropout(variables):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), population, batch)
 
 
-def test_the_command_learns(capsys):
+def test_command_reduces_the_loss(capsys):
     stacked.main(updates=100)
     *losses, running, population = capsys.readouterr().out.splitlines()
     first, last = (float(line.split()[-1]) for line in losses)

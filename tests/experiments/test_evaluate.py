@@ -46,7 +46,7 @@ def test_examples_of_a_short_batch_have_equal_weight(task_and_variables, running
     np.testing.assert_allclose(got["loss"], loss.mean(), rtol=1e-5)
 
 
-def test_a_last_batch_of_one_example_is_left_out_under_batch_statistics(task_and_variables):
+def test_batch_statistics_skip_a_last_batch_of_one_example(task_and_variables):
     task, variables = task_and_variables
     run = evaluate.make_evaluator(task, NOISE)
     got = run(variables, task.readings[0], "valid", 83, False)  # of 250: the last batch has one
@@ -93,7 +93,7 @@ def test_each_evaluation_uses_its_own_statistics(task_and_variables, small_confi
         np.testing.assert_allclose(losses[way], loss, rtol=1e-4, err_msg=way)
 
 
-def test_an_lstm_is_evaluated_once(small_config):
+def test_lstm_is_evaluated_once_per_split(small_config):
     small_config.model.kind = "lstm"
     task = tasks.load(small_config)
     assert isinstance(task.model.layer, bnlstm_jax.LSTM)

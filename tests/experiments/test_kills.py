@@ -67,7 +67,7 @@ def kill(arguments, folder, seconds, rng):
 
 
 @pytest.mark.long
-def test_runs_killed_at_random_moments_equal_an_unbroken_one(arguments, tmp_path):
+def test_runs_killed_at_random_times_match_an_uninterrupted_run(arguments, tmp_path):
     assert start(arguments, tmp_path / "first").wait() == 0  # prepares data, fills caches
     began = time.monotonic()
     assert start(arguments, tmp_path / "unbroken").wait() == 0

@@ -37,7 +37,7 @@ def run(*arguments, hidden=(), expect=0):
     return done.stderr if expect else done.stdout + done.stderr
 
 
-def test_both_models_from_one_command(prepared_dir, tmp_path):
+def test_one_command_trains_both_models(prepared_dir, tmp_path):
     heavy = ("tensorflow", "tensorflow_datasets", "sklearn", "matplotlib", "array_record")
     arguments = (f"--workdir={tmp_path}", f"--config.data_dir={prepared_dir}", *SMALL)
     output = run(*arguments, hidden=heavy)
@@ -62,7 +62,7 @@ def test_both_models_from_one_command(prepared_dir, tmp_path):
     assert f"| {results['rows'][0]['accuracy']:.4f} " in output and "| LSTM " not in output
 
 
-def test_a_text_of_ones_own(tmp_path):
+def test_command_trains_and_evaluates_on_a_text_file(tmp_path):
     text = tmp_path / "book.txt"
     text.write_text("".join(np.random.default_rng(0).choice(list("one, two."), 3000)))
     folder = tmp_path / "run"
@@ -99,7 +99,7 @@ def test_a_text_of_ones_own(tmp_path):
         ("--config.model.kind=bnlstm", "config.model.kind is 'bnlstm'"),
     ],
 )
-def test_bad_arguments_are_one_line(tmp_path, argument, message):
+def test_invalid_arguments_give_a_one_line_error(tmp_path, argument, message):
     error = run(f"--workdir={tmp_path / 'run'}", argument, expect=2)
     assert error.startswith("error: ") and error.count("\n") == 1
     assert message.lower() in error.lower()

@@ -24,7 +24,7 @@ def run(config, gradients):
     return params
 
 
-def test_rmsprop_is_the_rule_of_the_released_code():
+def test_rmsprop_matches_the_released_code():
     random = np.random.default_rng(0)
     # The root mean square of a's gradients is far above the floor of 1e-5, that of b's far below.
     gradients = [{"a": random.normal(size=3), "b": 1e-7 * random.normal(size=2)} for _ in range(4)]
@@ -43,7 +43,7 @@ def test_rmsprop_is_the_rule_of_the_released_code():
         )  # float32, and steps that cancel
 
 
-def test_the_whole_gradient_is_clipped_to_its_norm():
+def test_gradient_is_clipped_by_its_global_norm():
     # The norm is 5e-6. Adam would hide it. RMSProp's first step divides by the floor, and shows it.
     gradient = {"a": jnp.array([3e-6]), "b": jnp.array([4e-6])}
     got = run(settings(clip_norm=1e-6, decay=0.0), [gradient])
@@ -51,7 +51,7 @@ def test_the_whole_gradient_is_clipped_to_its_norm():
     np.testing.assert_allclose(got["b"], [-0.01 * 0.8e-6 / 1e-5], rtol=1e-5)
 
 
-def test_the_released_reader_clips_to_the_root_of_the_norm():
+def test_released_reader_rule_clips_by_root_of_norm():
     # With decay 1, RMSProp's first step divides by the floor alone, so it shows the clipped norm.
     for norm, clipped in ((99.0, 99.0), (101.0, 10 * math.sqrt(101)), (400.0, 200.0)):
         gradient = {"a": jnp.array([0.6 * norm]), "b": jnp.array([-0.8 * norm])}
@@ -61,14 +61,14 @@ def test_the_released_reader_clips_to_the_root_of_the_norm():
         np.testing.assert_allclose(got["b"], [0.01 * 0.8 * clipped / 1e-5], rtol=1e-5)
 
 
-def test_a_huge_clip_norm_clips_nothing():
+def test_huge_clip_norm_clips_nothing():
     gradients = {"w": jnp.array([3.0, 4.0])}
     rule = clip_by_root_of_norm(1e200)  # its square overflows
     clipped, _ = rule.update(gradients, rule.init(gradients))
     np.testing.assert_array_equal(clipped["w"], gradients["w"])
 
 
-def test_adam_is_the_published_one():
+def test_adam_matches_the_published_formula():
     gradients = [{"a": jnp.array([0.3])}, {"a": jnp.array([-0.1])}]
     m = v = w = 0.0
     for t, g in enumerate((0.3, -0.1), start=1):
@@ -77,7 +77,7 @@ def test_adam_is_the_published_one():
     np.testing.assert_allclose(run(settings(name="adam"), gradients)["a"], [w], rtol=1e-4)
 
 
-def test_released_adam_adds_epsilon_before_it_corrects_the_bias():
+def test_released_adam_adds_epsilon_before_bias_correction():
     random = np.random.default_rng(0)
     gradients = [{"a": 10.0 ** random.uniform(-9, -1, size=8)} for _ in range(5)]
     m, v, w = (np.zeros(8) for _ in range(3))
@@ -89,7 +89,7 @@ def test_released_adam_adds_epsilon_before_it_corrects_the_bias():
     np.testing.assert_allclose(got["a"], w, rtol=1e-3)  # float32: 1 - .999 has four digits
 
 
-def test_the_first_step_of_released_adam_with_a_tiny_gradient():
+def test_first_adam_step_matches_hand_computation_for_tiny_gradients():
     """Figures of the released formula, worked out by hand: 1 / (1 + 1e-8 / (0.0316 g))."""
     for g, released, published in (
         (1e-7, 0.240, 0.909),

@@ -64,7 +64,7 @@ def alone(config):
 
 
 @pytest.mark.parametrize("number", [pytest.param(2, marks=pytest.mark.long), 8])
-def test_global_statistics_make_several_devices_one(config, alone, number):
+def test_global_statistics_on_several_devices_match_one_device(config, alone, number):
     # 20 updates of Adam, two with a short batch, differ only by rounding (measured: 2e-7).
     config, devices = on(config, number)
     task, state = trained(config, devices)
@@ -95,7 +95,7 @@ def test_global_statistics_make_several_devices_one(config, alone, number):
 
 
 @pytest.mark.parametrize("members", [1, 2])
-def test_groups_take_statistics_of_their_own(config, members):
+def test_each_device_group_uses_its_own_statistics(config, members):
     config, devices = on(config, 4, members)
     _, state = trained(config, devices, updates=1)
 
@@ -164,7 +164,7 @@ def sums_in_an_update(config, devices):
     return [[size for in_scan, size in found if in_scan == each] for each in (True, False)]
 
 
-def test_time_steps_exchange_statistics_and_no_gradient_of_the_kernel(config):
+def test_time_steps_sum_only_statistics_over_devices(config):
     in_steps, outside = sums_in_an_update(*on(config, 8))
     # Forward, a time step sums three arrays for each normalised term: means, deviations from the
     # pooled mean, and squares. Backward it sums two arrays of gradients. The terms have 4H, 4H and
@@ -177,7 +177,7 @@ def test_time_steps_exchange_statistics_and_no_gradient_of_the_kernel(config):
     assert in_steps == []
 
 
-def test_readers_on_shards_see_the_longest_passage_of_all():
+def test_sharded_readers_use_the_longest_passage_of_the_batch():
     """If padding counts, statistics depend on the longest passage of the whole batch."""
     rng = np.random.default_rng(0)
     passages, questions = rng.integers(3, 20, (4, 9)), rng.integers(3, 20, (4, 5))
@@ -215,7 +215,7 @@ def test_readers_on_shards_see_the_longest_passage_of_all():
     [
         (
             {"devices": 8, "statistics_devices": 1, "batch_size": 8},
-            "config.batch_size 8 they have one example, but batch statistics need",
+            "one example of config.batch_size 8: batch statistics need",
         ),
         ({"devices": 3}, "config.batch_size is 32: it must be divisible by the 3 devices"),
         ({"devices": 9}, "config.parallel.devices is 9: it must be at most 8"),
@@ -225,7 +225,7 @@ def test_readers_on_shards_see_the_longest_passage_of_all():
         ),
     ],
 )
-def test_devices_that_cannot_share_a_batch_raise(config, fields, message):
+def test_invalid_device_counts_raise(config, fields, message):
     config = config.copy_and_resolve_references()
     config.batch_size = fields.pop("batch_size", config.batch_size)
     config.parallel.update(fields)
@@ -234,7 +234,7 @@ def test_devices_that_cannot_share_a_batch_raise(config, fields, message):
 
 
 @pytest.mark.parametrize("split, keys", [(True, 4), (False, 1)])
-def test_devices_with_rows_of_their_own_draw_noise_of_their_own(config, split, keys):
+def test_devices_with_separate_rows_draw_independent_noise(config, split, keys):
     _, devices = on(config, 4)
 
     def own_key(noise):
@@ -250,7 +250,7 @@ def test_devices_with_rows_of_their_own_draw_noise_of_their_own(config, split, k
     assert len(np.unique(mapped(NOISE), axis=0)) == keys
 
 
-def test_population_statistics_of_several_devices_have_noise_of_their_own(small_config):
+def test_population_statistics_draw_independent_noise_per_device(small_config):
     small_config.model.initial_hidden_noise = 0.1
     small_config.population_batch_size, small_config.population_batches = 2, 1
     config, devices = on(small_config, 2)
@@ -261,7 +261,7 @@ def test_population_statistics_of_several_devices_have_noise_of_their_own(small_
     assert np.all(flatten_dict(found, sep="/")["layer/recurrent_var"][0] > 1e-6)
 
 
-def test_resuming_with_statistics_of_fewer_examples_is_refused(config, tmp_path):
+def test_resuming_with_other_statistics_rows_raises(config, tmp_path):
     """The number of devices may change, but not the number of examples that share statistics."""
     config = config.copy_and_resolve_references()
     config.num_updates = config.eval_every = config.checkpoint_every = 1
@@ -270,7 +270,7 @@ def test_resuming_with_statistics_of_fewer_examples_is_refused(config, tmp_path)
     config.num_updates = 2
     for devices, rows in ((4, "8"), (1, "None")):
         config.parallel.devices = devices
-        message = f"other batch statistics: there statistics_rows is 16, here it is {rows};"
+        message = f"other batch statistics: statistics_rows is 16 in that run, {rows} now;"
         with pytest.raises(UserError, match=message):
             train.train(config, tmp_path)
     config.parallel.devices = 2
@@ -281,7 +281,7 @@ def test_resuming_with_statistics_of_fewer_examples_is_refused(config, tmp_path)
     workdir.check_record({"statistics_rows": rows // 2}, tmp_path)
 
 
-def test_several_updates_in_one_call_are_shared_too(config):
+def test_several_updates_per_call_match_single_updates(config):
     own, devices = on(config, 4)
     task, one_by_one = trained(own, devices, updates=3)
     state = devices.replicate(train.create_state(task, own))

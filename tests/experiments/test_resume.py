@@ -97,7 +97,7 @@ def copy(run, folder):
     return Path(shutil.copytree(run, folder))
 
 
-def test_a_run_killed_again_and_again_equals_an_unbroken_one(config, unbroken, tmp_path):
+def test_repeatedly_killed_run_matches_an_uninterrupted_run(config, unbroken, tmp_path):
     folder = tmp_path / "run"
     for when, (place, name, times) in DEATHS.items():
         told = json.dumps([config.to_json_best_effort(), str(folder), place, name, times])
@@ -118,7 +118,7 @@ def test_a_run_killed_again_and_again_equals_an_unbroken_one(config, unbroken, t
     assert not list((folder / "checkpoints").glob("*tmp*"))
 
 
-def test_the_command_of_a_finished_run_leaves_it_as_it_is(config, unbroken, tmp_path):
+def test_rerunning_a_finished_run_changes_nothing(config, unbroken, tmp_path):
     folder = copy(unbroken, tmp_path / "run")
     results = train.train(config, folder)
     assert results == json.loads((unbroken / "results.json").read_text())
@@ -126,7 +126,7 @@ def test_the_command_of_a_finished_run_leaves_it_as_it_is(config, unbroken, tmp_
         assert (folder / name).read_bytes() == (unbroken / name).read_bytes()
 
 
-def test_the_comparison_finds_a_difference(config, unbroken, tmp_path):
+def test_comparison_of_runs_finds_differences(config, unbroken, tmp_path):
     config.seed = 2
     train.train(config, tmp_path)
     found = "\n".join(differences(tmp_path, unbroken))
@@ -161,13 +161,13 @@ def stop_at(monkeypatch, update, *signals):
 
 
 @pytest.mark.parametrize("number, times", [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
-def test_a_signal_saves_and_the_run_can_continue(
+def test_signal_saves_a_checkpoint_and_the_run_resumes(
     config, unbroken, tmp_path, monkeypatch, number, times
 ):
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch:
         stop_at(patch, 5, *[number] * times)
-        message = f"{number.name}: stopped after update 6 of 8, which is saved; the same command"
+        message = f"{number.name}: stopped after update 6 of 8, which is saved; run the same"
         with pytest.raises(Stopped, match=message) as stopped:
             train.train(config, tmp_path)
     assert stopped.value.status == 128 + number
@@ -178,7 +178,7 @@ def test_a_signal_saves_and_the_run_can_continue(
     assert ends(tmp_path) == [6, 8]
 
 
-def test_a_second_ctrl_c_stops_at_once(config, tmp_path):
+def test_second_ctrl_c_stops_at_once(config, tmp_path):
     script = DEATH.replace("os.kill(os.getpid(), signal.SIGKILL)", "stop()").replace(
         "def deadly",
         "def stop():\n    for _ in range(2): signal.raise_signal(signal.SIGINT)\ndef deadly",
@@ -192,11 +192,11 @@ def test_a_second_ctrl_c_stops_at_once(config, tmp_path):
         text=True,
     )
     assert done.returncode == -signal.SIGINT
-    assert "Ctrl-C: stopping after this update or batch; once more to stop at once" in done.stderr
+    assert "Ctrl-C: stopping after this update or batch; press Ctrl-C again to stop" in done.stderr
     assert 6 not in checkpoints.steps_in(tmp_path / "run" / "checkpoints")  # nothing was saved
 
 
-def test_a_signal_after_the_last_update_is_not_lost(config, unbroken, tmp_path, monkeypatch):
+def test_signal_in_the_last_save_skips_final_evaluation(config, unbroken, tmp_path, monkeypatch):
     """A signal while the last checkpoint is saved prevents the final evaluation, which is long."""
     with monkeypatch.context() as patch:
         save = checkpoints.Checkpoints.save
@@ -214,7 +214,7 @@ def test_a_signal_after_the_last_update_is_not_lost(config, unbroken, tmp_path, 
     assert list(differences(tmp_path, unbroken)) == []
 
 
-def test_a_failed_save_in_the_background_is_an_error(config, tmp_path, monkeypatch):
+def test_failed_background_save_raises(config, tmp_path, monkeypatch):
     """When a run is stopped, saving continues in the background and may fail there."""
     stop_at(monkeypatch, 2, signal.SIGTERM)
     written = ocp.CheckpointManager.close
@@ -228,7 +228,7 @@ def test_a_failed_save_in_the_background_is_an_error(config, tmp_path, monkeypat
         train.train(config, tmp_path)
 
 
-def test_a_signal_in_the_last_evaluation_stops_it(config, unbroken, tmp_path, monkeypatch):
+def test_signal_during_the_final_evaluation_stops_it(config, unbroken, tmp_path, monkeypatch):
     unstopped = train.evaluate.evaluate_all
 
     def evaluate_all(*arguments):
@@ -273,14 +273,14 @@ def spoil_seal(checkpoint):
 
 
 @pytest.mark.parametrize("spoil", [spoil_truncate, spoil_bit, spoil_metrics, spoil_seal])
-def test_damage_is_found(unbroken, tmp_path, spoil):
+def test_reading_a_damaged_checkpoint_raises(unbroken, tmp_path, spoil):
     folder = copy(unbroken, tmp_path / "run") / "checkpoints"
     spoil(folder / "8")
     with pytest.raises(checkpoints.Damaged):
         checkpoints.read_checkpoint(folder, 8)
 
 
-def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_used(
+def test_damaged_checkpoint_is_renamed_and_the_previous_one_used(
     config, unbroken, tmp_path, caplog
 ):
     folder = copy(unbroken, tmp_path / "run")
@@ -293,7 +293,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_used(
     assert len(starts) == 2
 
 
-def test_errors_of_reading_are_not_damage(unbroken, tmp_path, monkeypatch):
+def test_read_errors_do_not_rename_checkpoints(unbroken, tmp_path, monkeypatch):
     """A temporary failure of a disk or network, or a signal, does not put checkpoints aside."""
     folder = copy(unbroken, tmp_path / "run") / "checkpoints"
     before = files_of(folder)
@@ -320,7 +320,7 @@ def test_errors_of_reading_are_not_damage(unbroken, tmp_path, monkeypatch):
     assert files_of(folder) == before
 
 
-def test_any_flipped_bit_is_found_or_harmless(unbroken, tmp_path):
+def test_flipped_bits_are_detected_or_harmless(unbroken, tmp_path):
     """At random places in every file of a checkpoint. Wrong values are never returned."""
     folder = copy(unbroken, tmp_path / "run") / "checkpoints"
     expected = checkpoints.read_checkpoint(folder, 8)
@@ -342,18 +342,18 @@ def test_any_flipped_bit_is_found_or_harmless(unbroken, tmp_path):
     checkpoints.read_checkpoint(folder, 8)
 
 
-def test_all_checkpoints_damaged_is_an_error(config, unbroken, tmp_path):
+def test_run_with_only_damaged_checkpoints_raises(config, unbroken, tmp_path):
     folder = copy(unbroken, tmp_path / "run")
     for step in (4, 8):
         spoil_bit(folder / "checkpoints" / str(step))
-    with pytest.raises(UserError, match=r"8 is damaged: .*, and there is no other: start the run"):
+    with pytest.raises(UserError, match=r"8 is damaged: .*, and no other is intact: start a new"):
         train.train(config, folder)
     assert checkpoints.steps_in(folder / "checkpoints") == [8, 4]  # kept for inspection
     with pytest.raises(UserError, match=r"is damaged"):
         checkpoints.read_best(folder)
 
 
-def test_reading_a_run_in_progress_is_retried(unbroken, monkeypatch):
+def test_reading_a_replaced_checkpoint_is_retried(unbroken, monkeypatch):
     """The run may replace a checkpoint with a better one just before it is read."""
     read, calls = checkpoints.read_checkpoint, []
 
@@ -372,7 +372,7 @@ def test_reading_a_run_in_progress_is_retried(unbroken, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [0, 2000])
-def test_a_full_disk_gives_one_line(config, unbroken, tmp_path, monkeypatch, size):
+def test_full_disk_gives_a_one_line_error(config, unbroken, tmp_path, monkeypatch, size):
     """At the start and from update 6 on. Earlier files stay, and the run continues from them."""
     half = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -389,13 +389,13 @@ def test_a_full_disk_gives_one_line(config, unbroken, tmp_path, monkeypatch, siz
 
 
 @pytest.mark.parametrize("name", ["[x]", "a]", "a\\b"])
-def test_paths_that_checkpoints_cannot_have(config, tmp_path, name):
+def test_invalid_checkpoint_paths_raise(config, tmp_path, name):
     with pytest.raises(UserError, match="checkpoints cannot be read from a path with"):
         train.train(config, tmp_path / name / "run")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_is_a_file(config, tmp_path):
+def test_file_as_workdir_raises(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is not a folder"):
         train.train(config, tmp_path / "file")
@@ -403,10 +403,10 @@ def test_a_folder_that_is_a_file(config, tmp_path):
         train.train(config, tmp_path / "file" / "run")
 
 
-def test_runs_do_not_lie_within_each_other(config, unbroken, tmp_path):
+def test_nested_workdirs_raise(config, unbroken, tmp_path):
     folder = copy(unbroken, tmp_path / "several" / "bn_lstm")
     for new in (folder.parent, folder / "lstm"):
-        with pytest.raises(UserError, match=f"runs cannot lie within each other.* {folder};"):
+        with pytest.raises(UserError, match=f"runs cannot be nested.* {folder};"):
             train.train(config, new)
         with pytest.raises(UserError, match=f"is not the folder of a run: choose {folder}$"):
             workdir.read_config(new)
@@ -414,7 +414,7 @@ def test_runs_do_not_lie_within_each_other(config, unbroken, tmp_path):
     assert [path.name for path in folder.parent.iterdir()] == ["bn_lstm"]
 
 
-def test_vanished_data_leave_the_run_as_it_was(config, unbroken, tmp_path):
+def test_missing_data_leaves_the_run_unchanged(config, unbroken, tmp_path):
     folder = copy(unbroken, tmp_path / "run")
     config.num_updates = 10
     (tmp_path / "data" / "prepared" / "digits").mkdir(parents=True)
@@ -424,7 +424,7 @@ def test_vanished_data_leave_the_run_as_it_was(config, unbroken, tmp_path):
     assert list(differences(folder, unbroken)) == []
 
 
-def test_two_runs_in_one_folder(config, unbroken, tmp_path):
+def test_workdir_in_use_by_another_process_raises(config, unbroken, tmp_path):
     folder = copy(unbroken, tmp_path / "run")
     before = {path: path.read_bytes() for path in files_of(folder)}
     code = (
@@ -450,7 +450,7 @@ def test_two_runs_in_one_folder(config, unbroken, tmp_path):
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
-def test_a_non_finite_update_is_not_applied(config, tmp_path, monkeypatch, at_once):
+def test_non_finite_update_is_not_applied(config, tmp_path, monkeypatch, at_once):
     """The gradient becomes infinite in update 6, with a finite loss."""
     config.updates_per_call, config.log_every = at_once, 8
     sound = train.make_optimizer

@@ -29,7 +29,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("kind", ["lstm", "bn_lstm"])
-def test_files_of_a_run(small_config, tmp_path, kind):
+def test_training_writes_the_files_of_a_run(small_config, tmp_path, kind):
     small_config.model.kind = kind
     results = train.train(small_config, tmp_path)
     rows = metrics.read_metrics(tmp_path)
@@ -50,7 +50,7 @@ def test_files_of_a_run(small_config, tmp_path, kind):
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
-def test_several_updates_in_one_call(small_config, tmp_path, monkeypatch):
+def test_several_updates_per_call_match_single_updates(small_config, tmp_path, monkeypatch):
     # The options that users have. With those of scripts/test the two programs round differently.
     options = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
     monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
@@ -78,7 +78,7 @@ def test_several_updates_in_one_call(small_config, tmp_path, monkeypatch):
             np.testing.assert_allclose(a["gradient_norm"], b["gradient_norm"], rtol=1e-3)
 
 
-def test_the_gradient_norm_is_that_before_clipping(small_config):
+def test_gradient_norm_is_measured_before_clipping(small_config):
     small_config.optimizer.clip_norm = 1e-3
     task = tasks.load(small_config)
     state = train.create_state(task, small_config)
@@ -104,7 +104,7 @@ def test_the_gradient_norm_is_that_before_clipping(small_config):
     assert count == 1
 
 
-def test_a_finished_run_is_not_trained_again(small_config, tmp_path, monkeypatch):
+def test_finished_run_is_not_trained_again(small_config, tmp_path, monkeypatch):
     results = train.train(small_config, tmp_path)
     before = contents(tmp_path / "checkpoints")
     monkeypatch.setattr(train.evaluate, "evaluate_all", None)  # nor evaluated
@@ -112,7 +112,7 @@ def test_a_finished_run_is_not_trained_again(small_config, tmp_path, monkeypatch
     assert contents(tmp_path / "checkpoints") == before
 
 
-def test_a_finished_run_can_go_further(small_config, tmp_path, monkeypatch):
+def test_finished_run_can_be_extended(small_config, tmp_path, monkeypatch):
     train.train(small_config, tmp_path)
     seen = []
     batch = sequential_images.Task.train_batch
@@ -129,7 +129,7 @@ def test_a_finished_run_can_go_further(small_config, tmp_path, monkeypatch):
     assert len(run["starts"]) == 2
 
 
-def test_results_of_an_earlier_update_are_not_final(small_config, tmp_path, monkeypatch):
+def test_results_of_an_earlier_update_are_evaluated_again(small_config, tmp_path, monkeypatch):
     small_config.num_updates = 4
     train.train(small_config, tmp_path)
     small_config.num_updates = 8
@@ -140,22 +140,22 @@ def test_results_of_an_earlier_update_are_not_final(small_config, tmp_path, monk
     assert train.train(small_config, tmp_path)["updates"] == 8
 
 
-def test_evaluate_gives_what_training_gave(small_config, tmp_path):
+def test_evaluation_reproduces_the_training_results(small_config, tmp_path):
     assert train.train(small_config, tmp_path) == train.evaluate_run(small_config, tmp_path)
 
 
-def test_runs_from_before_a_field_was_added_continue(small_config, tmp_path):
+def test_missing_fields_of_a_saved_config_get_defaults(small_config, tmp_path):
     saved = json.loads(small_config.to_json_best_effort())
     del saved["wandb"]
     (tmp_path / "config.json").write_text(json.dumps(saved))
     assert workdir.read_config(tmp_path).to_dict() == small_config.to_dict()
 
 
-def test_the_workdir_of_another_config_is_not_changed(small_config, tmp_path):
+def test_workdir_of_another_config_raises_and_stays_unchanged(small_config, tmp_path):
     train.train(small_config, tmp_path)
     before = contents(tmp_path)
     small_config.optimizer.learning_rate = 0.1
-    message = r"another config: there config\.optimizer\.learning_rate is 0\.001, here it is 0\.1"
+    message = r"another config: config\.optimizer\.learning_rate is 0\.001 in that run, 0\.1 now"
     for run in (train.train, train.evaluate_run):
         with pytest.raises(UserError, match=message):
             run(small_config, tmp_path)
@@ -170,7 +170,7 @@ def test_the_workdir_of_another_config_is_not_changed(small_config, tmp_path):
         ("data_dir", "{tmp}/prepared_by_nobody", r"damaged|missing"),
     ],
 )
-def test_bad_input_leaves_no_workdir(small_config, tmp_path, field, value, message):
+def test_invalid_input_creates_no_workdir(small_config, tmp_path, field, value, message):
     if field == "data_dir":
         value = value.format(tmp=tmp_path)
         (tmp_path / "prepared_by_nobody/prepared/digits").mkdir(parents=True)
@@ -199,7 +199,7 @@ def test_evaluating_a_missing_run_raises(small_config, tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(small_config, tmp_path):
+def test_non_finite_loss_stops_the_run(small_config, tmp_path):
     small_config.model.kind = "lstm"
     small_config.optimizer.learning_rate = 1e38
     small_config.checkpoint_every = 1
@@ -210,7 +210,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(small_config, tmp_path):
     assert int(kept.step) == 1
 
 
-def test_bn_lstm_learns_the_digits_where_lstm_lags(small_config, tmp_path):
+def test_bn_lstm_learns_digits_faster_than_lstm(small_config, tmp_path):
     """The paper's claim in ten seconds: with as many updates, BN-LSTM makes far fewer errors."""
     small_config.batch_size = 64
     small_config.num_updates = 150

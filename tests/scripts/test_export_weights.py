@@ -21,7 +21,7 @@ def export(call_main):
     )
 
 
-def test_a_model_with_exported_weights_repeats_the_results(digits_run, export, tmp_path):
+def test_exported_weights_reproduce_the_results(digits_run, export, tmp_path):
     folder, config, results = digits_run
     output = export(folder, tmp_path / "new" / "weights.npz")
     assert "population statistics, re-estimated" in output
@@ -41,19 +41,19 @@ def test_a_model_with_exported_weights_repeats_the_results(digits_run, export, t
     assert np.mean(losses) == pytest.approx(row["loss"], rel=1e-5)
 
 
-def test_an_unfinished_run_has_running_averages(finished, export, tmp_path):
+def test_unfinished_run_exports_running_averages(finished, export, tmp_path):
     (finished / "population_statistics.npz").unlink()
     output = export(finished, tmp_path / "weights.npz")
     assert "update 3, population statistics, running average" in output
 
 
-def test_a_file_of_another_kind_is_refused(finished, export, tmp_path):
+def test_output_without_npz_suffix_raises(finished, export, tmp_path):
     with pytest.raises(UserError, match=r"--output=.*weights\.bin must end with \.npz"):
         export(finished, tmp_path / "weights.bin")
     assert [path.name for path in tmp_path.iterdir()] == [finished.name]
 
 
-def test_a_folder_without_a_run_leaves_no_file(export, tmp_path):
+def test_folder_without_a_run_raises_and_writes_no_file(export, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty"):
         export(tmp_path / "empty", tmp_path / "weights.npz")

@@ -107,7 +107,7 @@ def expected(run, split, example):
 
 
 @pytest.mark.parametrize("split, example", [("valid", 1), ("test", 0)])
-def test_an_inspection_is_what_the_model_does(folder, split, example):
+def test_inspection_matches_the_model_outputs(folder, split, example):
     run = runs.load(folder)
     found = inspect_reader.inspect(run.task, run.variables, split, example, {})
     passage, asked, answer = words_of(run.task, split, example)
@@ -136,7 +136,7 @@ def test_an_inspection_is_what_the_model_does(folder, split, example):
     assert [bar.marks for bar in found.entities] == [[RIGHT] * (word == answer) for word in most]
 
 
-def test_right_answers_are_told_from_wrong_ones(folder):
+def test_verdict_distinguishes_right_and_wrong_answers(folder):
     """On training questions, of which the model answers some right and some wrong."""
     run = runs.load(folder)
     right = []
@@ -148,18 +148,18 @@ def test_right_answers_are_told_from_wrong_ones(folder):
         verdict = f"Right: the answer is {answer} x"
         if p.argmax() != target:
             rank = 1 + np.sum(p > p[target])
-            verdict = f"Wrong: the answer is {answer} x, at place {rank} with probability "
+            verdict = f"Wrong: the answer is {answer} x, at rank {rank} with probability "
         assert found.verdict.startswith(verdict)
         assert found.right == (p.argmax() == target)
         right.append(found.right)
     assert 0 < sum(right) < len(right)  # both verdicts were tested
 
 
-def test_answers_that_the_model_cannot_give(folder):
+def test_verdict_explains_impossible_answers(folder):
     run = runs.load(folder)
     found = inspect_reader.inspect(run.task, run.variables, "test", 2, {})
     assert not found.right
-    assert found.verdict == f"Wrong: the answer is {RARE}, a word that the model does not know"
+    assert found.verdict == f"Wrong: the answer is {RARE}, a word outside the model's vocabulary"
 
     part = run.task.splits["valid"]
     answers = np.full_like(part.answers, run.task.questions.words.index("?"))
@@ -168,7 +168,7 @@ def test_answers_that_the_model_cannot_give(folder):
     assert found.verdict.endswith("; the answer is not in the passage that the model reads")
 
 
-def test_the_page_shows_an_inspection():
+def test_page_shows_an_inspection():
     found = Inspection(
         passage=[Word("@entity1", "@entity1"), Word("met", "met"), Word("1921", "<num>")],
         question=[Word(PLACEHOLDER, PLACEHOLDER), Word("met", "met"), Word("@entity1", "@entity1")],
@@ -192,7 +192,7 @@ def test_the_page_shows_an_inspection():
     assert not re.search(r"src=|href=|url\(|@import|https?:|<script", page)
 
 
-def test_the_command_writes_page_and_summary(copy, call):
+def test_command_writes_page_and_summary(copy, call):
     page, printed = call(copy, 1)
     where = "bAbI task 1, valid, example 1: valid & 2"  # 1 is left out
     how = "BN-LSTM, update 20, population statistics, re-estimated"
@@ -212,7 +212,7 @@ def change(path, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def test_data_that_lie_elsewhere_now(copy, call, tmp_path):
+def test_data_dir_flag_overrides_the_config(copy, call, tmp_path):
     page, _ = call(copy)
     data_dir = json.loads((copy / "config.json").read_text())["data_dir"]
     change(copy / "config.json", data_dir=str(tmp_path / "nowhere"))
@@ -221,8 +221,8 @@ def test_data_that_lie_elsewhere_now(copy, call, tmp_path):
     assert call(copy, data_dir=data_dir)[0] == page
 
 
-def test_runs_and_questions_that_will_not_do(copy, call):
-    with pytest.raises(UserError, match=r"--example=3: .* 3 valid questions, from 0 to 2"):
+def test_invalid_examples_and_other_tasks_raise(copy, call):
+    with pytest.raises(UserError, match=r"--example=3: it must be from 0 to 2, .* valid questions"):
         call(copy, 3)
     change(copy / "config.json", task="char_lm")
     with pytest.raises(UserError, match=r"--workdir=.* question_answering"):
@@ -230,12 +230,12 @@ def test_runs_and_questions_that_will_not_do(copy, call):
 
 
 @pytest.mark.parametrize("name", ["no/page.html", "."])
-def test_a_page_that_cannot_be_written(folder, call, tmp_path, name):
+def test_unwritable_page_raises(folder, call, tmp_path, name):
     with pytest.raises(UserError, match=r"--output=.* cannot be written"):
         call(folder, output=str(tmp_path / name))
 
 
-def test_texts_contrast_with_what_is_behind_them():
+def test_text_colors_have_sufficient_contrast():
     """A contrast of at least 4.5, as WCAG requires, at any attention."""
     style = "".join(
         (pages.TEMPLATES / name).read_text() for name in ("page.html", "attention.html")

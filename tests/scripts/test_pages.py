@@ -50,7 +50,7 @@ def check(browser, file, width, pictures):
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_report(browser, width, call_main, tmp_path, monkeypatch):
+def test_report_renders_in_a_browser(browser, width, call_main, tmp_path, monkeypatch):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")  # nothing is downloaded
     folder, points = tmp_path / ODD, {500: {"accuracy": 0.5}}
     start = {"command": TEXT, "commit": "<b>", "machine": TEXT, "devices": [TEXT]}
@@ -63,7 +63,7 @@ def test_the_report(browser, width, call_main, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_a_readers_page(browser, width, tmp_path):
+def test_reader_page_renders_in_a_browser(browser, width, tmp_path):
     page = tmp_path / f"{ODD}.html"
     page.write_text(page_of(TEXT), encoding="utf-8")
     assert TEXT in check(browser, page, width, pictures=0)

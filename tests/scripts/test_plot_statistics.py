@@ -50,7 +50,7 @@ def panels(figure):
     return dict(zip(names, map(lines, figure.axes), strict=True))
 
 
-def test_what_is_drawn_are_the_statistics():
+def test_figure_shows_the_statistics_of_random_units():
     rng = np.random.default_rng(0)
     sizes = {"recurrent": 12, "cell": 3}
     statistics = {
@@ -71,7 +71,7 @@ def test_what_is_drawn_are_the_statistics():
     np.testing.assert_array_equal(again["recurrent_mean"], shown["recurrent_mean"])
 
 
-def test_the_picture_of_a_run(finished, draw, tmp_path):
+def test_command_draws_population_statistics_or_running_averages(finished, draw, tmp_path):
     figure, output = draw(finished)
     picture = finished / "population_statistics.png"
     assert output == f"Population statistics, re-estimated, of update 3: {picture}\n"
@@ -96,7 +96,7 @@ def test_the_picture_of_a_run(finished, draw, tmp_path):
         assert set(values[-1]) <= set(np.asarray(variables["batch_stats"]["layer"][name])[3])
 
 
-def test_names_with_dollar_signs_are_no_formulas(finished, draw, tmp_path):
+def test_dollar_signs_in_names_are_not_rendered_as_math(finished, draw, tmp_path):
     record = files.read_json(finished / "run.json") | {"dataset": r"$\no formula$"}
     files.write_json(finished / "run.json", record)
     figure, output = draw(finished.rename(tmp_path / ODD))
@@ -104,7 +104,7 @@ def test_names_with_dollar_signs_are_no_formulas(finished, draw, tmp_path):
     assert output.endswith(f"{tmp_path / ODD}/population_statistics.png\n")
 
 
-def test_statistics_that_time_steps_share_are_not_drawn():
+def test_shared_statistics_are_not_drawn():
     assert find_statistics({"layer": {"recurrent_mean": np.ones(4)}}) == {}
 
 
@@ -119,26 +119,26 @@ def test_layers_are_found_by_their_statistics():
     assert [lines(axes).shape for axes in figure.axes] == [(3, 2), (3, 2)]
 
 
-def test_a_model_without_statistics(runs, draw, tmp_path):
+def test_model_without_statistics_raises(runs, draw, tmp_path):
     with pytest.raises(UserError, match="has no statistics by time step to draw: its model, LSTM"):
         draw(runs / "lstm", output=str(tmp_path / "picture.png"))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture_of_an_unknown_format(runs, draw, tmp_path):
+def test_unsupported_picture_format_raises(runs, draw, tmp_path):
     with pytest.raises(UserError, match=r"picture\.doc cannot be written: .*not supported"):
         draw(runs / "bn_lstm", output=str(tmp_path / "picture.doc"))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_does_not_exist(runs, draw, tmp_path):
+def test_missing_output_folder_raises(runs, draw, tmp_path):
     picture = tmp_path / "none" / "picture.png"
     with pytest.raises(FileNotFoundError) as caught:  # `cli.run` makes it one line
         draw(runs / "bn_lstm", output=str(picture))
     assert caught.value.filename == str(picture)
 
 
-def test_without_matplotlib(finished, draw, monkeypatch):
+def test_missing_matplotlib_raises(finished, draw, monkeypatch):
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match="matplotlib is not installed: pip install matplotlib"):

@@ -49,7 +49,7 @@ class Links(HTMLParser):
         assert tag not in ("script", "link", "iframe")
 
 
-def test_the_page_needs_no_other_file(page):
+def test_page_is_self_contained(page):
     found = Links(page[0]).found
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in found)
     assert "&lt;script&gt;" in page[0]
@@ -69,12 +69,12 @@ def test_runs_and_missing_runs_are_listed(page):
     assert "| pmnist/lstm | 1 | 500 of 100,000 | -, not finished |" in flat
     assert "Not drawn: no run here has the data that it needs yet" in flat
     # At 3,900 seconds for 1,000 updates.
-    assert "pmnist BN-LSTM: 1,000 of 100,000 updates, 107:15 h more at its pace." in flat
+    assert "pmnist BN-LSTM: 1,000 of 100,000 updates, 107:15 h left at its pace." in flat
     assert "text8 LSTM: not run; text8 BN-LSTM: not run" in flat
     assert "`python -m scripts.reproduce table_text8 --budget=full`" in flat
 
 
-def test_odd_names_read_as_they_are(page):
+def test_special_characters_are_escaped(page):
     """The name of a machine in tables, and that of the data folder in a sentence."""
     rendered = Outline(MarkdownIt("commonmark", {"html": False}).enable("table").render(page[1]))
     for shown in (Outline(page[0]), rendered):
@@ -90,7 +90,7 @@ class Refused(item.Item):
 
 
 @pytest.mark.parametrize("output", ["report.md", ".", "missing/report.html"])
-def test_pages_that_cannot_be_written_are_refused(call_main, tmp_path, output):
+def test_invalid_outputs_raise_and_write_nothing(call_main, tmp_path, output):
     write_run(tmp_path / "runs", Experiment("pmnist", "lstm"), 1, {500: {"accuracy": 0.3}})
     output = tmp_path / output
     given = {"runs": str(tmp_path / "runs"), "output": str(output), "data_dir": str(tmp_path)}
@@ -100,17 +100,17 @@ def test_pages_that_cannot_be_written_are_refused(call_main, tmp_path, output):
 
 
 @pytest.mark.parametrize("is_there", [True, False])
-def test_without_data_the_committed_picture_is_shown(tmp_path, monkeypatch, is_there):
+def test_committed_picture_is_shown_without_data(tmp_path, monkeypatch, is_there):
     monkeypatch.setattr(report, "COMMITTED", tmp_path)
     if is_there:
         (tmp_path / "name.png").write_bytes(PNG)
     section = report.make_section("name", Refused("Title"), {}, "data")
-    assert section.notes == ["Not drawn anew: no data."]
+    assert section.notes == ["Not redrawn: no data."]
     page = report.pages.render("report.html", sections=[section])
     assert ('<img width="192" alt="Title" src="data:image/png;base64,' in page) == is_there
 
 
-def test_the_summary_goes_into_the_readme(tmp_path):
+def test_summary_is_inserted_into_the_readme(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     report.into_readme(readme, "| new |")
@@ -120,7 +120,7 @@ def test_the_summary_goes_into_the_readme(tmp_path):
         report.into_readme(readme, "| new |")
 
 
-def test_the_summary_has_the_final_results(tmp_path):
+def test_summary_has_the_final_results(tmp_path):
     points = {500: {"accuracy": 0.6}, 1000: {"accuracy": 0.65}}
     write_run(tmp_path, Experiment("pmnist", "bn_lstm"), 1, points, {"accuracy": 0.7})
     table = re.sub(r" +", " ", report.summary(item.find(ITEMS.values(), tmp_path)))

@@ -27,7 +27,7 @@ def call(call_main, tmp_path):
     return lambda *arguments, **others: call_main(reproduce, *arguments, **given | others).out
 
 
-def test_commands_make_the_runs_and_go_on(call, tmp_path):
+def test_dry_run_prints_commands_of_missing_runs(call, tmp_path):
     printed = call("table_mnist", seeds=2, dry_run=True)
     lines = [line for line in printed.splitlines() if line and line[0] != "#"]
     assert len(lines) == 8 and len(set(lines)) == 8
@@ -45,7 +45,7 @@ def test_commands_make_the_runs_and_go_on(call, tmp_path):
         assert printed.count("experiments.main") == number
 
 
-def test_runs_are_launched_as_those_of_a_sweep(call, tmp_path, monkeypatch, capsys):
+def test_runs_are_launched_as_sweep_points(call, tmp_path, monkeypatch, capsys):
     folder, finished = tmp_path / ODD, tmp_path / "finished"
     for config in ("mnist", "pmnist"):
         experiment = Experiment(config, "bn_lstm")
@@ -67,14 +67,14 @@ def test_runs_are_launched_as_those_of_a_sweep(call, tmp_path, monkeypatch, caps
     assert table in said.out and re.sub(" +", " ", table).count("| 0.7000 | 500 of 100,000 |") == 2
 
 
-def test_an_output_that_cannot_be_written_ends_before_runs_start(call, tmp_path):
+def test_unwritable_output_raises_before_runs_start(call, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         call("table_mnist", output=str(tmp_path / "file"))
     assert not (tmp_path / ODD).exists()
 
 
-def test_table_and_figure_of_runs_that_exist_are_written(call, tmp_path):
+def test_table_and_figure_of_existing_runs_are_written(call, tmp_path):
     points = {500: {"accuracy": 0.55}, 1000: {"accuracy": 0.65}}
     write_run(tmp_path / ODD, Experiment("pmnist", "bn_lstm"), 1, points)
     printed = call("figure_pmnist", budget="none", output=str(tmp_path / "new"))
@@ -84,7 +84,7 @@ def test_table_and_figure_of_runs_that_exist_are_written(call, tmp_path):
     assert "| BN-LSTM | valid | 1,000   | 0.6560 | 0.6500 | 1     |" in text
 
 
-def test_names_are_listed_and_looked_for(call):
+def test_item_names_are_listed_and_typos_get_suggestions(call):
     assert [line.split()[0] for line in call().splitlines()] == list(ITEMS)
     with pytest.raises(UserError, match="figure_pmnist"):
         call("figure_pmnst")

@@ -65,7 +65,7 @@ def logits_of(run, text, length=0):
 
 
 @pytest.mark.parametrize("kind", ["lstm", "bn_lstm"])
-def test_at_temperature_0_each_character_is_the_likeliest(runs, kind):
+def test_temperature_0_picks_the_most_likely_character(runs, kind):
     run = opened(runs / kind)
     text = prompt = "fab "
     for _ in range(30):  # beyond the 9 time steps with statistics
@@ -77,7 +77,7 @@ def test_at_temperature_0_each_character_is_the_likeliest(runs, kind):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_draws_follow_the_logits(temperature):
+def test_draw_frequencies_match_the_logits(temperature):
     """Each frequency in 20,000 draws is within 5 standard deviations of the probability."""
     logits = np.array([0.0, 1.0, -2.0, 6.0, 2.5], np.float32)
     excluded = np.array([False, False, False, True, False])
@@ -89,7 +89,7 @@ def test_draws_follow_the_logits(temperature):
     assert np.all(np.abs(frequency - p) <= 5 * np.sqrt(p * (1 - p) / len(keys)))
 
 
-def test_a_long_text_is_one_of_the_model(runs):
+def test_long_samples_follow_the_model_distribution(runs):
     """Draws 3,000 characters, with statistics for 9 time steps.
 
     Given the text so far, the surprisal of a character minus its entropy has mean 0. The sum over
@@ -111,7 +111,7 @@ def test_a_long_text_is_one_of_the_model(runs):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 50.0, 1e30])
-def test_the_symbol_of_unknown_characters_is_not_drawn(runs, temperature):
+def test_unknown_symbol_is_never_drawn(runs, temperature):
     run = opened(runs / "bn_lstm")
     bias = jnp.asarray(run[1]["params"]["readout"]["bias"])
     run[1]["params"]["readout"]["bias"] = bias.at[run[2].index(UNKNOWN)].add(100.0)
@@ -119,7 +119,7 @@ def test_the_symbol_of_unknown_characters_is_not_drawn(runs, temperature):
     assert UNKNOWN not in drawn(run, "a", 300, temperature)
 
 
-def test_the_command_needs_the_folder_alone(finished, write):
+def test_command_is_reproducible_and_changes_no_files(finished, write):
     before = sorted(finished.rglob("*"))
     first = write(finished, prompt="dab")
     assert first.out.startswith("dab") and first.out.endswith("\n") and len(first.out) == 24
@@ -130,7 +130,7 @@ def test_the_command_needs_the_folder_alone(finished, write):
     assert sorted(finished.rglob("*")) == before
 
 
-def test_statistics_are_the_re_estimated_ones_if_there_are_any(finished, write):
+def test_population_statistics_are_preferred_to_running_averages(finished, write):
     update, variables, which = read_best(finished)
     with np.load(finished / "population_statistics.npz") as file:
         for name, value in variables["batch_stats"]["layer"].items():
@@ -144,8 +144,8 @@ def test_statistics_are_the_re_estimated_ones_if_there_are_any(finished, write):
         running["batch_stats"]["layer"]["cell_mean"], variables["batch_stats"]["layer"]["cell_mean"]
     )
     assert write(finished).err == (
-        "no re-estimated population statistics of update 3 yet: using the running average; to have "
-        f"them: python -m experiments.main --mode=evaluate --workdir={finished}\n"
+        "no re-estimated population statistics of update 3 yet: using running averages; to "
+        f"re-estimate: python -m experiments.main --mode=evaluate --workdir={finished}\n"
     )
 
 
@@ -153,9 +153,9 @@ def change(path, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def test_a_run_of_another_task(finished, write):
+def test_run_of_another_task_raises(finished, write):
     change(finished / "config.json", task="sequential_images")
-    with pytest.raises(UserError, match=r"a run of the task sequential_images: only .* char_lm"):
+    with pytest.raises(UserError, match=r"of the task sequential_images: it must be .* char_lm"):
         write(finished)
 
 
@@ -163,30 +163,30 @@ def test_a_run_of_another_task(finished, write):
     "prompt, message",
     [
         ("", "--prompt is empty"),
-        ("aZa?Z", r"--prompt has 'Z\?', not .* training text: there are '\\n Tabcdefg'"),
-        ("FAB", "--prompt has 'FAB', not .*: did you mean 'fab'"),
+        ("aZa?Z", r"--prompt has 'Z\?', which the training text lacks: use only '\\n Tabcdefg'"),
+        ("FAB", "--prompt has 'FAB', which .*: did you mean 'fab'"),
         (UNKNOWN, f"--prompt has '{UNKNOWN}'"),
     ],
 )
-def test_a_prompt_that_will_not_do(finished, write, prompt, message):
+def test_invalid_prompts_raise(finished, write, prompt, message):
     shutil.rmtree(finished / "checkpoints")  # the prompt is checked before they are read
     with pytest.raises(UserError, match=message):
         write(finished, prompt=prompt)
 
 
-def test_the_prompt_by_default():
+def test_default_prompt_depends_on_the_vocabulary():
     assert sample.check_prompt(None, "ab \n") == "\n"
     assert sample.check_prompt(None, "ab ") == " "
     assert sample.check_prompt(None, UNKNOWN + "ab") == "a"
 
 
 @pytest.mark.parametrize("temperature", [math.nan, -0.5, math.inf])
-def test_temperatures_that_cannot_be_are_refused(write, temperature):
+def test_invalid_temperatures_raise(write, temperature):
     with pytest.raises(UserError, match="--temperature"):
         write("missing", temperature=temperature)
 
 
-def test_a_reader_that_leaves_ends_it_quietly(runs):
+def test_closed_pipe_ends_the_command_silently(runs):
     command = [*COMMAND, f"--workdir={runs / 'lstm'}", "--prompt=dab", "--length=1000000"]
     pipe = subprocess.PIPE
     buffered = {k: v for k, v in ENVIRONMENT.items() if k != "PYTHONUNBUFFERED"}  # the default

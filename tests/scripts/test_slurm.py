@@ -54,7 +54,7 @@ def call(monkeypatch, capsys):
     return call
 
 
-def test_a_dry_run_prints_what_is_submitted(call, tmp_path, monkeypatch):
+def test_dry_run_prints_the_submitted_script(call, tmp_path, monkeypatch):
     folder = tmp_path / ODD
     run = ["--config=configs/ptb.py", f"--workdir={folder}", "--config.eval_lengths=50,100"]
     script, command = call(*JOB, *run, "--dry_run").split("\n# which runs in each process\n")
@@ -99,7 +99,7 @@ def test_a_dry_run_prints_what_is_submitted(call, tmp_path, monkeypatch):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes_are_found_before_anything_is_submitted(call, monkeypatch, arguments, named):
+def test_invalid_arguments_raise_before_submission(call, monkeypatch, arguments, named):
     monkeypatch.setenv("PATH", "")
     with pytest.raises((UserError, flags.Error)) as caught:
         call(*arguments)

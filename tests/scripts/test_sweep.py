@@ -62,7 +62,7 @@ def start(tmp_path):
             process.terminate()
 
 
-def test_a_sweep_stops_and_goes_on(start, tmp_path):
+def test_sweep_resumes_after_ctrl_c(start, tmp_path):
     folder = tmp_path / "sweep"
     datasets.load("digits", str(tmp_path / "data"))
     first = start("--config.num_updates=1000000")
@@ -91,7 +91,7 @@ def test_a_sweep_stops_and_goes_on(start, tmp_path):
     assert rows[0]["validation"] == str(results["rows"][0]["accuracy"])
 
 
-def test_a_dry_run_for_slurm_prints_commands_and_scripts(start, tmp_path):
+def test_dry_run_for_slurm_prints_commands_and_scripts(start, tmp_path):
     process = start("--dry_run", "--launcher=slurm", "--time=1:00:00", "--account=vision")
     output, errors = process.communicate()
     assert (process.returncode, errors) == (0, "")
@@ -117,7 +117,7 @@ def test_a_dry_run_for_slurm_prints_commands_and_scripts(start, tmp_path):
     "argument, named",
     [("--config.seed=3", "--config.seed"), ("--launcher=slurm", "--time"), ("--mode=x", "'mode'")],
 )
-def test_mistakes_are_one_line_and_leave_nothing(start, tmp_path, argument, named):
+def test_invalid_arguments_give_one_line_and_no_workdir(start, tmp_path, argument, named):
     process = start(argument)
     output, errors = process.communicate()
     assert (process.returncode, output) == (2, "")

@@ -26,7 +26,7 @@ def validate(folder, *arguments):
 # ---- The real steps.
 
 
-def test_a_step_runs_in_a_process_of_its_own(tmp_path):
+def test_single_step_writes_its_file_and_the_report(tmp_path):
     folder = tmp_path / "new" / "folder"
     done = validate(folder, "--small", "--device=cpu", "--only=rates")
     assert (done.returncode, done.stderr) == (0, "")
@@ -56,7 +56,7 @@ def test_steps_write_their_findings(monkeypatch, tmp_path):
 
 
 @pytest.mark.long
-def test_a_rehearsal_runs_every_step(tmp_path):
+def test_small_validation_runs_every_step(tmp_path):
     done = validate(tmp_path, "--small", "--minutes=60", f"--data_dir={tmp_path}/data")
     assert (done.returncode, done.stderr) == (0, "")
     names = {f"{step}.json" for step in verdict.SHARES}
@@ -70,7 +70,7 @@ def test_a_rehearsal_runs_every_step(tmp_path):
 
 
 @pytest.mark.long
-def test_a_whole_validation_of_a_cpu(tmp_path, data_dir):
+def test_full_validation_passes_on_a_cpu(tmp_path, data_dir):
     """The benchmark may run out of time: text8 is large. Training uses all of its time."""
     done = validate(tmp_path, "--minutes=60", "--only=rates,check")
     assert (done.returncode, done.stderr) == (0, "")
@@ -123,7 +123,7 @@ def writing(folder, step, record):
     return f"open({str(folder / step)!r} + '.json', 'w').write({json.dumps(record)!r})"
 
 
-def test_a_step_that_fails_or_crashes_does_not_end_the_others(monkeypatch, tmp_path):
+def test_failed_or_crashed_step_does_not_stop_the_others(monkeypatch, tmp_path):
     steps = {
         "rates": "raise SystemExit(1)",
         "check": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
@@ -137,11 +137,11 @@ def test_a_step_that_fails_or_crashes_does_not_end_the_others(monkeypatch, tmp_p
     }
 
 
-def test_a_users_mistake_ends_all(monkeypatch, tmp_path):
+def test_user_error_in_a_step_stops_all_steps(monkeypatch, tmp_path):
     assert call(monkeypatch, tmp_path, {"rates": "raise SystemExit(2)", "check": "1 / 0"}) == 2
 
 
-def test_a_step_that_hangs_is_ended_and_its_results_count(monkeypatch, tmp_path):
+def test_hanging_step_is_killed_and_its_results_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(validate_device, "SECONDS_TO_END", 0.5)
     write = writing(tmp_path, "rates", {**RECORD, "rates": {}})
     hang = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
@@ -153,21 +153,21 @@ def test_a_step_that_hangs_is_ended_and_its_results_count(monkeypatch, tmp_path)
     assert "## Rates" in (tmp_path / "report.md").read_text()
 
 
-def test_results_of_an_earlier_call_are_kept_for_steps_that_are_not_run(monkeypatch, tmp_path):
+def test_results_of_unselected_steps_are_kept(monkeypatch, tmp_path):
     for step in ("rates", "check"):
         files.write_json(tmp_path / f"{step}.json", {**RECORD, "rates": {}, "results": []})
     assert call(monkeypatch, tmp_path, {"check": "pass"}) == 0
     assert [path.name for path in tmp_path.glob("*.json")] == ["rates.json"]
 
 
-def test_a_report_that_cannot_be_made_does_not_end_the_steps(monkeypatch, tmp_path):
+def test_report_failure_does_not_stop_the_steps(monkeypatch, tmp_path):
     """The file of the step rates lacks a field."""
     steps = {"rates": writing(tmp_path, "rates", RECORD), "check": "pass"}
     assert call(monkeypatch, tmp_path, steps) == 0
     assert "The report cannot be made" in (tmp_path / "report.md").read_text()
 
 
-def test_mistakes_are_found_before_anything_runs(monkeypatch, tmp_path):
+def test_invalid_arguments_raise_before_any_step_runs(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"--only.* did you mean check"):
         call(monkeypatch, tmp_path, {}, only=["chek"])
     with pytest.raises(UserError, match=r"--cases.* did you mean masks"):
@@ -177,7 +177,7 @@ def test_mistakes_are_found_before_anything_runs(monkeypatch, tmp_path):
         call(monkeypatch, tmp_path / "file", {"check": "1 / 0"})
 
 
-def test_missing_data_are_reported_before_anything_runs(monkeypatch, tmp_path):
+def test_missing_data_raises_before_any_step_runs(monkeypatch, tmp_path):
     def download(*_):
         raise UserError("MNIST cannot be downloaded")
 

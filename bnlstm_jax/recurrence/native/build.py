@@ -63,7 +63,9 @@ def cache_folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
-        logging.getLogger(__name__).warning("compiled libraries are not kept: %s", error)
+        logging.getLogger(__name__).warning(
+            "compiled libraries are not cached: %s; set XDG_CACHE_HOME to a writable folder", error
+        )
         return Path(_temporary_folder().name)
     return folder
 
@@ -125,8 +127,8 @@ def cpp_compiler() -> list[str]:
     found = shutil.which("g++") or shutil.which("clang++")
     if found is None:
         raise RuntimeError(
-            "implementations 'cpu' and 'gpu' are compiled at first use, and there is no C++ "
-            "compiler; install g++, or write implementation='xla'"
+            "implementations 'cpu' and 'gpu' need a C++ compiler, and neither g++ nor clang++ is "
+            "on the PATH; install g++, or use implementation='xla'"
         )
     return [found]
 
@@ -169,9 +171,9 @@ def find_nvcc() -> str:
         if place.exists():
             return str(place)
     raise RuntimeError(
-        "implementation 'gpu' is compiled at first use, and CUDA's nvcc is neither in CUDA_HOME "
-        "nor on the PATH nor among Python's packages; install the CUDA toolkit, or the package "
-        "nvidia-cuda-nvcc, or write implementation='xla'"
+        "implementation 'gpu' needs CUDA's nvcc, which is neither in CUDA_HOME nor on the PATH nor "
+        "in Python's packages; install the CUDA toolkit or the package nvidia-cuda-nvcc, or use "
+        "implementation='xla'"
     )
 
 

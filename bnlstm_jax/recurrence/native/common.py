@@ -47,7 +47,7 @@ def _load(source: Path, platform: str, symbol: str, target: str) -> ctypes.CDLL 
         hint = ""
         if platform == "cpu":
             hint = (
-                "; where Python has an older libstdc++ than the compiler, set "
+                "; if Python's libstdc++ is older than the compiler's, set "
                 "CXX='g++ -static-libstdc++ -static-libgcc'"
             )
         return RuntimeError(f"{source.name} was compiled but cannot be loaded: {error}{hint}")

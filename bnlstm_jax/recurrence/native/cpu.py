@@ -86,7 +86,7 @@ def why_unsupported(problem: Problem) -> str | None:
     dtypes = {operands, kernel.dtype, problem.carry[0].dtype}
     if dtypes != {jnp.dtype(jnp.float32)}:
         return (
-            f"computes in float32, and param_dtype is {kernel.dtype}, dtype {operands}, the state "
+            f"supports only float32, got param_dtype {kernel.dtype}, dtype {operands}, state "
             f"{problem.carry[0].dtype}"
         )
     load()

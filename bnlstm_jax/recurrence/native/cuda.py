@@ -68,13 +68,13 @@ def why_unsupported(problem: Problem) -> str | None:
     dtypes = {kernel.dtype, problem.carry[0].dtype}
     if operands not in (jnp.float32, jnp.bfloat16) or dtypes != {jnp.dtype(jnp.float32)}:
         return (
-            "computes in float32, with products of float32 or bfloat16, and param_dtype is "
-            f"{kernel.dtype}, dtype {operands}, the state {problem.carry[0].dtype}"
+            "supports only param_dtype and state float32, and dtype float32 or bfloat16, got "
+            f"param_dtype {kernel.dtype}, dtype {operands}, state {problem.carry[0].dtype}"
         )
     if platform() == "gpu":
         has = default_device().compute_capability  # for AMD's GPUs, a name
         if not has.replace(".", "").isdigit() or float(has) < OLDEST:
-            return f"needs a GPU of compute capability {OLDEST} or newer, and this one's is {has}"
+            return f"needs a GPU of compute capability {OLDEST} or newer, got {has}"
     units, rows = kernel.shape[0], padded(min(problem.carry[1].shape[0], LARGEST_BATCH))
     ask = load(platform()).BnlstmProblem
     ask.restype = ctypes.c_char_p

@@ -16,7 +16,7 @@ def test_spread_is_median_and_extremes():
     assert timing.spread([4.0, 1.0, 2.5]) == ("2.5", "1.0 to 4.0")
 
 
-def test_a_version_of_the_library_is_known_by_its_sources(tmp_path):
+def test_library_digest_depends_only_on_source_files(tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/cell.cu").write_text("a")
     first = timing.library_digest(tmp_path)
@@ -28,14 +28,14 @@ def test_a_version_of_the_library_is_known_by_its_sources(tmp_path):
     assert len({first, changed, timing.library_digest(tmp_path)}) == 3
 
 
-def test_a_missing_device_is_named(monkeypatch):
+def test_missing_device_raises(monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     monkeypatch.setattr(timing.memory, "keep_freed", lambda: None)
     with pytest.raises(UserError, match="--device=tpu"):
         timing.use_device("tpu")
 
 
-def test_operations_are_those_of_products():
+def test_operations_count_matrix_products():
     """Two per kernel element, example and time step; embedded inputs have a product too."""
     recurrent = 2 * 784 * 100 * 100 * 400
     assert programs.operations(programs.SIZES["pmnist"], is_update=False) == recurrent
@@ -44,7 +44,7 @@ def test_operations_are_those_of_products():
     assert programs.operations(programs.SIZES["reader"], is_update=False) == both_directions
 
 
-def test_a_candidate_that_fails_is_left_out(capsys):
+def test_failing_candidate_is_skipped_except_the_default(capsys):
     def fail():
         raise RuntimeError("out of memory")
 

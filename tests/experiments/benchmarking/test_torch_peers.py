@@ -40,7 +40,7 @@ def copied(peers, variables, inputs, **options):
 
 
 @pytest.mark.parametrize("inputs, symbols", [(1, False), (3, False), (SYMBOLS, True)])
-def test_the_eager_bn_lstm_is_ours(peers, inputs, symbols):
+def test_eager_torch_bn_lstm_matches_jax(peers, inputs, symbols):
     import torch
 
     rng = np.random.default_rng(1)
@@ -60,7 +60,7 @@ def test_the_eager_bn_lstm_is_ours(peers, inputs, symbols):
         np.testing.assert_allclose(getattr(eager, name), updated["batch_stats"][name], **SINGLE)
 
 
-def test_the_masked_eager_bn_lstm_is_ours_in_both_directions(peers):
+def test_masked_torch_bn_lstm_matches_jax_in_both_directions(peers):
     import torch
 
     rng = np.random.default_rng(2)

@@ -78,7 +78,7 @@ def originals(made, data_dir) -> dict[str, list[list[str]]]:
     return stories
 
 
-def test_splits_have_their_sizes(made, splits):
+def test_splits_have_the_expected_sizes(made, splits):
     arrays, info, source = made
     assert info == {"questions": {task: SPLITS for task in STORIES}}
     assert source["texts"]["sha256"] == babi.SHA256
@@ -122,7 +122,7 @@ def test_splits_have_their_sizes(made, splits):
         ),
     ],
 )
-def test_questions_read_as_written(splits, name, passage, question, answer):
+def test_questions_match_known_examples(splits, name, passage, question, answer):
     found = splits[name.split("_")[0], "train"]
     row = found.names.index(name)
     assert found.passages[row] == passage
@@ -130,7 +130,7 @@ def test_questions_read_as_written(splits, name, passage, question, answer):
     assert found.answers[row] == answer
 
 
-def test_questions_spell_the_original_ones(splits, originals):
+def test_questions_decode_to_the_original_text(splits, originals):
     labels = dict(label.split(":") for label in LABELS)
 
     def spelled(text: str) -> list[str]:
@@ -172,7 +172,7 @@ def test_answers_are_entities_of_their_passages(splits):
             assert sum(word.startswith("@entity") for word in words) == len(entities)
 
 
-def test_no_story_is_split(splits, originals):
+def test_splits_share_no_story(splits, originals):
     for task, count in STORIES.items():
         stories = originals[f"{task}_train"]
         assert len(stories) == count
@@ -229,7 +229,7 @@ def place_folder(folder: Path, texts: dict[str, bytes]) -> Path:
     return folder
 
 
-def test_each_form_of_the_original_gives_the_same_arrays(tmp_path, texts):
+def test_archives_and_folders_give_the_same_arrays(tmp_path, texts):
     tmp_path /= "[a]*"  # not a pattern
     place(tmp_path / "original" / ARCHIVE, packed(texts, "tasks_1-20_v1-2/en-10k"))
     place(tmp_path / "subfolder" / "babi" / "babi_four.tgz", packed(texts, "en-10k"))
@@ -274,7 +274,7 @@ def test_missing_original_is_downloaded(tmp_path, texts, host, monkeypatch):
         np.testing.assert_array_equal(arrays[key], array)
 
 
-def test_damaged_text_of_the_unpacked_archive_is_replaced_beside_it(tmp_path, texts, load_error):
+def test_damaged_unpacked_text_error_names_the_archive_folder(tmp_path, texts, load_error):
     path = place_folder(tmp_path / "babi" / "tasks_1-20_v1-2" / "en-10k", texts)
     next(path.iterdir()).write_text("")
     message = load_error("babi", tmp_path)
@@ -296,7 +296,7 @@ def test_damaged_text_of_the_unpacked_archive_is_replaced_beside_it(tmp_path, te
         (lambda content: gzip.compress(b"no tar" * 999), "invalid header"),
     ],
 )
-def test_archive_that_cannot_be_unpacked_is_reported(tmp_path, texts, damage, problem, load_error):
+def test_damaged_archive_is_reported(tmp_path, texts, damage, problem, load_error):
     first, *_ = texts
     noise = np.random.default_rng(0).bytes(400_000)  # so that most of the archive is this text
     content = packed(texts | {first: noise}, "en-10k")

@@ -72,7 +72,7 @@ def unpacked(archive, tmp_path_factory):
     return folder / "cnn"
 
 
-def test_sample_has_the_described_form(sample):
+def test_sample_arrays_have_the_documented_format(sample):
     assert sample.info == {
         "counts": COUNTS,
         "complete": False,
@@ -100,7 +100,7 @@ def test_sample_has_the_described_form(sample):
     assert used.all()
 
 
-def test_words_are_those_of_the_files(sample, unpacked):
+def test_words_match_the_original_files(sample, unpacked):
     for split, folder in FOLDERS.items():
         for i, name in enumerate(names(sample, split)):
             text = (unpacked / "questions" / folder / f"{name}.question").read_text("utf-8")
@@ -114,7 +114,7 @@ def test_words_are_those_of_the_files(sample, unpacked):
                 assert item(sample, f"{to}entities", f"{to}entity_ends", i) == lines[8:]
 
 
-def test_unpacked_sample_is_the_same(sample, unpacked):
+def test_unpacked_sample_gives_the_same_dataset(sample, unpacked):
     again = load("cnn", str(unpacked.parent))
     assert (again.digest, again.info) == (sample.digest, sample.info)
     assert [path.name for path in (unpacked.parent / "prepared").iterdir()] == ["cnn"]
@@ -162,7 +162,7 @@ def unpack(folder: Path, questions: dict[str, dict[str, bytes]]) -> Path:
         ["cnn/questions/", "cnn_sample.tgz"],
     ],
 )
-def test_most_original_form_is_taken(tmp_path, order):
+def test_files_are_found_in_order_of_preference(tmp_path, order):
     for name in reversed(order):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,18 +170,18 @@ def test_most_original_form_is_taken(tmp_path, order):
         assert cnn.find(tmp_path) == path
 
 
-def test_without_files_says_where_to_place_them(tmp_path, failure):
+def test_missing_files_error_says_where_to_place_them(tmp_path, failure):
     message = failure(tmp_path)
     assert message.startswith(f"CNN is not in {tmp_path}: download cnn.tgz") and MANUAL in message
     assert message.endswith(f"in {tmp_path / 'cnn'}")
 
 
-def test_several_archives_are_not_chosen_from(tmp_path, failure):
+def test_ambiguous_archives_raise(tmp_path, failure):
     for name in ("cnn_a.tgz", "cnn_b.tgz"):
         (tmp_path / name).touch()
     message = failure(tmp_path)
-    assert message.startswith(f"{tmp_path / 'cnn_a.tgz'} and {tmp_path / 'cnn_b.tgz'} are there")
-    assert "rename it to cnn.tgz" in message
+    archives = f"{tmp_path / 'cnn_a.tgz'} and {tmp_path / 'cnn_b.tgz'}"
+    assert message.startswith(f"several archives match cnn*.tgz: {archives}; rename the right one")
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ IMPROPER = {
 }
 
 
-def test_improper_questions_are_skipped(tmp_path, caplog):
+def test_invalid_questions_are_skipped_and_reported(tmp_path, caplog):
     improper = {why: dict(map(named, texts)) for why, texts in IMPROPER.items()}
     every = {name: data for entries in improper.values() for name, data in entries.items()}
     (tmp_path / "cnn_own.tgz").write_bytes(tgz({**PROPER, "training": every | PROPER["training"]}))
@@ -250,7 +250,7 @@ def test_improper_questions_are_skipped(tmp_path, caplog):
         assert f"{why}, {len(of_reason)} in all: {', '.join(of_reason[:3])}" in warnings[1]
 
 
-def test_questions_are_in_the_order_of_their_names(tmp_path):
+def test_questions_are_sorted_by_name(tmp_path):
     texts = dict(named(content(question=f"who{i} met @placeholder")) for i in range(5))
     backwards = dict(sorted(texts.items(), reverse=True))
     (tmp_path / "cnn.tgz").write_bytes(tgz({**PROPER, "training": backwards}))
@@ -263,12 +263,12 @@ def test_questions_are_in_the_order_of_their_names(tmp_path):
         assert passage == ["@entity1", "met", "@entity2", "."]
 
 
-def test_split_of_improper_questions_is_reported(tmp_path, failure):
+def test_split_without_valid_questions_is_reported(tmp_path, failure):
     path = unpack(tmp_path, {**PROPER, "test": dict([named(content(answer="met"))])})
-    assert failure(tmp_path).startswith(f"{path} holds no proper question of the test split")
+    assert failure(tmp_path).startswith(f"{path} holds no valid question of the test split")
 
 
-def test_words_are_cleaned(tmp_path):
+def test_text_is_lowercased_and_split_at_ascii_whitespace(tmp_path):
     text = content("  @entity1  Met \u00a0 @entity2\nagain ", "Who\n met @placeholder ")
     unpack(tmp_path, {**PROPER, "test": dict([named(text)])})
     data = load("cnn", str(tmp_path))
@@ -284,13 +284,13 @@ def test_words_are_cleaned(tmp_path):
 
 
 @pytest.mark.parametrize(("added", "whole"), [("\n", True), ("\n\n", False), (" ", False)])
-def test_last_line_may_have_been_ended(added, whole):
+def test_one_trailing_newline_passes_the_hash_check(added, whole):
     name, data = named(content())
     file = cnn.File("test", name.removesuffix(".question"), data + added.encode())
     assert file.is_whole() == whole
 
 
-def test_command_describes_what_there_is(tmp_path, caplog):
+def test_description_has_counts_and_skipped_questions(tmp_path, caplog):
     unpack(tmp_path, {**PROPER, "test": PROPER["test"] | dict([named("")])})
     load("cnn", str(tmp_path))
     lines = described(tmp_path / "prepared" / "cnn")
@@ -299,4 +299,4 @@ def test_command_describes_what_there_is(tmp_path, caplog):
         "  complete: false",
         "  skipped: train none, valid none, test (missing block 1)",
     } <= set(lines)
-    assert "is not all of CNN" in caplog.text and "Skipped of the test" in caplog.text
+    assert "is not all of CNN" in caplog.text and "Skipped invalid test questions" in caplog.text

@@ -48,7 +48,7 @@ def prepare_text8(data_dir, size: int, complete: bool) -> np.ndarray:
     return text
 
 
-def test_unknown_dataset_is_answered_with_the_nearest():
+def test_unknown_dataset_suggests_the_closest_name():
     message = error(dataset="text88")
     assert message.startswith("config.dataset is 'text88'") and "did you mean text8?" in message
 
@@ -68,7 +68,7 @@ def ptb(tmp_path):
     return arrays
 
 
-def test_ptb_comes_split(tmp_path, ptb):
+def test_ptb_has_predefined_splits(tmp_path, ptb):
     data = corpus.load("ptb", str(tmp_path), "", ())
     assert (data.name, data.vocabulary) == ("ptb", "\nab")
     assert list(data.splits) == ["train", "valid", "test"]
@@ -76,9 +76,9 @@ def test_ptb_comes_split(tmp_path, ptb):
         np.testing.assert_array_equal(symbols, ptb[split])
 
 
-def test_ptb_takes_no_split_and_no_file(tmp_path, ptb):
+def test_split_or_text_file_with_ptb_raises(tmp_path, ptb):
     message = error("ptb", tmp_path, split=(0.8, 0.1, 0.1))
-    assert message.startswith("config.split is 0.8,0.1,0.1, and ptb comes split")
+    assert message.startswith("config.split is 0.8,0.1,0.1: it must be empty for ptb")
     message = error("ptb", tmp_path, text_file="book.txt", split=())
     assert message.startswith("config.text_file is book.txt, and config.dataset is ptb")
 
@@ -99,7 +99,7 @@ def small_paper_split(monkeypatch):
         ((60, 5, 5), "text8 prefix (60 / 5 / 5 characters)"),
     ],
 )
-def test_text8_is_cut_from_its_start(tmp_path, small_paper_split, split, name):
+def test_text8_splits_start_at_the_beginning(tmp_path, small_paper_split, split, name):
     text = prepare_text8(tmp_path, 100, complete=True)
     data = corpus.load("text8", str(tmp_path), "", split)
     assert (data.name, data.vocabulary) == (name, LETTERS)
@@ -108,14 +108,14 @@ def test_text8_is_cut_from_its_start(tmp_path, small_paper_split, split, name):
     np.testing.assert_array_equal(np.concatenate([*data.splits.values()]), text[: sum(split)])
 
 
-def test_prefix_of_text8_says_so_in_its_name(tmp_path):
+def test_text8_prefix_is_named_as_a_prefix(tmp_path):
     prepare_text8(tmp_path, 12_000, complete=False)
     data = corpus.load("text8", str(tmp_path), "", (10_000, 1_000, 1_000))
     assert data.name == "text8 prefix (10,000 / 1,000 / 1,000 characters)"
 
 
 @pytest.mark.parametrize("complete", [False, True])
-def test_text8_too_short_for_the_split(tmp_path, complete):
+def test_text8_too_short_for_the_split_raises(tmp_path, complete):
     prepare_text8(tmp_path, 12_000, complete)
     message = error("text8", tmp_path, split=(90_000, 5_000, 5_000))
     assert message.startswith("config.split is 90000,5000,5000") and "12,000" in message
@@ -129,7 +129,7 @@ def test_text8_too_short_for_the_split(tmp_path, complete):
 @pytest.mark.parametrize(
     "split", [(0.9, 0.05, 0.05), (0.56, 0.34, 0.1), (0.34, 0.33, 0.33), (1 / 3, 1 / 3, 1 / 3)]
 )
-def test_fractions_cover_the_text(book, split, length):
+def test_fractional_splits_cover_the_text(book, split, length):
     text = "abc" + "".join(random.Random(0).choices("abc", k=length - 3))
     data = read(book(text), *split)
     assert "".join(decoded(data, part) for part in ("train", "valid", "test")) == text
@@ -137,7 +137,7 @@ def test_fractions_cover_the_text(book, split, length):
         assert abs(len(part) - fraction * length) < 1
 
 
-def test_numbers_of_characters_cut_from_the_start(book):
+def test_splits_by_character_count_start_at_the_beginning(book):
     data = read(book("abcdefghij"), 4, 3.0, 2)
     assert decoded(data, "train") == "abcd"
     assert {len(symbols) for symbols in data.splits.values()} == {4, 3, 2}
@@ -147,7 +147,7 @@ def test_numbers_of_characters_cut_from_the_start(book):
     )
 
 
-def test_vocabulary_is_of_the_training_text(book):
+def test_vocabulary_is_built_from_the_training_text(book):
     data = read(book("cabba" + "dab" + "xyz"), 5, 3, 3)
     assert data.vocabulary == "abc" + UNKNOWN
     assert decoded(data, "valid") == UNKNOWN + "ab"
@@ -155,13 +155,13 @@ def test_vocabulary_is_of_the_training_text(book):
     assert all(symbols.dtype == np.uint8 for symbols in data.splits.values())
 
 
-def test_training_text_may_hold_the_unknown_character(book):
+def test_training_text_may_contain_the_unknown_character(book):
     data = read(book(f"a{UNKNOWN}\U0001f600" + "ab" + "a"), 3, 2, 1)
     assert data.vocabulary == f"a{UNKNOWN}\U0001f600"
     assert data.splits["valid"].tolist() == [0, 1]
 
 
-def test_bytes_become_characters_as_they_are(book):
+def test_decoding_keeps_newlines_and_unicode_unchanged(book):
     text = "\ufeffa\r\nb\n\n\U0001f600\u00e9e\u0301\u2028"
     data = read(book(codecs.BOM_UTF8 + text.encode() * 3), *(3 * [len(text)]))
     for split in data.splits:
@@ -173,7 +173,7 @@ def test_bytes_become_characters_as_they_are(book):
     ("characters", "dtype"),
     [(255, np.uint8), (256, np.uint16), (65_535, np.uint16), (65_536, np.uint32)],
 )
-def test_symbols_are_of_the_smallest_type(book, characters, dtype):
+def test_symbols_use_the_smallest_dtype(book, characters, dtype):
     text = "".join(map(chr, range(0x10000, 0x10000 + characters)))
     data = read(book(text + text[:2] + "\u00e9"), characters, 2, 1)
     assert len(data.vocabulary) == characters + 1
@@ -182,7 +182,7 @@ def test_symbols_are_of_the_smallest_type(book, characters, dtype):
     assert data.splits["test"].tolist() == [characters]
 
 
-def test_digest_tells_vocabulary_and_splits_apart(book):
+def test_digest_depends_on_vocabulary_and_splits(book):
     texts = ["abab" + "ab" + "ba", "abab" + "ab" + "bb", "acac" + "ac" + "ca"]
     digests = [read(book(text), 4, 2, 2).digest for text in texts]
     digests.append(read(book(texts[0]), 4, 3, 1).digest)
@@ -193,8 +193,8 @@ def test_digest_tells_vocabulary_and_splits_apart(book):
         again.name = "other"
 
 
-def test_text_file_that_cannot_be_read(tmp_path, book):
-    assert error(text_file="").startswith("config.text_file is empty: give the path")
+def test_unreadable_or_empty_text_file_raises(tmp_path, book):
+    assert error(text_file="").startswith("config.text_file is empty: it must be the path")
     for path, problem in [(tmp_path / "no.txt", "No such file"), (tmp_path, "Is a directory")]:
         message = error(text_file=path)
         assert message.startswith(f"config.text_file is {path}, which cannot be read: {problem}")
@@ -206,7 +206,7 @@ def test_text_file_that_cannot_be_read(tmp_path, book):
 
 
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
-def test_text_file_of_another_encoding(book, mark):
+def test_non_utf8_text_file_raises(book, mark):
     path = book(mark + b"caf\xe9 and more")
     message = error(text_file=path)
     assert message.startswith(f"config.text_file is {path}, which is not UTF-8")
@@ -214,7 +214,7 @@ def test_text_file_of_another_encoding(book, mark):
 
 
 @pytest.mark.parametrize("split", [(8, 2, 1), (11, 1, 1), (0.9, 0.05, 0.05), (0.01, 0.5, 0.4)])
-def test_text_too_short_for_the_split(book, split):
+def test_text_too_short_for_the_split_raises(book, split):
     path = book("abcdefghij")
     message = error(text_file=path, split=split)
     assert message.startswith(f"config.split is {','.join(map(str, split))}")
@@ -238,13 +238,13 @@ def test_text_too_short_for_the_split(book, split):
         (True, True, True),
     ],
 )
-def test_split_is_three_fractions_or_numbers(book, split):
+def test_invalid_splits_raise(book, split):
     message = error(text_file=book("abcdefghij"), split=split)
     assert message.startswith("config.split is ") and "three fractions" in message
     assert message.startswith("config.split is empty") == (split == ())
 
 
-def test_encode():
+def test_encode_maps_characters_to_symbols():
     assert corpus.encode("cab", "abc").tolist() == [2, 0, 1]
     assert corpus.encode("cab", "abc").dtype == np.uint8
     assert corpus.encode("", "abc").tolist() == []
@@ -253,6 +253,6 @@ def test_encode():
         corpus.encode("axbx!", "abc")
 
 
-def test_nul_characters_are_those_of_another_encoding(book):
+def test_text_with_nul_characters_raises(book):
     message = error(text_file=book("plain".encode("utf-16-le")))
     assert "NUL characters" in message

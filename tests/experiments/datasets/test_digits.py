@@ -4,7 +4,7 @@ from sklearn.datasets import load_digits
 from experiments.datasets import load
 
 
-def test_digits_are_scikit_learns_in_order(tmp_path):
+def test_digits_match_scikit_learn_in_order(tmp_path):
     dataset = load("digits", str(tmp_path))
     bunch = load_digits()
     parts = {"images": bunch.images.reshape(1797, 64), "labels": bunch.target}

@@ -33,7 +33,7 @@ def prepared_mnist(originals, tmp_path_factory):
     return folder
 
 
-def test_arrays_are_those_of_the_original_files(prepared_mnist, originals):
+def test_arrays_match_the_original_files(prepared_mnist, originals):
     dataset = load("mnist", str(prepared_mnist))
 
     def values(name: str, header: int) -> np.ndarray:
@@ -52,7 +52,7 @@ def test_arrays_are_those_of_the_original_files(prepared_mnist, originals):
     assert dataset.info == {"num_classes": 10, "max_pixel": 255, "image_side": 28}
 
 
-def test_unpacked_files_are_as_good(prepared_mnist, originals, tmp_path):
+def test_unpacked_files_give_the_same_dataset(prepared_mnist, originals, tmp_path):
     """In torchvision's folders, one beside its packed file, and in the data folder."""
     folders = [tmp_path / "MNIST" / "raw", tmp_path / "mnist" / "MNIST" / "raw", tmp_path]
     for name, folder in zip(NAMES, [*folders, tmp_path], strict=True):

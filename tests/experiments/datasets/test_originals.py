@@ -51,7 +51,7 @@ def place(folder, names=CONTENTS) -> None:
 
 
 @pytest.mark.parametrize("subfolder", ["", "words"])
-def test_files_at_hand_are_used(tmp_path, get, host, subfolder):
+def test_local_files_are_used(tmp_path, get, host, subfolder):
     place(tmp_path / "source" / subfolder)
     assert get() == (CONTENTS, [None, None])
 
@@ -115,7 +115,7 @@ def mirrors(monkeypatch):
 
 
 @pytest.mark.parametrize("first", ["404", "other", "broken"])
-def test_next_address_is_tried(get, mirrors, first, monkeypatch, capsys):
+def test_next_url_is_tried_after_a_failure(get, mirrors, first, monkeypatch, capsys):
     monkeypatch.setattr(progress, "SECONDS_LOGGED", -1)
     words = mirrors(first, "good")
     assert get(words) == (CONTENTS, [file.urls[1] for file in words.files])
@@ -123,7 +123,7 @@ def test_next_address_is_tried(get, mirrors, first, monkeypatch, capsys):
     assert all(f"Downloading {file.urls[1]}: 1 of 1, " in shown for file in words.files)
 
 
-def test_error_says_what_each_address_answered(tmp_path, get, mirrors):
+def test_download_error_lists_the_failure_of_each_url(tmp_path, get, mirrors):
     words = mirrors("404", "503", "other", "broken")
     with socket.socket() as free:  # nobody listens at this port
         free.bind(("127.0.0.1", 0))
@@ -139,7 +139,7 @@ def test_error_says_what_each_address_answered(tmp_path, get, mirrors):
     assert str(tmp_path / "source" / "words") in str(caught.value)
 
 
-def test_silent_host_is_not_waited_for(get, monkeypatch):
+def test_unresponsive_host_times_out(get, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(originals, "TIMEOUT", (1, 0.1))
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -158,7 +158,7 @@ def test_silent_host_is_not_waited_for(get, monkeypatch):
         ("text8", "text8.zip"),
     ],
 )
-def test_each_data_set_says_what_to_place_where(tmp_path, load_error, name, missing):
+def test_missing_files_error_names_files_and_folder(tmp_path, load_error, name, missing):
     message = load_error(name, tmp_path)
     assert message.count("(404)") >= 2 and missing in message
     assert message.endswith(str(tmp_path / name))
@@ -167,7 +167,7 @@ def test_each_data_set_says_what_to_place_where(tmp_path, load_error, name, miss
 # ---- Examples through TensorFlow Datasets.
 
 
-def test_examples_come_back_in_order(tmp_path, monkeypatch, capfd):
+def test_examples_are_read_in_order(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     features = {
         "text": tfds.features.Text(),

@@ -84,7 +84,7 @@ def assert_same(first, second):
         np.testing.assert_array_equal(array, second.arrays[name])
 
 
-def test_second_load_reads_what_the_first_prepared(tmp_path, monkeypatch, caplog):
+def test_second_load_reuses_the_prepared_data(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", logger="absl")
     first = load("digits", str(tmp_path))
     assert [record.getMessage() for record in caplog.records] == [
@@ -116,7 +116,7 @@ def test_manifest_describes_every_file(prepared_digits):
 
 
 @pytest.mark.parametrize("change", ["value", "dtype", "shape", "info"])
-def test_digest_tells_contents_apart(tmp_path, monkeypatch, change):
+def test_digest_depends_on_arrays_and_info(tmp_path, monkeypatch, change):
     array, info = np.zeros((2, 3), np.uint8), {"num_classes": 10}
     changed, changed_info = {
         "value": (np.eye(2, 3, dtype=np.uint8), info),
@@ -135,7 +135,7 @@ def test_digest_tells_contents_apart(tmp_path, monkeypatch, change):
 
 
 @pytest.mark.parametrize("name", ["digit", "prepared", "../digits"])
-def test_unknown_name_is_answered_with_the_nearest(tmp_path, name):
+def test_unknown_name_error_lists_names_and_suggests_the_closest(tmp_path, name):
     message = load_error(tmp_path, name)
     assert repr(name) in message and ", ".join(prepared.NAMES) in message
     assert ("did you mean digits?" in message) == (name != "prepared")
@@ -182,7 +182,7 @@ def test_unusable_manifest_is_reported(prepared_digits, tmp_path, never_prepared
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "train_images.npy"])
-def test_prepared_file_that_cannot_be_read(
+def test_unreadable_prepared_file_is_reported(
     prepared_digits, tmp_path, never_prepared, monkeypatch, name
 ):
     forbid(monkeypatch, prepared_digits / name)
@@ -191,7 +191,7 @@ def test_prepared_file_that_cannot_be_read(
     assert message.endswith(f"Permission denied: '{prepared_digits / name}'")
 
 
-def test_original_that_cannot_be_read(tmp_path, monkeypatch):
+def test_unreadable_original_file_is_reported(tmp_path, monkeypatch):
     path = tmp_path / "ptb" / "ptb.test.txt"
     path.parent.mkdir()
     path.touch()
@@ -203,7 +203,7 @@ def test_original_that_cannot_be_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["babi", "cnn", "text8"])
-def test_folder_that_cannot_be_read(tmp_path, monkeypatch, name):
+def test_unreadable_folder_is_reported(tmp_path, monkeypatch, name):
     listdir = os.listdir
 
     def refuse(path):
@@ -217,7 +217,7 @@ def test_folder_that_cannot_be_read(tmp_path, monkeypatch, name):
     assert f"Permission denied: '{tmp_path}'" in message
 
 
-def test_data_dir_of_an_unknown_user(tmp_path):
+def test_data_dir_of_unknown_user_raises(tmp_path):
     message = load_error("~nobody-of-this-name/data")
     assert message == "data_dir=~nobody-of-this-name/data: there is no user 'nobody-of-this-name'"
 
@@ -231,7 +231,7 @@ def test_changed_manifest_is_reported(prepared_digits, tmp_path, never_prepared,
     assert load_error(tmp_path).startswith(f"{path} is damaged")
 
 
-def test_killed_preparation_leaves_no_folder(tmp_path):
+def test_load_recovers_from_a_killed_preparation(tmp_path):
     killed = python(
         """
         import os, sys
@@ -254,7 +254,7 @@ def test_killed_preparation_leaves_no_folder(tmp_path):
     assert [path.name for path in (tmp_path / "prepared").iterdir()] == ["digits"]
 
 
-def test_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
+def test_interrupted_preparation_leaves_no_files(tmp_path, monkeypatch):
     def interrupt(source_dir, work_dir):
         (work_dir / "half").touch()
         raise KeyboardInterrupt
@@ -291,7 +291,7 @@ def test_second_process_waits_for_the_first(tmp_path, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("number, told", [(errno.EBADF, False), (errno.ENOLCK, True)])
-def test_file_systems_with_few_locks(tmp_path, monkeypatch, caplog, number, told):
+def test_limited_file_locking_is_supported(tmp_path, monkeypatch, caplog, number, told):
     """NFS locks only what is open for writing (EBADF); some file systems lock nothing (ENOLCK)."""
     flock = files.fcntl.flock
 
@@ -340,7 +340,7 @@ def test_command_reports_a_missing_source(tmp_path):
     assert result.stderr.count("\n") == 1
 
 
-def test_names_are_the_modules_that_prepare():
+def test_names_match_the_modules_with_prepare():
     modules = [module.name for module in pkgutil.iter_modules(datasets.__path__)]
     offering = [
         name

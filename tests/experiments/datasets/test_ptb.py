@@ -19,7 +19,7 @@ def made(originals, data_dir, tmp_path_factory):
     return ptb.prepare(data_dir, tmp_path_factory.mktemp("work"))
 
 
-def test_splits_have_the_papers_sizes_and_symbols(made):
+def test_split_sizes_and_vocabulary_match_the_paper(made):
     arrays, info, source = made
     assert {split: len(array) for split, array in arrays.items()} == SIZES
     vocabulary = info["vocabulary"]
@@ -32,7 +32,7 @@ def test_splits_have_the_papers_sizes_and_symbols(made):
 
 
 @pytest.mark.parametrize("split", SIZES)
-def test_symbols_spell_the_original_lines(made, originals, split):
+def test_symbols_decode_to_the_original_lines(made, originals, split):
     arrays, info, _ = made
     text = "".join(map(info["vocabulary"].__getitem__, arrays[split].tolist()))
     lines = (originals / f"ptb.{split}.txt").read_text(encoding="ascii").split("\n")

@@ -38,7 +38,7 @@ def spell(data, text):
     return " ".join(data.words[i] for i in text)
 
 
-def test_packed_questions_read_back_as_they_were():
+def test_packed_questions_round_trip():
     data = made((PASSAGE, ASKED, "@entity1"), ("a b .", "b ?", "a"))
     for split in data.splits.values():
         assert [spell(data, split.passages[i]) for i in (0, 1)] == [PASSAGE, "a b ."]
@@ -74,7 +74,7 @@ THIRD, FOURTH = "@entity2 slept .", "@entity1 met @entity2 twice ?"
         (9, "words", 0, "earlier", PASSAGE),
     ],
 )
-def test_sentences_are_chosen_by_hand_made_scores(number, rule, power, ties, expected):
+def test_sentence_selection_matches_hand_computed_scores(number, rule, power, ties, expected):
     data = made((PASSAGE, ASKED, "@entity1"))
     selected = questions.select_sentences(data, Selection(number, rule, power, ties))
     for split in selected.splits.values():
@@ -83,7 +83,7 @@ def test_sentences_are_chosen_by_hand_made_scores(number, rule, power, ties, exp
         assert questions.answers_kept(split) == float("@entity1" in expected)
 
 
-def test_sentences_do_not_depend_on_the_answer():
+def test_sentence_selection_does_not_depend_on_the_answer():
     chosen = [
         questions.select_sentences(
             made((PASSAGE, ASKED, answer)), Selection(2, "words", 1.0, "earlier")
@@ -94,19 +94,19 @@ def test_sentences_do_not_depend_on_the_answer():
     assert len(texts) == 1
 
 
-def test_a_word_that_a_sentence_repeats_counts_once():
+def test_repeated_words_of_a_sentence_count_once():
     data = made(("met met met . who met .", "who met", "who"))
     selected = questions.select_sentences(data, Selection(1, "words", 0.0, "earlier"))
     assert spell(data, selected.splits["train"].passages[0]) == "who met ."
 
 
-def test_a_passage_without_sentence_ends_is_one_sentence():
+def test_passage_without_sentence_ends_is_one_sentence():
     data = made(("a b c", "x", "a"))
     selected = questions.select_sentences(data, Selection(4, "words", 0.0, "earlier"))
     assert spell(data, selected.splits["train"].passages[0]) == "a b c"
 
 
-def test_the_vocabulary_is_of_training_words_that_are_frequent_enough():
+def test_vocabulary_has_the_frequent_training_words():
     data = made(("b b b a a 17 17 once @entity7", "a @entity7 zz", "@entity7"))
     vocabulary = questions.make_vocabulary(data, min_count=2, join_numbers=True)
     assert vocabulary.words == ["<nil>", "<unk>", "<num>", "@entity7", "a", "b"]
@@ -117,7 +117,7 @@ def test_the_vocabulary_is_of_training_words_that_are_frequent_enough():
     assert plain.words[3:] == ["@entity7", "a", "b", "17", "once", "zz"]
 
 
-def test_what_training_questions_lack_is_unknown():
+def test_words_absent_from_training_are_unknown():
     data = made(("b b new", "b", "b"))
     trained = data.splits["train"]
     without = np.where(trained.passages.words == data.words.index("new"), 0, trained.passages.words)
@@ -131,7 +131,7 @@ def test_what_training_questions_lack_is_unknown():
     assert spell(vocabulary, numbered) == "b b <unk>"
 
 
-def test_other_data_sets_and_parts_are_refused():
+def test_invalid_datasets_and_subsets_raise():
     with pytest.raises(UserError, match=r"config\.dataset"):
         questions.check("bab", "")
     with pytest.raises(UserError, match=r"config\.subset"):

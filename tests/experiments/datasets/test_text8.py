@@ -46,7 +46,7 @@ def place(path: Path, content: bytes) -> Path:
 
 @pytest.mark.parametrize("subfolder", ["", "text8"])
 @pytest.mark.parametrize("kind", ["zip", "plain", "prefix"])
-def test_each_kind_of_file_is_read(tmp_path, small, zipped, subfolder, kind):
+def test_zip_plain_and_prefix_files_are_read(tmp_path, small, zipped, subfolder, kind):
     name, content, size = {
         "zip": ("text8.zip", zipped, SIZE),
         "plain": ("text8", TEXT, SIZE),
@@ -64,7 +64,7 @@ def test_each_kind_of_file_is_read(tmp_path, small, zipped, subfolder, kind):
     )
 
 
-def test_most_original_file_is_taken(tmp_path, small, zipped):
+def test_files_are_read_in_order_of_preference(tmp_path, small, zipped):
     place(tmp_path / "text8_first_20.gz", compress(TEXT[:20]))
     place(tmp_path / "text8_first_x.gz", b"of another name")
     place(tmp_path / "text8" / "text8_first_100.gz", compress(TEXT[:100]))
@@ -124,7 +124,7 @@ def test_zip_of_another_text_is_reported(tmp_path, small, zipped, monkeypatch, l
     assert load_error("text8", tmp_path).startswith(f"{path} holds a text of MD5")
 
 
-def test_download_is_read(tmp_path, small, zipped, host):
+def test_downloaded_zip_is_read(tmp_path, small, zipped, host):
     (tmp_path / "work").mkdir()
     host[text8.ZIP.urls[1]] = zipped
     arrays, info, source = text8.prepare(tmp_path, tmp_path / "work")

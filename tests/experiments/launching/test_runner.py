@@ -68,7 +68,7 @@ def python(code, *arguments):
     return [sys.executable, "-c", code, *map(str, arguments)]
 
 
-def test_points_run_so_many_at_once_and_failed_ones_again(tmp_path, capsys):
+def test_jobs_limits_parallel_points_and_failed_points_rerun(tmp_path, capsys):
     points = make(tmp_path, range(4))
     points[1].folder.mkdir()
     files.write_json(points[1].folder / "results.json", results_of(points[1]))
@@ -97,7 +97,7 @@ def test_points_run_so_many_at_once_and_failed_ones_again(tmp_path, capsys):
         ("print('update 100'); 1 / 0", "ZeroDivisionError: division by zero"),
     ],
 )
-def test_the_error_of_a_point_is_not_its_progress(tmp_path, code, error):
+def test_point_error_excludes_progress_output(tmp_path, code, error):
     (point,) = make(tmp_path, [1])
     commands = {point.name: python(code)}
     errors = runner.run([point], commands, Observed(tmp_path, 1), lambda _: None)
@@ -105,7 +105,7 @@ def test_the_error_of_a_point_is_not_its_progress(tmp_path, code, error):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_stops_points_which_save(tmp_path, number):
+def test_signals_stop_points_after_they_save(tmp_path, number):
     points = make(tmp_path, range(2))
     commands = {p.name: python(ENDLESS, tmp_path, int(number)) for p in points}
     launcher = Observed(tmp_path, 1)
@@ -117,7 +117,7 @@ def test_a_signal_stops_points_which_save(tmp_path, number):
     assert signal.getsignal(number) == before
 
 
-def test_a_signal_while_a_point_starts_stops_it_also_without_a_terminal(tmp_path, monkeypatch):
+def test_signal_during_start_stops_the_point_with_closed_stderr(tmp_path, monkeypatch):
     start_process = launchers.subprocess.Popen
 
     def started(*arguments, **options):
@@ -140,7 +140,7 @@ def test_a_signal_while_a_point_starts_stops_it_also_without_a_terminal(tmp_path
     assert (tmp_path / "saved").exists()
 
 
-def test_an_error_stops_points_which_save(tmp_path):
+def test_launcher_errors_stop_points_after_they_save(tmp_path):
     class Refuses(Observed):
         def start(self, point, command):
             if self.started:
@@ -156,12 +156,12 @@ def test_an_error_stops_points_which_save(tmp_path):
     assert (tmp_path / "saved").exists()
 
 
-def test_two_sweeps_in_one_folder_are_refused(tmp_path):
+def test_second_sweep_in_a_workdir_raises(tmp_path):
     with workdir.in_use(tmp_path), pytest.raises(UserError, match="--workdir"):
         runner.run(make(tmp_path, [1]), {}, Local(tmp_path, 1), lambda _: None)
 
 
-def test_runs_get_gpus_and_settings_of_the_sweep(tmp_path, monkeypatch):
+def test_points_inherit_cuda_visible_devices(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     (point,) = points = make(tmp_path, [1])
     command = ["bash", "-c", "echo error: $CUDA_VISIBLE_DEVICES; exit 1"]

@@ -30,11 +30,11 @@ FLAGS |= {"time": "5", "time_to_save": 120, "extra": [], "setup": [], "dry_run":
 @pytest.mark.parametrize(
     "time, expected", [("90", 90), ("02:30:59", 150), ("1-01:00:00", 1500), ("0:10:00", 10)]
 )
-def test_time_limits(time, expected):
+def test_time_limits_are_converted_to_minutes(time, expected):
     assert slurm.minutes(time, 120) == expected
 
 
-def test_srun_gets_the_cores_of_a_process(tmp_path):
+def test_cpus_per_task_is_passed_to_srun(tmp_path):
     values = SimpleNamespace(**FLAGS | {"cpus_per_task": 8})
     executor = slurm.make_executor(tmp_path, **slurm.parameters(values))
     (srun,) = (line for line in executor.script().splitlines() if line.startswith("srun "))
@@ -69,7 +69,7 @@ def handlers():
         signal.signal(number, handler)
 
 
-def test_a_job_fails_as_its_command_does(handlers):
+def test_job_fails_with_the_exit_status_of_its_command(handlers):
     Job(["true"])()
     with pytest.raises(subprocess.CalledProcessError) as caught:
         Job(["bash", "-c", "exit 3"])()
@@ -77,7 +77,7 @@ def test_a_job_fails_as_its_command_does(handlers):
 
 
 @pytest.mark.parametrize("number, requeued", [(signal.SIGTERM, 0), (signal.SIGUSR2, 1)])
-def test_a_signal_stops_the_command(handlers, tmp_path, number, requeued):
+def test_signals_stop_the_command_and_sigusr2_requeues(handlers, tmp_path, number, requeued):
     called = []
     signal.signal(signal.SIGUSR2, lambda *_: called.append((tmp_path / "told").exists()))
     job = Job([sys.executable, "-c", RUN, str(tmp_path), str(int(number))])
@@ -89,7 +89,7 @@ def test_a_signal_stops_the_command(handlers, tmp_path, number, requeued):
     assert (tmp_path / "told").read_text() == "x" and called == [True] * requeued
 
 
-def test_a_job_that_slurm_has_queued_again_ends(handlers, tmp_path):
+def test_job_exits_if_requeueing_fails(handlers, tmp_path):
     def refused(*_):
         raise subprocess.CalledProcessError(1, ["scontrol", "requeue"])
 
@@ -114,7 +114,7 @@ def start_job(folder, number, rank="0"):
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment)
 
 
-def test_submitit_requeues_a_job_in_its_first_process(tmp_path, cluster):
+def test_only_the_first_process_requeues_the_job(tmp_path, cluster):
     processes = [start_job(tmp_path / rank, signal.SIGUSR2, rank) for rank in ("0", "1")]
     first, other = (process.wait(60) for process in processes)
     assert first != 0 and other == 0  # an error in the other would end the job
@@ -125,7 +125,7 @@ def test_submitit_requeues_a_job_in_its_first_process(tmp_path, cluster):
     assert isinstance(again.function, Job) and not (tmp_path / "0/7_0_result.pkl").exists()
 
 
-def test_a_stopped_job_leaves_no_result(tmp_path):
+def test_stopped_job_writes_no_result(tmp_path):
     assert start_job(tmp_path, signal.SIGTERM).wait(60) == 143
     assert (tmp_path / "told").exists()
     assert not (tmp_path / "7_0_result.pkl").exists()
@@ -166,7 +166,7 @@ def make(folder):
     return make_points(config, [{"seed": seed} for seed in (1, 2)], folder)
 
 
-def test_points_run_as_jobs(cluster, tmp_path, monkeypatch):
+def test_points_run_as_slurm_jobs(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(Slurm, "interval", 0.1)
     monkeypatch.setattr(launchers, "FILES_ARRIVE_S", 0)
     folder = tmp_path / "sweep"
@@ -182,7 +182,7 @@ def test_points_run_as_jobs(cluster, tmp_path, monkeypatch):
     assert (cluster / "scripts.101").read_text() in launcher.describe(points[0], ["true"])
 
 
-def test_a_later_sweep_finds_jobs_in_the_queue(cluster, tmp_path, capsys):
+def test_restarted_sweep_finds_its_queued_jobs(cluster, tmp_path, capsys):
     (cluster / "wait").touch()
     first, second = make(tmp_path)
     launcher = Slurm(tmp_path, SimpleNamespace(**FLAGS))
@@ -196,7 +196,7 @@ def test_a_later_sweep_finds_jobs_in_the_queue(cluster, tmp_path, capsys):
         assert again.find(first) == running and not again.find(second)
 
 
-def test_results_may_arrive_after_the_end_of_a_job(cluster, tmp_path, monkeypatch):
+def test_launcher_waits_for_files_of_completed_jobs(cluster, tmp_path, monkeypatch):
     (cluster / "wait").touch()
     (point, _) = make(tmp_path)
     launcher = Slurm(tmp_path, SimpleNamespace(**FLAGS))
@@ -208,7 +208,7 @@ def test_results_may_arrive_after_the_end_of_a_job(cluster, tmp_path, monkeypatc
     assert not launcher.running(point)
 
 
-def test_errors_of_a_cluster_are_one_line(cluster, tmp_path, monkeypatch):
+def test_rejected_jobs_bad_workdirs_and_missing_sbatch_raise(cluster, tmp_path, monkeypatch):
     (cluster / "refuse").touch()
     launcher = Slurm(tmp_path, SimpleNamespace(**FLAGS))
     with pytest.raises(UserError, match="invalid partition") as caught:

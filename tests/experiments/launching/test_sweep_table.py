@@ -45,7 +45,7 @@ def read(folder):
         return list(csv.DictReader(file))
 
 
-def test_table_over_seeds(tmp_path):
+def test_table_has_mean_and_standard_deviation_over_seeds(tmp_path):
     swept = [{"model.initial_scale": g, "seed": s} for g in (0.1, 0.3, 0.5) for s in (1, 2)]
     points = make(tmp_path, swept, "bn_lstm")
     for point, value in zip(points[:3], (0.5, 0.6, 0.7), strict=True):
@@ -85,7 +85,7 @@ def test_table_over_seeds(tmp_path):
     assert rows[4]["validation"] == "" and rows[4]["workdir"] == "initial_scale=0.5,seed=1"
 
 
-def test_odd_values_read_as_they_are(tmp_path):
+def test_special_characters_are_kept_in_markdown_and_csv(tmp_path):
     points = make(tmp_path, [{"data_dir": ODD}, {"data_dir": "b"}])
     text = sweep_table.write(points, {points[0].name: f"error: {ODD}"}, tmp_path)
     shown = Outline(MarkdownIt("commonmark", {"html": False}).enable("table").render(text))
@@ -94,7 +94,7 @@ def test_odd_values_read_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("lower_is_better, order", [(False, ["1", "0"]), (True, ["0", "1"])])
-def test_the_best_is_first(tmp_path, lower_is_better, order):
+def test_best_point_is_listed_first(tmp_path, lower_is_better, order):
     points = make(tmp_path, [{"batch_size": 10}, {"batch_size": 20}])
     for value, point in enumerate(points):
         write_results(point, value, lower_is_better=lower_is_better)
@@ -102,7 +102,7 @@ def test_the_best_is_first(tmp_path, lower_is_better, order):
     assert [line.split("|")[4].strip()[0] for line in lines] == order
 
 
-def test_kinds_have_rows_of_their_own(tmp_path):
+def test_each_model_kind_has_its_own_row(tmp_path):
     (point,) = points = make(tmp_path, [{"batch_size": 10}], "lstm,bn_lstm")
     write_results(point, 0.25, "lstm")
     rows = sweep_table.rows(points, {}, tmp_path)

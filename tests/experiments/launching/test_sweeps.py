@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 FILES = sorted((ROOT / "configs" / "sweeps").glob("*.py"))
 
 
-def test_points_of_lists():
+def test_values_product_and_zipped_make_points():
     a, b = values("a", 1, 2), values("b.c", "x", "y")
     assert a == [{"a": 1}, {"a": 2}]
     assert product(a, b) == [
@@ -36,12 +36,12 @@ def test_points_of_lists():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: values("seed"), r"values\('seed'\) of a sweep has no value"),
+        (lambda: values("seed"), r"values\('seed'\) is empty"),
         (lambda: zipped(values("a", 1), values("b", 1, 2)), "lists of 1, 2 points"),
         (lambda: product(values("a", 1), values("a", 2)), "sets a twice in one point"),
     ],
 )
-def test_lists_that_make_no_points(make, message):
+def test_invalid_combinations_of_values_raise(make, message):
     with pytest.raises(UserError, match=message):
         make()
 
@@ -51,13 +51,13 @@ def test_lists_that_make_no_points(make, message):
     [
         (None, "did you mean configs/sweeps/pmnist_gamma.py"),
         ("x = 1", r"has no function get_sweep\(\)"),
-        ("def get_sweep(): return []", "must return a list"),
-        ("def get_sweep(): return {'seed': 1}", "must return a list"),
-        ("def get_sweep(): return [{}]", "must return a list"),
-        ("def get_sweep(): return [{'seed': 1}, {'seed': 2}, {'seed': 1}]", "a point twice"),
+        ("def get_sweep(): return []", "must return a non-empty list"),
+        ("def get_sweep(): return {'seed': 1}", "must return a non-empty list"),
+        ("def get_sweep(): return [{}]", "must return a non-empty list"),
+        ("def get_sweep(): return [{'seed': 1}, {'seed': 2}, {'seed': 1}]", "same point twice"),
     ],
 )
-def test_files_that_are_no_sweep(tmp_path, monkeypatch, code, message):
+def test_invalid_sweep_files_raise(tmp_path, monkeypatch, code, message):
     monkeypatch.chdir(ROOT)
     path = tmp_path / "sweep.py"
     if code is not None:
@@ -67,7 +67,7 @@ def test_files_that_are_no_sweep(tmp_path, monkeypatch, code, message):
     assert "\n" not in str(caught.value)
 
 
-def test_names_are_short_safe_and_distinct():
+def test_point_names_are_short_unique_and_filesystem_safe():
     assert sweeps.name(
         {"model.initial_scale": 0.1, "seed": 2}, ["model.initial_scale", "seed"]
     ) == ("initial_scale=0.1,seed=2")
@@ -120,7 +120,7 @@ def get_sweep():
 """
 
 
-def test_numpy_values_of_a_sweep_file_reach_the_json_of_a_run(tmp_path):
+def test_numpy_values_in_a_sweep_file_become_json_values(tmp_path):
     (tmp_path / "sweep.py").write_text(SWEEP_OF_NUMPY)
     points = make_points(ptb.get_config(), sweeps.load(str(tmp_path / "sweep.py")), tmp_path)
     first = {
@@ -144,7 +144,7 @@ def test_numpy_values_of_a_sweep_file_reach_the_json_of_a_run(tmp_path):
     assert points[0].name.startswith("seed=2,learning_rate=0.001,batch_size=50,kind=lstm")
 
 
-def test_values_reach_a_run_as_they_are():
+def test_point_values_round_trip_through_the_command_line():
     point = {
         "seed": 3,
         "optimizer.learning_rate": 1e-5,
@@ -169,37 +169,37 @@ def test_values_reach_a_run_as_they_are():
         ({"model.inital_scale": 1.0}, "did you mean model.initial_scale"),
         ({"initial_scale": 1.0}, "did you mean model.initial_scale"),
         ({"model": 1}, "which is unknown"),
-        ({"task": "char_lm"}, "cannot set the field task"),
-        ({"seed": 1.5}, "config.seed is swept and is 1.5: it must be int"),
-        ({"seed": True}, "config.seed is swept and is True: it must be int"),
-        ({"seed": None}, "config.seed is swept and is None: it must be int"),
-        ({"model.normalize": "input"}, "it must be tuple"),
+        ({"task": "char_lm"}, "cannot set config.task"),
+        ({"seed": 1.5}, "config.seed is 1.5 in the sweep: it must be of type int"),
+        ({"seed": True}, "config.seed is True in the sweep: it must be of type int"),
+        ({"seed": None}, "config.seed is None in the sweep: it must be of type int"),
+        ({"model.normalize": "input"}, "it must be of type tuple"),
         ({"seed": 1, "batch_size": 0}, "seed=1,batch_size=0: config.batch_size is 0"),
         ({"optimizer.learning_rate": float("nan")}, "learning_rate=nan: config.optimizer"),
         ({"model.kind": "bn_lstn"}, "did you mean bn_lstm"),
         ({"model.recurrent_init": "identiy"}, "did you mean identity"),
     ],
 )
-def test_points_that_the_config_refuses(tmp_path, point, message):
+def test_invalid_points_raise_and_create_no_files(tmp_path, point, message):
     with pytest.raises(UserError, match=message) as caught:
         make_points(digits.get_config(), [{"seed": 0}, point], tmp_path / "sweep")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_points_with_data_that_do_not_exist_are_refused(tmp_path):
+def test_points_with_an_invalid_data_subset_raise(tmp_path):
     message = "subset=qa3: config.subset is 'qa3'"
     with pytest.raises(UserError, match=message):
         make_points(babi.get_config(), [{"subset": "qa1"}, {"subset": "qa3"}], tmp_path)
 
 
-def test_one_run_under_two_names_is_refused():
+def test_points_with_identical_configs_raise():
     points = [{"seed": 1}, {"seed": 2}, {"model.features": 64}]
-    with pytest.raises(UserError, match="one run twice, as seed=1 and as features=64"):
+    with pytest.raises(UserError, match="seed=1 and features=64 are the same run"):
         make_points(digits.get_config(), points, Path("none"))
 
 
-def test_a_point_without_a_field_has_the_value_of_the_config():
+def test_points_take_missing_fields_from_the_config():
     points = make_points(digits.get_config(), [{"seed": 2}, {"model.features": 7}], Path("none"))
     assert [point.name for point in points] == ["seed=2", "features=7"]
     assert [point.fields for point in points] == [
@@ -208,18 +208,18 @@ def test_a_point_without_a_field_has_the_value_of_the_config():
     ]
 
 
-def test_a_workdir_with_another_run_is_refused(tmp_path):
+def test_workdir_with_a_different_config_raises(tmp_path):
     config = digits.get_config()
     (point,) = make_points(config, [{"seed": 2}], tmp_path)
     run = point.runs["bn_lstm"]
     run.mkdir(parents=True)
     config.seed, config.model.kind, config.batch_size = 2, "bn_lstm", 9
     files.write_json(run / "config.json", json.loads(config.to_json()))
-    with pytest.raises(UserError, match="batch_size is 9, here it is 64"):
+    with pytest.raises(UserError, match="batch_size is 9 in that run, 64 now"):
         make_points(digits.get_config(), [{"seed": 2}], tmp_path)
 
 
-def test_a_point_is_finished_when_all_its_kinds_are(tmp_path):
+def test_point_is_finished_when_all_its_kinds_are_finished(tmp_path):
     (point,) = make_points(digits.get_config(), [{"seed": 2}], tmp_path)
     assert point.runs == {kind: tmp_path / "seed=2" / kind for kind in ("lstm", "bn_lstm")}
     for kind, updates, finished in (("lstm", 600, False), ("bn_lstm", 500, False)):
@@ -235,7 +235,7 @@ def test_a_point_is_finished_when_all_its_kinds_are(tmp_path):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_sweep_file_has_points_for_the_configs_it_names(file, monkeypatch):
+def test_sweep_files_are_valid_for_their_documented_commands(file, monkeypatch):
     monkeypatch.chdir(ROOT)
     name = str(file.relative_to(ROOT))
     swept = sweeps.load(name)

@@ -149,7 +149,7 @@ def statistics_after(stats, found):
 # ---- The forms.
 
 
-def test_parameters_are_those_of_the_paper():
+def test_parameter_shapes_match_the_paper():
     k, gates = 2 * UNITS, 4 * UNITS
     layer = {
         "input_kernel": (UNITS, gates),
@@ -185,7 +185,7 @@ def test_parameters_are_those_of_the_paper():
     assert of_shapes["bn_e_star_star"]["params"] == both
 
 
-def test_tables_have_the_steps_that_they_are_to_have():
+def test_statistics_tables_have_the_configured_steps():
     for form in NORMALISED:
         stats = jax.tree.map(jnp.shape, shapes(form)["batch_stats"])
         for encoder, rows in (("passage", ROWS), ("question", QUESTION)):
@@ -212,7 +212,7 @@ RUNS = [
 
 
 @pytest.mark.parametrize("form, train, mask", RUNS)
-def test_equals_the_reference(form, train, mask, double):
+def test_reader_matches_the_reference(form, train, mask, double):
     params, stats, _ = draw(form)
     for lengths in LENGTHS:
         batch = make_batch(lengths)
@@ -226,7 +226,7 @@ def test_equals_the_reference(form, train, mask, double):
 
 
 @pytest.mark.parametrize("form", ["bn_everywhere", "bn_e_star_star"])
-def test_gradients_against_finite_differences_of_the_reference(form, double):
+def test_gradients_match_finite_differences_of_the_reference(form, double):
     params, stats, weights = draw(form, seed=1)
     batch = make_batch()
     found = gradients(form)(params, stats, batch, weights)
@@ -246,7 +246,7 @@ def test_gradients_against_finite_differences_of_the_reference(form, double):
             np.testing.assert_allclose(derivative, expected, err_msg=path, **GRADIENTS)
 
 
-def test_epsilon_is_a_field(double):
+def test_epsilon_is_configurable(double):
     params, stats, _ = draw("bn_e_star")
     logits, _, _ = values("bn_e_star", False, epsilon=0.2)(params, stats, make_batch())
     expected, _, _ = reference_reader.read(
@@ -284,7 +284,7 @@ RUNS_BLIND_TO_PADDING = [
 
 
 @pytest.mark.parametrize("form, train, mask", RUNS_BLIND_TO_PADDING)
-def test_padding_has_no_influence(form, train, mask, double):
+def test_padding_does_not_change_outputs_and_statistics(form, train, mask, double):
     params, stats, _ = draw(form)
     batch = make_batch()  # one step of padding after the longest passage may count
     logits, attention, updated = run(form, train, mask, params, stats, batch)
@@ -299,7 +299,7 @@ def test_padding_has_no_influence(form, train, mask, double):
             assert_close(statistics[name], updated[name], **VALUES)
 
 
-def test_statistics_of_each_step_may_count_padding(double):
+def test_padding_changes_outputs_unless_statistics_mask_it(double):
     form = "bn_everywhere"
     params, stats, _ = draw(form)
     batch = make_batch()
@@ -354,7 +354,7 @@ def test_population_statistics_are_averages_over_batches(double):
         np.testing.assert_allclose(statistic, expected, err_msg=path, **VALUES)
 
 
-def test_one_batch_makes_inference_equal_training(double):
+def test_inference_with_statistics_of_one_batch_matches_training(double):
     form, mask = "bn_everywhere", True
     params, stats, _ = draw(form)
     words = make_batch()[:2]
@@ -373,7 +373,7 @@ def test_one_batch_makes_inference_equal_training(double):
         np.testing.assert_allclose(mine, wanted, rtol=1e-8, atol=1e-8)
 
 
-def test_inference_is_outside_of_mapped_axes(double):
+def test_inference_needs_no_mapped_axis(double):
     form = "bn_e_star_star"
     params, stats, _ = draw(form)
     expected = run(form, False, False, params, stats, make_batch())
@@ -412,7 +412,7 @@ def single_reader(**options):
     return reader, params, batch
 
 
-def test_dropout_needs_a_key_and_may_be_told_to_rest():
+def test_dropout_is_off_without_a_key_or_if_deterministic():
     reader, params, batch = single_reader(dropout_rate=0.25)
     plain, _ = dropped(reader.clone(dropout_rate=0.0), params, batch)
     first, second = (dropped(reader, params, batch, key)[0] for key in (1, 3))
@@ -423,7 +423,7 @@ def test_dropout_needs_a_key_and_may_be_told_to_rest():
     assert np.all(np.any(first != second, axis=1)) and np.all(np.any(first != plain, axis=1))
 
 
-def test_dropout_of_embeddings_and_of_the_answer():
+def test_dropout_applies_to_embeddings_and_the_answer():
     keep = 0.75
     reader, params, batch = single_reader(dropout_rate=1 - keep)
     _, given = dropped(reader, params, batch, 1)
@@ -456,7 +456,7 @@ def test_dropout_of_embeddings_and_of_the_answer():
     np.testing.assert_allclose(inference, whole, rtol=1e-6)
 
 
-def test_unscaled_dropout_is_the_scaled_one_of_smaller_weights():
+def test_unscaled_dropout_matches_scaled_dropout_of_smaller_weights():
     keep = 0.75
     reader, params, batch = single_reader(dropout_rate=1 - keep)
     smaller = params | {
@@ -488,7 +488,7 @@ def blocks(params, units):
 
 
 @pytest.mark.parametrize("form, identical", [("bn_lstm", False), ("bn_e_star_star", True)])
-def test_initial_values(form, identical):
+def test_initial_values_have_the_expected_distributions(form, identical):
     units, words = 8, 50
     scale = 0.2 if identical else 0.1  # 0.1 is the default
     options = dict(scale_init=nn.initializers.constant(scale)) if identical else {}
@@ -523,7 +523,7 @@ def test_initial_values(form, identical):
             assert np.all(leaf == np.float32(scale)), path
 
 
-def test_single_precision_and_bfloat16():
+def test_float32_and_bfloat16_are_close_to_the_reference():
     params, stats, _ = jax.tree.map(np.float32, draw("bn_e_star"))
     batch = make_batch()
     exact = jax.tree.map(np.float64, params)
@@ -543,7 +543,7 @@ def test_single_precision_and_bfloat16():
     assert 1e-4 < np.abs(logits - expected).max() < 0.3
 
 
-def test_matrix_products_have_operands_in_bfloat16():
+def test_matrix_products_have_bfloat16_operands():
     params, stats, _ = jax.tree.map(np.float32, draw("bn_e_star"))
     reader = make_reader("bn_e_star", param_dtype=jnp.float32, dtype=jnp.bfloat16)
     program = jax.jit(lambda params: applied(reader, params, stats, make_batch(), True)[0])

@@ -183,7 +183,7 @@ RUNS = [(case, "xla") for case in CASES] + [("bn_e_star_star_1_1", "reference")]
 
 
 @pytest.mark.parametrize("case, implementation", RUNS)
-def test_reader_computes_the_authors_answers_attention_and_gradients(case, implementation):
+def test_outputs_attention_and_gradients_match_the_authors_code(case, implementation):
     arrays, params = CASES[case], parameters(case)
     batch = arrays["d"].T, arrays["q"].T, arrays["dl"], arrays["ql"]
     function = differentiated(form_of(case), case.endswith("_1"), implementation)
@@ -203,7 +203,7 @@ def test_reader_computes_the_authors_answers_attention_and_gradients(case, imple
 
 
 @pytest.mark.parametrize("case", EVALUATIONS)
-def test_reader_evaluates_as_the_authors_do(case):
+def test_evaluation_matches_the_authors_code(case):
     arrays, expected = CASES[case], EVALUATIONS[case]
     batch = arrays["d"].T, arrays["q"].T, arrays["dl"], arrays["ql"]
     statistics = by_path(expected, STATISTICS, "s")
@@ -234,7 +234,7 @@ def test_reader_evaluates_as_the_authors_do(case):
     assert np.abs(np.asarray(by_population) - expected["logp"]).max() > 0.1
 
 
-def test_all_forms_are_among_the_cases():
+def test_cases_cover_all_forms():
     assert {form_of(case) for case in CASES} == set(FORMS)
     assert len(CASES) == 3 * len(FORMS)
     sequence = {form for form, fields in FORMS.items() if "input_statistics" in fields}

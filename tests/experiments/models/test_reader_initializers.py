@@ -22,7 +22,7 @@ def test_every_block_is_orthogonal(identical, scale):
         init(jax.random.key(0), (4 * H, H))
 
 
-def test_orthogonal_blocks_are_small_unless_told():
+def test_orthogonal_blocks_have_scale_0_05_by_default():
     block = reader_initializers.orthogonal_blocks()(jax.random.key(0), (H, H))
     np.testing.assert_allclose(np.linalg.norm(block, axis=0), 0.05, rtol=1e-5)
 

@@ -36,9 +36,7 @@ def curves(folder):
     return {tag: {step: v for (own, step), v in shown.items() if own == tag} for tag in tags}
 
 
-def test_tensorboard_shows_all_points_but_those_past_a_stopped_runs_checkpoint(
-    small_config, tmp_path
-):
+def test_tensorboard_drops_points_after_the_resumed_checkpoint(small_config, tmp_path):
     for start, values, losses in (
         (0, [1.0, 2.0, 3.0], {1: 1.0, 2: 2.0, 3: 3.0}),
         (1, [5.0], {1: 1.0, 2: 5.0}),
@@ -88,7 +86,7 @@ def test_tensorboard_has_config_and_results(small_config, tmp_path):
     assert plugin[1].WhichOneof("data") == "session_end_info"
 
 
-def test_other_readings_have_curves_of_their_own():
+def test_each_reading_has_its_own_final_scalar():
     row = {"split": "test", "statistics": "none", "accuracy": 0.5}
     rows = [row, row | {"reading": "segments of 100", "accuracy": 0.25}]
     assert boards.final_scalars(rows) == {
@@ -97,7 +95,7 @@ def test_other_readings_have_curves_of_their_own():
     }
 
 
-def test_a_full_disk_is_an_error(small_config, tmp_path):
+def test_full_disk_raises(small_config, tmp_path):
     """TensorBoard's file reaches the limit before the file of metrics does."""
     with (
         files_of_at_most(4000),
@@ -130,7 +128,7 @@ class StandIn:
         self.ends.append(exit_code)
 
 
-def test_a_continued_run_has_the_same_page(small_config, tmp_path, monkeypatch):
+def test_resumed_run_continues_the_same_wandb_run(small_config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", package := StandIn())
     small_config.num_updates = 4
     train.train(small_config, tmp_path)
@@ -158,7 +156,7 @@ def test_a_continued_run_has_the_same_page(small_config, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "wandb.json").read_text()).keys() == {"recurrent", "another"}
 
 
-def test_the_package_itself_offline(small_config, tmp_path, monkeypatch):
+def test_wandb_logs_offline_and_invalid_project_raises(small_config, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     small_config.wandb = "recurrent"
@@ -179,7 +177,7 @@ def test_the_package_itself_offline(small_config, tmp_path, monkeypatch):
         pass
 
 
-def test_a_missing_package_raises(small_config, monkeypatch):
+def test_missing_wandb_package_raises(small_config, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     config.check(small_config)
     small_config.wandb = "recurrent"

@@ -8,7 +8,7 @@ from experiments.runtime.errors import UserError
 
 
 @pytest.mark.parametrize("kind", ["lstm", "bn_lstm"])
-def test_the_best_checkpoint_from_the_folder_alone(small_config, tmp_path, kind):
+def test_best_checkpoint_is_read_from_the_workdir_alone(small_config, tmp_path, kind):
     small_config.model.kind = kind
     small_config.num_updates = small_config.eval_every = 2
     results = train.train(small_config, tmp_path)
@@ -35,7 +35,7 @@ def test_the_best_checkpoint_from_the_folder_alone(small_config, tmp_path, kind)
         assert read_best(tmp_path)[2] == "running"
 
 
-def test_a_checkpoint_from_before_a_metric_was_added_is_read(small_config, tmp_path):
+def test_checkpoint_without_a_newer_metric_is_restored(small_config, tmp_path):
     state = train.create_state(tasks.load(small_config), small_config)
     window = {name: (np.float32(3), np.float32(2)) for name in state.window}
     del window["gradient_norm"]
@@ -45,7 +45,7 @@ def test_a_checkpoint_from_before_a_metric_was_added_is_read(small_config, tmp_p
     assert restored.window == {**window, "gradient_norm": (0, 0)}
 
 
-def test_folders_without_a_best_checkpoint(tmp_path):
+def test_folder_without_a_best_checkpoint_raises(tmp_path):
     with pytest.raises(UserError, match="is not the folder of a run"):
         read_best(tmp_path)
     (tmp_path / "run.json").write_text('{"selection": "accuracy", "lower_is_better": false}')

@@ -7,7 +7,7 @@ import pytest
 from experiments.records import metrics
 
 
-def test_a_log_file_shows_progress(capsys, monkeypatch, tmp_path):
+def test_reporter_logs_and_records_metrics(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(metrics, "SECONDS_LOGGED", 0)
     with metrics.Reporter(tmp_path, "title", "data", 0, 10) as reporter:
         reporter.write({"update": 4, "split": "train", "statistics": "batch"}, {"loss": 0.5})
@@ -22,7 +22,7 @@ def test_a_log_file_shows_progress(capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("open_pair", [os.pipe, os.openpty], ids=["pipe", "terminal"])
-def test_a_closed_output_does_not_stop_a_run(monkeypatch, tmp_path, open_pair):
+def test_closed_stdout_does_not_stop_the_reporter(monkeypatch, tmp_path, open_pair):
     reader, writer = open_pair()
     os.close(reader)  # as Ctrl-C closes `| tee log`
     with os.fdopen(writer, "w") as closed:
@@ -36,7 +36,7 @@ def test_a_closed_output_does_not_stop_a_run(monkeypatch, tmp_path, open_pair):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_speed_is_that_of_updates_since_timing_started(monkeypatch, tmp_path):
+def test_speed_counts_updates_since_timing_started(monkeypatch, tmp_path):
     with metrics.Reporter(tmp_path, "title", "data", 0, 100) as reporter:
         assert reporter.speed() == {}
         clock = iter([50, 0, 54])
@@ -47,7 +47,7 @@ def test_speed_is_that_of_updates_since_timing_started(monkeypatch, tmp_path):
         monkeypatch.undo()
 
 
-def test_other_processes_write_nothing(monkeypatch, tmp_path, capsys):
+def test_processes_other_than_the_first_write_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(metrics.processes, "is_first", lambda: False)
     with metrics.Reporter(tmp_path, "title", "data", 0, 10) as reporter:
         reporter.print("a line")

@@ -12,16 +12,16 @@ from tests.scripts.made_up import write_run
     [
         ("accuracy", 0.4, 0.6, 0.55, "on track"),
         ("accuracy", 0.4, 0.6, 0.21, "on track"),  # below the range by less than its width
-        ("accuracy", 0.4, 0.6, 0.19, "off"),
+        ("accuracy", 0.4, 0.6, 0.19, "off track"),
         ("accuracy", 0.4, 0.6, 0.81, "better"),
         ("accuracy", 0.5, 0.5, 0.46, "on track"),  # below a single run by less than a tenth
-        ("accuracy", 0.5, 0.5, 0.44, "off"),
-        ("accuracy", 0.4, 0.6, float("nan"), "off"),
+        ("accuracy", 0.5, 0.5, 0.44, "off track"),
+        ("accuracy", 0.4, 0.6, float("nan"), "off track"),
         ("error", 0.4, 0.6, 0.19, "better"),
-        ("error", 0.4, 0.6, 0.81, "off"),
+        ("error", 0.4, 0.6, 0.81, "off track"),
     ],
 )
-def test_verdicts(metric, low, high, value, verdict):
+def test_milestones_classify_metric_values(metric, low, high, value, verdict):
     told = Milestone(metric, low, high, 3).tell(value)
     assert told.startswith(f"{verdict}: {metric} ")
 
@@ -45,12 +45,12 @@ def test_milestones_are_the_range_of_runs_of_the_same_config(tmp_path, monkeypat
     assert milestones.of(config) == {}
 
 
-def test_without_committed_runs_there_are_none(tmp_path, monkeypatch):
+def test_missing_results_folder_gives_no_milestones(tmp_path, monkeypatch):
     monkeypatch.setattr(milestones, "RUNS", tmp_path / "results")
     assert milestones.of(Experiment("pmnist", "bn_lstm").get_config()) == {}
 
 
-def test_a_run_reports_them(small_config, tmp_path, capsys, monkeypatch):
+def test_training_prints_milestone_verdicts(small_config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(milestones, "RUNS", tmp_path / "runs")
     train.train(small_config, tmp_path / "runs" / "first")
     assert "on track" not in capsys.readouterr().out

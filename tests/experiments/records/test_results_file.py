@@ -24,7 +24,7 @@ def results_of(length, eval_batch_size, update=3):
         (results_of(200, 100, update=4), set()),
     ],
 )
-def test_rows_of_other_readings_stay_if_they_are_of_the_same_evaluation(tmp_path, second, kept):
+def test_rows_of_the_same_evaluation_are_kept(tmp_path, second, kept):
     results_file.write(tmp_path, results_of(100, 100))
     written = results_file.write(tmp_path, second)
     assert written == results_file.read(tmp_path)

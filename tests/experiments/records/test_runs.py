@@ -12,7 +12,7 @@ PMNIST = Experiment("pmnist", "bn_lstm")
 LARGE_GAMMA = Experiment("pmnist", "bn_lstm", (("model.initial_scale", 0.3),))
 
 
-def test_runs_are_found_by_what_they_are(tmp_path):
+def test_runs_are_found_by_experiment_in_any_subfolder(tmp_path):
     every = (PMNIST, LARGE_GAMMA, Experiment("pmnist", "lstm"), Experiment("ptb:small", "lstm"))
     for experiment in every:
         for seed in (2, 1):
@@ -28,13 +28,13 @@ def test_runs_are_found_by_what_they_are(tmp_path):
     assert runs.of(PMNIST, runs.find(tmp_path))[0].folder == elsewhere
 
 
-def test_names_of_experiments():
+def test_experiment_names_have_config_kind_and_overrides():
     assert str(PMNIST) == "pmnist/bn_lstm"
     assert str(LARGE_GAMMA) == "pmnist/bn_lstm,initial_scale=0.3"
     assert str(Experiment("ptb:small", "lstm")) == "ptb_small/lstm"
 
 
-def test_properties_of_a_run(tmp_path):
+def test_run_properties_are_read_from_its_files(tmp_path):
     validations = {500: {"accuracy": 0.5}, 1000: {"accuracy": 0.75}}
     run = runs.Run(write_run(tmp_path, PMNIST, 3, validations, {"accuracy": 0.7}))
     np.testing.assert_array_equal(run.curve("valid", "accuracy"), [[500, 1000], [0.5, 0.75]])
@@ -45,7 +45,7 @@ def test_properties_of_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "run.json", "results.json"])
-def test_a_damaged_run_is_named_and_others_are_found(name, tmp_path, caplog):
+def test_damaged_run_is_reported_and_skipped(name, tmp_path, caplog):
     whole = write_run(tmp_path, PMNIST, 1, {500: {"accuracy": 0.5}}, {"accuracy": 0.5})
     damaged = write_run(tmp_path, PMNIST, 2, {500: {"accuracy": 0.5}}, {"accuracy": 0.5})
     (damaged / name).write_text("{")
@@ -58,7 +58,7 @@ ROW = '{"update": 1, "split": "train", "statistics": "none", "loss": 1.0}'
 
 
 @pytest.mark.parametrize("line", ["\0" * 20, ROW + ROW, ROW[:-9], "[1]", "{}", "\xff"])
-def test_a_damaged_line_of_metrics_is_named_and_left_out(line, tmp_path, caplog):
+def test_damaged_metrics_line_is_reported_and_skipped(line, tmp_path, caplog):
     text = f"{ROW}\n{line}\n{ROW}\n".encode("latin-1")
     (tmp_path / "metrics.jsonl").write_bytes(text)
     with caplog.at_level("WARNING"):
@@ -66,7 +66,7 @@ def test_a_damaged_line_of_metrics_is_named_and_left_out(line, tmp_path, caplog)
     assert f"{tmp_path / 'metrics.jsonl'}, line 2 is damaged" in caplog.text
 
 
-def test_a_line_that_is_being_written_is_no_damage(tmp_path, caplog):
+def test_incomplete_last_line_is_ignored_silently(tmp_path, caplog):
     (tmp_path / "metrics.jsonl").write_text(f"{ROW}\n{ROW[:20]}")
     assert read_metrics(tmp_path) == [json.loads(ROW)]
     assert not caplog.text

@@ -28,7 +28,7 @@ def mnist_runs(tmp_path):
     return tmp_path
 
 
-def test_table_of_final_results(mnist_runs):
+def test_table_compares_final_results_with_the_paper(mnist_runs):
     table, figure = show("table_mnist", mnist_runs)
     assert figure is None and table.header[2] == "paper, test accuracy"
     pmnist = "pMNIST (released draw)"
@@ -41,7 +41,7 @@ def test_table_of_final_results(mnist_runs):
     ]
 
 
-def test_results_with_input_terms_by_the_batch_have_their_own_row(tmp_path):
+def test_results_with_batch_input_statistics_have_their_own_row(tmp_path):
     experiment = Experiment("cnn_qa", "bn_e_star_star")
     run = write_run(tmp_path, experiment, 1, {500: {"error": 0.5}}, {"error": 0.4})
     results = json.loads((run / "results.json").read_text())
@@ -56,7 +56,7 @@ def test_results_with_input_terms_by_the_batch_have_their_own_row(tmp_path):
     ]
 
 
-def test_results_of_a_run_that_goes_on_keep_their_number_of_updates(mnist_runs):
+def test_resumed_run_keeps_the_update_count_of_its_results(mnist_runs):
     with (mnist_runs / "pmnist/lstm/seed_1/metrics.jsonl").open("a") as file:
         row = {"update": 50_000, "split": "valid", "statistics": "none", "accuracy": 0.8}
         file.write(json.dumps(row) + "\n")
@@ -64,7 +64,7 @@ def test_results_of_a_run_that_goes_on_keep_their_number_of_updates(mnist_runs):
     assert table.rows[2][3:5] == ["0.2500", "500 of 100,000"]
 
 
-def test_curves_lie_over_the_papers(mnist_runs):
+def test_curves_are_drawn_with_the_paper_curves(mnist_runs):
     write_run(mnist_runs, Experiment("pmnist", "bn_lstm"), 3, {1000: {"accuracy": 0.5}})
     table, figure = show("figure_pmnist", mnist_runs)
     whole, first = figure.axes
@@ -82,7 +82,7 @@ def test_curves_lie_over_the_papers(mnist_runs):
     assert low < 0.2 and high > 0.75
 
 
-def test_the_table_of_curves_has_means_over_windows_that_double(tmp_path):
+def test_curve_table_averages_over_doubling_windows(tmp_path):
     values = {500: 0.1, 1000: 0.2, 1500: 0.3, 2000: 0.5, 2500: 0.6, 3000: 0.7, 4500: 0.9}
     for seed, more in ((1, 0), (2, 0.01)):
         points = {update: {"accuracy": value + more} for update, value in values.items()}
@@ -101,7 +101,7 @@ def test_the_table_of_curves_has_means_over_windows_that_double(tmp_path):
     ]
 
 
-def test_curves_of_a_run_without_validation(tmp_path):
+def test_run_without_validation_shows_training_curves(tmp_path):
     run = write_run(tmp_path, Experiment("ptb", "bn_lstm"), 1, {791: {"bits_per_character": 1.6}})
     training, _ = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text(training + "\n")
@@ -110,7 +110,7 @@ def test_curves_of_a_run_without_validation(tmp_path):
     assert [row[:3] for row in table.rows] == [["gamma 0.1", "train", "791"]]
 
 
-def test_curves_of_a_run_before_its_first_validation_keep_the_axis(tmp_path):
+def test_axis_limits_are_kept_before_the_first_validation(tmp_path):
     points = {400: {"bits_per_character": 1.8}}  # the paper's first validation is at 767
     run = write_run(tmp_path, Experiment("ptb", "bn_lstm"), 1, points)
     training, _ = (run / "metrics.jsonl").read_text().splitlines()
@@ -119,7 +119,7 @@ def test_curves_of_a_run_before_its_first_validation_keep_the_axis(tmp_path):
     assert {axes.get_ylim() for axes in figure.axes} == {ITEMS["figure_gamma_ptb"].ylim}
 
 
-def test_curves_by_hours(mnist_runs):
+def test_curves_are_plotted_against_hours(mnist_runs):
     """In 3,900 seconds, the BN-LSTM makes 1,000 updates, and the LSTM makes 500."""
     table, figure = show("figure_pmnist_hours", mnist_runs)
     hours = 3900 / 3600
@@ -131,7 +131,7 @@ def test_curves_by_hours(mnist_runs):
     assert table.rows[2] == ["0.54", "-", "0.6000 (0.5500 to 0.6500)"]
 
 
-def test_labels_by_hours_name_the_implementations_of_the_runs(tmp_path):
+def test_labels_of_hour_curves_name_the_implementations(tmp_path):
     for kind, seed, name in (("lstm", 1, "gpu"), ("lstm", 2, "cpu, AVX2"), ("bn_lstm", 1, "gpu")):
         test, run = {"accuracy": 0.7}, Experiment("pmnist", kind)
         write_run(tmp_path, run, seed, {500: {"accuracy": 0.6}}, test, implementation=name)
@@ -141,7 +141,7 @@ def test_labels_by_hours_name_the_implementations_of_the_runs(tmp_path):
     assert [text.get_text() for text in figure.axes[0].get_legend().texts] == labels
 
 
-def test_results_by_length(tmp_path):
+def test_results_are_plotted_by_sequence_length(tmp_path):
     run = write_run(tmp_path, Experiment("ptb", "bn_lstm"), 1, {791: {"bits_per_character": 1.6}})
     row = {"split": "test", "reading": "segments of 300"}
     values = {"batch": 1.5, "population": 1.4, "running": 3.0}
@@ -161,14 +161,14 @@ def test_results_by_length(tmp_path):
     assert [[300, 1.4]] in [line.get_xydata().tolist() for line in figure.axes[0].lines]
 
 
-def test_the_paper_counts_thousands_of_updates_from_zero():
+def test_paper_curves_count_thousands_of_updates_from_zero():
     # The validation at plotted x = 203 is after 204,000 updates.
     published = paper.curves("cnn_4sentence_error")[("lstm", "valid")]
     assert paper.at(published, 350_000 + 1000) == pytest.approx(0.603, abs=5e-4)
 
 
 @pytest.mark.parametrize("name", [name for name in ITEMS if name != "figure_gradient_norm"])
-def test_items_without_runs_show_the_papers_lines_or_nothing(name, tmp_path):
+def test_items_without_runs_show_only_paper_results_or_nothing(name, tmp_path):
     table, figure = show(name, tmp_path)
     if name.endswith("_hours") or name == "figure_population_statistics":
         assert (table, figure) == (None, None)

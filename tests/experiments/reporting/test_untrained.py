@@ -38,7 +38,7 @@ def finite_difference_norms(pixels, labels, gamma, parameters, steps):
     return norms
 
 
-def test_gradient_norms_are_finite_differences():
+def test_gradient_norms_match_finite_differences():
     random = np.random.default_rng(0)
     pixels = random.uniform(size=(5, 6)).astype(np.float32)
     labels = np.array([3, 0, 9, 3, 7])
@@ -58,7 +58,7 @@ def test_gradient_norms_are_finite_differences():
     np.testing.assert_allclose(np.take(found, steps), expected, rtol=2e-3)
 
 
-def test_the_smallest_gradients_are_not_lost_in_their_squares():
+def test_tiny_gradient_norms_do_not_underflow():
     """Norms of 1e-25, as in the figure, have squares below the range of float32."""
     random = np.random.default_rng(0)
     pixels = random.uniform(size=(20, 300)).astype(np.float32)
@@ -79,7 +79,7 @@ def norms(mnist):
     return {gamma: untrained.draws_of_gradient_norms(mnist, gamma, draws=10) for gamma in gammas}
 
 
-def test_gradient_norms_are_the_papers(norms):
+def test_gradient_norms_match_the_paper(norms):
     """The paper's norms at t = 783, 600 and 300 are in the range of ours, up to a factor of 2.
 
     For small gamma and near the end, draws of weights and batch hardly differ, and the median must
@@ -100,7 +100,7 @@ def test_gradient_norms_are_the_papers(norms):
     assert steady >= {(0.1, 600), (0.2, 600), (0.3, 600), (0.1, 300)}
 
 
-def test_the_figure_is_of_permuted_pixels(mnist, norms):
+def test_paper_gradient_norms_match_only_permuted_pixels(mnist, norms):
     """Near the end draws hardly differ, so that they distinguish the two orders."""
     in_order = untrained.draws_of_gradient_norms(mnist, 0.1, draws=5, order="in_order")
     theirs = paper.at(paper.curves("tanh_rnn_gradient_norm")[("0.1",)], 750)
@@ -108,7 +108,7 @@ def test_the_figure_is_of_permuted_pixels(mnist, norms):
     assert np.all(np.abs(norms[0.1][:, 750] / theirs - 1) < 0.25)
 
 
-def test_tanh_derivative_is_the_papers():
+def test_tanh_derivative_matches_the_paper():
     # The paper's means over 1,000 samples scatter by 0.01. Ours are over 100,000.
     stddevs, means = paper.TANH_MEANS
     mean, _, _ = untrained.tanh_derivative(stddevs, seed=0, samples=100_000)
@@ -119,7 +119,7 @@ def test_tanh_derivative_is_the_papers():
     np.testing.assert_allclose(found, quartiles, atol=0.03)
 
 
-def test_curves_are_those_of_the_files():
+def test_paper_curves_are_read_from_csv_files():
     lines = paper.curves("ptb_valid_bpc")
     assert set(lines) == {("lstm",), ("bn_lstm",)}
     assert paper.at(lines[("lstm",)], 791) == 2.2225

@@ -26,7 +26,7 @@ def run(program, *arguments, **environment):
     return result.returncode, result.stdout, result.stderr
 
 
-def test_characters_that_a_terminal_lacks_are_replaced():
+def test_unencodable_characters_are_replaced():
     program = """
         from experiments.runtime import (cli)
         cli.run(lambda _: print("mean \\xb1 deviation"))
@@ -34,7 +34,7 @@ def test_characters_that_a_terminal_lacks_are_replaced():
     assert run(program, PYTHONIOENCODING="ascii") == (0, "mean ? deviation\n", "")
 
 
-def test_a_missing_platform_is_one_line():
+def test_missing_jax_platform_gives_an_error_without_traceback():
     program = """
         import jax
         from experiments.runtime import (cli)
@@ -46,7 +46,7 @@ def test_a_missing_platform_is_one_line():
     assert "Traceback" not in errors
 
 
-def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
+def test_unwritable_file_gives_a_one_line_error(tmp_path):
     program = """
         import pathlib, sys
         from experiments.runtime import (cli, files)
@@ -57,7 +57,7 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
     assert answer == (2, "", f"error: {path}: No such file or directory\n")
 
 
-def test_flags_may_come_from_files(tmp_path):
+def test_flags_are_read_from_nested_flagfiles(tmp_path):
     (tmp_path / "inner").write_text("--mode=evaluate\n")
     (tmp_path / "outer").write_text(f"# of a test\n--flagfile={tmp_path}/inner\n--workdir=none\n")
     program = """
@@ -72,7 +72,7 @@ def test_flags_may_come_from_files(tmp_path):
     )
 
 
-def test_other_errors_keep_their_traceback():
+def test_unexpected_errors_keep_their_traceback():
     program = """
         from experiments.runtime import (cli)
         cli.run(lambda _: [].pop())
@@ -83,7 +83,7 @@ def test_other_errors_keep_their_traceback():
 
 
 @pytest.mark.parametrize("command", ["experiments.main", "scripts.sample"])
-def test_ctrl_c_while_modules_load_shows_no_traceback(command, tmp_path):
+def test_ctrl_c_during_imports_shows_no_traceback(command, tmp_path):
     process = subprocess.Popen(
         # Tests in the background may ignore SIGINT, and their child processes inherit that.
         ["env", "--default-signal=INT", *(sys.executable, "-m", command, f"--workdir={tmp_path}")],

@@ -11,7 +11,7 @@ def render(text):
 
 
 @pytest.mark.parametrize("cell", [ODD, "*a* **b** BN-e*", "BN-e** *", "_a_ b_c [x](y)", r"a\|b"])
-def test_cells_and_sentences_read_as_their_text(cell):
+def test_special_characters_are_escaped(cell):
     table = render(markdown.table(["a|b", cell], [["1", cell], ["2", ""]]))
     assert "".join(table.text).split() == f"a|b {cell} 1 {cell} 2".split()
     assert [each for each in table.elements if each in (("td", ()), ("th", ()))] == [
@@ -23,7 +23,7 @@ def test_cells_and_sentences_read_as_their_text(cell):
     assert sentence.elements == [("p", ()), "/p"]
 
 
-def test_tables_are_aligned_and_ordinary_names_stay():
+def test_tables_are_aligned_and_plain_names_not_escaped():
     text = markdown.table(["model", "n"], [["BN-e**", "1,000"], ["rare_words", "2"]])
     assert text.splitlines() == [
         "| model      | n     |",

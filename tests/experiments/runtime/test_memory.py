@@ -27,7 +27,7 @@ FAULTS = """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is told to keep memory")
-def test_freed_memory_is_used_again():
+def test_freed_memory_is_reused():
     """Each fresh page gives a fault: at least 1,000 in 64 MB, with pages of at most 64 kB."""
     output, _ = finish(start(FAULTS))
     fresh, kept = map(int, output.split())

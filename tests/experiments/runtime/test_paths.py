@@ -28,7 +28,7 @@ def parsed(*words):
         return flags.FLAGS.workdir, flags.FLAGS["config"].config_filename, flags.FLAGS.config
 
 
-def test_the_home_folder_is_meant_in_every_path(home):
+def test_tilde_is_expanded_in_flags_not_config_fields(home):
     (home / "own.py").symlink_to(ROOT / "configs" / "text.py")
     workdir, file, fields = parsed(
         "--config=~/own.py",
@@ -44,13 +44,13 @@ def test_the_home_folder_is_meant_in_every_path(home):
 
 
 @pytest.mark.parametrize("name", ["config", "workdir", "config.data_dir", "config.text_file"])
-def test_urls_are_refused(name):
+def test_urls_as_paths_raise(name):
     words = [] if name == "config" else [f"--config={ROOT}/configs/text.py"]
     with pytest.raises((UserError, flags.Error), match=rf"{name}=gs://a/b: .* mount the bucket"):
         parsed(*words, f"--{name}=gs://a/b")
 
 
-def test_evaluation_finds_its_config_at_home(home):
+def test_evaluation_reads_the_config_from_the_workdir(home):
     (home / "run").mkdir()
     (home / "run" / "config.json").write_text(text.get_config().to_json_best_effort())
     argv = ["main", "--mode=evaluate", "--workdir=~/run"]
@@ -60,7 +60,7 @@ def test_evaluation_finds_its_config_at_home(home):
         assert flags.FLAGS.config.task == "char_lm"
 
 
-def test_flags_that_name_paths_belong_to_the_module_that_defines_them():
+def test_path_flags_belong_to_the_defining_module():
     own = flags.FlagValues()
     paths.DEFINE_path("output", "a.json", "File to write.", flag_values=own)
     own(["main", "--output=~/a.json"])
@@ -68,7 +68,7 @@ def test_flags_that_name_paths_belong_to_the_module_that_defines_them():
     assert list(own.flags_by_module_dict()) == [__name__]
 
 
-def test_the_last_of_several_configs_counts_wherever_it_stands():
+def test_last_config_flag_wins_in_any_position():
     digits, ptb = (f"--config={ROOT}/configs/{name}.py" for name in ("digits", "ptb"))
     for words in (
         [digits, ptb, "--config.seed=3"],
@@ -78,7 +78,7 @@ def test_the_last_of_several_configs_counts_wherever_it_stands():
         assert (file, fields.task, fields.seed) == (f"{ROOT}/configs/ptb.py", "char_lm", 3)
 
 
-def test_the_last_of_several_workdirs_is_evaluated(tmp_path):
+def test_last_workdir_flag_is_evaluated(tmp_path):
     (tmp_path / "config.json").write_text(text.get_config().to_json_best_effort())
     argv = ["main", "--workdir=none", f"--workdir={tmp_path}", "--mode=train", "--mode=evaluate"]
     with fresh_flags(argv):

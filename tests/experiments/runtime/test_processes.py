@@ -54,7 +54,7 @@ STARTED = []  # all processes, to be killed if a test fails
 
 
 @pytest.fixture(autouse=True)
-def killed():
+def kill_started_processes():
     yield
     while STARTED:
         STARTED.pop().kill()
@@ -142,7 +142,7 @@ def alone(book, tmp_path_factory):
     return folder
 
 
-def test_two_processes_of_four_devices_equal_one_device(book, alone, tmp_path):
+def test_two_processes_with_four_devices_match_one_device(book, alone, tmp_path):
     ended = Job(2, 4, tmp_path / "run", book).end()
     assert_finished(ended)
     assert "8 x cpu, in 2 processes" in ended[0][1]
@@ -153,13 +153,13 @@ def test_two_processes_of_four_devices_equal_one_device(book, alone, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("processes, devices", [(1, 8), (8, 1)])
-def test_other_numbers_of_processes_equal_one_device(book, alone, tmp_path, processes, devices):
+def test_other_process_counts_match_one_device(book, alone, tmp_path, processes, devices):
     assert_finished(Job(processes, devices, tmp_path / "run", book).end(600))
     assert_equal(tmp_path / "run", alone)
 
 
 @pytest.mark.long
-def test_a_lost_peer_ends_the_job_which_then_goes_on_elsewhere(book, alone, tmp_path):
+def test_job_resumes_on_other_devices_after_losing_a_process(book, alone, tmp_path):
     """Killed on two processes, resumed on one device up to update 10, finished on two processes."""
     folder = tmp_path / "run"
     job = Job(2, 2, folder, book, "--config.num_updates=100000", timeout=TIMEOUT)
@@ -182,14 +182,14 @@ def test_a_lost_peer_ends_the_job_which_then_goes_on_elsewhere(book, alone, tmp_
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_lost_process_ends_the_others(book, tmp_path, lost):
+def test_other_processes_exit_when_one_is_killed(book, tmp_path, lost):
     job = Job(2, 1, tmp_path / "run", book, "--config.num_updates=100000", timeout=TIMEOUT)
     job.wait_for_checkpoint()
     job.members[lost].kill()
     assert job.end(6 * TIMEOUT)[1 - lost][0] != 0
 
 
-def test_a_sigterm_to_one_stops_all_after_one_call(book, tmp_path):
+def test_sigterm_to_one_stops_all_at_the_same_update(book, tmp_path):
     endless = ["--config.num_updates=100000", "--config.updates_per_call=5"]
     job = Job(2, 1, tmp_path / "run", book, *endless)
     job.wait_for_checkpoint()
@@ -202,7 +202,7 @@ def test_a_sigterm_to_one_stops_all_after_one_call(book, tmp_path):
     assert f"{saved[0]:,}" == said[0]
 
 
-def test_a_sigterm_in_the_last_evaluation_stops_all(book, tmp_path):
+def test_sigterm_during_the_final_evaluation_stops_all_processes(book, tmp_path):
     slow = ["--config.num_updates=5", "--config.eval_batch_size=2", "--config.chunk_length=2"]
     job = Job(2, 1, tmp_path / "run", book, *slow)
     job.wait_for_checkpoint()
@@ -228,7 +228,7 @@ def test_different_flags_or_data_raise_on_all_processes(book, tmp_path):
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_user_error_in_one_process_ends_all(book, tmp_path, number):
+def test_user_error_in_one_process_stops_all(book, tmp_path, number):
     own = [[], []]
     own[number] = ["--config.text_file=/nowhere/book.txt"]
     ended = Job(2, 1, tmp_path / "run", book, own=own, timeout=TIMEOUT).end()
@@ -247,12 +247,12 @@ def test_a_user_error_in_one_process_ends_all(book, tmp_path, number):
         ("no.such.host.invalid:1", 2, 1, "--coordinator_address is 'no.such.host.invalid:1'"),
     ],
 )
-def test_wrong_flags_raise(address, number, own, message):
+def test_invalid_distributed_flags_raise(address, number, own, message):
     with pytest.raises(UserError, match=message), processes.joined(address, number, own, 2):
         pass
 
 
-def test_a_missing_cluster_is_one_line(book, tmp_path):
+def test_distributed_without_a_cluster_gives_a_one_line_error(book, tmp_path):
     hidden = ("SLURM", "OMPI", "TPU", "CLOUD", "KUBERNETES")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
     command = [sys.executable, "-m", "experiments.main", *COMMAND, book, "--distributed"]

@@ -9,7 +9,7 @@ from rich.console import Console
 from experiments.runtime import progress
 
 
-def test_a_log_file_gets_lines_with_the_time_left(capsys, monkeypatch):
+def test_log_lines_show_progress_and_remaining_time(capsys, monkeypatch):
     clock = iter(range(0, 1000, 25))
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     assert list(progress.track("abcdefg", "reading", 7)) == list("abcdefg")
@@ -18,7 +18,7 @@ def test_a_log_file_gets_lines_with_the_time_left(capsys, monkeypatch):
     assert lines == ["reading: 3 of 7, 0:01:40 left", "reading: 6 of 7, 0:00:25 left"]
 
 
-def test_a_process_of_its_own_does_not_look_for_devices():
+def test_progress_does_not_require_a_jax_device():
     code = "from experiments.runtime import progress; print(*progress.track([1, 2], 'reading', 2))"
     # The process would fail if JAX looked for a device.
     environment = os.environ | {"JAX_PLATFORMS": "absent"}
@@ -27,7 +27,7 @@ def test_a_process_of_its_own_does_not_look_for_devices():
 
 
 @pytest.mark.parametrize("title", ["reading", "reading [red]" + 20 * " a very long name"])
-def test_a_narrow_terminal_has_room_for_the_numbers(monkeypatch, title):
+def test_narrow_terminals_show_percentage_and_remaining_time(monkeypatch, title):
     terminal = Console(width=60, file=io.StringIO(), force_terminal=True, color_system=None)
     monkeypatch.setattr(progress, "Console", lambda: terminal)
     assert list(progress.track("abcd", title, 4)) == list("abcd")

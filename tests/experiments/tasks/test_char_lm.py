@@ -117,7 +117,7 @@ def test_batches_are_segments_of_the_text(config, tmp_path):
     assert np.any(task.train_batch(9)["start"] != task.train_batch(5)["start"])
 
 
-def test_the_text_lies_on_the_device_as_bytes(config):
+def test_text_is_stored_on_the_device_as_uint8(config):
     task = tasks.load(config)
     batch = task.train_batch(0)
     assert isinstance(batch["text"], jax.Array) and batch["text"].dtype == jnp.uint8
@@ -127,7 +127,7 @@ def test_the_text_lies_on_the_device_as_bytes(config):
 
 
 @pytest.mark.parametrize("kind", ["lstm", "bn_lstm"])
-def test_the_whole_text_in_pieces_of_any_length(config, kind):
+def test_whole_text_evaluation_does_not_depend_on_chunk_length(config, kind):
     config.model.kind = kind
     results = []
     for length in (1, 7, 64, 230, 1000):
@@ -150,7 +150,7 @@ def test_the_whole_text_in_pieces_of_any_length(config, kind):
 
 @pytest.mark.parametrize("batch_statistics", [False, True], ids=["given", "batch"])
 @pytest.mark.parametrize("length", [LENGTH, 4, 33])
-def test_segments_of_any_length(config, length, batch_statistics):
+def test_segment_evaluation_matches_the_reference_at_any_length(config, length, batch_statistics):
     config.eval_lengths = (length,)
     task = tasks.load(config)
     reading = next(r for r in task.readings if r.name == f"segments of {length}")
@@ -172,7 +172,7 @@ def test_segments_of_any_length(config, length, batch_statistics):
     np.testing.assert_allclose(got["accuracy"], right.mean(), rtol=1e-6)
 
 
-def test_every_way_of_evaluation_has_a_name(config):
+def test_evaluation_rows_name_statistics_reading_and_split(config):
     config.eval_lengths = (5, LENGTH, 20)
     config.whole_text = ("valid, test",)  # as the command line gives it
     segments = [f"segments of {n}" for n in (LENGTH, 5, 20)]
@@ -198,7 +198,7 @@ def test_every_way_of_evaluation_has_a_name(config):
         assert set(ways) == expected and len(set(ways.values())) == len(rows)
 
 
-def test_only_validation_is_normalised_in_batches_of_training(config):
+def test_only_validation_uses_the_training_batch_size(config):
     """The paper's results by length use one batch size, also at the length of training."""
     config.model.kind, config.batch_size, config.eval_batch_size = "bn_lstm", 16, 7
     task = tasks.load(config)
@@ -213,7 +213,7 @@ def test_only_validation_is_normalised_in_batches_of_training(config):
         assert abs(row["loss"] - other) > 1e-4
 
 
-def test_population_statistics_are_means_over_segments_of_the_training_text(config):
+def test_population_statistics_are_means_over_training_segments(config):
     task = tasks.load(config)
     variables = random_variables(task)
     got = evaluate.population_statistics(task, config, variables, NOISE)["layer"]
@@ -241,7 +241,7 @@ def test_metrics_are_means_over_predictions(config):
     np.testing.assert_allclose(values["accuracy"], (logits.argmax(-1) == targets).mean())
 
 
-def test_a_run_keeps_its_statistics_and_names_its_data(config, tmp_path):
+def test_run_saves_population_statistics_and_data_description(config, tmp_path):
     folder = tmp_path / "run"
     results = train.train(config, folder)
     assert results["data"] == "letters.txt (613 / 205 / 231 characters)"
@@ -272,7 +272,7 @@ def test_a_run_keeps_its_statistics_and_names_its_data(config, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["vocabulary", "text"])
-def test_a_run_refuses_to_go_on_with_other_data(config, tmp_path, change):
+def test_resuming_with_other_data_raises(config, tmp_path, change):
     folder = tmp_path / "run"
     train.train(config, folder)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -281,9 +281,7 @@ def test_a_run_refuses_to_go_on_with_other_data(config, tmp_path, change):
         (tmp_path / "letters.txt").write_text(letters.replace("a", "x"))
     what = {"vocabulary": "vocabulary", "text": "dataset_sha256"}[change]
     for run in (train.train, train.evaluate_run):
-        with pytest.raises(
-            UserError, match=f"other data: there {what} is '.*choose another workdir"
-        ):
+        with pytest.raises(UserError, match=f"other data: {what} is '.*choose another workdir"):
             run(config, folder)
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -296,27 +294,27 @@ def test_a_run_refuses_to_go_on_with_other_data(config, tmp_path, change):
         ({"eval_lengths": (20, 1)}, r"config\.eval_lengths is 1: .* whole number, at least 2"),
         ({"eval_lengths": (20.5,)}, r"config\.eval_lengths is 20\.5: .* whole number"),
         ({"eval_lengths": ("abc",)}, r"config\.eval_lengths is 'abc': .* whole number"),
-        ({"eval_lengths": (300,)}, r"config\.eval_lengths has 300, and there are 231 characters"),
+        ({"eval_lengths": (300,)}, r"config\.eval_lengths has 300: it must be at most 231"),
         ({"whole_text": ("tset",)}, r"config\.whole_text is 'tset'.*did you mean test"),
         ({"selection": "loss"}, r"config\.selection is 'loss'"),
         ({"segment_length": 206}, r"the valid text of letters\.txt .* has 205 characters"),
-        ({"segment_length": 307}, r"the train text of letters\.txt .* it needs 614"),
-        ({"batch_size": 61}, r"config\.batch_size is 61, .* has 60 training examples"),
-        ({"batch_size": 1}, r"config\.batch_size is 1, but batch statistics need"),
+        ({"segment_length": 307}, r"the train text of letters\.txt .* at least 614"),
+        ({"batch_size": 61}, r"config\.batch_size is 61: it must be at most 60, "),
+        ({"batch_size": 1}, r"config\.batch_size is 1: batch statistics need"),
         (
             {"eval_batch_size": 1, "eval_lengths": (20,)},
-            r"config\.eval_batch_size is 1, but batch statistics need",
+            r"config\.eval_batch_size is 1: batch statistics need",
         ),
     ],
     ids=str,
 )
-def test_bad_values_are_refused(config, changes, message):
+def test_invalid_fields_raise(config, changes, message):
     config.update(changes)
     with pytest.raises(UserError, match=message):
         tasks.load(config)
 
 
-def test_a_last_batch_of_one_is_told_of_each_reading(config):
+def test_last_batch_of_one_is_reported_for_each_reading(config):
     config.batch_size, config.eval_batch_size, config.eval_lengths = 10, 3, (33, 55)
     notes = tasks.load(config).notes  # 231 characters to test: 7 segments of 33, 4 of 55
     assert [note.partition(";")[0] for note in notes] == [
@@ -325,7 +323,7 @@ def test_a_last_batch_of_one_is_told_of_each_reading(config):
     ]
 
 
-def test_a_renamed_text_is_the_same_text(config, tmp_path):
+def test_renamed_text_file_counts_as_the_same_data(config, tmp_path):
     folder = tmp_path / "run"
     results = train.train(config, folder)
     config.text_file = str((tmp_path / "letters.txt").rename(tmp_path / "renamed.txt"))
@@ -333,12 +331,12 @@ def test_a_renamed_text_is_the_same_text(config, tmp_path):
 
 
 @pytest.mark.parametrize("field", ["segment_length", "split", "selection", "dataset"])
-def test_a_run_keeps_the_fields_that_make_it_comparable(config, tmp_path, field):
+def test_changing_data_or_selection_fields_of_a_run_raises(config, tmp_path, field):
     config.num_updates = 1
     train.train(config, tmp_path / "run")
     other = {"segment_length": 9, "split": (0.5, 0.2, 0.2), "selection": "accuracy"}
     config.update({field: other.get(field, "text8")})
-    with pytest.raises(UserError, match=f"another config: there config.{field} is"):
+    with pytest.raises(UserError, match=f"another config: config.{field} is"):
         train.train(config, tmp_path / "run")
 
 
@@ -371,7 +369,7 @@ def test_evaluation_of_a_finished_run_can_be_extended(config, tmp_path):
 
 
 @pytest.mark.parametrize("first", ["", "\ufffd"], ids=["none", "one in training"])
-def test_characters_that_training_lacks_are_told(config, tmp_path, caplog, first):
+def test_characters_absent_from_training_are_reported(config, tmp_path, caplog, first):
     letters = (tmp_path / "letters.txt").read_text()
     letters = first + letters[len(first) : -100] + "ü" * 100
     (tmp_path / "letters.txt").write_text(letters)
@@ -385,7 +383,7 @@ def test_characters_that_training_lacks_are_told(config, tmp_path, caplog, first
     assert np.sum(np.asarray(task.text["test"]) == len(LETTERS)) == 100
 
 
-def test_penn_treebank_as_in_the_paper(data_dir):
+def test_penn_treebank_matches_the_paper(data_dir):
     if not (data_dir / "ptb").is_dir():
         pytest.skip("needs original data: BNLSTM_DATA_DIR has no ptb")
     config = ptb.get_config()

@@ -58,7 +58,7 @@ def config(questions_dir):
     return config
 
 
-def test_the_answer_survives_the_permutation_of_entities(config):
+def test_entity_permutation_preserves_the_answer(config):
     plain = tasks.load(config)
     permuting = tasks.load(with_fields(config, permute_entities=True))
     entities = set(plain.vocabulary.entities.tolist())
@@ -99,7 +99,7 @@ def spell(task, batch, row):
     return " ".join(words[batch["passage"][row, : batch["passage_length"][row]]])
 
 
-def test_batches_hold_the_words_of_the_data_set_and_padding(config):
+def test_batches_have_the_dataset_words_and_zero_padding(config):
     task = tasks.load(config)
     originals = list(make_questions(COUNTS["valid"], 1))
     order = tasks.evaluation_order(len(originals))
@@ -121,7 +121,7 @@ def test_batches_hold_the_words_of_the_data_set_and_padding(config):
     assert rows == COUNTS["valid"]
 
 
-def test_an_epoch_has_whole_batches_in_a_new_order_and_few_shapes(config):
+def test_epochs_have_full_shuffled_batches_of_few_shapes(config):
     task = tasks.load(config)
     assert task.updates_per_epoch == 6  # with 48 of 50 questions
     epochs = []
@@ -133,7 +133,7 @@ def test_an_epoch_has_whole_batches_in_a_new_order_and_few_shapes(config):
     assert epochs[0] != epochs[1]
 
 
-def test_sorting_puts_the_longest_of_a_few_batches_first(config):
+def test_sorted_batches_start_with_the_longest_passages(config):
     task = tasks.load(with_fields(config, sorted_batches=3))
     lengths = [task.train_batch(i)["passage_length"] for i in range(6)]
     for group in (lengths[:3], lengths[3:]):
@@ -148,7 +148,7 @@ def test_sorting_puts_the_longest_of_a_few_batches_first(config):
     np.testing.assert_array_equal(joined, np.sort(joined)[::-1])
 
 
-def test_metrics_are_those_worked_out_by_hand(config):
+def test_metrics_match_hand_computed_values(config):
     task = tasks.load(config)
     words = task.vocabulary.words
     one, two, plain = words.index("@entity1"), words.index("@entity2"), words.index("word3")
@@ -169,7 +169,7 @@ def test_metrics_are_those_worked_out_by_hand(config):
     assert metrics["loss"] == (pytest.approx(-np.log(p + 1e-8).sum(), rel=1e-6), 5)
 
 
-def test_four_sentences_say_how_many_answers_they_keep(config):
+def test_sentence_selection_reports_the_share_of_answers_kept(config):
     config.num_sentences = 2
     task = tasks.load(config)
     for split, share in task.record["answers_kept"].items():
@@ -185,7 +185,7 @@ def spelled_answer(part, index):
     return part.answers[index] in part.passages[index].tolist()
 
 
-def test_what_is_left_out_or_unknown_is_counted_and_told(config):
+def test_skipped_questions_and_unknown_answers_are_reported(config):
     config.max_passage_length = 30
     config.min_count = 40
     task = tasks.load(config)
@@ -202,13 +202,13 @@ def test_what_is_left_out_or_unknown_is_counted_and_told(config):
     assert told in " ".join(task.notes)
 
 
-def test_words_of_passages_that_are_left_out_are_not_in_the_vocabulary(config):
-    config.min_count = 1
-    config.max_passage_length = 30
+def test_vocabulary_excludes_words_of_skipped_passages(config):
+    config.max_passage_length, config.batch_size, config.model.kind = 9, 6, "lstm"
     task = tasks.load(config)
     part, words = task.splits["train"], task.questions.words
     kept = {words[i] for i in np.concatenate([part.passages.words, part.questions.words])}
     kept |= {words[i] for i in part.answers}
+    assert not {f"word{i}" for i in range(12)} <= kept  # others are only in skipped passages
     specials = {"<nil>", "<unk>", "<num>"}
     assert set(task.vocabulary.words) - specials <= kept
 
@@ -216,9 +216,9 @@ def test_words_of_passages_that_are_left_out_are_not_in_the_vocabulary(config):
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("max_passage_length", 1, r"config\.max_passage_length is 1, and .* no train passages"),
-        ("batch_size", 51, r"config\.batch_size is 51, and part of CNN \(50 / 9 / 7 questions\)"),
-        ("batch_size", 1, r"config\.batch_size is 1, but batch statistics need"),
+        ("max_passage_length", 1, r"config\.max_passage_length is 1: .* no train passage"),
+        ("batch_size", 51, r"config\.batch_size is 51: .* of part of CNN \(50 / 9 / 7 questions\)"),
+        ("batch_size", 1, r"config\.batch_size is 1: batch statistics need"),
         ("population_batch_size", 1, r"config\.population_batch_size is 1"),
         ("num_lengths", 0, r"config\.num_lengths is 0: it must be at least 1"),
         ("sentence_rule", "wrods", r"config\.sentence_rule.*did you mean words"),
@@ -228,20 +228,20 @@ def test_words_of_passages_that_are_left_out_are_not_in_the_vocabulary(config):
         ("dataset", "mnist", r"config\.dataset"),
     ],
 )
-def test_bad_fields_are_named(config, field, value, message):
+def test_invalid_fields_raise(config, field, value, message):
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
         tasks.load(config)
 
 
-def test_a_last_validation_batch_of_one_is_told(config):
+def test_last_validation_batch_of_one_example_is_reported(config):
     for size, kind, told in ((5, "bn_lstm", False), (4, "bn_lstm", True), (4, "lstm", False)):
         config.batch_size, config.model.kind = size, kind  # of nine validation questions
         notes = tasks.load(config).notes
         assert any("leaves it out" in note for note in notes) == told
 
 
-def test_statistics_are_kept_for_the_steps_of_training(config):
+def test_statistics_cover_the_longest_training_sequences(config):
     train = list(make_questions(COUNTS["train"], 0))
     passage, question = (max(len(q[i]) for q in train) for i in (1, 2))
     model = tasks.load(config).model  # a step of padding counts
@@ -254,7 +254,7 @@ def test_statistics_are_kept_for_the_steps_of_training(config):
     assert (model.passage_steps, model.question_steps) == (5, min(5, question))
 
 
-def test_other_tasks_have_no_readers(config, small_config):
+def test_reader_kinds_raise_in_other_tasks(config, small_config):
     small_config.model.kind = "bn_e_star"
     with pytest.raises(UserError, match=r"config\.model\.kind"):
         shared.check(small_config)
@@ -262,7 +262,7 @@ def test_other_tasks_have_no_readers(config, small_config):
     shared.check(config)
 
 
-def test_switches_of_the_released_code_reach_the_model(config):
+def test_released_code_options_are_passed_to_the_model(config):
     config.model.kind = "bn_e_star"
     reader = make_model(config.model, 20, 30, 10)
     quirks = reader.quirks
@@ -300,13 +300,13 @@ def test_readers_train_and_are_evaluated(config, kind, tmp_path, capsys):
     assert "training questions, passages padded to" in told
 
 
-def test_only_statistics_of_sequences_are_taken_from_the_evaluated_batch(config):
+def test_only_sequence_statistics_use_the_evaluated_batch(config):
     for kind in shared.READER_KINDS:
         config.model.kind = kind
         assert (tasks.load(config).batch_inputs is not None) == kind.startswith("bn_e_star")
 
 
-def test_a_row_has_input_terms_by_the_batch_and_all_others_by_the_population(config):
+def test_population_batch_inputs_row_mixes_batch_and_population_statistics(config):
     config.model.kind = "bn_e_star"
     config.batch_size = 4  # of nine: the last batch has one question, which is left out
     config.num_lengths = 1
@@ -338,7 +338,7 @@ def test_a_row_has_input_terms_by_the_batch_and_all_others_by_the_population(con
     assert abs(np.mean([loss(population, batch) for batch in batches]) - wanted) > 0.01
 
 
-def test_settings_are_those_of_the_paper():
+def test_configs_match_the_paper():
     full, four = cnn_qa.get_config(), cnn_qa.get_config("four_sentences")
     for config, units, rate, permute, sort in (
         (full, 120, 8e-4, False, 12),

@@ -11,7 +11,7 @@ from experiments.runtime.errors import UserError
 from experiments.tasks.sequential_images import pixel_order
 
 
-def test_pixel_orders():
+def test_pixel_orders_are_permutations_or_the_released_draw():
     np.testing.assert_array_equal(pixel_order("in_order", 784, 1), np.arange(784))
     assert sorted(pixel_order("permutation", 784, 1)) == list(range(784))
     released = pixel_order("released_draw", 784, 1)
@@ -19,7 +19,7 @@ def test_pixel_orders():
     assert np.any(pixel_order("permutation", 784, 1) != pixel_order("permutation", 784, 2))
 
 
-def test_config_fields_reach_the_layer(small_config):
+def test_config_fields_are_passed_to_the_layer(small_config):
     model = small_config.model
     model.kind = "bn_lstm"
     fields = {"momentum": 0.7, "initial_hidden_noise": 0.1, "input_statistics": "sequence",
@@ -53,7 +53,7 @@ def test_every_epoch_holds_every_example_once():
     assert [len(tasks.shuffled_batch(10, 4, 1, n)) for n in range(4)] == [4, 4, 2, 4]
 
 
-def test_an_example_left_over_alone_is_left_out_of_its_epoch():
+def test_single_leftover_example_is_skipped():
     epochs = [
         np.concatenate([tasks.shuffled_batch(9, 4, 1, 2 * epoch + n) for n in range(2)])
         for epoch in range(20)
@@ -71,7 +71,7 @@ def test_order_is_a_pure_function_of_seed_and_update():
     assert np.any(tasks.shuffled_batch(1000, 50, 7, 33) != tasks.shuffled_batch(1000, 50, 8, 33))
 
 
-def test_evaluation_has_a_fixed_order_that_separates_neighbours():
+def test_evaluation_order_is_fixed_and_separates_neighbours():
     order = tasks.evaluation_order(10_000)
     np.testing.assert_array_equal(np.sort(order), np.arange(10_000))
     np.testing.assert_array_equal(order, tasks.evaluation_order(10_000))
@@ -82,7 +82,7 @@ def test_evaluation_has_a_fixed_order_that_separates_neighbours():
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])
-def test_neighbours_in_mnist_are_alike_and_evaluation_separates_them(split, data_dir):
+def test_evaluation_order_separates_similar_mnist_neighbours(split, data_dir):
     """Compares the variance of mean brightness over batches of 100 with random batches."""
     if not (data_dir / "mnist").is_dir():
         pytest.skip("needs original data: BNLSTM_DATA_DIR has no mnist")
@@ -99,7 +99,7 @@ def test_neighbours_in_mnist_are_alike_and_evaluation_separates_them(split, data
     assert spread(brightness[tasks.evaluation_order(10_000)]) < 1.6
 
 
-def test_batches_are_the_data_in_the_order_of_pixels(small_config):
+def test_batches_apply_the_pixel_order(small_config):
     task = tasks.load(small_config)
     data = datasets.load("digits", small_config.data_dir).arrays
     order = np.random.RandomState(1).permutation(64)
@@ -123,9 +123,9 @@ def test_metrics_are_sums_over_examples(small_config):
     assert jax.device_get(metrics["accuracy"]) == (2, 3)
 
 
-def test_bad_fields_are_named(small_config):
+def test_invalid_fields_raise(small_config):
     small_config.batch_size = 1298
-    with pytest.raises(UserError, match=r"config\.batch_size is 1298.*1297 training examples"):
+    with pytest.raises(UserError, match=r"config\.batch_size is 1298: it must be at most 1297"):
         tasks.load(small_config)
     small_config.batch_size = 10
     small_config.pixel_order = "permuted"
@@ -133,15 +133,15 @@ def test_bad_fields_are_named(small_config):
         tasks.load(small_config)
     small_config.pixel_order = "permutation"
     small_config.model.max_steps = 65
-    with pytest.raises(UserError, match=r"config\.model\.max_steps is 65.*64 steps"):
+    with pytest.raises(UserError, match=r"config\.model\.max_steps is 65: .* at most 64"):
         tasks.load(small_config)
     small_config.batch_size = 1
-    with pytest.raises(UserError, match=r"config\.batch_size is 1, but batch statistics need"):
+    with pytest.raises(UserError, match=r"config\.batch_size is 1: batch statistics need"):
         tasks.load(small_config)
     small_config.batch_size = 10
     small_config.model.max_steps = 4
     small_config.model.shared_statistics = True
-    with pytest.raises(UserError, match=r"config\.model\.max_steps is 4.*make max_steps 0"):
+    with pytest.raises(UserError, match=r"config\.model\.max_steps is 4: it must be 0"):
         tasks.load(small_config)
     small_config.model.max_steps = 0
     small_config.model.implementation = "tpu"
@@ -153,7 +153,7 @@ def test_bad_fields_are_named(small_config):
 
 
 @pytest.mark.parametrize("kind", ["lstm", "bn_lstm"])
-def test_only_normalised_layers_need_statistics_over_devices(small_config, kind):
+def test_gpu_kernel_supports_only_lstm_across_devices(small_config, kind):
     model = small_config.model
     model.kind, model.implementation = kind, "gpu"
     layer = layers.recurrent_layer(model, 16, axis_name="member")
@@ -166,7 +166,7 @@ def test_only_normalised_layers_need_statistics_over_devices(small_config, kind)
                 layers.implementation_of(layer, batch_size=10)
 
 
-def test_the_implementation_has_the_kernels_threads(small_config, monkeypatch):
+def test_implementation_reports_the_cpu_kernel_threads(small_config, monkeypatch):
     small_config.model.implementation = "cpu"
     layer = layers.recurrent_layer(small_config.model, 16)
     for threads, end in (("1", ", 1 thread"), ("3", ", 3 threads")):
@@ -181,7 +181,7 @@ def test_the_implementation_has_the_kernels_threads(small_config, monkeypatch):
     "kind, dtype, why",
     [("ln_lstm", "float32", "layer normalisation"), ("lstm", "float16", "dtype float16")],
 )
-def test_implementations_that_cannot_run_the_layer_are_refused(small_config, kind, dtype, why):
+def test_unsupported_implementations_raise(small_config, kind, dtype, why):
     model = small_config.model
     model.kind, model.dtype, model.implementation = kind, dtype, "gpu"
     with (

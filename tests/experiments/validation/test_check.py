@@ -88,33 +88,33 @@ def results():
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
-def test_faults_fail(fault, results):
+def test_faulty_implementations_fail(fault, results):
     result = results[fault.__name__]
     assert result["outcome"] == "failed" and FAULTS[fault] in result["problem"]
 
 
-def test_a_second_plain_scan_passes(results):
+def test_copy_of_the_reference_scan_passes(results):
     assert results["second_scan"]["outcome"] == "passed"
     assert results["second_scan"]["share"] <= 1 / check.FACTOR  # exactly the same errors
 
 
-def test_calls_that_differ_fail(results):
+def test_nondeterministic_calls_fail(results):
     assert results["racing"]["outcome"] == "failed"
     assert results["racing"]["problem"].endswith("differs between calls with the same inputs")
 
 
-def test_nothing_is_checked_after_one_that_raises_when_it_runs(results):
+def test_checks_stop_after_a_runtime_error(results):
     """An illegal address leaves a GPU unusable."""
     assert list(results)[-1] == "fatal" and results["fatal"]["outcome"] == "failed"
 
 
-def test_a_fatal_failure_ends_all_cases(monkeypatch):
+def test_fatal_failure_ends_all_cases(monkeypatch):
     found = [{"outcome": "passed"}, {"outcome": "failed", "is_fatal": True}]
     monkeypatch.setattr(check, "check_case", lambda *_: iter(found))
     assert [r["case"] for r in check.check_cases(CASES, ["float32"], [])] == ["odd sizes"] * 2
 
 
-def test_a_kernel_that_cannot_be_compiled_is_tried_once(monkeypatch):
+def test_kernel_with_compilation_error_is_tried_only_once(monkeypatch):
     def no_compiler(problem):
         raise RuntimeError("there is no compiler")
 
@@ -126,7 +126,7 @@ def test_a_kernel_that_cannot_be_compiled_is_tried_once(monkeypatch):
     assert "no compiler" in compilation["problem"] and case["outcome"] == ["xla"]
 
 
-def test_the_file_has_results_and_what_is_running(monkeypatch, tmp_path):
+def test_output_file_has_results_and_the_running_check(monkeypatch, tmp_path):
     """A kernel may hang until the process is killed; the file must name it."""
     seen = []
 
@@ -149,14 +149,14 @@ def test_the_file_has_results_and_what_is_running(monkeypatch, tmp_path):
     }
 
 
-def test_unsupported_options_are_no_failures():
+def test_unsupported_options_are_not_failures():
     result = check.refusal(check.make_layer(ODD, "cpu", jnp.bfloat16), ODD.batch)
     assert result["outcome"] == "not supported" and "float32" in result["problem"]
     assert check.refusal(check.make_layer(ODD, "cpu", None), ODD.batch) is None
 
 
 @pytest.mark.parametrize("error, passes", [(1e-4, True), (0.1, False), (np.nan, False)])
-def test_the_plain_scan_must_be_right_itself(error, passes):
+def test_reference_scan_must_be_accurate(error, passes):
     """Otherwise all would pass, because allowed errors are multiples of the scan's errors."""
     expected = {"outputs": np.array([1.0, -2.0])}
     of_scan = check.relative_errors({"outputs": np.array([1 + error, -2])}, expected)
@@ -177,7 +177,7 @@ EMULATED = [
 
 
 @pytest.mark.parametrize("name", EMULATED)
-def test_the_emulated_cuda_kernel_passes(name):
+def test_emulated_cuda_kernel_passes(name):
     """The cases that run on a GPU, with smaller sizes."""
     case = CASES[name].shrunk(units=18, batch=40, steps=4)
     with emulation():
@@ -187,7 +187,7 @@ def test_the_emulated_cuda_kernel_passes(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_layers_take_the_inputs_of_cases(name):
+def test_layers_accept_the_inputs_of_all_cases(name):
     case = CASES[name]._replace(units=4, batch=5, steps=6)
     arrays = check.make_arrays(case)
     if case.padded:

@@ -30,13 +30,13 @@ def test_implementations_train_the_same_model(losses):
     assert 0 < apart[f"xla, {training.MOVED}"].max() < 1e-4
 
 
-def test_the_table_has_a_line_for_each_other_run(losses):
+def test_table_has_one_row_per_compared_run(losses):
     lines = training.table(losses).splitlines()
     assert len(lines) == 2 + len(losses) - 1
     assert lines[0].split("|")[-2].strip() == "3"
 
 
-def test_parameters_are_moved_by_about_one_rounding():
+def test_parameters_are_perturbed_by_at_most_two_ulps():
     params = {"kernel": np.float32(np.random.default_rng(0).normal(size=(50, 20)))}
     moved = jax.device_get(training.moved(params))["kernel"]
     steps = np.abs(moved - params["kernel"]) / np.spacing(np.abs(params["kernel"]))

@@ -69,18 +69,18 @@ def make_findings(outcomes=(), times=(), gain=1.0, updates=300):
     }
 
 
-def test_validated_up_to_the_most_units_that_passed(monkeypatch):
+def test_kernel_is_validated_up_to_the_largest_passing_size(monkeypatch):
     """text8, which the kernel does not support, need not be measured."""
     findings = make_findings()
     assert "text8" in findings["benchmark"]["sizes"]
     found = verdict.judge(findings, "gpu")
     assert found == (1000, [], [])
     words = report.sentence("gpu", found, "Some GPU")
-    assert '`"Some GPU": 1000,` (not there yet)' in words
+    assert '`"Some GPU": 1000,` (not listed yet)' in words
     for now, expected in (
         (100, "(now 100)"),
         (1000, "has that value"),
-        (2000, "more"),
+        (2000, "larger"),
     ):
         monkeypatch.setitem(recurrence.VALIDATED_UNITS, "Some GPU", now)
         assert expected in report.sentence("gpu", found, "Some GPU")
@@ -89,14 +89,14 @@ def test_validated_up_to_the_most_units_that_passed(monkeypatch):
 LIMITED = {
     "fails at 1000": ({"outcomes": {"Penn Treebank": "failed"}}, 100, "Penn Treebank, float32: a "),
     "fails at 7": ({"outcomes": {"odd sizes": "failed"}}, 0, "odd sizes, float32: a reason"),
-    "slower at 1000": ({"times": {"ptb": 1.25}}, 100, "ptb, float32: .* takes 0.80 of its time"),
+    "slower at 1000": ({"times": {"ptb": 1.25}}, 100, "ptb, float32: .* takes 0.80 of the kernel"),
     "hardly learns": ({"gain": 0.5}, 0, "its loss fell by 0.45., that of xla by 0.90"),
     "trains to NaN": ({"gain": float("nan")}, 0, "its loss fell by nan"),
 }
 
 
 @pytest.mark.parametrize("changes, units, problem", LIMITED.values(), ids=LIMITED.keys())
-def test_validated_below_what_failed(changes, units, problem):
+def test_failures_limit_the_validated_units(changes, units, problem):
     found = verdict.judge(make_findings(**changes), "gpu")
     assert found.units == units
     assert len(found.problems) == 1
@@ -106,7 +106,7 @@ def test_validated_below_what_failed(changes, units, problem):
     assert ("`gpu` is not validated." in words) == (units == 0)
 
 
-def test_as_fast_as_xla_but_for_noise_is_fast_enough():
+def test_slowdown_within_noise_passes():
     assert verdict.judge(make_findings(times={"ptb": 1.03}), "gpu") == (1000, [], [])
 
 
@@ -116,7 +116,7 @@ def hang(findings):
     check["running"].update(case="Penn Treebank", units=1000)
 
 
-def test_what_was_running_at_the_end_has_failed():
+def test_unfinished_check_counts_as_failed():
     findings = make_findings()
     hang(findings)
     assert verdict.sound(findings, "gpu") == ["xla"]
@@ -147,7 +147,7 @@ UNFINISHED = {
 
 
 @pytest.mark.parametrize("cut, missing", UNFINISHED.values(), ids=UNFINISHED.keys())
-def test_not_validated_before_all_was_run(cut, missing):
+def test_missing_steps_prevent_validation(cut, missing):
     findings = make_findings()
     cut(findings)
     found = verdict.judge(findings, "gpu")
@@ -157,7 +157,7 @@ def test_not_validated_before_all_was_run(cut, missing):
     assert all(what in words for what in missing)
 
 
-def test_findings_of_another_device_or_library_do_not_count(tmp_path):
+def test_findings_of_another_device_or_library_are_ignored(tmp_path):
     findings = make_findings()
     findings["benchmark"]["library"] = "4567"
     findings["training"]["machine"] = {**RECORD["machine"], "device": "Another GPU"}
@@ -166,7 +166,7 @@ def test_findings_of_another_device_or_library_do_not_count(tmp_path):
     assert set(verdict.read(tmp_path)) == {"check"}
 
 
-def test_findings_without_a_library_count_together_by_commit(tmp_path):
+def test_findings_without_a_library_digest_are_matched_by_commit(tmp_path):
     findings = make_findings()
     findings["benchmark"]["commit"] = "def"
     for step, record in findings.items():
@@ -175,19 +175,19 @@ def test_findings_without_a_library_count_together_by_commit(tmp_path):
     assert set(verdict.read(tmp_path)) == {"check", "training"}
 
 
-def test_the_report_names_every_commit():
+def test_report_names_every_commit():
     findings = make_findings()
     findings["benchmark"]["commit"] = "def"
     assert "`the command`, commit abc, def, 2026-" in report.page(findings, [], "the command")
 
 
-def test_kernels_that_failed_are_left_out():
+def test_failed_kernels_are_excluded():
     assert verdict.sound(make_findings(), "gpu") == ["xla", "gpu"]
     assert verdict.sound(make_findings(outcomes={"odd sizes": "failed"}), "gpu") == ["xla"]
     assert verdict.sound({}, "gpu") == ["xla", "gpu"]
 
 
-def test_the_report_has_a_part_for_each_step_that_ran():
+def test_report_has_a_section_per_executed_step():
     findings = make_findings(outcomes={"odd sizes": "failed"})
     page = report.page(findings, [("check", "done", "9")], "the command")
     assert page.startswith("# Some GPU\n\n`the command`, commit abc")
