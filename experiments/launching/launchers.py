@@ -117,7 +117,8 @@ class Slurm:
         if job.done():
             return False
         print(
-            f"{point.name}: job {job.job_id} is {job.state}; to submit a new job, delete {folder}",
+            f"{point.name}: job {job.job_id} is {job.state}; to submit a new one, "
+            f"run scancel {job.job_id} and delete {folder}",
             flush=True,
         )
         return True
