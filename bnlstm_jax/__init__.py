@@ -13,8 +13,8 @@ from bnlstm_jax.population import estimate_population_statistics
 __version__ = "0.1.0"
 
 CURRENT_BATCH_STATS = batch_norm.CURRENT_BATCH_STATS
-"""Name of the collection of the current batch's statistics. Lifted transforms must list it beside
-`batch_stats`; see `estimate_population_statistics`."""
+"""Name of the collection of the current batch's statistics. For `estimate_population_statistics`,
+lifted transforms must list it beside `batch_stats`."""
 
 __all__ = [
     "CURRENT_BATCH_STATS",

@@ -20,7 +20,7 @@ from bnlstm_jax.normalization import (
 )
 
 # Collection of the current batch's statistics, `{term}_mean` and `{term}_var`, and their numbers of
-# rows, `{term}_count`. `apply` returns it if it is mutable; see `bnlstm_jax.population`. Lifted
+# rows, `{term}_count`. `apply` returns it if it is mutable. For `bnlstm_jax.population`, lifted
 # transforms must list it beside `batch_stats`.
 CURRENT_BATCH_STATS = "current_batch_stats"
 

@@ -230,11 +230,12 @@ def initial_state(
 
     Args:
       module: if bound, its attributes hold the learned state of `initial_params`.
-      batch: the batch axes.
+      batch: sizes of the batch axes.
       key: key of `initial_hidden_noise`; None without noise.
       centered: boolean, or `[*batch, 1]`: rows whose first recurrent term is normalised by batch
-        moments. The mean removes the learned hidden state, which is equal in all rows, so its exact
-        gradient is zero. Its rounding errors are removed: Adam would turn them into full steps.
+        moments. Normalisation removes the learned hidden state, which is equal in all rows, so its
+        exact gradient is zero. Here it has none, because Adam would turn the rounding errors of a
+        computed gradient into full steps.
     """
 
     def broadcast(name: str) -> Array:
@@ -489,8 +490,8 @@ class BNSimpleCell(nn.RNNCellBase):
 
     The paper's figure on gradient flow uses this network, with W_h initialised to the identity. The
     parameters are `input_kernel [D, H]`, `recurrent_kernel [H, H]`, `joint_scale [H]`, `bias [H]`
-    and `initial_hidden [H]`, the statistics `joint_mean` and `joint_var`, each `[H]`. The carry is
-    h. For statistics per time step, and for the limits under `flax.linen.RNN`, see `BNLSTMCell`.
+    and `initial_hidden [H]`; the statistics are `joint_mean` and `joint_var`, each `[H]`. The carry
+    is h. For statistics per time step, and for the limits under `flax.linen.RNN`, see `BNLSTMCell`.
 
     Attributes:
       features: number of hidden units H.

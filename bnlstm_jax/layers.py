@@ -463,7 +463,7 @@ def _state_dtype(layer: RecurrentLayer, inputs: Array) -> jnp.dtype:
 
 
 def _checked(layer: RecurrentLayer, inputs: Array, call: _Call, training: bool) -> _Call:
-    """Checks the arguments of a call, and clips lengths to the number of steps."""
+    """Checks the arguments of a call, and clips lengths to `[0, time]`."""
     name, got = type(layer).__name__, f"got {inputs.dtype}{list(inputs.shape)}"
     axes = "time, batch" if call.time_major else "batch, time"
     if layer.vocab_size is None and inputs.ndim != 3:
@@ -496,7 +496,10 @@ def _checked(layer: RecurrentLayer, inputs: Array, call: _Call, training: bool) 
 
 
 def _check_first_step(first_step: Array | int | None, training: bool) -> None:
-    """Raises a ValueError unless `first_step` is a number of steps, in training a constant 0."""
+    """Raises a ValueError unless `first_step` is None or a number of steps.
+
+    Training allows only None or a constant 0.
+    """
     if first_step is None:
         return
     dtype, shape = jnp.result_type(first_step), jnp.shape(first_step)
@@ -509,7 +512,9 @@ def _check_first_step(first_step: Array | int | None, training: bool) -> None:
     if known is not None and known < 0:
         raise ValueError(f"first_step: expected at least 0, got {known}")
     if training and known != 0:
-        raise ValueError("first_step: expected None or 0 under batch statistics")
+        raise ValueError(
+            "first_step: expected None or a constant 0 under batch statistics; run sequences whole"
+        )
 
 
 def flip_sequences(x: Array, seq_lengths: Array | None) -> Array:
@@ -529,12 +534,13 @@ def _statistics_shape(layer: RecurrentLayer, term: str, steps: int) -> tuple[int
     if layer.shared_statistics and layer.max_steps is not None:
         raise ValueError(f"max_steps: expected None with shared_statistics, got {layer.max_steps}")
     whole = term == "input" and layer.input_statistics == "sequence"
+    if whole or layer.shared_statistics:
+        return (term_size(layer, term),)
     if layer.is_initializing() and not (layer.max_steps or steps):
         raise ValueError(
             "max_steps: expected a number if the layer is initialised by sequences without steps"
         )
-    rows = () if whole or layer.shared_statistics else (layer.max_steps or steps,)
-    return (*rows, term_size(layer, term))
+    return (layer.max_steps or steps, term_size(layer, term))
 
 
 def _statistics(layer: RecurrentLayer, term: str, steps: int) -> list[nn.Variable]:
@@ -556,7 +562,7 @@ def _statistics(layer: RecurrentLayer, term: str, steps: int) -> list[nn.Variabl
 def _running(
     layer: RecurrentLayer, variables: dict[str, list], first_step: Array | int | None, steps: int
 ) -> dict[str, Statistics] | None:
-    """Running statistics of the steps from `first_step` on; the last row for later steps."""
+    """Running statistics of the steps from `first_step` on; the last row for steps past it."""
     first = jnp.asarray(0 if first_step is None else first_step, jnp.int32)
     t = first + jnp.arange(steps, dtype=jnp.int32)
 

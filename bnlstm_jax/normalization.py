@@ -375,7 +375,8 @@ def _backward(epsilon, axis, axis_name, residuals, d_y):
         sums = jax.lax.psum(jnp.concatenate([d_shift, d_scale], axis[-1]), axis_name)
         d_shift, d_scale = jnp.split(sums, 2, axis[-1])
     count = _rows(x, axis) if moments.rows is None else moments.rows
-    # Derivatives by a row that counts: 1 / count of the mean, 2 (x - mean) / count of the variance.
+    # Derivatives with respect to a row that counts: of the mean, 1 / count; of the variance,
+    # 2 (x - mean) / count.
     d_x = d_y - d_shift / count - deviation * (inverse * d_scale / count)
     d_x = along(x, scale) * inverse * d_x
     if where is not None:

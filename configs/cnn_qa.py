@@ -16,8 +16,8 @@ because the released code evaluates this way; see docs/differences.md.
 `configs/cnn_qa.py:four_sentences` keeps the four sentences of each passage that are most similar to
 its question. The paper's validation error: LSTM 50.3, BN-LSTM 49.5, BN-everywhere 50.0, BN-e* 47.1,
 BN-e** 43.9. The paper's sentences contain 57% of the answers; the rule that selects them was never
-released. The rule here is among the closest in results/tables/sentence_rules.md. A run prints the
-share of answers that its sentences contain when it starts. In the paper BN-e* ran with
+released. The rule here is among those closest to 57% (results/tables/sentence_rules.md). When it
+starts, a run prints the share of answers that its sentences contain. In the paper BN-e* ran with
 
     --config.batch_size=40 --config.population_batch_size=40 --config.optimizer.learning_rate=8e-4
 
@@ -73,7 +73,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         config.model.dropout_rate = 0.0
         config.model.square_scale = 1.0
         # Adam's second moments keep the large first gradients for a thousand updates. The LSTM's
-        # later gradients are so small that it stops learning.
+        # later gradients are so small beside them that it stops learning.
         config.optimizer.name = "rmsprop"
         config.optimizer.decay = 0.9
         config.optimizer.learning_rate = 2e-3

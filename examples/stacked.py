@@ -3,8 +3,8 @@
     python -m examples.stacked
 
 The counterpart of `torch.nn.LSTM(num_layers=2, bidirectional=True, dropout=0.5)`. The command
-trains the model in seconds. Its inputs are sequences of random numbers, two of which are marked. It
-classifies whether these two have the same sign.
+trains the model in seconds. Each input is a sequence of random numbers, two of which are marked.
+The model classifies whether these two have the same sign.
 """
 
 from typing import Any
@@ -45,8 +45,8 @@ class StackedBNLSTM(nn.Module):
         In training, pass an rng stream `dropout`, and make `batch_stats` mutable.
 
         Returns:
-          The last layer's outputs `[batch, time, 2H]` and last hidden states `[batch, 2H]`, each
-          with both directions concatenated.
+          The last layer's outputs `[batch, time, 2H]`, and its last hidden states `[batch, 2H]`,
+          those after the whole sequence in each direction. Both concatenate the two directions.
         """
         for index in range(self.num_layers):
             if index > 0:

@@ -74,9 +74,9 @@ def make_evaluator(task: Task, noise: jax.Array, devices: Devices = ONE_DEVICE) 
 
     Its arguments are variables, reading, split, batch size and `use_running_average`. With a
     `title` it shows a progress bar; before each batch it calls `check`. For `adapt` see `Options`.
-    All predictions have equal weight, also in a short last batch. With batch statistics, a last
-    batch of one example is left out. The key `noise` is for noise on initial hidden states: each
-    batch has its own noise, the same in every evaluation.
+    All predictions have equal weight, also in a short last batch. With batch statistics or `adapt`,
+    a last batch of one example is left out. The key `noise` is for noise on initial hidden states:
+    each batch has its own noise, the same in every evaluation.
     """
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -185,12 +185,12 @@ def evaluate_all(
     evaluate: Evaluator,
     check: Check = nothing,
 ) -> Iterator[dict[str, Any]]:
-    """Evaluates all splits of all readings with all kinds of statistics.
+    """Evaluates all splits of all readings with each kind of statistics that applies.
 
     `evaluate` is from `make_evaluator(task, ...)`. Each reading is evaluated with `population`
-    statistics and, unless it is `continued`, with batch statistics. Readings of validation's length
-    are also evaluated with running averages. If the task has `batch_inputs`, validation's reading
-    is also evaluated with it. Without `population`, each reading is evaluated once.
+    statistics. A reading that is not `continued` is also evaluated with batch statistics and, if it
+    has validation's length, with running averages. If the task has `batch_inputs`, validation's
+    reading is also evaluated with it. Without `population`, each reading is evaluated once.
 
     Batches have `config.eval_batch_size` examples. Validation's reading has batches of
     `config.batch_size` with batch statistics and with `batch_inputs`.

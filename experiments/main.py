@@ -4,7 +4,8 @@
     python -m experiments.main --mode=evaluate --workdir=runs/pmnist
 
 Any field of the config can be set: --config.model.kind=lstm --config.batch_size=50. The shared
-fields are listed in experiments/config.py, the others in the module of the config's task.
+fields are explained in experiments/config.py, the others in the module of the config's task (in
+experiments/tasks) and in experiments/models/layers.py.
 """
 
 import contextlib

@@ -92,7 +92,7 @@ class Devices:
         }
 
     def replicate(self, tree: Any) -> Any:
-        """Copies arrays that every process has to all devices."""
+        """Copies arrays, which every process has, to all devices."""
         if self.mesh is None:
             return jax.tree.map(jax.device_put, tree)
         return jax.tree.map(lambda x: self._put(x, EVERYWHERE), tree)

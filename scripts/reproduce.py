@@ -51,7 +51,7 @@ def define_flags() -> None:
 
 
 def make_runs(item: Item, given: Any, folder: Path) -> tuple[list[Point], dict[str, list[str]]]:
-    """The runs of an item, and their commands by name, without runs that have more updates.
+    """The runs of an item, and their commands by name, without runs past the budget's updates.
 
     Raises:
       UserError: the folder of a run holds another run.

@@ -1,4 +1,4 @@
-"""Files from untrusted sources are safe.
+"""Files from untrusted sources are loaded and shown safely.
 
 Files that are loaded cannot run code. Archives cannot write outside their folder. Downloads are
 checked before use. Pages escape the text that they show.
@@ -210,7 +210,7 @@ def test_config_cannot_import_other_modules(tmp_path, monkeypatch):
     assert not (tmp_path / "sprung").exists()
 
 
-# ---- Archives: only expected members are read, and no member's name is written to.
+# ---- Archives: only expected members are read, and nothing is written under a member's name.
 
 EVIL = ("../evil", "a/../../evil", "..\\evil", "~/evil")
 

@@ -3,8 +3,8 @@
     python -m scripts.sweep --config=configs/digits.py \
         --sweep=configs/sweeps/ablation_shared_statistics.py
 
-Training and validation use batch statistics, so both points agree there. They differ in the final
-results with population statistics. The paper says that averaging over time hurts, without numbers.
+Training and validation use batch statistics, and are the same with both values. Final results with
+population statistics differ. The paper says that averaging over time hurts, without numbers.
 """
 
 from experiments.launching.sweeps import Fields, product, values

@@ -81,7 +81,7 @@ class BNLSTM(torch.nn.Module):
         h = self.initial_hidden.expand(batch, -1)
         c = self.initial_cell.expand(batch, -1)
         outputs = []
-        # Not input_terms[t]: the backward pass of each index would fill an array of all steps.
+        # Not input_terms[t]: the backward pass of each indexing would fill an array of all steps.
         for t, (input_term, goes_on) in enumerate(zip(input_terms.unbind(0), valid, strict=True)):
             total = self.normalize("recurrent", h @ self.recurrent_kernel, t)
             total = total + self.normalize("input", input_term, t, self.bias)

@@ -76,8 +76,8 @@ def prepare(source_dir: Path, work_dir: Path) -> Made:
     The last tenth of the training stories is for validation: the last 1,000 questions of each task.
 
     Args:
-      source_dir: folder that has the data, directly or in its subfolder `babi`. They are, in order
-        of preference: the original `tasks_1-20_v1-2.tar.gz`; its folder `en-10k`, or
+      source_dir: folder that may have the data, directly or in its subfolder `babi`, in order of
+        preference: the original `tasks_1-20_v1-2.tar.gz`; its folder `en-10k`, or
         `tasks_1-20_v1-2` with this folder; an archive `babi*.tgz` or `babi*.tar.gz` that contains
         this folder, such as Keras's or ParlAI's.
       work_dir: folder for downloads.

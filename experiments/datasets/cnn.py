@@ -1,7 +1,7 @@
 """CNN: news articles, with questions whose answers are entities.
 
 A question is a file `<SHA-1 of its bytes>.question`, in the folder of its split. The 387,420 files
-are read in their order in the archive. The words of passages stay in a file until the vocabulary is
+are read in the order of `read_files`. The words of passages stay in a file until the vocabulary is
 known.
 """
 

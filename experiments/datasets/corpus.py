@@ -193,7 +193,7 @@ def _sizes(split: tuple[float, ...], length: int, source: str, hint: str = "") -
     """The numbers of characters that a split takes from a text of `length` characters."""
     sizes = tuple(map(int, split))
     if _are_fractions(split):
-        # Rounds the boundaries of splits, not their sizes, so that each character is used once.
+        # Rounds the boundaries of splits, not their sizes: this loses and repeats no character.
         points = [0, *(round(end * length) for end in itertools.accumulate(split))]
         sizes = tuple(end - start for start, end in itertools.pairwise(points))
     if min(sizes) < 1 or sum(sizes) > length:

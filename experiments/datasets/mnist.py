@@ -68,8 +68,8 @@ def prepare(source_dir: Path, work_dir: Path) -> Made:
     """Makes the arrays from the original files, downloading those that are missing.
 
     Args:
-      source_dir: folder that has the four original files, directly or in its subfolder `mnist`, as
-        `.gz` or unpacked; or in `MNIST/raw` in either, where torchvision writes them.
+      source_dir: folder that may have the four original files, directly or in its subfolder
+        `mnist`, as `.gz` or unpacked; or in `MNIST/raw` in either, where torchvision writes them.
       work_dir: folder for downloads.
 
     Returns:

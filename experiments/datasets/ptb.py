@@ -38,8 +38,8 @@ def prepare(source_dir: Path, work_dir: Path) -> Made:
     """Makes the arrays from the original files, downloading those that are missing.
 
     Args:
-      source_dir: folder that has the three original files `ptb.{train,valid,test}.txt`, directly or
-        in its subfolder `ptb`.
+      source_dir: folder that may have the three original files `ptb.{train,valid,test}.txt`,
+        directly or in its subfolder `ptb`.
       work_dir: folder for downloads.
 
     Returns:

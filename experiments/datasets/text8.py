@@ -42,7 +42,7 @@ def prepare(source_dir: Path, work_dir: Path) -> Made:
     """Makes the array from the original file, downloading it if it is missing.
 
     Args:
-      source_dir: folder that has the text, directly or in its subfolder `text8`. It is, in order of
+      source_dir: folder that may have the text, directly or in its subfolder `text8`, in order of
         preference: the original `text8.zip`; the unpacked file `text8`; the first N characters,
         gzipped, as `text8_first_<N>.gz`.
       work_dir: folder for downloads.

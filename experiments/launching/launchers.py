@@ -16,7 +16,7 @@ from experiments.launching import slurm
 from experiments.launching.sweeps import Point
 from experiments.runtime.errors import tell
 
-FILES_ARRIVE_S = 60  # seconds until files written on a cluster's node are visible here
+FILES_ARRIVE_S = 60  # seconds within which files written on a cluster's node become visible here
 
 
 def define_flags() -> None:

@@ -43,7 +43,8 @@ def implementation_of(layer: Layer, batch_size: int) -> str:
     """The implementation that runs a layer's recurrence here: `cpu, AVX2, 2 threads`, or `xla`.
 
     Raises:
-      UserError: the layer's `implementation` does not support it; the message names another.
+      UserError: the layer's `implementation` does not support it (the message names another) or
+        cannot be compiled, or `BNLSTM_NUM_THREADS` is invalid.
     """
     name, problem = layer.implementation, abstract_problem(layer, batch_size)
     try:

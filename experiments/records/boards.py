@@ -96,7 +96,7 @@ class WeightsAndBiases:
             )
         except wandb.Error as error:
             raise UserError(
-                f"config.wandb is {config.wandb}: {error}; to run without it, set "
+                f"config.wandb is {config.wandb}: {error}; to run offline, set "
                 "WANDB_MODE=offline, and upload the run later by `wandb sync`"
             ) from error
 
@@ -127,7 +127,7 @@ Board = TensorBoard | WeightsAndBiases
 def opened(folder: Path, config: ConfigDict, start: int | None = None) -> Iterator[list[Board]]:
     """Opens the boards of the run in `folder`.
 
-    If the run continues from update `start`, TensorBoard hides earlier points past it.
+    If the run continues from update `start`, TensorBoard hides points of earlier starts past it.
 
     Raises:
       UserError: Weights & Biases cannot open its page.

@@ -184,7 +184,9 @@ class Checkpoints:
             try:
                 arrays = read_checkpoint(self._folder, step)
             except Damaged as damage:
-                raise UserError(f"{damage}; train again to use another checkpoint") from damage
+                raise UserError(
+                    f"{damage}; run the training command again, to use another checkpoint"
+                ) from damage
             # Early runs lack `gradient_norm`.
             arrays["window"] = serialization.to_state_dict(state.window) | arrays["window"]
             saved = flatten_dict(arrays, sep="/")

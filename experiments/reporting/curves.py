@@ -239,7 +239,7 @@ def curve_table(lines: list[Line], found: Found) -> Table | None:
     """Means over windows of updates at which both the paper and our runs have values.
 
     Single validations are noisy. Learning slows down, so each window is as long as all windows
-    before it: the first update, the second, the next two, the next four.
+    before it together: the first update, the second, the next two, the next four.
     """
     rows = []
     for line in lines:

@@ -1,4 +1,4 @@
-"""Keeps the memory that computations free in the process."""
+"""Keeps freed memory in the process, for later computations."""
 
 import ctypes
 import sys

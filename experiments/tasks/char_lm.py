@@ -51,7 +51,7 @@ def text_config(config: ConfigDict) -> ConfigDict:
     # Evaluation beyond segments of `segment_length`.
     config.eval_lengths = ()  # other segment lengths, on the test text
     config.whole_text = ("test",)  # splits that are read as one sequence
-    config.chunk_length = 1000  # predictions in each piece of it; results do not depend on this
+    config.chunk_length = 1000  # predictions in each piece of such a split; no effect on results
     return config
 
 
@@ -100,7 +100,7 @@ class Task(tasks.Task):
         return shuffled_batch(self.num_segments, config.batch_size, config.seed, update)
 
     def train_batch(self, update: int, share: Share = all_rows) -> Batch:
-        """Segments of an update. Each epoch cuts the text at a new random offset."""
+        """Segments of an update. Each epoch cuts the text from another random offset on."""
         length, seed = self.config.segment_length, self.config.seed
         epoch = update // updates_per_epoch(self.num_segments, self.config.batch_size)
         offset = np.random.default_rng([seed, epoch, 1]).integers(length)
@@ -194,7 +194,7 @@ class Task(tasks.Task):
             if not reading.continued and reading.length > size:
                 raise UserError(
                     f"config.eval_lengths has {reading.length}: it must be at most {size:,}, the "
-                    "number of characters of the text"
+                    "number of characters of the test text"
                 )
 
 

@@ -86,7 +86,7 @@ def make_model(
     question_steps: int,
     axis_name: str | None = None,
 ) -> AttentiveReader:
-    """The reader of `config.model`; `*_steps` are the longest training passage and question.
+    """The reader of `config.model`; `*_steps`: most time steps of training passages and questions.
 
     Raises:
       UserError: `max_steps` exceeds the longest training passage.

@@ -105,7 +105,7 @@ class Case:
         return params, stats
 
     def draw(self, seed=0):
-        """Random float64 arrays: parameters and inputs, statistics, and weights of the outputs."""
+        """Random float64 arrays: parameters, inputs and any carry; statistics; output weights."""
         rng = np.random.default_rng(seed)
         params, stats = self.shapes()
         values = {name: 0.7 * rng.normal(size=shape) for name, shape in params.items()}
@@ -408,7 +408,7 @@ CONSTANT = {"per step": {}, "sequence": {"input_statistics": "sequence"}}
 
 @pytest.mark.parametrize("options", CONSTANT.values(), ids=CONSTANT.keys())
 def test_columns_with_zero_variance_match_the_reference(options):
-    """One input is constant, and one column of each of the two terms is always zero."""
+    """One input is constant; a column of the input term and one of the recurrent term are zero."""
 
     def change(values):
         values["inputs"][:, :, 1] = 3.0
@@ -422,8 +422,8 @@ def test_columns_with_zero_variance_match_the_reference(options):
 def test_identical_rows_match_the_reference_with_finite_gradients(options):
     """The same input in all rows: every term of every step has variance zero.
 
-    The derivative of N is 316 there, three times a step, so no step is small enough for finite
-    differences. The test only checks that gradients are finite.
+    The derivative of N is 316 there, three times a time step, so no change is small enough for
+    finite differences. Of gradients, the test only checks that they are finite.
     """
     case = Case(**options)
     values, stats, weights = case.draw()
@@ -558,7 +558,7 @@ def test_float32_layer_matches_the_reference(case):
 
 @pytest.mark.parametrize("case", COARSE_CASES.values(), ids=COARSE_CASES.keys())
 def test_bfloat16_layer_matches_the_reference(case):
-    """Only the factors of the products are rounded; the reference rounds the same."""
+    """Only the factors of the products are rounded; the reference can round them too."""
     values, stats, weights = case.draw()
     options = {"dtype": jnp.bfloat16, "param_dtype": jnp.float32}
     outputs, carry, updates, gradients = run_library(case, values, stats, weights, **options)

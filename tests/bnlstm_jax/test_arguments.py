@@ -545,7 +545,7 @@ def test_kernels_run_in_strict_jax_modes(implementation, vocab_size, mode):
 
 @pytest.mark.parametrize("statistics", ["per_step", "sequence"])
 @pytest.mark.parametrize("implementation", ["gpu", "tpu"])
-def test_kernel_gradients_of_running_statistics_are_zero(implementation, statistics):
+def test_gpu_and_tpu_gradients_of_running_statistics_are_zero(implementation, statistics):
     x = jnp.asarray(draw(3, 5, 2))
     with emulation():
         layer = BNLSTM(4, input_statistics=statistics, implementation=implementation)
@@ -653,7 +653,7 @@ def test_tabulate_reports_flops(module):
 
 
 @pytest.mark.parametrize("cell", [LSTMCell, BNLSTMCell, LNLSTMCell, BNSimpleCell])
-def test_tabulate_omits_helper_methods_of_cells(cell):
+def test_tabulate_omits_initialize_carry_of_cells(cell):
     options = {"use_running_average": True} if "BN" in cell.__name__ else {}
     rnn = nn.RNN(cell(4, **options), variable_axes={"batch_stats": 0})
     table = rnn.tabulate(jax.random.key(0), jnp.ones((2, 5, 3)))
@@ -709,7 +709,7 @@ def test_reference_supports_forward_over_reverse_differentiation(lengths, statis
         assert_forward_over_reverse(gradient, variables["params"])
 
 
-def test_xla_raises_on_forward_mode_and_second_derivatives():
+def test_xla_batch_norm_raises_on_forward_mode_and_second_derivatives():
     layer = BNLSTM(3, implementation="xla")
     x = jnp.asarray(draw(5, 4, 3))
     variables = initialize(layer, x)

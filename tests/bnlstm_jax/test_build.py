@@ -16,7 +16,7 @@ BUILD = """
 
 
 def fake_compiler(folder, compile):
-    """A compiler that runs a shell command, with the path given by `-o` as `$output`."""
+    """A compiler that, given `-o PATH`, runs a shell command with the path as `$output`."""
     path = folder / "compiler"
     path.write_text(
         '#!/bin/sh\nfor word; do [ "$before" = -o ] && output="$word"; before="$word"; done\n'
@@ -136,11 +136,13 @@ def test_nvcc_is_found_in_python_packages(monkeypatch, tmp_path):
     assert build.find_nvcc() == str(packaged)
 
 
-def test_compiler_reports_the_processor():
+def test_compiler_identity_includes_its_version():
     assert "__VERSION__" in build.compiler([], "cpu")
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64" or platform.system() != "Linux", reason="x86")
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or platform.system() != "Linux", reason="needs x86 Linux"
+)
 def test_library_uses_the_widest_vectors_of_the_processor():
     flags = set(Path("/proc/cpuinfo").read_text().split())
     names = {"avx512f": "AVX-512", "avx2": "AVX2"}

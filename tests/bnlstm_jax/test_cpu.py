@@ -1,7 +1,7 @@
 """The CPU kernel: against the plain scan, its threads, and what it does not support.
 
 test_implementations.py compares all outputs and gradients of a layer in all modes. These tests are
-for sizes that are no multiple of a vector, and for what only this kernel has.
+for sizes that are not multiples of a vector, and for what only this kernel has.
 """
 
 import subprocess
@@ -115,7 +115,7 @@ def test_kernel_matches_reference_for_random_shapes_and_options(data):
 
 
 def inference(layer, x, first_step=None, lengths=None):
-    """A function from variables to a loss and the outputs, and random variables."""
+    """A function from variables to a loss and the outputs, and variables of random values."""
     random = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), x, use_running_average=True))
     variables = jax.tree.map(
@@ -239,10 +239,10 @@ def test_inference_is_bitwise_independent_of_thread_count(monkeypatch):
     np.testing.assert_array_equal(found[2], found[0])
 
 
-@pytest.mark.parametrize("value", ["two", "0", "-1", ""])
+@pytest.mark.parametrize("value", ["two", "0", "-1", "", "4097"])
 def test_invalid_thread_count_raises(value, monkeypatch):
     monkeypatch.setenv("BNLSTM_NUM_THREADS", value)
-    message = f"BNLSTM_NUM_THREADS: expected a number of threads, got '{value}'"
+    message = f"BNLSTM_NUM_THREADS: expected 1 to 4096 threads, got '{value}'"
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
         jax.block_until_ready(run("cpu"))
     with pytest.raises(ValueError, match=message):

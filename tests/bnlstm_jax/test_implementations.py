@@ -63,7 +63,7 @@ def run(
     integers=False,
     **options,
 ):
-    """Carry, outputs, statistics and all gradients of a layer, of a loss with random weights."""
+    """Carry, outputs and statistics of a layer, and all gradients of a randomly weighted loss."""
     kind = bnlstm_jax.LSTM if plain else bnlstm_jax.BNLSTM
     layer = kind(features, implementation=implementation, return_carry=True, **options)
     random = np.random.default_rng(0)
@@ -106,7 +106,8 @@ def by_plain_scan(case):
     return run("reference", param_dtype=jnp.float64, **CASES[case])
 
 
-# Interpreted kernels are slow: the short suite has only cases that differ within the kernel.
+# Interpreted and emulated kernels are slow. For them, the short suite has only these cases, which
+# differ within the kernel.
 IN_KERNEL = (
     "one step",
     "symbols",

@@ -1,6 +1,7 @@
 """The layers against their cells in Flax: flax.linen.RNN, flax.linen.scan, Bidirectional.
 
-Without masks all three are the same recurrence with the same parameters, and agree up to rounding.
+Without masks, the layer and its cell under RNN and scan are the same recurrence with the same
+parameters, and agree up to rounding.
 """
 
 import functools

@@ -53,7 +53,7 @@ def test_functions_have_limited_length_and_nesting(path):
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.name)
-def test_library_imports_no_other_repository_folder(path):
+def test_library_imports_no_experiments_scripts_configs_or_tests(path):
     imported = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
     assert not {"experiments", "scripts", "configs", "tests"} & set(imported)
 

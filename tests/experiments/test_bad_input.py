@@ -167,7 +167,7 @@ def attempt(name: str, data: Path, words: list[str]) -> str | None:
 
 
 def check_run(own: config.ConfigDict) -> None:
-    """Loads the task, makes the optimizer, and traces the model's initialisation if it is small."""
+    """Loads the task, makes the optimizer, and traces the initialisation of a small model."""
     task = tasks.load(own)
     make_optimizer(own.optimizer)
     if own.model.features > 300:
@@ -181,7 +181,7 @@ def check_run(own: config.ConfigDict) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_unmodified_configs_pass_all_checks(name, data, tmp_path):
+def test_configs_pass_all_checks(name, data, tmp_path):
     assert attempt(name, data, []) is None
     assert list(tmp_path.iterdir()) == []
 

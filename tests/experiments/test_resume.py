@@ -286,7 +286,7 @@ def test_damaged_checkpoint_is_renamed_and_the_previous_one_used(
     folder = copy(unbroken, tmp_path / "run")
     spoil_bit(folder / "checkpoints" / "8")
     train.train(config, folder)
-    assert re.search(r"checkpoints/8 is damaged: .* it is now .*8\.damaged", caplog.text)
+    assert re.search(r"checkpoints/8 is damaged: .* it was renamed to .*8\.damaged", caplog.text)
     assert (folder / "checkpoints" / "8.damaged").is_dir()
     assert list(differences(folder, unbroken)) == []
     starts = json.loads((folder / "run.json").read_text())["starts"]

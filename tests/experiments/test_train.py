@@ -129,7 +129,7 @@ def test_finished_run_can_be_extended(small_config, tmp_path, monkeypatch):
     assert len(run["starts"]) == 2
 
 
-def test_results_of_an_earlier_update_are_evaluated_again(small_config, tmp_path, monkeypatch):
+def test_results_of_an_earlier_update_are_replaced(small_config, tmp_path, monkeypatch):
     small_config.num_updates = 4
     train.train(small_config, tmp_path)
     small_config.num_updates = 8
@@ -144,7 +144,7 @@ def test_evaluation_reproduces_the_training_results(small_config, tmp_path):
     assert train.train(small_config, tmp_path) == train.evaluate_run(small_config, tmp_path)
 
 
-def test_missing_fields_of_a_saved_config_get_defaults(small_config, tmp_path):
+def test_saved_config_without_wandb_is_read(small_config, tmp_path):
     saved = json.loads(small_config.to_json_best_effort())
     del saved["wandb"]
     (tmp_path / "config.json").write_text(json.dumps(saved))

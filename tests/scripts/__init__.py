@@ -11,7 +11,7 @@ LETTERS = "abcdefg T\n"
 
 
 def text_config(folder: Path, kind: str) -> ConfigDict:
-    """Writes a short random text into `folder`; the config of a small model of it, 9 time steps."""
+    """Writes a short random text into `folder`; returns a small model's config, 9 time steps."""
     file = folder / "letters.txt"
     file.write_text("".join(np.random.default_rng(0).choice(list(LETTERS), 3000)))
     config = text.get_config()

@@ -76,7 +76,7 @@ def test_sweep_resumes_after_ctrl_c(start, tmp_path):
     second = start(f"--config.num_updates={update + 2}", "--jobs=2")
     output, errors = second.communicate(timeout=120)
     assert (second.returncode, errors) == (1, "error: 1 of 2 points failed\n"), output
-    failed = rf"{re.escape(BAD)}: failed: error: .* is 5000, and .* \({folder}/jobs/{BAD}\.log\)"
+    failed = rf"{re.escape(BAD)}: failed: error: .* is 5000: .* \({folder}/jobs/{BAD}\.log\)"
     assert re.search(failed, output), output
     assert (folder / "results.md").read_text() in output
     assert len(json.loads((folder / GOOD / "run.json").read_text())["starts"]) == 2

@@ -66,7 +66,7 @@ def threads() -> int:
     number = load().BnlstmThreads()
     if number == 0:
         given = os.environ["BNLSTM_NUM_THREADS"]
-        raise ValueError(f"BNLSTM_NUM_THREADS: expected a number of threads, got {given!r}")
+        raise ValueError(f"BNLSTM_NUM_THREADS: expected 1 to 4096 threads, got {given!r}")
     return number
 
 
@@ -176,7 +176,7 @@ def layout(field: str, shape: tuple[int, ...]) -> Layout | None:
 class Inputs(NamedTuple):
     """The arrays of a call, float32 except symbols and flags.
 
-    Without a scale or a cell bias, these are ones or zeros. Other arrays that a problem lacks are
+    A scale that a problem lacks is ones, and a cell bias zeros. Other arrays that it lacks are
     empty.
 
     Attributes:

@@ -1091,7 +1091,8 @@ ffi::Error launch(const Arguments& a, ffi::DataType dtype, int batch, int64_t un
   const std::lock_guard<std::mutex> lock(launching);
   const Plan plan = plan_of(dtype == ffi::BF16, units_of_block, batch, a.units, is_forward);
   if (plan.fits) return run(plan, a, stream);
-  if (plan.problem) return ffi::Error::Internal(std::string("cannot run the recurrence: ") + plan.problem);
+  if (plan.problem)
+    return ffi::Error::Internal(std::string("cannot run the recurrence: ") + plan.problem);
   return ffi::Error::InvalidArgument("the CUDA kernel does not fit on this device");
 }
 

@@ -8,7 +8,7 @@ from experiments.datasets.question_arrays import SPLITS, Question, pack
 from experiments.datasets.questions import Selection, Split, Texts
 from experiments.runtime.errors import UserError
 
-# Words of ASKED:       who     met                        @entity2                  met @entity2
+# Words of ASKED:       who met                    @entity2                  met @entity2
 PASSAGE = "nobody knows who met whom . it rained ! @entity2 slept . @entity1 met @entity2 twice ?"
 ASKED = "who met @entity2 in @placeholder"
 

@@ -358,7 +358,7 @@ def test_inference_with_statistics_of_one_batch_matches_training(double):
     form, mask = "bn_everywhere", True
     params, stats, _ = draw(form)
     words = make_batch()[:2]
-    # No longer than the tables. Two sequences reach each step, since one has no variance.
+    # No longer than the tables. At least two sequences reach each step: one has no variance.
     batch = *words, np.array((4, 1, 3, 4)), np.array((3, 1, 3, 2))
     training = run(form, True, mask, params, stats, batch)
     found = bnlstm_jax.estimate_population_statistics(

@@ -173,7 +173,7 @@ def test_implementation_reports_the_cpu_kernel_threads(small_config, monkeypatch
         monkeypatch.setenv("BNLSTM_NUM_THREADS", threads)
         assert layers.implementation_of(layer, 10) == f"cpu, {cpu.instruction_set()}{end}"
     monkeypatch.setenv("BNLSTM_NUM_THREADS", "all")
-    with pytest.raises(UserError, match="BNLSTM_NUM_THREADS: expected a number of threads"):
+    with pytest.raises(UserError, match="BNLSTM_NUM_THREADS: expected 1 to 4096 threads"):
         layers.implementation_of(layer, 10)
 
 

@@ -21,7 +21,7 @@ SIZES = {"pmnist": 100, "ptb": 1000, "text8": 2000}
 
 
 def make_findings(outcomes=(), times=(), gain=1.0, updates=300):
-    """Findings of a kernel that is twice as fast and passes all cases but text8, not supported."""
+    """Findings of a kernel twice as fast, which passes all cases but the unsupported text8."""
     outcomes = {"text8": "not supported", **dict(outcomes)}
     results = [
         {

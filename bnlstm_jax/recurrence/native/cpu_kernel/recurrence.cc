@@ -85,7 +85,7 @@ template <typename Pass>
 ffi::Error run(const Arguments& a, bool backward) {
   const int most = threads_of_process();
   if (most == 0)
-    return ffi::Error::InvalidArgument("BNLSTM_NUM_THREADS: expected a number of threads, got '" +
+    return ffi::Error::InvalidArgument("BNLSTM_NUM_THREADS: expected 1 to 4096 threads, got '" +
                                        std::string(std::getenv("BNLSTM_NUM_THREADS")) + "'");
   std::unique_ptr<Shared> shared;
   std::vector<std::unique_ptr<Pass>> passes;

@@ -76,7 +76,7 @@ struct Own {
         input_rows(features * width) {}
 
   int64_t own_gates() const { return kGates * units; }
-  // Columns of the transposed input kernel. For symbols, column D is NaN, for unknown symbols.
+  // Columns of the transposed input kernel. For symbols, one more holds NaN, for unknown symbols.
   int64_t input_columns() const {
     if (a.source == Source::kTerms) return 0;
     return a.dense() ? a.features : round_up(a.features + 1);
