@@ -656,7 +656,7 @@ def test_tabulate_reports_flops(module):
 def test_tabulate_omits_initialize_carry_of_cells(cell):
     options = {"use_running_average": True} if "BN" in cell.__name__ else {}
     rnn = nn.RNN(cell(4, **options), variable_axes={"batch_stats": 0})
-    table = rnn.tabulate(jax.random.key(0), jnp.ones((2, 5, 3)))
+    table = rnn.tabulate(jax.random.key(0), jnp.ones((2, 5, 3)), console_kwargs={"width": 300})
     assert cell.__name__ in table and "initialize_carry" not in table
 
 
