@@ -6,7 +6,7 @@ Equation numbers are the paper's; `bnlstm_jax/cells.py` lists the equations.
 
 from bnlstm_jax import batch_norm
 from bnlstm_jax.batch_norm import BatchNorm
-from bnlstm_jax.cells import BNLSTMCell, BNSimpleCell, LNLSTMCell, LSTMCell
+from bnlstm_jax.cells import BNLSTMCell, BNSimpleCell, LNLSTMCell, LSTMCell, Variant
 from bnlstm_jax.layers import BNLSTM, LNLSTM, LSTM
 from bnlstm_jax.population import estimate_population_statistics
 
@@ -26,5 +26,6 @@ __all__ = [
     "LNLSTMCell",
     "LSTM",
     "LSTMCell",
+    "Variant",
     "estimate_population_statistics",
 ]

@@ -1,5 +1,6 @@
 """Statistics of a Flax module in the collection `batch_stats`, and the plain layer BatchNorm."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -25,26 +26,27 @@ from bnlstm_jax.normalization import (
 CURRENT_BATCH_STATS = "current_batch_stats"
 
 
+# For each field, whether a value is valid, and what is expected.
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "features": (lambda n: n >= 1, "at least 1"),
+    "max_steps": (lambda n: n is None or n >= 1, "at least 1, or None"),
+    "vocab_size": (lambda n: n is None or n >= 1, "at least 1, or None"),
+    "initial_hidden_noise": (lambda deviation: deviation >= 0, "at least 0"),
+    "epsilon": (lambda x: not isinstance(x, Array) and x > 0, "a number above 0"),
+    # A schedule gives an array.
+    "momentum": (lambda x: isinstance(x, Array) or 0 <= x <= 1, "a number from 0 to 1"),
+    "dtype": (
+        lambda dtype: dtype is None or jnp.issubdtype(dtype, jnp.floating),
+        "a floating-point dtype, or None",
+    ),
+}
+
+
 def check_fields(module: nn.Module) -> None:
     """Raises a ValueError that names a field of a module whose value is out of range."""
-
-    def check(field: str, is_valid: bool, expected: str) -> None:
-        if not is_valid:
-            raise ValueError(f"{field}: expected {expected}, got {getattr(module, field)!r}")
-
-    check("features", getattr(module, "features", 1) >= 1, "at least 1")
-    check("initial_hidden_noise", getattr(module, "initial_hidden_noise", 0) >= 0, "at least 0")
-    most = getattr(module, "max_steps", None)
-    check("max_steps", most is None or most >= 1, "at least 1, or None")
-    symbols = getattr(module, "vocab_size", None)
-    check("vocab_size", symbols is None or symbols >= 1, "at least 1, or None")
-    dtype = getattr(module, "dtype", None)
-    floating = dtype is None or jnp.issubdtype(dtype, jnp.floating)
-    check("dtype", floating, "a floating-point dtype, or None")
-    epsilon, momentum = getattr(module, "epsilon", 1), getattr(module, "momentum", 0)
-    check("epsilon", not isinstance(epsilon, Array) and epsilon > 0, "a number above 0")
-    is_scheduled = isinstance(momentum, Array)
-    check("momentum", is_scheduled or 0 <= momentum <= 1, "a number from 0 to 1")
+    for field, (is_valid, expected) in _FIELDS.items():
+        if hasattr(module, field) and not is_valid(value := getattr(module, field)):
+            raise ValueError(f"{field}: expected {expected}, got {value!r}")
 
 
 def check_rows(module: nn.Module, rows: int) -> None:
@@ -71,52 +73,39 @@ def pooled_axis(module: nn.Module, use_running_average: bool = False) -> str | N
     return None if jax.lax.psum(1, module.axis_name) == 1 else module.axis_name
 
 
-def statistics_variables(
-    module: nn.Module, shape: tuple[int, ...], prefix: str = ""
-) -> list[nn.Variable]:
+def running_statistics(module: nn.Module, shape: tuple[int, ...], prefix: str = "") -> Statistics:
     """The running mean (initially 0) and variance (initially 1) of a term, in `batch_stats`."""
     dtype = statistics_dtype(module.param_dtype)
-    return [
-        module.variable("batch_stats", f"{prefix}mean", jnp.zeros, shape, dtype),
-        module.variable("batch_stats", f"{prefix}var", jnp.ones, shape, dtype),
-    ]
-
-
-def values(variables: list[nn.Variable]) -> Statistics:
-    """The values of `statistics_variables`."""
-    return Statistics(*(variable.value for variable in variables))
+    mean = module.variable("batch_stats", f"{prefix}mean", jnp.zeros, shape, dtype)
+    var = module.variable("batch_stats", f"{prefix}var", jnp.ones, shape, dtype)
+    return Statistics(mean.value, var.value)
 
 
 def update_statistics(
-    module: nn.Module,
-    variables: list[nn.Variable],
-    batch: Statistics,
-    count: Array,
-    prefix: str = "",
+    module: nn.Module, running: Statistics, batch: Statistics, count: Array, prefix: str = ""
 ) -> None:
     """Updates running statistics with batch statistics; adds these to `current_batch_stats`.
 
     Args:
       module: has `momentum` and `axis_name`. Nothing changes while it is initialised.
-      variables: the running statistics, `[T, F]` or `[F]`.
+      running: the running statistics, `[T, F]` or `[F]`.
       batch: batch statistics. `[T, F]` is pooled over time if running statistics are `[F]`.
       count: this device's number of rows, `[T]` or `[]`. Statistics of fewer than two rows over all
         devices are ignored: one row has no variance.
-      prefix: prefix of the variables' names.
+      prefix: prefix of the names in both collections.
     """
     if module.is_initializing():
         return
     if module.axis_name is not None:
         count = jax.lax.psum(count, module.axis_name)
     batch = jax.lax.stop_gradient(batch)
-    running = values(variables)
     if batch.mean.ndim > running.mean.ndim:
         batch, count = pool_steps(batch, count), jnp.sum(count)
     count = jnp.where(count > 1, count, 0)
     reached = (count > 0)[..., None]
     averages = running_average(running, batch, module.momentum, reached)
-    for variable, average in zip(variables, averages, strict=True):
-        variable.value = average.astype(variable.value.dtype)
+    for name, old, average in zip(Statistics._fields, running, averages, strict=True):
+        module.put_variable("batch_stats", prefix + name, average.astype(old.dtype))
     if module.is_mutable_collection(CURRENT_BATCH_STATS):
         _add_to_current(module, batch, count, prefix)
 
@@ -144,9 +133,10 @@ class BatchNorm(nn.Module):
     The parameter is `scale [F]`. The collection `batch_stats` holds the running statistics `mean`
     and `var`, each `[F]`. `bnlstm_jax.estimate_population_statistics` re-estimates them.
 
-    Statistics are computed in two passes, as by `flax.linen.BatchNorm` with
-    `use_fast_variance=False`. Under batch statistics, only first derivatives in reverse mode are
-    supported. Updated statistics have no gradient.
+    Unlike `flax.linen.BatchNorm`, it has no bias, and its scale starts at 0.1. Statistics are
+    computed in two passes, as with `use_fast_variance=False`. A batch of one row raises. The mask
+    is of whole rows, and masked rows are set to zero. Under batch statistics, only first
+    derivatives in reverse mode are supported. Updated statistics have no gradient.
 
     Attributes:
       use_running_average: if True, normalise by `batch_stats` (inference), else by the batch's own
@@ -196,9 +186,9 @@ class BatchNorm(nn.Module):
         check_fields(self)
         features, axis = x.shape[-1:], tuple(range(-x.ndim, -1))
         scale = self.param("scale", self.scale_init, features, self.param_dtype)
-        variables = statistics_variables(self, features)
+        running = running_statistics(self, features)
         if use_running_average:
-            y = along(x, scale) * standardize(x, values(variables), self.epsilon, axis)
+            y = along(x, scale) * standardize(x, running, self.epsilon, axis)
             return y.astype(self.dtype or y.dtype)
         if mask is not None:
             mask = jnp.asarray(mask)
@@ -210,6 +200,6 @@ class BatchNorm(nn.Module):
         axis_name = pooled_axis(self)
         moments = batch_moments(x, mask, axis, axis_name)
         rows = jnp.array(x.size // features[0]) if mask is None else jnp.sum(mask)
-        update_statistics(self, variables, moments.statistics(axis), rows)
+        update_statistics(self, running, moments.statistics(axis), rows)
         y = batch_normalize(x, scale, mask, moments, self.epsilon, axis, axis_name)
         return y.astype(self.dtype or y.dtype)

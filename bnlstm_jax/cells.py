@@ -21,6 +21,7 @@ The carry is `(c, h)`, as in `flax.linen.LSTMCell`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,12 +34,11 @@ from bnlstm_jax.batch_norm import (
     check_fields,
     check_rows,
     pooled_axis,
-    statistics_variables,
+    running_statistics,
     update_statistics,
-    values,
 )
 from bnlstm_jax.initializers import Initializer, forget_bias, initial_noise, semi_orthogonal
-from bnlstm_jax.normalization import Moments, Normalization, along, statistics_dtype
+from bnlstm_jax.normalization import Moments, Normalization, Statistics, along, statistics_dtype
 
 Carry = tuple[Array, Array]
 # Maps the name and the value of a term to its normalised value and the batch's moments, or None.
@@ -255,9 +255,15 @@ def initial_state(
 
 
 def cell_step(
-    module: nn.Module, params: dict[str, Array], carry: Carry, inputs: Array, normalize: Normalizer
+    module: nn.Module,
+    params: dict[str, Array],
+    carry: Carry,
+    inputs: Array,
+    norm: Normalization,
+    statistics: dict[str, Statistics] | None = None,
 ) -> tuple[Carry, Array, dict[str, Moments | None]]:
     """Carry, output and moments of one step of an LSTM's cell; see `lstm_step`."""
+    normalize = functools.partial(norm.apply, params=params, statistics=statistics)
     recurrent_term = product(carry[1], params["recurrent_kernel"], module.dtype)
     input_term = product(inputs, params["input_kernel"], module.dtype)
     carry, moments = lstm_step(params, carry, recurrent_term, input_term, normalize)
@@ -304,7 +310,7 @@ class LSTMCell(RecurrentCell):
       initial_hidden_init: initialiser of the learned initial hidden state `[H]`.
       initial_hidden_noise: standard deviation of Gaussian noise on the initial hidden state, at
         inference too.
-      variant: departures from the equations; see `bnlstm_jax.cells.Variant`.
+      variant: departures from the equations; see `bnlstm_jax.Variant`.
       dtype: dtype of the output and of the operands of matrix products. By default, the operands of
         a product have their promoted dtype, and the output is in float32 or wider.
       param_dtype: dtype of the parameters. The state is in float32 or wider.
@@ -324,7 +330,7 @@ class LSTMCell(RecurrentCell):
     def __call__(self, carry: Carry, inputs: Array) -> tuple[Carry, Array]:
         """Maps `(c, h)` and inputs `[B, D]` to the new carry and the output h `[B, H]`."""
         params = lstm_params(self, inputs.shape[-1])
-        carry, output, _ = cell_step(self, params, carry, inputs, lambda term, x: (x, None))
+        carry, output, _ = cell_step(self, params, carry, inputs, Normalization())
         return carry, output
 
 
@@ -359,7 +365,7 @@ class BNLSTMCell(RecurrentCell):
       initial_hidden_init: initialiser of the learned initial hidden state `[H]`.
       initial_hidden_noise: standard deviation of Gaussian noise on the initial hidden state, at
         inference too.
-      variant: departures from the equations; see `bnlstm_jax.cells.Variant`.
+      variant: departures from the equations; see `bnlstm_jax.Variant`.
       dtype: dtype of the output and of the operands of matrix products. By default, the operands of
         a product have their promoted dtype, and the output is in float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
@@ -404,23 +410,17 @@ class BNLSTMCell(RecurrentCell):
         )
         if not use_running_average:
             check_rows(self, inputs.shape[0])
-        variables = {
-            term: statistics_variables(self, (term_size(self, term),), f"{term}_")
+        running = {
+            term: running_statistics(self, (term_size(self, term),), f"{term}_")
             for term in norm.terms
         }
-        running = None
-        if use_running_average:
-            running = {term: values(pair) for term, pair in variables.items()}
-
-        def normalize(term: str, x: Array) -> tuple[Array, Moments | None]:
-            return norm.apply(term, x, params, running)
-
-        carry, output, moments = cell_step(self, params, carry, inputs, normalize)
+        statistics = running if use_running_average else None
+        carry, output, moments = cell_step(self, params, carry, inputs, norm, statistics)
         if not use_running_average:
             rows = jnp.array(inputs.shape[0])
             for term, batch in moments.items():
                 if batch is not None:
-                    update_statistics(self, variables[term], batch.statistics(), rows, f"{term}_")
+                    update_statistics(self, running[term], batch.statistics(), rows, f"{term}_")
         return carry, output
 
     @nn.nowrap
@@ -449,7 +449,7 @@ class LNLSTMCell(RecurrentCell):
         inputs would give all terms zero variance, and gradients would explode.
       initial_hidden_noise: standard deviation of Gaussian noise on the initial hidden state, at
         inference too.
-      variant: departures from the equations; see `bnlstm_jax.cells.Variant`.
+      variant: departures from the equations; see `bnlstm_jax.Variant`.
       dtype: dtype of the output and of the operands of matrix products. By default, the operands of
         a product have their promoted dtype, and the output is in float32 or wider.
       param_dtype: dtype of the parameters. Moments and state are in float32 or wider.
@@ -475,11 +475,7 @@ class LNLSTMCell(RecurrentCell):
         norm = Normalization(
             tuple(self.normalize), "layer", self.epsilon, self.variant.input_epsilon
         )
-
-        def normalize(term: str, x: Array) -> tuple[Array, Moments | None]:
-            return norm.apply(term, x, params)
-
-        carry, output, _ = cell_step(self, params, carry, inputs, normalize)
+        carry, output, _ = cell_step(self, params, carry, inputs, norm)
         return carry, output
 
 
@@ -546,8 +542,8 @@ class BNSimpleCell(nn.RNNCellBase):
         )
         bias = self._param("bias", nn.initializers.zeros_init())
         scale = {"joint_scale": self._param("joint_scale", self.scale_init)}
-        variables = statistics_variables(self, (self.features,), "joint_")
-        running = {"joint": values(variables)} if use_running_average else None
+        running = running_statistics(self, (self.features,), "joint_")
+        statistics = {"joint": running} if use_running_average else None
         norm = Normalization(
             ("joint",),
             epsilon=self.epsilon,
@@ -557,10 +553,10 @@ class BNSimpleCell(nn.RNNCellBase):
 
         total = product(carry, recurrent_kernel, self.dtype)
         total += product(inputs, input_kernel, self.dtype)
-        joint, moments = norm.apply("joint", total, scale, running)
+        joint, moments = norm.apply("joint", total, scale, statistics)
         if moments is not None:
             rows = jnp.array(inputs.shape[0])
-            update_statistics(self, variables, moments.statistics(), rows, "joint_")
+            update_statistics(self, running, moments.statistics(), rows, "joint_")
         h = jnp.tanh(joint + along(joint, bias))
         return h, h.astype(self.dtype or h.dtype)
 

@@ -22,9 +22,8 @@ from bnlstm_jax import recurrence
 from bnlstm_jax.batch_norm import (
     check_rows,
     pooled_axis,
-    statistics_variables,
+    running_statistics,
     update_statistics,
-    values,
 )
 from bnlstm_jax.cells import (
     TERMS,
@@ -115,6 +114,10 @@ class LSTM(RecurrentLayer):
         variables = layer.init(key, x)  # x [batch, time, input]
         y = layer.apply(variables, x)  # y [batch, time, 100]
 
+    The parameters are `input_kernel [D, 4H]`, `recurrent_kernel [H, 4H]`, `bias [4H]`,
+    `cell_bias [H]`, and the initial state `initial_cell [H]` and `initial_hidden [H]`.
+    `flax.linen.LSTMCell` has neither a cell bias nor a learned initial state; see `Variant`.
+
     Attributes:
       features: number of hidden units H.
       vocab_size: number of symbols V, if inputs are integers in `[0, V)`; None for dense inputs. A
@@ -124,16 +127,17 @@ class LSTM(RecurrentLayer):
       initial_hidden_init: initialiser of the learned initial hidden state `[H]`.
       initial_hidden_noise: standard deviation of Gaussian noise on the initial hidden state, at
         inference too, from the rng stream `noise`.
-      variant: departures from the equations; see `bnlstm_jax.cells.Variant`.
+      variant: departures from the equations; see `bnlstm_jax.Variant`.
       time_major: sequences are `[time, batch, ...]` rather than `[batch, time, ...]`.
       return_carry: return `(carry, outputs)` rather than the outputs alone.
       reverse, keep_order: `reverse` runs each sequence from its last valid step to its first;
         `keep_order` then returns outputs in the order of the inputs.
       unroll: time steps per loop iteration of `xla` and `reference`; no effect on kernels.
       implementation: `auto`, `xla`, `reference`, or a kernel: `cpu`, `gpu` or `tpu`; see
-        `bnlstm_jax.recurrence`. Only `reference` supports forward mode. Kernels support only first
-        derivatives. `gpu` leaves batches above 128 to `xla`. `jax.export` needs `xla` or
-        `reference`.
+        `bnlstm_jax.recurrence`. `auto` may compile a kernel at its first use, with the system's
+        compiler, and keeps it in the user's cache folder. Only `reference` supports forward mode.
+        Kernels support only first derivatives. `gpu` leaves batches above 128 to `xla`.
+        `jax.export` needs `xla` or `reference`.
       dtype: dtype of outputs and of the operands of matrix products; by default the promoted dtype
         of inputs and parameters, float32 or wider.
       param_dtype: dtype of the parameters. The state is in float32 or wider.
@@ -161,7 +165,8 @@ class LNLSTM(RecurrentLayer):
     """A layer-normalised LSTM over whole sequences, for comparison with BNLSTM.
 
     Training and inference are the same, and there are no statistics. If inputs have one feature,
-    normalisation of the input term keeps only the feature's sign.
+    normalisation of the input term keeps only the feature's sign. The parameters are those of LSTM,
+    and the scales `input_scale [4H]`, `recurrent_scale [4H]` and `cell_scale [H]`.
 
     Attributes:
       features: number of hidden units H.
@@ -177,7 +182,7 @@ class LNLSTM(RecurrentLayer):
         inputs would give all terms zero variance, and gradients would explode.
       initial_hidden_noise: standard deviation of Gaussian noise on the initial hidden state, at
         inference too, from the rng stream `noise`.
-      variant: departures from the equations; see `bnlstm_jax.cells.Variant`.
+      variant: departures from the equations; see `bnlstm_jax.Variant`.
       time_major: sequences are `[time, batch, ...]` rather than `[batch, time, ...]`.
       return_carry: return `(carry, outputs)` rather than the outputs alone.
       reverse, keep_order: `reverse` runs each sequence from its last valid step to its first;
@@ -224,7 +229,8 @@ class BNLSTM(RecurrentLayer):
             variables, x, use_running_average=False, mutable=["batch_stats"])
         y = layer.apply({**variables, **updated}, x, use_running_average=True)
 
-    The collection `batch_stats` holds the statistics of each time step,
+    The parameters are those of LSTM, and the scales `input_scale [4H]`, `recurrent_scale [4H]` and
+    `cell_scale [H]`. The collection `batch_stats` holds the statistics of each time step,
     `{input,recurrent,cell}_{mean,var}`, each `[max_steps, F]`: F is H for the cell, else 4H.
     Training updates them as running averages; `bnlstm_jax.estimate_population_statistics`
     re-estimates them. Inference uses the last row for all steps past `max_steps`. In a reversed
@@ -263,16 +269,18 @@ class BNLSTM(RecurrentLayer):
       initial_hidden_init: initialiser of the learned initial hidden state `[H]`.
       initial_hidden_noise: standard deviation of Gaussian noise on the initial hidden state, at
         inference too, from the rng stream `noise`.
-      variant: departures from the equations; see `bnlstm_jax.cells.Variant`.
+      variant: departures from the equations; see `bnlstm_jax.Variant`.
       time_major: sequences are `[time, batch, ...]` rather than `[batch, time, ...]`.
       return_carry: return `(carry, outputs)` rather than the outputs alone.
       reverse, keep_order: `reverse` runs each sequence from its last valid step to its first;
         `keep_order` then returns outputs in the order of the inputs.
       unroll: time steps per loop iteration of `xla` and `reference`; no effect on kernels.
       implementation: `auto`, `xla`, `reference`, or a kernel: `cpu`, `gpu` or `tpu`; see
-        `bnlstm_jax.recurrence`. Under batch statistics, only `reference` supports forward mode and
-        second derivatives. `tpu` and `gpu` give no gradients of running statistics. `gpu` leaves
-        batches above 128 to `xla`. `jax.export` needs `xla` or `reference`.
+        `bnlstm_jax.recurrence`. `auto` may compile a kernel at its first use, with the system's
+        compiler, and keeps it in the user's cache folder. Under batch statistics, only `reference`
+        supports forward mode and second derivatives. `tpu` and `gpu` give no gradients of running
+        statistics. `gpu` leaves batches above 128 to `xla`. `jax.export` needs `xla` or
+        `reference`.
       dtype: dtype of outputs and of the operands of matrix products; by default the promoted dtype
         of inputs and parameters, float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
@@ -396,7 +404,13 @@ def _run(layer: RecurrentLayer, inputs: Array, call: _Call) -> Array | tuple[Car
     features = inputs.shape[-1] if layer.vocab_size is None else layer.vocab_size
     params = lstm_params(layer, features, norm.terms)
     kernel = params.pop("recurrent_kernel")
-    variables = {term: _statistics(layer, term, steps) for term in norm.batch_terms}
+    running = {term: _running(layer, term, steps) for term in norm.batch_terms}
+    statistics = None
+    if running and not training:
+        statistics = {
+            term: _at_steps(layer, term, each, call.first_step, steps)
+            for term, each in running.items()
+        }
     carry, key = call.initial_carry, call.init_key
     if carry is None:
         if key is None and layer.initial_hidden_noise > 0:
@@ -414,7 +428,7 @@ def _run(layer: RecurrentLayer, inputs: Array, call: _Call) -> Array | tuple[Car
         inputs=inputs if layer.vocab_size is None else None,
         symbols=None if layer.vocab_size is None else inputs,
         valid=valid,
-        statistics=None if training else _running(layer, variables, call.first_step, steps),
+        statistics=statistics,
         norm=norm,
         dtype=layer.dtype,
         unroll=layer.unroll,
@@ -425,10 +439,10 @@ def _run(layer: RecurrentLayer, inputs: Array, call: _Call) -> Array | tuple[Car
         problem = problem.replace(norm=dataclasses.replace(norm, axis_name=axis_name))
     result = recurrence.run(name, problem)
     if training and steps:
-        for term, pair in variables.items():
+        for term, each in running.items():
             counted = valid if term in norm.masked else None
             count = jnp.full(steps, batch) if counted is None else counted.sum((1, 2))
-            _record(layer, term, pair, result.moments[term], count)
+            _record(layer, term, each, result.moments[term], count)
     return call.leave(result.carry, result.hidden.astype(layer.dtype or result.hidden.dtype))
 
 
@@ -529,58 +543,55 @@ def flip_sequences(x: Array, seq_lengths: Array | None) -> Array:
 # ---- Statistics of BNLSTM.
 
 
-def _statistics_shape(layer: RecurrentLayer, term: str, steps: int) -> tuple[int, ...]:
-    """Shape of a term's statistics in a layer initialised by sequences of `steps` time steps."""
+def _is_whole(layer: RecurrentLayer, term: str) -> bool:
+    """Whether the moments of a term are of all time steps together."""
+    return term == "input" and layer.input_statistics == "sequence"
+
+
+def _running(layer: RecurrentLayer, term: str, steps: int) -> Statistics:
+    """The running statistics of a term; `steps` is the length of this call's sequences."""
     if layer.shared_statistics and layer.max_steps is not None:
         raise ValueError(f"max_steps: expected None with shared_statistics, got {layer.max_steps}")
-    whole = term == "input" and layer.input_statistics == "sequence"
-    if whole or layer.shared_statistics:
-        return (term_size(layer, term),)
-    if layer.is_initializing() and not (layer.max_steps or steps):
+    per_step = not (layer.shared_statistics or _is_whole(layer, term))
+    if per_step and layer.is_initializing() and not (layer.max_steps or steps):
         raise ValueError(
             "max_steps: expected a number if the layer is initialised by sequences without steps"
         )
-    return (layer.max_steps or steps, term_size(layer, term))
-
-
-def _statistics(layer: RecurrentLayer, term: str, steps: int) -> list[nn.Variable]:
-    """The running statistics of a term; `steps` is the length of this call's sequences."""
-    shape = _statistics_shape(layer, term, steps)
-    variables = statistics_variables(layer, shape, f"{term}_")
-    there = variables[0].value.shape
-    if layer.max_steps is None and len(there) == 2:
-        shape = there[:1] + shape[-1:] if len(shape) == 2 else shape  # any number of steps
-    if there != shape:
+    shape: tuple[int, ...] = (term_size(layer, term),)
+    if per_step:
+        shape = (layer.max_steps or steps, *shape)
+    running = running_statistics(layer, shape, f"{term}_")
+    stored = running.mean.shape
+    if per_step and layer.max_steps is None and len(stored) == 2:
+        shape = (stored[0], *shape[1:])  # any number of steps
+    if stored != shape:
         raise ValueError(
             f"max_steps={layer.max_steps}, shared_statistics={layer.shared_statistics}, "
             f"input_statistics={layer.input_statistics!r}: expected batch_stats/{term}_mean of the "
-            f"shape {list(shape)}, got {list(there)}"
+            f"shape {list(shape)}, got {list(stored)}"
         )
-    return variables
+    return running
 
 
-def _running(
-    layer: RecurrentLayer, variables: dict[str, list], first_step: Array | int | None, steps: int
-) -> dict[str, Statistics] | None:
+def _at_steps(
+    layer: RecurrentLayer,
+    term: str,
+    running: Statistics,
+    first_step: Array | int | None,
+    steps: int,
+) -> Statistics:
     """Running statistics of the steps from `first_step` on; the last row for steps past it."""
+    if _is_whole(layer, term):
+        return running
     first = jnp.asarray(0 if first_step is None else first_step, jnp.int32)
     t = first + jnp.arange(steps, dtype=jnp.int32)
-
-    def at_steps(statistics: Array) -> Array:
-        rows = jnp.atleast_2d(statistics)
-        return rows[jnp.clip(t, 0, len(rows) - 1)]
-
-    given = {term: values(pair) for term, pair in variables.items()}
-    return {
-        term: pair
-        if term == "input" and layer.input_statistics == "sequence"
-        else Statistics(*map(at_steps, pair))
-        for term, pair in given.items()
-    } or None
+    mean, var = map(jnp.atleast_2d, running)
+    rows = jnp.clip(t, 0, len(mean) - 1)
+    return Statistics(mean[rows], var[rows])
 
 
 def _record(
-    layer: RecurrentLayer, term: str, variables: list[nn.Variable], batch: Statistics, count: Array
+    layer: RecurrentLayer, term: str, running: Statistics, batch: Statistics, count: Array
 ) -> None:
     """Updates a term's running statistics with those of the batch, `[T, F]` or `[F]`.
 
@@ -589,7 +600,7 @@ def _record(
     if batch.mean.ndim == 1:
         count = count.sum()
     elif not layer.shared_statistics:
-        rows, steps = variables[0].value.shape[0], count.shape[0]
+        rows, steps = running.mean.shape[0], count.shape[0]
         if layer.max_steps is None and steps > rows:
             raise ValueError(
                 f"max_steps: expected at most {rows} time steps, as in the sequence that "
@@ -601,4 +612,4 @@ def _record(
             return jnp.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
 
         batch, count = Statistics(*map(to_rows, batch)), to_rows(count)
-    update_statistics(layer, variables, batch, count, f"{term}_")
+    update_statistics(layer, running, batch, count, f"{term}_")

@@ -99,6 +99,7 @@ def choose(name: str, problem: Problem) -> str:
         raise ValueError(f"implementation={name!r} {unsupported}; use implementation='xla'")
     batch, most = problem.carry[1].shape[0], IMPLEMENTATIONS[chosen].max_batch
     if most is not None and batch > most:
+        level = logging.INFO if name == "auto" else logging.WARNING
         chosen, reason = "xla", f"{chosen!r} supports up to {most} sequences, got {batch}"
     if chosen != name:
         log_choice(name, chosen, reason, level)
