@@ -448,7 +448,7 @@ def test_unwritable_cache_uses_a_temporary_folder(tmp_path):
     chosen, log = finish(
         start(CHOICE, PATH="/bin:/usr/bin", XDG_CACHE_HOME=cache, TMPDIR=temporary)
     )
-    assert chosen == "cpu" and "compiled libraries are not cached: " in log
+    assert chosen == "cpu" and "WARNING compiled libraries are not cached: " in log
     assert not list(temporary.iterdir())
 
 
