@@ -653,11 +653,12 @@ def test_tabulate_reports_flops(module):
 
 
 @pytest.mark.parametrize("cell", [LSTMCell, BNLSTMCell, LNLSTMCell, BNSimpleCell])
-def test_tabulate_omits_initialize_carry_of_cells(cell):
+def test_tabulate_omits_helper_methods_of_cells(cell):
     options = {"use_running_average": True} if "BN" in cell.__name__ else {}
     rnn = nn.RNN(cell(4, **options), variable_axes={"batch_stats": 0})
     table = rnn.tabulate(jax.random.key(0), jnp.ones((2, 5, 3)), console_kwargs={"width": 300})
-    assert cell.__name__ in table and "initialize_carry" not in table
+    assert cell.__name__ in table
+    assert "initialize_carry" not in table and "_param" not in table
 
 
 # ---- Derivatives.
