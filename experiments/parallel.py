@@ -7,7 +7,7 @@ an epoch, every device computes all of it.
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -64,8 +64,6 @@ class Devices:
             return self
         return Devices(Mesh(self.mesh.devices.reshape(1, -1), AXES))
 
-    # ---- Batches and state, from the host to the devices.
-
     def splits(self, rows: int) -> bool:
         """Whether devices split a batch of `rows` rows; otherwise each computes all of it."""
         if self.mesh is None or rows % self.size:
@@ -79,34 +77,39 @@ class Devices:
         own = rows // jax.process_count()
         return slice(jax.process_index() * own, (jax.process_index() + 1) * own)
 
-    def place(self, batch: Any, split: bool, shared: Collection[str] = ()) -> Any:
-        """Puts this process' share of a batch (a dictionary) on its devices.
-
-        `shared` names entries that belong to all rows and go to all devices.
-        """
-        if self.mesh is None:
-            return batch
-        return {
-            name: self._put(value, BY_ROWS if split and name not in shared else EVERYWHERE)
-            for name, value in batch.items()
-        }
+    def sharding(self, rows: int, shared: Collection[str] = ()) -> "BatchSharding":
+        """How the devices compute a batch of `rows` rows; for `shared` see `BatchSharding`."""
+        return BatchSharding(self.mesh, self.splits(rows), tuple(shared))
 
     def replicate(self, tree: Any) -> Any:
         """Copies arrays, which every process has, to all devices."""
         if self.mesh is None:
             return jax.tree.map(jax.device_put, tree)
-        return jax.tree.map(lambda x: self._put(x, EVERYWHERE), tree)
+        return jax.tree.map(lambda x: _put(x, self.mesh, EVERYWHERE), tree)
 
-    def _put(self, value: Any, spec: PartitionSpec) -> jax.Array:
-        sharding = NamedSharding(self.mesh, spec)
-        # A text is already on the devices, perhaps with another grouping.
-        if isinstance(value, jax.Array) and value.sharding.is_equivalent_to(sharding, value.ndim):
-            return value
-        return jax.make_array_from_process_local_data(sharding, np.asarray(value))
 
-    # ---- Within a function that every device runs.
+@dataclasses.dataclass(frozen=True)
+class BatchSharding:
+    """How devices compute one batch: each its own rows, or each all of it.
 
-    def run(self, function: Callable, split: bool, shared: Collection[str] = ()) -> Callable:
+    Attributes:
+      mesh: the devices; None for the default device.
+      split: each device has its own rows.
+      shared: entries of the batch that belong to all its rows and go to all devices.
+    """
+
+    mesh: Mesh | None = None
+    split: bool = False
+    shared: tuple[str, ...] = ()
+
+    def place(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Puts this process' share of a batch on its devices."""
+        if self.mesh is None:
+            return batch
+        specs = self._specs(batch)
+        return {name: _put(value, self.mesh, specs[name]) for name, value in batch.items()}
+
+    def run(self, function: Callable) -> Callable:
         """Makes every device run `function(*arguments, batch)`, on its own rows if `split`.
 
         Arguments and results are the same on all devices. Call the returned function under `jit`.
@@ -114,27 +117,32 @@ class Devices:
         if self.mesh is None:
             return function
 
-        def spread(*arguments: Any) -> Any:
+        def on_devices(*arguments: Any) -> Any:
             *others, batch = arguments
-            specs = {
-                name: BY_ROWS if split and name not in shared else EVERYWHERE for name in batch
-            }
             return jax.shard_map(
                 function,
                 mesh=self.mesh,
-                in_specs=(*[EVERYWHERE] * len(others), specs),
+                in_specs=(*[EVERYWHERE] * len(others), self._specs(batch)),
                 out_specs=EVERYWHERE,
                 # The library's own gradients sum over the axis; JAX must not sum again.
                 check_vma=False,
             )(*arguments)
 
-        return spread
+        return on_devices
 
-    def total(self, tree: Any, split: bool) -> Any:
+    def _specs(self, batch: Mapping[str, Any]) -> dict[str, PartitionSpec]:
+        return {
+            name: BY_ROWS if self.split and name not in self.shared else EVERYWHERE
+            for name in batch
+        }
+
+    # ---- Within a function that every device runs.
+
+    def total(self, tree: Any) -> Any:
         """Sums over the whole batch, from the sums over each device's rows."""
         if self.mesh is None:
             return tree
-        return jax.lax.psum(tree, AXES) if split else jax.lax.pmean(tree, AXES)
+        return jax.lax.psum(tree, AXES) if self.split else jax.lax.pmean(tree, AXES)
 
     def mean_of_groups(self, tree: Any) -> Any:
         """The mean over groups of values that are equal within a group."""
@@ -142,14 +150,23 @@ class Devices:
             return tree
         return jax.lax.pmean(tree, "group")
 
-    def fold_in(self, key: jax.Array, split: bool) -> jax.Array:
+    def fold_in(self, key: jax.Array) -> jax.Array:
         """A key of this device's own if `split`, else the given key."""
-        if self.mesh is None or not split:
+        if self.mesh is None or not self.split:
             return key
         return jax.random.fold_in(key, jax.lax.axis_index(AXES))
 
 
+def _put(value: Any, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
+    sharding = NamedSharding(mesh, spec)
+    # A text is already on the devices, perhaps with another grouping.
+    if isinstance(value, jax.Array) and value.sharding.is_equivalent_to(sharding, value.ndim):
+        return value
+    return jax.make_array_from_process_local_data(sharding, np.asarray(value))
+
+
 ONE_DEVICE = Devices()
+UNSHARDED = BatchSharding()
 
 
 def check(config: ConfigDict, num_processes: int = 1, num_local_devices: int | None = None) -> None:

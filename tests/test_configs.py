@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import config as shared
-from experiments import tasks, train
+from experiments import tasks, train_step
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 NEEDS_DATA = {
@@ -61,8 +61,8 @@ def test_config_builds_and_runs_one_update(name, variant, request, tmp_path):
     for kind in kinds:
         config.model.kind = kind
         task = tasks.load(config)
-        state = train.create_state(task, config)
-        step = train.make_train_step(task, jax.random.key(0))
+        state = train_step.create_state(task, config)
+        step = train_step.make_train_step(task, jax.random.key(0))
         before = jax.device_get(state.params)
         state = step(state, task.train_batch(0))
         total, count = state.window["loss"]

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from bnlstm_jax.recurrence.devices import default_device
 from experiments import config as configs
-from experiments import tasks, train
+from experiments import tasks, train_step
 from experiments.benchmarking import timing
 from experiments.runtime import files, markdown
 
@@ -61,10 +61,10 @@ def compare(
         config = base.copy_and_resolve_references()
         config.model.implementation = name.partition(",")[0]
         task = tasks.load(config)  # batches are the same in all runs
-        states[name] = train.create_state(task, config)
+        states[name] = train_step.create_state(task, config)
         if name.endswith(MOVED):
             states[name] = states[name].replace(params=moved(states[name].params))
-        steps[name] = train.make_train_step(task, train.random_keys(config.seed)[1])
+        steps[name] = train_step.make_train_step(task, train_step.random_keys(config.seed)[1])
     losses: dict[str, list[float]] = {name: [] for name in states}
     for update in range(updates):
         batch = task.train_batch(update)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import bnlstm_jax
-from experiments import evaluate, tasks, train
+from experiments import evaluate, tasks, train_step
 
 NOISE = jax.random.key(0)
 
@@ -14,8 +14,10 @@ def task_and_variables(small_config):
     small_config.model.momentum = 0.0  # the running average is the last batch's statistics
     small_config.model.initial_scale = 1.0  # the loss depends more on statistics
     task = tasks.load(small_config)
-    state = train.create_state(task, small_config)
-    variables = train.variables_of(train.make_train_step(task, NOISE)(state, task.train_batch(0)))
+    state = train_step.create_state(task, small_config)
+    variables = train_step.variables_of(
+        train_step.make_train_step(task, NOISE)(state, task.train_batch(0))
+    )
     readout = variables["params"]["readout"]
     readout = {**readout, "kernel": 10 * readout["kernel"]}
     return task, {**variables, "params": {**variables["params"], "readout": readout}}
@@ -32,9 +34,11 @@ def by_hand(task, variables, images, labels, running):
 
 
 @pytest.mark.parametrize("running", [False, True])
-def test_examples_of_a_short_batch_have_equal_weight(task_and_variables, running):
+def test_examples_of_a_short_batch_have_equal_weight(task_and_variables, small_config, running):
     task, variables = task_and_variables
-    got = evaluate.make_evaluator(task, NOISE)(variables, task.readings[0], "valid", 150, running)
+    statistics = "running" if running else "batch"
+    evaluator = evaluate.Evaluator(task, small_config, NOISE)
+    got = evaluator.evaluate(variables, task.readings[0], "valid", statistics, 150)
     order = tasks.evaluation_order(250)
     images, labels = task.images["valid"][order], task.labels["valid"][order]
     parts = [
@@ -46,10 +50,11 @@ def test_examples_of_a_short_batch_have_equal_weight(task_and_variables, running
     np.testing.assert_allclose(got["loss"], loss.mean(), rtol=1e-5)
 
 
-def test_batch_statistics_skip_a_last_batch_of_one_example(task_and_variables):
+def test_batch_statistics_skip_a_last_batch_of_one_example(task_and_variables, small_config):
     task, variables = task_and_variables
-    run = evaluate.make_evaluator(task, NOISE)
-    got = run(variables, task.readings[0], "valid", 83, False)  # of 250: the last batch has one
+    evaluator = evaluate.Evaluator(task, small_config, NOISE)
+    # Of 250: the last batch has one.
+    got = evaluator.evaluate(variables, task.readings[0], "valid", "batch", 83)
     order = tasks.evaluation_order(250)
     images, labels = task.images["valid"][order], task.labels["valid"][order]
     parts = [
@@ -64,9 +69,8 @@ def test_batch_statistics_skip_a_last_batch_of_one_example(task_and_variables):
 def test_each_evaluation_uses_its_own_statistics(task_and_variables, small_config):
     task, variables = task_and_variables
     small_config.population_batch_size = 600  # two whole batches, and 97 examples left over
-    statistics = evaluate.population_statistics(task, small_config, variables, NOISE)
-    run = evaluate.make_evaluator(task, NOISE)
-    rows = list(evaluate.evaluate_all(task, small_config, variables, statistics, run))
+    evaluator = evaluate.Evaluator(task, small_config, NOISE)
+    rows = list(evaluator.evaluate_all(variables, evaluator.population_statistics(variables)))
     assert [(row["split"], row["statistics"]) for row in rows] == [
         (split, way) for way in ("batch", "running", "population") for split in ("valid", "test")
     ]
@@ -97,9 +101,8 @@ def test_lstm_is_evaluated_once_per_split(small_config):
     small_config.model.kind = "lstm"
     task = tasks.load(small_config)
     assert isinstance(task.model.layer, bnlstm_jax.LSTM)
-    variables = train.variables_of(train.create_state(task, small_config))
-    run = evaluate.make_evaluator(task, NOISE)
-    rows = list(evaluate.evaluate_all(task, small_config, variables, None, run))
+    variables = train_step.variables_of(train_step.create_state(task, small_config))
+    rows = evaluate.Evaluator(task, small_config, NOISE).evaluate_all(variables, None)
     assert [(row["split"], row["statistics"]) for row in rows] == [
         ("valid", "none"),
         ("test", "none"),

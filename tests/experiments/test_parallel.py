@@ -9,7 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import text
-from experiments import evaluate, parallel, tasks, train
+from experiments import evaluate, parallel, tasks, train, train_step
 from experiments.models.attentive_reader import FORMS, AttentiveReader, Quirks
 from experiments.records import workdir
 from experiments.runtime import files
@@ -42,12 +42,12 @@ def on(config, devices, statistics_devices=0):
 
 def trained(config, devices, updates=20):
     task = tasks.load(config, devices)
-    state = devices.replicate(train.create_state(task, config))
-    step = train.make_train_step(task, NOISE, devices)
+    state = devices.replicate(train_step.create_state(task, config))
+    step = train_step.make_train_step(task, NOISE)
     for update in range(updates):
-        split = devices.splits(len(task.train_indices(update)))
-        batch = devices.place(task.train_batch(update, devices.share), split, task.shared)
-        state = step(state, batch, split=split)
+        sharding = devices.sharding(len(task.train_indices(update)), task.shared)
+        batch = sharding.place(task.train_batch(update, devices.share))
+        state = step(state, batch, sharding=sharding)
     return task, state
 
 
@@ -75,21 +75,22 @@ def test_global_statistics_on_several_devices_match_one_device(config, alone, nu
     assert int(state.step) == 20
 
     # Evaluation agrees too: on 49 segments in batches of 16, the last of one, and on one sequence.
-    whole = alone[0].readings[-1]
-    for reading, size in ((task.readings[0], 16), (whole, 1)):
-        for running in (True,) if reading == whole else (True, False):
-            split = reading.splits[0]
-            found, expected = (
-                evaluate.make_evaluator(t, NOISE, d)(
-                    train.variables_of(s), reading, split, size, running
-                )
-                for t, s, d in ((task, state, devices), (*alone, parallel.ONE_DEVICE))
-            )
-            assert_close(found, expected, 1e-5)
     config.population_batch_size = 64
+    ours = evaluate.Evaluator(task, config, NOISE, devices), train_step.variables_of(state)
+    theirs = evaluate.Evaluator(alone[0], config, NOISE), train_step.variables_of(alone[1])
+    segments, whole = task.readings[0], task.readings[-1]
+    for reading, statistics, size in (
+        (segments, "running", 16),
+        (segments, "batch", 16),
+        (whole, "running", 1),
+    ):
+        found, expected = (
+            evaluator.evaluate(variables, reading, reading.splits[0], statistics, size)
+            for evaluator, variables in (ours, theirs)
+        )
+        assert_close(found, expected, 1e-5)
     found, expected = (
-        evaluate.population_statistics(t, config, train.variables_of(s), NOISE, d)
-        for t, s, d in ((task, state, devices), (*alone, parallel.ONE_DEVICE))
+        evaluator.population_statistics(variables) for evaluator, variables in (ours, theirs)
     )
     assert_close(found, expected, 1e-5)
 
@@ -102,7 +103,7 @@ def test_each_device_group_uses_its_own_statistics(config, members):
     # On one device, each group's part of the batch in turn; gradients and statistics are averaged.
     groups, rows = 4 // members, config.batch_size * members // 4
     alone = tasks.load(config)
-    start = train.create_state(alone, config)
+    start = train_step.create_state(alone, config)
     batch = alone.train_batch(0)
     gradients, statistics = [], []
     for group in range(groups):
@@ -156,10 +157,12 @@ def sums_over_devices(jaxpr, in_scan=False):
 def sums_in_an_update(config, devices):
     """Sizes of the sums over devices in one update: in the scans over time, and outside."""
     task = tasks.load(config, devices)
-    state = jax.eval_shape(lambda: train.create_state(task, config))
-    batch = devices.place(task.train_batch(0), True, task.shared)
-    step = train.make_train_step(task, NOISE, devices)
-    program = jax.make_jaxpr(lambda s, b: step(s, b, split=True))(state, batch).jaxpr
+    state = jax.eval_shape(lambda: train_step.create_state(task, config))
+    sharding = devices.sharding(config.batch_size, task.shared)
+    assert sharding.split
+    batch = sharding.place(task.train_batch(0))
+    step = train_step.make_train_step(task, NOISE)
+    program = jax.make_jaxpr(lambda s, b: step(s, b, sharding=sharding))(state, batch).jaxpr
     found = list(sums_over_devices(program))
     return [[size for in_scan, size in found if in_scan == each] for each in (True, False)]
 
@@ -237,8 +240,10 @@ def test_invalid_device_counts_raise(config, fields, message):
 def test_devices_with_separate_rows_draw_independent_noise(config, split, keys):
     _, devices = on(config, 4)
 
+    sharding = parallel.BatchSharding(devices.mesh, split)
+
     def own_key(noise):
-        return jax.random.key_data(devices.fold_in(noise, split))[None]
+        return jax.random.key_data(sharding.fold_in(noise))[None]
 
     mapped = jax.shard_map(
         own_key,
@@ -255,8 +260,9 @@ def test_population_statistics_draw_independent_noise_per_device(small_config):
     small_config.population_batch_size, small_config.population_batches = 2, 1
     config, devices = on(small_config, 2)
     task = tasks.load(config, devices)
-    variables = devices.replicate(train.variables_of(train.create_state(task, config)))
-    found = evaluate.population_statistics(task, config, variables, NOISE, devices)
+    variables = devices.replicate(train_step.variables_of(train_step.create_state(task, config)))
+    evaluator = evaluate.Evaluator(task, config, NOISE, devices)
+    found = evaluator.population_statistics(variables)
     # The first recurrent term is of the initial state, which only noise varies between examples.
     assert np.all(flatten_dict(found, sep="/")["layer/recurrent_var"][0] > 1e-6)
 
@@ -284,8 +290,9 @@ def test_resuming_with_other_statistics_rows_raises(config, tmp_path):
 def test_several_updates_per_call_match_single_updates(config):
     own, devices = on(config, 4)
     task, one_by_one = trained(own, devices, updates=3)
-    state = devices.replicate(train.create_state(task, own))
-    batches = [devices.place(task.train_batch(u), True, task.shared) for u in range(3)]
-    state = train.make_train_step(task, NOISE, devices)(state, *batches, split=True)
+    state = devices.replicate(train_step.create_state(task, own))
+    sharding = devices.sharding(own.batch_size, task.shared)
+    batches = [sharding.place(task.train_batch(u)) for u in range(3)]
+    state = train_step.make_train_step(task, NOISE)(state, *batches, sharding=sharding)
     assert_close(state.params, one_by_one.params, 1e-6)
     assert int(state.step) == 3

@@ -15,7 +15,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments import train
+from experiments import train, train_step
 from experiments.records import checkpoints, metrics, workdir
 from experiments.runtime import finite
 from experiments.runtime.errors import Stopped, UserError
@@ -229,14 +229,14 @@ def test_failed_background_save_raises(config, tmp_path, monkeypatch):
 
 
 def test_signal_during_the_final_evaluation_stops_it(config, unbroken, tmp_path, monkeypatch):
-    unstopped = train.evaluate.evaluate_all
+    unstopped = train.Evaluator.evaluate_all
 
     def evaluate_all(*arguments):
         signal.raise_signal(signal.SIGTERM)
         yield from unstopped(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.evaluate, "evaluate_all", evaluate_all)
+        patch.setattr(train.Evaluator, "evaluate_all", evaluate_all)
         with pytest.raises(Stopped, match="stopped by SIGTERM"):
             train.train(config, tmp_path)
     assert ends(tmp_path) == [8]
@@ -453,7 +453,7 @@ def test_workdir_in_use_by_another_process_raises(config, unbroken, tmp_path):
 def test_non_finite_update_is_not_applied(config, tmp_path, monkeypatch, at_once):
     """The gradient becomes infinite in update 6, with a finite loss."""
     config.updates_per_call, config.log_every = at_once, 8
-    sound = train.make_optimizer
+    sound = train_step.make_optimizer
 
     def spoilt(optimizer):
         rule = sound(optimizer)
@@ -466,7 +466,7 @@ def test_non_finite_update_is_not_applied(config, tmp_path, monkeypatch, at_once
 
         return optax.GradientTransformation(lambda params: (0, rule.init(params)), update)
 
-    monkeypatch.setattr(train, "make_optimizer", spoilt)
+    monkeypatch.setattr(train_step, "make_optimizer", spoilt)
     message = "update 6 was not applied: the parameter layer/recurrent_kernel would not be finite; "
     with pytest.raises(UserError, match=f"{message}the latest checkpoint, of update 4, is in"):
         train.train(config, tmp_path)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import tasks, train
+from experiments import tasks, train, train_step
 from experiments.records import metrics, workdir
 from experiments.records.checkpoints import Checkpoints
 from experiments.runtime.errors import UserError
@@ -17,7 +17,7 @@ def final_state(config, folder):
     """The state in the latest checkpoint."""
     task = tasks.load(config)
     with Checkpoints(folder, task.selection, task.lower_is_better) as checkpoints:
-        return checkpoints.restore(checkpoints.latest_step(), train.create_state(task, config))
+        return checkpoints.restore(checkpoints.latest_step(), train_step.create_state(task, config))
 
 
 def contents(folder):
@@ -81,7 +81,7 @@ def test_several_updates_per_call_match_single_updates(small_config, tmp_path, m
 def test_gradient_norm_is_measured_before_clipping(small_config):
     small_config.optimizer.clip_norm = 1e-3
     task = tasks.load(small_config)
-    state = train.create_state(task, small_config)
+    state = train_step.create_state(task, small_config)
     batch = task.train_batch(0)
 
     def loss(params):
@@ -97,7 +97,7 @@ def test_gradient_norm_is_measured_before_clipping(small_config):
     leaves = jax.tree.leaves(jax.grad(loss)(state.params))
     norm = np.sqrt(sum(np.sum(np.asarray(leaf, np.float64) ** 2) for leaf in leaves))
     assert norm > 0.01
-    total, count = train.make_train_step(task, jax.random.key(0))(state, batch).window[
+    total, count = train_step.make_train_step(task, jax.random.key(0))(state, batch).window[
         "gradient_norm"
     ]
     np.testing.assert_allclose(total, norm, rtol=1e-4)
@@ -107,7 +107,7 @@ def test_gradient_norm_is_measured_before_clipping(small_config):
 def test_finished_run_is_not_trained_again(small_config, tmp_path, monkeypatch):
     results = train.train(small_config, tmp_path)
     before = contents(tmp_path / "checkpoints")
-    monkeypatch.setattr(train.evaluate, "evaluate_all", None)  # nor evaluated
+    monkeypatch.setattr(train.Evaluator, "evaluate_all", None)  # nor evaluated
     assert train.train(small_config, tmp_path) == results
     assert contents(tmp_path / "checkpoints") == before
 
@@ -134,7 +134,7 @@ def test_results_of_an_earlier_update_are_replaced(small_config, tmp_path, monke
     train.train(small_config, tmp_path)
     small_config.num_updates = 8
     with monkeypatch.context() as patch:
-        patch.setattr(train.evaluate, "evaluate_all", lambda *_: 1 / 0)  # stopped at the very end
+        patch.setattr(train.Evaluator, "evaluate_all", lambda *_: 1 / 0)  # stopped at the very end
         with pytest.raises(ZeroDivisionError):
             train.train(small_config, tmp_path)
     assert train.train(small_config, tmp_path)["updates"] == 8
@@ -186,7 +186,7 @@ def test_evaluating_without_a_validated_checkpoint_raises(small_config, tmp_path
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.evaluate, "make_evaluator", lambda *_: stop)
+    monkeypatch.setattr(train.Evaluator, "evaluate", stop)
     with pytest.raises(KeyboardInterrupt):
         train.train(small_config, tmp_path)
     with pytest.raises(UserError, match="holds no checkpoint to evaluate"):

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import tasks, train
+from experiments import tasks, train, train_step
 from experiments.records.checkpoints import Checkpoints, read_best
 from experiments.runtime.errors import UserError
 
@@ -18,8 +18,8 @@ def test_best_checkpoint_is_read_from_the_workdir_alone(small_config, tmp_path, 
     update, variables, statistics = read_best(tmp_path)
     assert update == results["update"] == 2
     assert statistics == {"lstm": "none", "bn_lstm": "population"}[kind]
-    state = train.create_state(tasks.load(small_config), small_config)
-    shapes = jax.tree.map(np.shape, train.variables_of(state))
+    state = train_step.create_state(tasks.load(small_config), small_config)
+    shapes = jax.tree.map(np.shape, train_step.variables_of(state))
     assert jax.tree.map(np.shape, variables) == shapes
     if kind == "bn_lstm":
         with np.load(tmp_path / "population_statistics.npz") as saved:
@@ -36,7 +36,7 @@ def test_best_checkpoint_is_read_from_the_workdir_alone(small_config, tmp_path, 
 
 
 def test_checkpoint_without_a_newer_metric_is_restored(small_config, tmp_path):
-    state = train.create_state(tasks.load(small_config), small_config)
+    state = train_step.create_state(tasks.load(small_config), small_config)
     window = {name: (np.float32(3), np.float32(2)) for name in state.window}
     del window["gradient_norm"]
     with Checkpoints(tmp_path, "accuracy", False) as checkpoints:

@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 
@@ -137,8 +138,8 @@ def test_whole_text_evaluation_does_not_depend_on_chunk_length(config, kind):
         assert reading.name == "one sequence" and reading.continued
         assert task.num_examples("test", reading) == math.ceil(230 / length)
         variables = random_variables(task)
-        run = evaluate.make_evaluator(task, NOISE)
-        results.append(run(variables, reading, "test", 1, use_running_average=True))
+        evaluator = evaluate.Evaluator(task, config, NOISE)
+        results.append(evaluator.evaluate(variables, reading, "test", "population", 1))
     symbols = np.asarray(task.text["test"])[None]
     nats, right = by_hand(variables, symbols)
     assert nats.shape == (1, SIZES["test"] - 1)
@@ -148,15 +149,16 @@ def test_whole_text_evaluation_does_not_depend_on_chunk_length(config, kind):
         assert result["accuracy"] == right.mean()
 
 
-@pytest.mark.parametrize("batch_statistics", [False, True], ids=["given", "batch"])
+@pytest.mark.parametrize("statistics", ["population", "batch"])
 @pytest.mark.parametrize("length", [LENGTH, 4, 33])
-def test_segment_evaluation_matches_the_reference_at_any_length(config, length, batch_statistics):
+def test_segment_evaluation_matches_the_reference_at_any_length(config, length, statistics):
+    batch_statistics = statistics == "batch"
     config.eval_lengths = (length,)
     task = tasks.load(config)
     reading = next(r for r in task.readings if r.name == f"segments of {length}")
     variables = random_variables(task)
-    run = evaluate.make_evaluator(task, NOISE)
-    got = run(variables, reading, "test", 7, use_running_average=not batch_statistics)
+    evaluator = evaluate.Evaluator(task, config, NOISE)
+    got = evaluator.evaluate(variables, reading, "test", statistics, 7)
 
     count = SIZES["test"] // length
     segments = np.asarray(task.text["test"])[: count * length].reshape(count, length)
@@ -180,11 +182,9 @@ def test_evaluation_rows_name_statistics_reading_and_split(config):
         config.model.kind = kind
         task = tasks.load(config)
         variables = random_variables(task)
-        population = None
-        if kind == "bn_lstm":
-            population = evaluate.population_statistics(task, config, variables, NOISE)
-        run = evaluate.make_evaluator(task, NOISE)
-        rows = list(evaluate.evaluate_all(task, config, variables, population, run))
+        evaluator = evaluate.Evaluator(task, config, NOISE)
+        population = evaluator.population_statistics(variables) if kind == "bn_lstm" else None
+        rows = list(evaluator.evaluate_all(variables, population))
         ways = {(row["statistics"], row["reading"], row["split"]): row["loss"] for row in rows}
         everywhere = {(segments[0], s) for s in ("valid", "test")}
         longer = {(name, "test") for name in segments[1:]}
@@ -203,20 +203,20 @@ def test_only_validation_uses_the_training_batch_size(config):
     config.model.kind, config.batch_size, config.eval_batch_size = "bn_lstm", 16, 7
     task = tasks.load(config)
     variables = random_variables(task)
-    population = evaluate.population_statistics(task, config, variables, NOISE)
-    run = evaluate.make_evaluator(task, NOISE)
-    rows = list(evaluate.evaluate_all(task, config, variables, population, run))
+    evaluator = evaluate.Evaluator(task, config, NOISE)
+    rows = list(evaluator.evaluate_all(variables, evaluator.population_statistics(variables)))
+    validated = functools.partial(evaluator.evaluate, variables, task.readings[0])
     for split, size in (("valid", 16), ("test", 7)):
         (row,) = (r for r in rows if (r["split"], r["statistics"]) == (split, "batch"))
-        assert row["loss"] == run(variables, task.readings[0], split, size, False)["loss"]
-        other = run(variables, task.readings[0], split, 23 - size, False)["loss"]
+        assert row["loss"] == validated(split, "batch", size)["loss"]
+        other = validated(split, "batch", 23 - size)["loss"]
         assert abs(row["loss"] - other) > 1e-4
 
 
 def test_population_statistics_are_means_over_training_segments(config):
     task = tasks.load(config)
     variables = random_variables(task)
-    got = evaluate.population_statistics(task, config, variables, NOISE)["layer"]
+    got = evaluate.Evaluator(task, config, NOISE).population_statistics(variables)["layer"]
     segments = np.asarray(task.text["train"])[:610].reshape(61, LENGTH)
     found = []
     for batch in np.split(tasks.evaluation_order(61)[:60], 3):  # one segment is left over

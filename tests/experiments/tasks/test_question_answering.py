@@ -6,7 +6,7 @@ import pytest
 
 from configs import cnn_qa
 from experiments import config as shared
-from experiments import evaluate, tasks, train
+from experiments import evaluate, tasks, train, train_step
 from experiments.datasets import prepared
 from experiments.datasets.question_arrays import Question, pack
 from experiments.records import workdir
@@ -311,12 +311,12 @@ def test_population_batch_inputs_row_mixes_batch_and_population_statistics(confi
     config.batch_size = 4  # of nine: the last batch has one question, which is left out
     config.num_lengths = 1
     task = tasks.load(config)
-    variables = train.variables_of(train.create_state(task, config))
+    variables = train_step.variables_of(train_step.create_state(task, config))
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda x: random.normal(0, 0.7, x.shape), variables["params"])
     population = jax.tree.map(lambda x: random.uniform(0.5, 1.5, x.shape), variables["batch_stats"])
-    run = evaluate.make_evaluator(task, jax.random.key(0))
-    rows = evaluate.evaluate_all(task, config, {**variables, "params": params}, population, run)
+    evaluator = evaluate.Evaluator(task, config, jax.random.key(0))
+    rows = evaluator.evaluate_all({**variables, "params": params}, population)
     losses = {row["statistics"]: row["loss"] for row in rows if row["split"] == "valid"}
 
     batches = list(task.batches("valid", 4, task.readings[0]))[:2]
