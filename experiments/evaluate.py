@@ -38,6 +38,48 @@ class Options(NamedTuple):
     sharding: BatchSharding
 
 
+def evaluate_batch(
+    task: Task,
+    noise: jax.Array,
+    options: Options,
+    variables: Variables,
+    carry: Any,
+    index: int,
+    batch: Batch,
+) -> tuple[Any, Metrics]:
+    """The carry after a batch (None unless `continued`) and its metrics, on every device."""
+    sharding = options.sharding
+    inputs = task.inputs(batch, carry)
+    if options.adapt is not None:
+        variables = options.adapt(variables, inputs)
+    outputs, _ = task.model.apply(
+        variables,
+        *inputs,
+        use_running_average=options.use_running_average,
+        rngs={"noise": sharding.fold_in(jax.random.fold_in(noise, index))},
+        mutable=["batch_stats"],  # batch statistics require it; the new averages are dropped
+        **({"return_carry": True} if options.continued else {}),
+    )
+    carry, outputs = outputs if options.continued else (None, outputs)
+    return carry, sharding.total(task.metrics(outputs, batch))
+
+
+def contribute(
+    contribution: Callable,
+    sharding: BatchSharding,
+    variables: Variables,
+    rngs: dict[str, jax.Array],
+    index: int,
+    batch: Batch,
+) -> Any:
+    """A batch's contribution to population statistics, on every device.
+
+    Devices with their own rows have their own noise.
+    """
+    own = {name: sharding.fold_in(key) for name, key in rngs.items()}
+    return contribution(variables, own, index, batch)
+
+
 def watched(
     batches: Iterator[Batch], title: str, total: int, check: Check | None
 ) -> Iterator[Batch]:
@@ -59,12 +101,17 @@ class Evaluator:
     def __init__(
         self, task: Task, config: ConfigDict, noise: jax.Array, devices: Devices = ONE_DEVICE
     ) -> None:
-        """Compiles nothing yet; `noise` is the key for noise."""
+        """`noise` is the key of the noise on initial hidden states."""
         self._task = task
         self._config = config
         self._noise = noise
         self._devices = devices
-        self._on_devices = jax.jit(self._evaluate_on_devices, static_argnums=0)
+
+        def on_devices(options: Options, *arguments: Any) -> tuple[Any, Metrics]:
+            function = functools.partial(evaluate_batch, task, noise, options)
+            return options.sharding.run(function)(*arguments)
+
+        self._compiled = jax.jit(on_devices, static_argnums=0)
 
     def evaluate(
         self,
@@ -81,7 +128,7 @@ class Evaluator:
         batch, a last batch of one example is left out.
 
         Args:
-          variables: of the model; their `batch_stats` serve `running` and `population`.
+          variables: of the model; their `batch_stats` serve all statistics but `batch`.
           reading: how the split is read.
           split: its name.
           statistics: the statistics that normalise, a key of `metrics.STATISTICS`.
@@ -102,8 +149,7 @@ class Evaluator:
                 continue
             sharding = self._devices.sharding(rows, task.shared)
             options = Options(statistics != "batch", adapt, reading.continued, sharding)
-            arguments = variables, carry, index, sharding.place(batch)
-            carry, metrics = self._on_devices(options, *arguments)
+            carry, metrics = self._compiled(options, variables, carry, index, sharding.place(batch))
             for name, sum_and_count in metrics.items():
                 sums[name] = sums.get(name, 0) + np.asarray(sum_and_count, np.float64)
         return {name: float(total / count) for name, (total, count) in sums.items()}
@@ -165,7 +211,7 @@ class Evaluator:
         batches = itertools.islice(task.batches("train", size, reading, devices.share), whole)
         batches = watched(batches, "re-estimating population statistics", whole, check)
 
-        def on_devices(contribution: Callable) -> Callable:
+        def compiled(contribution: Callable) -> Callable:
             return jax.jit(sharding.run(functools.partial(contribute, contribution, sharding)))
 
         return estimate_population_statistics(
@@ -175,42 +221,6 @@ class Evaluator:
             rngs={"noise": self._noise},
             late_steps=config.population_late_steps,
             inputs=task.inputs,
-            transform=on_devices,
+            transform=compiled,
             use_running_average=False,
         )
-
-    def _evaluate_on_devices(self, options: Options, *arguments: Any) -> tuple[Any, Metrics]:
-        function = functools.partial(self._evaluate_batch, options)
-        return options.sharding.run(function)(*arguments)
-
-    def _evaluate_batch(
-        self, options: Options, variables: Variables, carry: Any, index: int, batch: Batch
-    ) -> tuple[Any, Metrics]:
-        """The carry after a batch (None unless `continued`) and its metrics, on every device."""
-        task, sharding = self._task, options.sharding
-        inputs = task.inputs(batch, carry)
-        if options.adapt is not None:
-            variables = options.adapt(variables, inputs)
-        outputs, _ = task.model.apply(
-            variables,
-            *inputs,
-            use_running_average=options.use_running_average,
-            rngs={"noise": sharding.fold_in(jax.random.fold_in(self._noise, index))},
-            mutable=["batch_stats"],  # batch statistics require it; the new averages are dropped
-            **({"return_carry": True} if options.continued else {}),
-        )
-        carry, outputs = outputs if options.continued else (None, outputs)
-        return carry, sharding.total(task.metrics(outputs, batch))
-
-
-def contribute(
-    contribution: Callable,
-    sharding: BatchSharding,
-    variables: Variables,
-    rngs: dict[str, jax.Array],
-    index: int,
-    batch: Batch,
-) -> Any:
-    """A batch's contribution to population statistics, on every device."""
-    own = {name: sharding.fold_in(key) for name, key in rngs.items()}
-    return contribution(variables, own, index, batch)

@@ -106,8 +106,7 @@ class BatchSharding:
         """Puts this process' share of a batch on its devices."""
         if self.mesh is None:
             return batch
-        specs = self._specs(batch)
-        return {name: _put(value, self.mesh, specs[name]) for name, value in batch.items()}
+        return {name: _put(value, self.mesh, self._spec(name)) for name, value in batch.items()}
 
     def run(self, function: Callable) -> Callable:
         """Makes every device run `function(*arguments, batch)`, on its own rows if `split`.
@@ -122,7 +121,7 @@ class BatchSharding:
             return jax.shard_map(
                 function,
                 mesh=self.mesh,
-                in_specs=(*[EVERYWHERE] * len(others), self._specs(batch)),
+                in_specs=(*[EVERYWHERE] * len(others), {name: self._spec(name) for name in batch}),
                 out_specs=EVERYWHERE,
                 # The library's own gradients sum over the axis; JAX must not sum again.
                 check_vma=False,
@@ -130,11 +129,8 @@ class BatchSharding:
 
         return on_devices
 
-    def _specs(self, batch: Mapping[str, Any]) -> dict[str, PartitionSpec]:
-        return {
-            name: BY_ROWS if self.split and name not in self.shared else EVERYWHERE
-            for name in batch
-        }
+    def _spec(self, name: str) -> PartitionSpec:
+        return BY_ROWS if self.split and name not in self.shared else EVERYWHERE
 
     # ---- Within a function that every device runs.
 

@@ -67,6 +67,7 @@ class Setup:
         """Names the run in its output, such as `pmnist bn_lstm`."""
         return f"{self.task.data} {self.config.model.kind}"
 
+    @property
     def record(self) -> dict[str, Any]:
         """Facts that a run saves, and that must stay the same when it continues."""
         rows = self.devices.statistics_rows(self.config.batch_size)
@@ -89,7 +90,6 @@ class Training:
       state: the state after the last update.
       done: number of updates so far.
       saved: the update of the latest checkpoint, None if there is none.
-      expected: milestones of validation, by update.
     """
 
     setup: Setup
@@ -97,7 +97,6 @@ class Training:
     state: TrainState
     done: int
     saved: int | None
-    expected: dict[int, milestones.Milestone]
 
     @classmethod
     def start(cls, setup: Setup, checkpoints: Checkpoints, state: TrainState) -> "Training":
@@ -117,8 +116,7 @@ class Training:
                 f"config.num_updates is {total}, and the run in {setup.folder} is at update "
                 f"{done}: increase config.num_updates, or use --mode=evaluate"
             )
-        state = setup.devices.replicate(state)
-        return cls(setup, checkpoints, state, done, saved, milestones.of(setup.config))
+        return cls(setup, checkpoints, setup.devices.replicate(state), done, saved)
 
     def run(self, reporter: metrics.Reporter, interruption: Interruption) -> None:
         """Makes the remaining updates. Logs, validates and saves when they are due.
@@ -129,6 +127,7 @@ class Training:
         """
         config, task, devices = self.setup.config, self.setup.task, self.setup.devices
         train_step = make_train_step(task, self.setup.noise)
+        expected = milestones.of(config)
         while self.done < config.num_updates:
             updates = range(self.done, self.done + updates_at_once(config, self.done))
             for batches, sharding in calls(task, devices, updates):
@@ -146,7 +145,9 @@ class Training:
                 reporter.advance(self.done)
             if log:
                 self.log(reporter)
-            validation = self.validate(reporter) if validate else None
+            validation = None
+            if validate:
+                validation = self.validate(reporter, expected.get(self.done))
             stop = interruption.requested()
             if save or stop is not None:
                 self.save(reporter, validation)
@@ -192,7 +193,9 @@ class Training:
         reporter.write(row, averages, more | reporter.speed())
         self.state = self.state.replace(window=jax.tree.map(jnp.zeros_like, self.state.window))
 
-    def validate(self, reporter: metrics.Reporter) -> dict[str, float]:
+    def validate(
+        self, reporter: metrics.Reporter, milestone: milestones.Milestone | None
+    ) -> dict[str, float]:
         """Validates and reports; the metrics choose the best checkpoint."""
         config, reading = self.setup.config, self.setup.task.readings[0]
         split, statistics = reading.splits[0], self.statistics
@@ -200,7 +203,7 @@ class Training:
             variables_of(self.state), reading, split, statistics, config.batch_size
         )
         reporter.write({"update": self.done, **reading.row(split, statistics)}, validation)
-        if milestone := self.expected.get(self.done):
+        if milestone is not None:
             reporter.print(f"  {milestone.tell(validation[milestone.metric])}")
         return validation
 
@@ -228,6 +231,14 @@ def updates_at_once(config: ConfigDict, done: int) -> int:
     return at_once if free >= at_once else 1
 
 
+def placed_batch(
+    task: tasks.Task, devices: Devices, update: int
+) -> tuple[tasks.Batch, BatchSharding]:
+    """The batch of an update, on the devices, and its sharding."""
+    sharding = devices.sharding(len(task.train_indices(update)), task.shared)
+    return sharding.place(task.train_batch(update, devices.share)), sharding
+
+
 def calls(
     task: tasks.Task, devices: Devices, updates: range
 ) -> list[tuple[list[tasks.Batch], BatchSharding]]:
@@ -235,15 +246,12 @@ def calls(
 
     If all batches have equal shapes, they go into one call; otherwise each has its own.
     """
-    shardings = [devices.sharding(len(task.train_indices(n)), task.shared) for n in updates]
-    batches = [
-        sharding.place(task.train_batch(n, devices.share))
-        for n, sharding in zip(updates, shardings, strict=True)
-    ]
-    shapes = {tuple(map(np.shape, jax.tree.leaves(batch))) for batch in batches}
-    if len(shapes) == 1:
-        return [(batches, shardings[0])]
-    return [([batch], sharding) for batch, sharding in zip(batches, shardings, strict=True)]
+    placed = [placed_batch(task, devices, update) for update in updates]
+    shapes = {tuple(map(np.shape, jax.tree.leaves(batch))) for batch, _ in placed}
+    if len(shapes) > 1:
+        return [([batch], sharding) for batch, sharding in placed]
+    _, sharding = placed[0]
+    return [([batch for batch, _ in placed], sharding)]
 
 
 def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, Any]:
@@ -269,10 +277,11 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
             stack.enter_context(workdir.in_use(folder))
             # Check again under the lock: another run may have used the folder until now.
             workdir.check(config, folder)
-            workdir.check_record(setup.record(), folder)
+            workdir.check_record(setup.record, folder)
         interruption = stack.enter_context(Interruption())
         checkpoints = stack.enter_context(setup.checkpoints())
         training = Training.start(setup, checkpoints, state)
+        del state  # frees the devices' memory; training has its own
         start, total = training.done, config.num_updates
         if start == total:
             results = processes.on_first(lambda: results_file.read_finished(folder, config, total))
@@ -282,7 +291,7 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
         shown: list[boards.Board] = []
         if first:
             choice = {"selection": task.selection, "lower_is_better": task.lower_is_better}
-            record = setup.record() | choice
+            record = setup.record | choice
             workdir.open_workdir(config, folder, record, task.implementation)
             stack.callback(lambda: workdir.record_end(folder, training.done))
             shown = stack.enter_context(boards.opened(folder, config, start))

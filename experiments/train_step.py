@@ -147,7 +147,10 @@ def make_train_step(task: tasks.Task, noise: jax.Array) -> Callable[..., TrainSt
         sharding: BatchSharding, state: TrainState, shared: tasks.Batch, own: list[tasks.Batch]
     ) -> TrainState:
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *own)
-        step = lambda state, batch: (one(sharding, state, {**shared, **batch}), None)  # noqa: E731
+
+        def step(state: TrainState, own: tasks.Batch) -> tuple[TrainState, None]:
+            return one(sharding, state, {**shared, **own}), None
+
         return jax.lax.scan(step, state, stacked)[0]
 
     call_one = jax.jit(one, static_argnums=0, donate_argnums=1)

@@ -45,8 +45,7 @@ def trained(config, devices, updates=20):
     state = devices.replicate(train_step.create_state(task, config))
     step = train_step.make_train_step(task, NOISE)
     for update in range(updates):
-        sharding = devices.sharding(len(task.train_indices(update)), task.shared)
-        batch = sharding.place(task.train_batch(update, devices.share))
+        batch, sharding = train.placed_batch(task, devices, update)
         state = step(state, batch, sharding=sharding)
     return task, state
 
@@ -239,7 +238,6 @@ def test_invalid_device_counts_raise(config, fields, message):
 @pytest.mark.parametrize("split, keys", [(True, 4), (False, 1)])
 def test_devices_with_separate_rows_draw_independent_noise(config, split, keys):
     _, devices = on(config, 4)
-
     sharding = parallel.BatchSharding(devices.mesh, split)
 
     def own_key(noise):
@@ -292,6 +290,7 @@ def test_several_updates_per_call_match_single_updates(config):
     task, one_by_one = trained(own, devices, updates=3)
     state = devices.replicate(train_step.create_state(task, own))
     sharding = devices.sharding(own.batch_size, task.shared)
+    assert sharding.split
     batches = [sharding.place(task.train_batch(u)) for u in range(3)]
     state = train_step.make_train_step(task, NOISE)(state, *batches, sharding=sharding)
     assert_close(state.params, one_by_one.params, 1e-6)

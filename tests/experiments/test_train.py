@@ -183,7 +183,7 @@ def test_invalid_input_creates_no_workdir(small_config, tmp_path, field, value, 
 def test_evaluating_without_a_validated_checkpoint_raises(small_config, tmp_path, monkeypatch):
     small_config.checkpoint_every = 2
 
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train.Evaluator, "evaluate", stop)
