@@ -403,7 +403,6 @@ def _run(layer: RecurrentLayer, inputs: Array, call: _Call) -> Array | tuple[Car
 
     features = inputs.shape[-1] if layer.vocab_size is None else layer.vocab_size
     params = lstm_params(layer, features, norm.terms)
-    kernel = params.pop("recurrent_kernel")
     running = {term: _running(layer, term, steps) for term in norm.batch_terms}
     statistics = None
     if running and not training:
@@ -417,22 +416,8 @@ def _run(layer: RecurrentLayer, inputs: Array, call: _Call) -> Array | tuple[Car
             key = layer.make_rng("noise")
         centered = training and _centered(layer, norm, valid, steps)
         carry = initial_state(layer, (batch,), key, centered)
-    state = _state_dtype(layer, inputs)
-    if layer.vocab_size is None and not jnp.issubdtype(inputs.dtype, jnp.floating):
-        inputs = inputs.astype(state)
-    params, carry = jax.tree.map(lambda x: x.astype(state), (params, carry))
-    problem = Problem(
-        kernel,
-        params,
-        carry,
-        inputs=inputs if layer.vocab_size is None else None,
-        symbols=None if layer.vocab_size is None else inputs,
-        valid=valid,
-        statistics=statistics,
-        norm=norm,
-        dtype=layer.dtype,
-        unroll=layer.unroll,
-    )
+
+    problem = _problem(layer, norm, params, carry, inputs, valid, statistics)
     name = recurrence.choose(layer.implementation, problem)
     if norm.axis_name is not None:
         axis_name = pooled_axis(layer, not training)
@@ -444,6 +429,36 @@ def _run(layer: RecurrentLayer, inputs: Array, call: _Call) -> Array | tuple[Car
             count = jnp.full(steps, batch) if counted is None else counted.sum((1, 2))
             _record(layer, term, each, result.moments[term], count)
     return call.leave(result.carry, result.hidden.astype(layer.dtype or result.hidden.dtype))
+
+
+def _problem(
+    layer: RecurrentLayer,
+    norm: Normalization,
+    params: dict[str, Array],
+    carry: Carry,
+    inputs: Array,
+    valid: Array | None,
+    statistics: dict[str, Statistics] | None,
+) -> Problem:
+    """The layer's recurrence over `inputs`, with arrays in the dtype of its state."""
+    state = _state_dtype(layer, inputs)
+    symbols = layer.vocab_size is not None
+    if not symbols and not jnp.issubdtype(inputs.dtype, jnp.floating):
+        inputs = inputs.astype(state)
+    kernel = params.pop("recurrent_kernel")
+    params, carry = jax.tree.map(lambda x: x.astype(state), (params, carry))
+    return Problem(
+        kernel,
+        params,
+        carry,
+        inputs=None if symbols else inputs,
+        symbols=inputs if symbols else None,
+        valid=valid,
+        statistics=statistics,
+        norm=norm,
+        dtype=layer.dtype,
+        unroll=layer.unroll,
+    )
 
 
 def _centered(
