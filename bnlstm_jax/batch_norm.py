@@ -143,8 +143,7 @@ class BatchNorm(nn.Module):
         moments (training). Set it here or in the call.
       momentum: decay rate of the running averages.
       epsilon: added to the variance.
-      axis_name: axis of `vmap`, `pmap` or `shard_map(check_vma=False)` over which batch statistics
-        are pooled.
+      axis_name: axis of `vmap`, `pmap` or `shard_map` over which batch statistics are pooled.
       scale_init: initialiser of the scale (gamma); 0.1 in the paper.
       dtype: dtype of the output; by default the promoted dtype of `x` and the scale, float32 or
         wider.

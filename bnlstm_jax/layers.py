@@ -36,7 +36,12 @@ from bnlstm_jax.cells import (
     term_size,
 )
 from bnlstm_jax.initializers import Initializer, forget_bias, semi_orthogonal
-from bnlstm_jax.normalization import Normalization, Statistics, statistics_dtype
+from bnlstm_jax.normalization import (
+    Normalization,
+    Statistics,
+    statistics_dtype,
+    varying_alike,
+)
 from bnlstm_jax.recurrence.problem import Problem
 
 
@@ -249,9 +254,9 @@ class BNLSTM(RecurrentLayer):
         moments (training). Set it here or in the call.
       momentum: decay rate of the running averages.
       epsilon: added to variances.
-      axis_name: axis of `vmap`, `pmap` or `shard_map(check_vma=False)` over which batch statistics
-        are pooled. With `xla`, take gradients within `vmap`: `vmap(grad(...))`. Kernels do not
-        support it in training.
+      axis_name: axis of `vmap`, `pmap` or `shard_map` over which batch statistics are pooled. With
+        `xla`, take gradients within `vmap`: `vmap(grad(...))`. Kernels do not support it in
+        training.
       scale_init: initialiser of the scales (gamma); 0.1 in the paper.
       shared_statistics: record one set of statistics `[F]` for all time steps; `max_steps` must be
         None. Training still normalises each step by its own moments. The paper finds statistics per
@@ -417,7 +422,7 @@ def _run(layer: RecurrentLayer, inputs: Array, call: _Call) -> Array | tuple[Car
         centered = training and _centered(layer, norm, valid, steps)
         carry = initial_state(layer, (batch,), key, centered)
 
-    problem = _problem(layer, norm, params, carry, inputs, valid, statistics)
+    problem = varying_alike(_problem(layer, norm, params, carry, inputs, valid, statistics))
     name = recurrence.choose(layer.implementation, problem)
     if norm.axis_name is not None:
         axis_name = pooled_axis(layer, not training)

@@ -156,6 +156,25 @@ def on_any_mesh(function: Callable[..., T], specs: Any, *args: Any) -> T:
     return jax.sharding.auto_axes(function, axes=axes, out_sharding=places)(*args)
 
 
+def varying_alike(tree: T) -> T:
+    """Makes arrays vary over the same axes of `shard_map(check_vma=True)`; else changes nothing.
+
+    Hand-written gradients and scans need arrays of one kind. Where a replicated array becomes
+    varying, JAX sums its gradient over the axes.
+    """
+
+    def axes_of(x: Array) -> frozenset[str]:
+        return jax.typeof(x).manual_axis_type.varying
+
+    axes = frozenset().union(*map(axes_of, jax.tree.leaves(tree)))
+
+    def vary(x: Array) -> Array:
+        missing = tuple(axes - axes_of(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, tree)
+
+
 def standardize(x: Array, statistics: Statistics, epsilon: float, axis: tuple[int, ...]) -> Array:
     """`(x - mean) / sqrt(var + epsilon)`: equation 5 without scale and shift.
 
@@ -183,8 +202,7 @@ def batch_moments(
       where: rows that count, boolean `[..., B, 1]`; None for all. If no row counts, mean and
         variance are zero.
       axis: the axes to reduce, as negative numbers.
-      axis_name: mapped axis of `vmap`, `pmap` or `shard_map(check_vma=False)` over which moments
-        are pooled.
+      axis_name: mapped axis of `vmap`, `pmap` or `shard_map` over which moments are pooled.
       differentiable: whether the moments have a gradient; `batch_normalize` needs none.
     """
     moments = functools.partial(
@@ -254,6 +272,7 @@ def batch_normalize(
     Returns:
       The normalised values, in the shape of `x`, in float32 or wider.
     """
+    x, scale, where = varying_alike((x, scale, where))
     normalize = functools.partial(_normalize, epsilon, axis, axis_name)
     return on_any_mesh(normalize, jax.typeof(x).sharding.spec, x, scale, where, moments)
 

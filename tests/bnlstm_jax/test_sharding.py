@@ -1,4 +1,6 @@
-"""Layers on an explicit mesh, which `jax.make_mesh` makes by default."""
+"""Layers on the explicit mesh that `jax.make_mesh` makes by default, and in `jax.shard_map`."""
+
+import contextlib
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import bnlstm_jax
 from bnlstm_jax import BNLSTM, LNLSTM, LSTM, BatchNorm
+from bnlstm_jax.recurrence.devices import emulation
 
 # Sums over two devices round differently from sums on one device.
 CLOSE = dict(rtol=1e-5, atol=2e-6)
@@ -76,6 +79,50 @@ def test_results_on_explicit_mesh_match_one_device(name, training, place):
         (outputs, _) = got[1]
     for output in jax.tree.leaves(outputs):
         assert output.sharding.spec[0] == "data"
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), got, wanted)
+
+
+def results_in_shard_map(module, variables, inputs, training, check_vma):
+    """What `results` returns for the whole batch, from two devices with half of the rows each."""
+    everywhere, by_rows = PartitionSpec(), PartitionSpec("data")
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+
+    def shard(variables, inputs):
+        (d_params, d_inputs), others = results(module, variables, inputs, training)
+        if not check_vma:  # else JAX sums the gradients of replicated arrays
+            d_params = jax.lax.psum(d_params, "data")
+        return (d_params, d_inputs), others
+
+    mapped = jax.shard_map(
+        shard,
+        mesh=mesh,
+        in_specs=(everywhere, by_rows),
+        out_specs=((everywhere, by_rows), (by_rows, everywhere)),
+        check_vma=check_vma,
+    )
+    return jax.jit(mapped)(variables, jax.device_put(inputs, NamedSharding(mesh, by_rows)))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name, training", CASES)
+def test_results_in_shard_map_match_one_device(name, training, check_vma):
+    module, inputs, variables = draw(name)
+    wanted = jax.jit(lambda v, x: results(module, v, x, training))(variables, inputs)
+    if training is not None:
+        module = module.clone(axis_name="data")
+    got = results_in_shard_map(module, variables, inputs, training, check_vma)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), got, wanted)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="emulates a GPU")
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("implementation", ["cpu", "gpu"])
+def test_kernels_in_shard_map_match_one_device(implementation, check_vma):
+    module, inputs, variables = draw("LSTM")
+    wanted = jax.jit(lambda v, x: results(module, v, x, None))(variables, inputs)
+    with emulation() if implementation == "gpu" else contextlib.nullcontext():
+        module = module.clone(implementation=implementation)
+        got = results_in_shard_map(module, variables, inputs, None, check_vma)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), got, wanted)
 
 

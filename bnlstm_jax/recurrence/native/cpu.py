@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array
 
 from bnlstm_jax.cells import TERMS, as_symbols
-from bnlstm_jax.normalization import Statistics, last_derivative
+from bnlstm_jax.normalization import Statistics, last_derivative, varying_alike
 from bnlstm_jax.recurrence.native import common
 from bnlstm_jax.recurrence.problem import Problem, Result, with_input_terms
 
@@ -149,19 +149,19 @@ class Options:
             name: np.int64(size) for name, size in self.sizes(inputs).items()
         }
         attributes |= {f"normalize_{term}": term in self.terms for term in TERMS}
-        return list(
-            call(
-                *inputs,
-                *(array for array, _ in others),
-                source=np.int64(self.source),
-                given=self.given,
-                masked=self.masked,
-                keep=keep,
-                epsilon=np.float32(self.epsilon),
-                input_epsilon=np.float32(self.input_epsilon),
-                **attributes,
-            )
+        found = call(
+            *inputs,
+            *(array for array, _ in others),
+            source=np.int64(self.source),
+            given=self.given,
+            masked=self.masked,
+            keep=keep,
+            epsilon=np.float32(self.epsilon),
+            input_epsilon=np.float32(self.input_epsilon),
+            **attributes,
         )
+        _, *found = varying_alike([inputs.recurrent_kernel, *found])
+        return found
 
 
 def layout(field: str, shape: tuple[int, ...]) -> Layout | None:
@@ -286,7 +286,8 @@ def run(problem: Problem) -> Result:
     if few or problem.norm.whole_input:
         problem, moments = with_input_terms(problem, few, normalized=problem.norm.whole_input)
     terms, given = problem.norm.terms, problem.statistics is not None
-    hidden, cell, *found = call_kernel(*to_inputs(problem))
+    options, inputs = to_inputs(problem)
+    hidden, cell, *found = call_kernel(options, varying_alike(inputs))
     for term, stacked in zip(GATES, found, strict=True):
         if term in terms and not given:
             moments[term] = jax.lax.stop_gradient(Statistics(stacked[:, 0], stacked[:, 1]))

@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from bnlstm_jax.normalization import Statistics, along, last_derivative
+from bnlstm_jax.normalization import Statistics, along, last_derivative, varying_alike
 from bnlstm_jax.recurrence.devices import default_device
 from bnlstm_jax.recurrence.native import common
 from bnlstm_jax.recurrence.problem import Problem, Result, with_input_terms
@@ -134,7 +134,8 @@ class Options:
         )
         attributes = dataclasses.asdict(self) | {"epsilon": np.float32(self.epsilon)} | more
         del attributes["operands"]  # given by the kernel's dtype
-        return list(call(kernel, *others, **attributes))[:-2]
+        _, *found = varying_alike([kernel, *call(kernel, *others, **attributes)])
+        return found[:-2]
 
 
 class Inputs(NamedTuple):
@@ -243,7 +244,7 @@ def _run(problem: Problem, units_of_block: int) -> Result:
     def from_kernel(x: Array) -> Array:
         return jnp.swapaxes(x[..., :batch], -1, -2)
 
-    hidden, cell, *found = call_kernel(options, to_inputs(problem))
+    hidden, cell, *found = call_kernel(options, varying_alike(to_inputs(problem)))
     hidden = from_kernel(hidden)
     for term, stacked in zip(("recurrent", "cell"), found, strict=True):
         if term in terms and not given:
