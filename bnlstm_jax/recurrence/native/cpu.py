@@ -160,6 +160,7 @@ class Options:
             input_epsilon=np.float32(self.input_epsilon),
             **attributes,
         )
+        # JAX takes the results of a call for equal on all devices of a `shard_map`.
         _, *found = varying_alike([inputs.recurrent_kernel, *found])
         return found
 

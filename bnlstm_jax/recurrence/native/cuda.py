@@ -134,6 +134,7 @@ class Options:
         )
         attributes = dataclasses.asdict(self) | {"epsilon": np.float32(self.epsilon)} | more
         del attributes["operands"]  # given by the kernel's dtype
+        # JAX takes the results of a call for equal on all devices of a `shard_map`.
         _, *found = varying_alike([kernel, *call(kernel, *others, **attributes)])
         return found[:-2]
 
