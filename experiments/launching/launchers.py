@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import submitit
 from absl import flags
 
 from experiments.launching import slurm
@@ -17,12 +16,14 @@ from experiments.launching.sweeps import Point
 from experiments.runtime.errors import tell
 
 FILES_ARRIVE_S = 60  # seconds within which files written on a cluster's node become visible here
+REQUEUED_S = 1200  # seconds within which SLURM queues an interrupted job again, if it does
 
 
 def define_flags() -> None:
     """Defines the flags of a command that runs points."""
     flags.DEFINE_enum("launcher", "local", ["local", "slurm"], "Where runs execute.")
-    flags.DEFINE_integer("jobs", 1, "Runs at a time with --launcher=local.", lower_bound=1)
+    at_once = "Runs at a time; by default one on this machine, all with SLURM."
+    flags.DEFINE_integer("jobs", None, at_once, lower_bound=1)
     slurm.define_flags(flags.FLAGS)
 
 
@@ -85,23 +86,23 @@ class Local:
 
 
 class Slurm:
-    """Submits each point of a sweep as its own job, all at once.
+    """Submits each point of a sweep as its own job.
 
     Jobs stay in the queue when the sweep ends. A later sweep finds them by their pickles.
     """
 
-    at_once = math.inf
     interval = 10.0
 
     def __init__(self, folder: Path, values: flags.FlagValues) -> None:
-        """Creates a launcher for the sweep in `folder`, with SLURM's options from flags.
+        """Creates a launcher for the sweep in `folder`, with `--jobs` and SLURM's options.
 
         Raises:
           UserError: a flag or the folder is invalid, or there is no SLURM.
         """
         self.folder = folder
+        self.at_once = values.jobs or math.inf
         self._parameters = slurm.parameters(values)
-        self._jobs: dict[str, submitit.SlurmJob] = {}
+        self._jobs: dict[str, slurm.SubmittedJob] = {}
         self._ended: dict[str, float] = {}  # when a job was first seen to have ended
         slurm.make_executor(folder)  # checks the path
         if not values.dry_run:
@@ -113,8 +114,8 @@ class Slurm:
         ids = [path.name.partition("_")[0] for path in folder.glob("*_submitted.pkl")]
         if not ids:
             return False
-        self._jobs[point.name] = job = submitit.SlurmJob(folder, max(ids, key=int))
-        if job.done():
+        self._jobs[point.name] = job = slurm.SubmittedJob(folder, max(ids, key=int))
+        if job.done() or job.is_interrupted():
             return False
         print(
             f"{point.name}: job {job.job_id} is {job.state}; to submit a new one, "
@@ -132,11 +133,15 @@ class Slurm:
         self._jobs[point.name] = self._executor(point).submit(slurm.Job(command))
 
     def running(self, point: Point) -> bool:
-        """Whether a point is queued or runs, or its results may not be visible here yet."""
-        if not self._jobs[point.name].done():
+        """Whether a point is queued, runs or may do so again, or its results may still appear."""
+        job = self._jobs[point.name]
+        interrupted = job.is_interrupted()
+        if not job.done() and not interrupted:
+            self._ended.pop(point.name, None)
             return True
         ended = self._ended.setdefault(point.name, time.monotonic())
-        return not point.finished() and time.monotonic() - ended < FILES_ARRIVE_S
+        wait = REQUEUED_S if interrupted else FILES_ARRIVE_S
+        return not point.finished() and time.monotonic() - ended < wait
 
     def ending(self, point: Point) -> str:
         """How a point's job ended."""
@@ -172,4 +177,4 @@ def make_launcher(given: Any, folder: Path) -> Launcher:
     Raises:
       UserError: a flag or the folder is invalid.
     """
-    return Local(folder, given.jobs) if given.launcher == "local" else Slurm(folder, given)
+    return Local(folder, given.jobs or 1) if given.launcher == "local" else Slurm(folder, given)

@@ -16,11 +16,18 @@ import submitit
 from absl import flags
 from submitit.core.utils import FailedJobError
 from submitit.helpers import Checkpointable, clean_env
+from submitit.slurm.slurm import SlurmInfoWatcher
 
 from experiments.runtime.errors import UserError
 
 PARAMETERS = ("gpus_per_node", "cpus_per_task", "partition", "account", "qos", "constraint")
 MAX_TIMEOUTS = 100  # how often a job is requeued at its time limit
+# SLURM's states of jobs that do not start again.
+ENDED = (
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE"),
+    *("FAILED", "OUT_OF_MEMORY", "REVOKED", "TIMEOUT"),
+)
+INTERRUPTED = ("NODE_FAIL", "PREEMPTED")  # states of jobs that SLURM may queue again
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -37,7 +44,7 @@ def define_flags(values: flags.FlagValues) -> None:
     for name in ("partition", "account", "qos", "constraint"):
         flags.DEFINE_string(name, None, f"sbatch's --{name}.", flag_values=values)
     for name, described in (
-        ("extra", "Another option of sbatch as NAME=VALUE, such as reservation=vision."),
+        ("extra", "Another option of sbatch, such as reservation=vision or exclusive."),
         ("setup", "Shell command before the run, such as: module load cuda."),
     ):
         flags.DEFINE_multi_string(name, [], described, flag_values=values)
@@ -80,9 +87,9 @@ def parameters(values: flags.FlagValues) -> dict[str, Any]:
     extra: dict[str, Any] = {"requeue": True}  # also after a node has failed
     for option in values.extra:
         name, equals, value = option.lstrip("-").partition("=")
-        if not equals:
-            raise UserError(f"--extra={option} has no value: use --extra=NAME=VALUE")
-        extra[name] = value
+        if not name:
+            raise UserError(f"--extra={option} has no name: use --extra=NAME or --extra=NAME=VALUE")
+        extra[name] = value if equals else True
     given = {name: getattr(values, name) for name in PARAMETERS} | {
         "mem": f"{values.mem_gb}GB" if values.mem_gb else None,
         "setup": values.setup,
@@ -140,8 +147,31 @@ class Job(Checkpointable):
         sys.exit(128 + signal.SIGTERM)
 
 
+class States(SlurmInfoWatcher):
+    """submitit's states of jobs, by sacct at least every ten minutes.
+
+    submitit takes a suspended job for one that has ended, and keeps NODE_FAIL for good.
+    """
+
+    def is_done(self, job_id: str, mode: str = "standard") -> bool:
+        """Whether a job has ended and does not start again."""
+        return self.get_state(job_id, mode).partition(" ")[0] in ENDED
+
+
+class SubmittedJob(submitit.SlurmJob[None]):
+    """submitit's job, with states as above."""
+
+    watcher = States(delay_s=600)
+
+    def is_interrupted(self) -> bool:
+        """Whether SLURM has stopped the job, and may queue it again."""
+        return self.watcher.get_state(self.job_id) in INTERRUPTED
+
+
 class Executor(submitit.SlurmExecutor):
     """submitit's executor, which can also be created without SLURM, for dry runs."""
+
+    job_class = SubmittedJob
 
     @classmethod
     def affinity(cls) -> int:
@@ -152,7 +182,7 @@ class Executor(submitit.SlurmExecutor):
         """The script for sbatch."""
         return self._make_submission_file_text(self._submitit_command_str, "")
 
-    def submit(self, job: Job) -> submitit.SlurmJob:
+    def submit(self, job: Job) -> SubmittedJob:
         """Submits a job.
 
         Raises:

@@ -10,6 +10,7 @@ from typing import Any
 
 from experiments.launching.sweeps import Point, argument
 from experiments.records import workdir
+from experiments.records.metrics import FINAL
 from experiments.reporting.compare import LABELS
 from experiments.runtime import files, markdown
 
@@ -17,7 +18,6 @@ CSV_NAME, MARKDOWN_NAME = "results.csv", "results.md"
 SEED, KIND = "seed", "model.kind"
 KEYS = ("split", "statistics", "reading")  # of rows in results.json; other columns are metrics
 VALIDATION = ("batch", "none")  # statistics that normalise validation, which chooses checkpoints
-FINAL = ("population", "none")  # statistics that normalise final results
 
 Row = dict[str, Any]
 

@@ -36,6 +36,7 @@ STATISTICS = {
     "population_batch_inputs": "population statistics, input terms by the batch",
     "none": "no batch statistics",
 }
+FINAL = ("population", "none")  # of final results
 
 
 class Output:

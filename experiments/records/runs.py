@@ -26,7 +26,7 @@ class Experiment:
       config: a file in `configs`, with its variant if any: `ptb` or `ptb:small`.
       kind: the kind of model.
       fields: fields that differ from the file, as pairs of name and value.
-      num_updates: the paper's number of updates, if it differs from the file's.
+      num_updates: how many updates the paper shows, if not as many as in the file.
     """
 
     config: str
@@ -40,7 +40,7 @@ class Experiment:
         return f"{self.config.replace(':', '_')}/{self.kind}{fields}"
 
     def get_config(self) -> ConfigDict:
-        """The whole config, with the paper's number of updates."""
+        """The whole config, with as many updates as the paper shows."""
         name, _, variant = self.config.partition(":")
         module = importlib.import_module(f"configs.{name}")
         config = module.get_config(variant) if variant else module.get_config()
@@ -182,7 +182,7 @@ def find(root: Path) -> list[Run]:
         try:
             run.config, run.record, run.results  # noqa: B018
             found.append(run)
-        except UserError as error:
+        except (UserError, OSError) as error:
             logging.warning("%s; this run is left out", error)
     return found
 

@@ -5,7 +5,6 @@ highest seed. Both have the same dashes, so that lines differ in grey print.
 """
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,13 +55,18 @@ class Line(NamedTuple):
         return curves[key if key in curves else key[:1]]  # some files have only validation
 
     def measured(self, found: Found) -> tuple[np.ndarray, np.ndarray]:
-        """Updates at which all our runs have the metric, `[n]`, and its values `[runs, n]`."""
+        """Updates at which any of our runs has the metric, `[n]`, and its values `[runs, n]`.
+
+        A run's value is NaN where it has none; non-finite values are left out.
+        """
         curves = [run.curve(self.split, self.metric) for run in found[self.experiment]]
+        curves = [curve[:, np.isfinite(curve[1])] for curve in curves]
         curves = [curve for curve in curves if curve.size]
-        if not curves:
-            return np.zeros(0), np.zeros((0, 0))
-        shared = functools.reduce(np.intersect1d, [updates for updates, _ in curves])
-        return shared, np.array([values[np.isin(updates, shared)] for updates, values in curves])
+        updates = np.unique([update for curve in curves for update in curve[0]])
+        values = np.full((len(curves), updates.size), np.nan)
+        for row, (of_run, measured) in zip(values, curves, strict=True):
+            row[np.searchsorted(updates, of_run)] = measured
+        return updates, values
 
 
 def by_kind(
@@ -77,20 +81,17 @@ def by_kind(
     ]
 
 
-def by_gamma(file: str, config: str, metric: str, split: str) -> list[Line]:
-    """Lines of BN-LSTMs by initial gamma, which is 0.1 in config files."""
-    return [
-        Line(
-            Experiment(config, "bn_lstm", (("model.initial_scale", gamma),) * (gamma != 0.1)),
-            f"gamma {gamma}",
-            *style,
-            split,
-            metric,
-            file,
-            str(gamma),
-        )
-        for gamma, style in GAMMAS.items()
-    ]
+def by_gamma(file: str, config: str, metric: str, split: str, num_updates: int) -> list[Line]:
+    """Lines of BN-LSTMs by initial gamma, which is 0.1 in config files.
+
+    Runs with another gamma are made for this figure alone, and have `num_updates`.
+    """
+    lines = []
+    for gamma, style in GAMMAS.items():
+        run = Experiment(config, "bn_lstm", (("model.initial_scale", gamma),), num_updates)
+        run = paper.experiment(config, "bn_lstm") if gamma == 0.1 else run
+        lines.append(Line(run, f"gamma {gamma}", *style, split, metric, file, str(gamma)))
+    return lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,14 +195,15 @@ def label_by_hours(line: Line, found: Found) -> str:
 
 
 def draw(axes: Any, line: Line, found: Found) -> None:
-    """Draws the paper's line, and ours: the mean of seeds and their range."""
+    """Draws the paper's line, and ours: the mean and range of the seeds that have a value."""
     axes.plot(*line.published, linestyle=line.dashes, **PAPER_STYLE)
     updates, values = line.measured(found)
     if updates.size:
         marker = "o" if updates.size < 10 else None  # a single point is no line
         style = {"color": line.color, "linestyle": line.dashes, "linewidth": 2, "marker": marker}
-        axes.plot(updates, values.mean(0), **style)
-        axes.fill_between(updates, values.min(0), values.max(0), color=line.color, alpha=0.25)
+        axes.plot(updates, np.nanmean(values, 0), **style)
+        low, high = np.nanmin(values, 0), np.nanmax(values, 0)
+        axes.fill_between(updates, low, high, color=line.color, alpha=0.25)
 
 
 def range_of(lines: list[Line], found: Found, limit: float) -> tuple[float, float] | None:
@@ -211,7 +213,7 @@ def range_of(lines: list[Line], found: Found, limit: float) -> tuple[float, floa
     """
     ours = [line.measured(found) for line in lines]
     first = min((updates[0] for updates, _ in ours if updates.size), default=0)
-    of_each = [measured.ravel() for _, measured in ours]
+    of_each = [measured[~np.isnan(measured)] for _, measured in ours]
     for updates, published in (line.published for line in lines):
         of_each.append(published[(first <= updates) & (updates <= limit)])
     values = np.concatenate(of_each)
@@ -238,6 +240,7 @@ def legend(axes: Any, lines: list[Line], found: Found) -> None:
 def curve_table(lines: list[Line], found: Found) -> Table | None:
     """Means over windows of updates at which both the paper and our runs have values.
 
+    Each window is of the seeds that have values at all its updates, and left out if none has.
     Single validations are noisy. Learning slows down, so each window is as long as all windows
     before it together: the first update, the second, the next two, the next four.
     """
@@ -250,8 +253,11 @@ def curve_table(lines: list[Line], found: Found) -> Table | None:
         for window in doubling(updates):
             first, last = updates[window][[0, -1]]
             span = f"{first:,.0f}" if first == last else f"{first:,.0f} to {last:,.0f}"
-            means = [f"{theirs[window].mean():.4f}", spread(values[:, window].mean(1))]
-            rows.append([line.label, line.split, span, *means, str(len(values))])
+            means = values[:, window].mean(1)
+            means = means[~np.isnan(means)]
+            if means.size:
+                compared = f"{theirs[window].mean():.4f}", spread(means)
+                rows.append([line.label, line.split, span, *compared, str(means.size)])
     header = ["line", "split", "updates", "paper", "here", "seeds"]
     return Table(header, rows) if rows else None
 

@@ -106,13 +106,19 @@ ITEMS: dict[str, Item] = {
     ),
     "figure_gamma_pmnist": LearningCurves(
         "Initial gamma on permuted MNIST",
-        [by_gamma("pmnist_gamma_cross_entropy", "pmnist", "loss", s) for s in ("train", "valid")],
+        [
+            by_gamma("pmnist_gamma_cross_entropy", "pmnist", "loss", split, num_updates=50_000)
+            for split in ("train", "valid")
+        ],
         updates=50_000,
         ylim=(0, 2.5),
     ),
     "figure_gamma_ptb": LearningCurves(
         "Initial gamma on Penn Treebank",
-        [by_gamma("ptb_gamma_bpc", "ptb", BITS, split) for split in ("train", "valid")],
+        [
+            by_gamma("ptb_gamma_bpc", "ptb", BITS, split, num_updates=13_200)
+            for split in ("train", "valid")
+        ],
         updates=13_200,
         ylim=(1.1, 1.7),
         remark="The paper's axes show nats, and numbers of updates that are too large by a factor "

@@ -24,7 +24,11 @@ EXPERIMENTS = {
     ("cnn_qa:four_sentences", "bn_e_star"): Experiment(
         "cnn_qa:four_sentences",
         "bn_e_star",
-        (("batch_size", 40), ("optimizer.learning_rate", 8e-4)),
+        (
+            ("batch_size", 40),
+            ("population_batch_size", 40),
+            ("optimizer.learning_rate", 8e-4),
+        ),
     ),
 }
 # The derivative of tanh: standard deviations and means; then standard deviations and quartiles.

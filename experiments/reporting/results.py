@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from experiments.records.metrics import FINAL
 from experiments.records.runs import Experiment, Run
 from experiments.reporting import paper, pictures
 from experiments.reporting.compare import LABELS, STYLES
 from experiments.reporting.curves import PAPER_STYLE
 from experiments.reporting.item import Found, Item, Shown, Table, spread, wall_time
-
-FINAL = ("population", "none")  # the statistics of final results; an LSTM has none
 
 OURS = ("here", "updates", "runs", "wall time of each seed")
 
@@ -31,6 +30,13 @@ def test_values(
     rows = [row for run in runs for row in run.results.get("rows", []) if row["split"] == "test"]
     rows = [row for row in rows if row.get("reading") == reading]
     return [row[metric] for row in rows if row["statistics"] in statistics]
+
+
+def longest(runs: list[Run]) -> list[Run]:
+    """The evaluated runs with the most updates: a shorter one would spoil the mean of seeds."""
+    runs = [run for run in runs if run.results]
+    most = max((run.results["updates"] for run in runs), default=0)
+    return [run for run in runs if run.results["updates"] == most]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +70,7 @@ class ResultsTable(Item):
     def rows(self, found: Found) -> Iterator[list[str]]:
         """Task, model, the paper's result, ours, updates trained, the runs' folder, their times.
 
-        The updates are of the seed with the fewest, at its evaluation.
+        The updates are those at the evaluation. Seeds with fewer are left out.
         """
         ways = {"": FINAL, ", input terms by the batch": ("population_batch_inputs",)}
         for experiment in self.experiments:
@@ -72,14 +78,14 @@ class ResultsTable(Item):
             for way, statistics in ways.items():
                 key = self.metric, statistics, self.reading
                 there = [run for run in found[experiment] if test_values([run], *key)]
-                trained = [run.results["updates"] for run in there]
+                there = longest(there)
                 if there or not way:
                     yield [
                         self.tasks[experiment.config],
                         LABELS[experiment.kind] + way,
                         paper.TABLES[experiment.config][experiment.kind],
                         spread(test_values(there, *key)),
-                        f"{min(trained):,} of {updates}" if there else "not run",
+                        f"{there[0].results['updates']:,} of {updates}" if there else "not run",
                         str(experiment) if there else "-",
                         ", ".join(map(wall_time, there)) or "-",
                     ]
@@ -91,7 +97,7 @@ class ResultsTable(Item):
 
 
 class ResultsByLength(Item):
-    """Bits per character on Penn Treebank by length of the test segments."""
+    """Bits per character on Penn Treebank by length of the test segments, of the longest runs."""
 
     experiments = (Experiment("ptb", "lstm"), Experiment("ptb", "bn_lstm"))
 
@@ -103,7 +109,7 @@ class ResultsByLength(Item):
         for name, (kind, statistics, label, dashes) in LENGTH_LINES.items():
             lengths, published = paper.curves("ptb_test_bpc_by_length")[(name,)]
             axes.plot(lengths, published, linestyle=dashes, **PAPER_STYLE)
-            runs = found[Experiment("ptb", kind)]
+            runs = longest(found[Experiment("ptb", kind)])
             ours = [
                 test_values(runs, "bits_per_character", (statistics,), f"segments of {length:.0f}")
                 for length in lengths

@@ -24,6 +24,7 @@ JOB = (
     "--time_to_save=300",
     "--setup=module load cuda",
     "--extra=reservation=vision",
+    "--extra=exclusive",
 )
 OPTIONS = (
     "nodes=2",
@@ -35,6 +36,7 @@ OPTIONS = (
     "partition=gpu",
     "signal=USR2@300",
     "reservation=vision",
+    "exclusive",
     "requeue",
 )
 
@@ -87,7 +89,7 @@ def test_dry_run_prints_the_submitted_script(call, tmp_path, monkeypatch):
         ([], "--time"),
         (["--time=1:00"], "--time"),
         (["--time=2"], "--time=2 is too short"),
-        (["--time=9", "--extra=x"], "--extra=x"),
+        (["--time=9", "--extra==x"], "--extra==x"),
         (["--time=9", "--nodes=0"], "--nodes=0"),
         (["--time=9", "--node=2"], "Did you mean: nodes"),
         (["--time=9", "--config.sed=2"], "config.sed"),

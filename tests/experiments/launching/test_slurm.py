@@ -1,6 +1,7 @@
 """SLURM jobs without SLURM: shell scripts replace its commands."""
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -11,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import submitit
 from submitit.helpers import DelayedSubmission
 
 from configs import digits
@@ -23,7 +23,7 @@ from experiments.runtime.errors import UserError
 from tests.scripts.made_up import results_of
 
 ROOT = Path(__file__).parents[3]
-FLAGS = dict.fromkeys((*slurm.PARAMETERS, "mem_gb"), None)
+FLAGS = dict.fromkeys((*slurm.PARAMETERS, "mem_gb", "jobs"), None)
 FLAGS |= {"time": "5", "time_to_save": 120, "extra": [], "setup": [], "dry_run": False}
 
 
@@ -156,8 +156,15 @@ def cluster(tmp_path, monkeypatch):
         (folder / name).chmod(0o755)
     (folder / "states").touch()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    monkeypatch.setattr(submitit.SlurmJob, "watcher", type(submitit.SlurmJob.watcher)())
+    monkeypatch.setattr(slurm.SubmittedJob, "watcher", slurm.States(delay_s=0))
     return folder
+
+
+def set_state(cluster, state, job=101):
+    """Makes sacct print the state of a job, or no job if the state is empty."""
+    table = f"JobID|State|NodeList\n{job}|{state}|\n" if state else ""
+    (cluster / "states").write_text(table)
+    slurm.SubmittedJob.watcher.update()
 
 
 def make(folder):
@@ -190,8 +197,10 @@ def test_restarted_sweep_finds_its_queued_jobs(cluster, tmp_path, capsys):
     launcher.start(first, ["true"])
     launcher.stop()
     assert "scancel 101" in capsys.readouterr().err
-    for state, running in (("", True), ("PENDING", True), ("CANCELLED by 7", False)):
-        (cluster / "states").write_text(f"JobID|State|NodeList\n101|{state}|\n" if state else "")
+    unfinished, ended = ("", "PENDING", "SUSPENDED"), ("NODE_FAIL", "PREEMPTED", "CANCELLED by 7")
+    for state in unfinished + ended:
+        running = state in unfinished
+        set_state(cluster, state)
         again = Slurm(tmp_path, SimpleNamespace(**FLAGS))
         assert again.find(first) == running and not again.find(second)
 
@@ -201,11 +210,40 @@ def test_launcher_waits_for_files_of_completed_jobs(cluster, tmp_path, monkeypat
     (point, _) = make(tmp_path)
     launcher = Slurm(tmp_path, SimpleNamespace(**FLAGS))
     launcher.start(point, ["true"])
-    (cluster / "states").write_text("JobID|State|NodeList\n101|COMPLETED|\n")
+    set_state(cluster, "COMPLETED")
     assert launcher.running(point)
     later = time.monotonic() + launchers.FILES_ARRIVE_S
     monkeypatch.setattr(launchers.time, "monotonic", lambda: later)
     assert not launcher.running(point)
+
+
+@pytest.mark.parametrize("state", ["NODE_FAIL", "PREEMPTED"])
+def test_launcher_waits_for_slurm_to_requeue_interrupted_jobs(
+    cluster, tmp_path, monkeypatch, state
+):
+    now = [0.0]
+    monkeypatch.setattr(launchers.time, "monotonic", lambda: now[0])
+    (cluster / "wait").touch()
+    (point, _) = make(tmp_path)
+    launcher = Slurm(tmp_path, SimpleNamespace(**FLAGS))
+    launcher.start(point, ["true"])
+    # The 1,200 seconds start anew after the job has been queued again.
+    states = (state, 0), ("PENDING", 900), ("SUSPENDED", 5000), (state, 5000), (state, 6199)
+    for after, now[0] in states:
+        set_state(cluster, after)
+        assert launcher.running(point), (after, now[0])
+    now[0] = 6200
+    assert not launcher.running(point)
+    assert launcher.ending(point) == f"job 101 {state}"
+
+
+def test_jobs_flag_limits_submitted_jobs(tmp_path):
+    values = FLAGS | {"launcher": "slurm", "dry_run": True}
+    for jobs, at_once in ((None, math.inf), (3, 3)):
+        launcher = launchers.make_launcher(SimpleNamespace(**values | {"jobs": jobs}), tmp_path)
+        assert launcher.at_once == at_once
+    local = SimpleNamespace(launcher="local", jobs=None)
+    assert launchers.make_launcher(local, tmp_path).at_once == 1
 
 
 def test_rejected_jobs_bad_workdirs_and_missing_sbatch_raise(cluster, tmp_path, monkeypatch):

@@ -52,6 +52,11 @@ def test_damaged_run_is_reported_and_skipped(name, tmp_path, caplog):
     with caplog.at_level("WARNING"):
         assert [run.folder for run in runs.find(tmp_path)] == [whole]
     assert f"{damaged / name} is damaged" in caplog.text
+    (damaged / name).unlink()
+    (damaged / name).mkdir()  # not readable as a file
+    with caplog.at_level("WARNING"):
+        assert [run.folder for run in runs.find(tmp_path)] == [whole]
+    assert "this run is left out" in caplog.messages[-1] and str(damaged) in caplog.messages[-1]
 
 
 ROW = '{"update": 1, "split": "train", "statistics": "none", "loss": 1.0}'

@@ -41,6 +41,14 @@ def test_table_compares_final_results_with_the_paper(mnist_runs):
     ]
 
 
+def test_tables_leave_out_seeds_with_fewer_updates(mnist_runs):
+    points = {500: {"accuracy": 0.1}}
+    write_run(mnist_runs, Experiment("pmnist", "bn_lstm"), 3, points, {"accuracy": 0.3})
+    table, _ = show("table_mnist", mnist_runs)
+    assert table.rows[3][3:5] == ["0.8000 (0.7500 to 0.8500)", "1,000 of 100,000"]
+    assert table.rows[3][6] == "1:05 h, 1:05 h"
+
+
 def test_results_with_batch_input_statistics_have_their_own_row(tmp_path):
     experiment = Experiment("cnn_qa", "bn_e_star_star")
     run = write_run(tmp_path, experiment, 1, {500: {"error": 0.5}}, {"error": 0.4})
@@ -73,13 +81,36 @@ def test_curves_are_drawn_with_the_paper_curves(mnist_runs):
     published = paper.curves("pmnist_valid_accuracy")[("bn_lstm",)]
     assert any(np.array_equal(line, published) for line in drawn)
     # The third seed has only the second of the two updates.
-    mean = (0.65 + 0.75 + 0.5) / 3
-    assert any(line.shape == (2, 1) and np.allclose(line, [[1000], [mean]]) for line in drawn)
-    theirs = f"{published[1, list(published[0]).index(1000)]:.4f}"
-    ours = "0.6333 (0.5000 to 0.7500)"
-    assert table.rows[-1] == ["BN-LSTM", "valid", "1,000", theirs, ours, "3"]
+    means = [[500, 1000], [(0.55 + 0.65) / 2, (0.65 + 0.75 + 0.5) / 3]]
+    assert any(line.shape == (2, 2) and np.allclose(line, means) for line in drawn)
+    theirs = [f"{published[1, list(published[0]).index(update)]:.4f}" for update in (500, 1000)]
+    assert table.rows[-2:] == [
+        ["BN-LSTM", "valid", "500", theirs[0], "0.6000 (0.5500 to 0.6500)", "2"],
+        ["BN-LSTM", "valid", "1,000", theirs[1], "0.6333 (0.5000 to 0.7500)", "3"],
+    ]
     low, high = first.get_ylim()
     assert low < 0.2 and high > 0.75
+
+
+def test_curves_skip_non_finite_values(tmp_path):
+    points = {500: {"accuracy": 0.1}, 1000: {"accuracy": np.nan}, 1500: {"accuracy": 0.3}}
+    write_run(tmp_path, Experiment("mnist", "lstm"), 1, points)
+    table, figure = show("figure_mnist", tmp_path)
+    drawn = [line.get_xydata().tolist() for line in figure.axes[1].lines]
+    assert [[500, 0.1], [1500, 0.3]] in drawn
+    assert [row[2] for row in table.rows] == ["500", "1,500"]
+
+
+def test_curve_table_averages_complete_windows_of_each_seed(tmp_path):
+    for seed, last in ((1, 4000), (2, 3000)):
+        updates = range(500, last + 1, 500)
+        points = {update: {"accuracy": update / 10_000} for update in updates}
+        write_run(tmp_path, Experiment("mnist", "lstm"), seed, points)
+    table, _ = show("figure_mnist", tmp_path)
+    assert [(row[2], row[4], row[5]) for row in table.rows][-2:] == [
+        ("1,500 to 2,000", "0.1750 (0.1750 to 0.1750)", "2"),
+        ("2,500 to 4,000", "0.3250", "1"),
+    ]
 
 
 def test_curve_table_averages_over_doubling_windows(tmp_path):
@@ -146,7 +177,7 @@ def test_results_are_plotted_by_sequence_length(tmp_path):
     row = {"split": "test", "reading": "segments of 300"}
     values = {"batch": 1.5, "population": 1.4, "running": 3.0}
     rows = [row | {"statistics": s, "bits_per_character": v} for s, v in values.items()]
-    (run / "results.json").write_text(json.dumps({"rows": rows}))
+    (run / "results.json").write_text(json.dumps({"updates": 791, "rows": rows}))
     table, figure = show("figure_ptb_lengths", tmp_path)
     measured = {row[0]: row[1:] for row in table.rows if row[3] != "-"}
     published = {name[0]: dict(points.T) for name, points in
