@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from bnlstm_jax import recurrence
@@ -142,7 +143,7 @@ class LSTM(RecurrentLayer):
         `bnlstm_jax.recurrence`. `auto` may compile a kernel at its first use, with the system's
         compiler, and keeps it in the user's cache folder. Only `reference` supports forward mode.
         Kernels support only first derivatives. `gpu` leaves batches above 128 to `xla`.
-        `jax.export` needs `xla` or `reference`.
+        `jax.export` needs `xla` or `reference`; for gradients in bfloat16, `reference`.
       dtype: dtype of outputs and of the operands of matrix products; by default the promoted dtype
         of inputs and parameters, float32 or wider.
       param_dtype: dtype of the parameters. The state is in float32 or wider.
@@ -283,9 +284,9 @@ class BNLSTM(RecurrentLayer):
       implementation: `auto`, `xla`, `reference`, or a kernel: `cpu`, `gpu` or `tpu`; see
         `bnlstm_jax.recurrence`. `auto` may compile a kernel at its first use, with the system's
         compiler, and keeps it in the user's cache folder. Under batch statistics, only `reference`
-        supports forward mode and second derivatives. `tpu` and `gpu` give no gradients of running
-        statistics. `gpu` leaves batches above 128 to `xla`. `jax.export` needs `xla` or
-        `reference`.
+        supports forward mode and second derivatives. Kernels never do. `tpu` and `gpu` give no
+        gradients of running statistics. `gpu` leaves batches above 128 to `xla`. `jax.export` needs
+        `xla` or `reference`; for gradients in bfloat16, `reference`.
       dtype: dtype of outputs and of the operands of matrix products; by default the promoted dtype
         of inputs and parameters, float32 or wider.
       param_dtype: dtype of the parameters. Statistics and state are in float32 or wider.
@@ -521,12 +522,15 @@ def _checked(layer: RecurrentLayer, inputs: Array, call: _Call, training: bool) 
         call = call._replace(initial_carry=(c, h))
     if call.seq_lengths is None:
         return call
-    lengths = jnp.asarray(call.seq_lengths)
+    lengths = call.seq_lengths
+    lengths = lengths if isinstance(lengths, Array) else np.asarray(lengths)
     if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         got = f"{lengths.dtype}{list(lengths.shape)}"
         raise ValueError(f"seq_lengths: expected integers [{batch}], got {got}")
-    # In 32 bits: narrower integers may not hold the number of steps.
-    return call._replace(seq_lengths=jnp.clip(lengths.astype(jnp.int32), 0, steps))
+    # In int32: narrower integers may not hold the number of steps. Wider ones would wrap around.
+    if lengths.dtype.itemsize >= 4:
+        lengths = lengths.clip(0, np.iinfo(np.int32).max)
+    return call._replace(seq_lengths=jnp.clip(jnp.asarray(lengths, jnp.int32), 0, steps))
 
 
 def _check_first_step(first_step: Array | int | None, training: bool) -> None:

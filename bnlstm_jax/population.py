@@ -74,8 +74,8 @@ def estimate_population_statistics(
         reach: `skip`, nothing; `repeat`, the statistics of its last step, as in the paper's
         released Attentive Reader.
       inputs: maps a batch to the model's argument or tuple of arguments. For batches
-        `(x, labels)`, use `lambda batch: batch[0]`. Calls with the same model, function and options
-        share a compiled program, so define the function outside of loops.
+        `(x, labels)`, use `lambda batch: batch[0]`. Calls with the same model, functions and
+        options share a compiled program, so define `inputs` and `transform` outside of loops.
       transform: transforms the function that is called for each batch, with the arguments
         variables, `rngs`, index of the batch, batch; by default `jax.jit`. For a model with an
         `axis_name`, it must also map that axis over the batch. The results are equal along the
@@ -108,10 +108,7 @@ def estimate_population_statistics(
         raise TypeError(f"rngs: expected a dict of keys, such as {{'dropout': key}}, got {got}")
     statistics = flatten_dict(variables.get("batch_stats", {}))
     options = _Options(model, inputs, late_steps, tuple(sorted(kwargs.items())))
-    if transform is None:
-        contribution = _compiled(options)
-    else:
-        contribution = transform(functools.partial(_contribution, options))
+    contribution = _compiled(options, transform or jax.jit)
     sums: dict[Path, _Sum] = {}
     unlifted: frozenset[Path] = frozenset()
     for index, batch in enumerate(batches):
@@ -189,16 +186,17 @@ def _contribution(
 
 
 @functools.lru_cache(maxsize=4)
-def _compiled_for(options: _Options) -> Callable[..., _Contribution]:
-    return jax.jit(functools.partial(_contribution, options))
+def _compiled_for(options: _Options, transform: Callable) -> Callable[..., _Contribution]:
+    return transform(functools.partial(_contribution, options))
 
 
-def _compiled(options: _Options) -> Callable[..., _Contribution]:
-    """`_contribution`, compiled; equal options share one function if they are hashable."""
+def _compiled(options: _Options, transform: Callable) -> Callable[..., _Contribution]:
+    """`_contribution`, transformed; equal arguments share one function if they are hashable."""
     try:
-        return _compiled_for(options)
+        hash((options, transform))
     except TypeError:
-        return _compiled_for.__wrapped__(options)
+        return _compiled_for.__wrapped__(options, transform)
+    return _compiled_for(options, transform)
 
 
 def _count_path(path: Path) -> Path | None:

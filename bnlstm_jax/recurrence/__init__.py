@@ -46,7 +46,7 @@ class Implementation(NamedTuple):
     """
 
     run: Callable[[Problem], Result]
-    why_unsupported: Callable[[Problem], str | None] = scan.why_unsupported
+    why_unsupported: Callable[[Problem], str | None] = lambda _: None
     platform: str | None = None
     max_batch: int | None = None
 

@@ -26,10 +26,6 @@ from bnlstm_jax.recurrence.problem import (
 )
 
 
-def why_unsupported(problem: Problem) -> None:
-    """A scan runs every problem."""
-
-
 def reference(problem: Problem) -> Result:
     """A plain scan: supports all derivatives, but takes more time and memory for gradients."""
     problem = problem.replace(norm=dataclasses.replace(problem.norm, analytic=False))

@@ -1,6 +1,7 @@
 """What layers and cells do with unusual arguments: padding, lengths, dtypes, sizes, fields."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -106,6 +107,18 @@ def test_narrow_integer_lengths_match_int32_lengths(dtype):
     lengths = np.array([120, 3, 0])
     outputs = [layer.apply(variables, x, seq_lengths=lengths.astype(d)) for d in (dtype, np.int32)]
     assert_equal(*outputs)
+
+
+@pytest.mark.parametrize(
+    "largest",
+    [np.int64(2**63 - 1), np.uint32(2**32 - 1), np.int32(2**31 - 1), jnp.uint32(2**32 - 1)],
+)
+def test_lengths_are_clipped_before_conversion_to_int32(largest):
+    layer = LSTM(2)
+    x = jnp.asarray(draw(2, 5, 1))
+    variables = initialize(layer, x)
+    outputs = layer.apply(variables, x, seq_lengths=largest[None].repeat(2))
+    assert_equal(outputs, layer.apply(variables, x))
 
 
 def test_zero_length_sequence_passes_gradient_to_initial_hidden():
@@ -642,6 +655,16 @@ def test_training_can_be_exported_with_symbolic_axes(kind, axes):
 
     shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape(axes), jnp.float32)
     exported = jax.export.export(jax.jit(train))(variables, shape)
+    assert_equal(exported.call(variables, x), train(variables, x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [LSTM, BNLSTM])
+def test_bfloat16_training_can_be_exported_by_reference(kind):
+    layer = kind(4, dtype=jnp.bfloat16, implementation="reference")
+    x = jnp.asarray(draw(3, 5, 2))
+    variables = initialize(layer, x)
+    train = jax.jit(functools.partial(training_results, layer))
+    exported = jax.export.export(train)(variables, x)
     assert_equal(exported.call(variables, x), train(variables, x), rtol=1e-5, atol=1e-6)
 
 

@@ -1,9 +1,12 @@
 """Native sources are compiled once; failures are reported and leave no library."""
 
+import errno
 import functools
 import platform
+import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bnlstm_jax.recurrence.native import build, common, cpu, cuda
@@ -114,6 +117,20 @@ def test_unloadable_library_raises_without_recompilation(cache, monkeypatch, tmp
     assert (tmp_path / "compiler.log").read_text() == "called\n"
 
 
+def test_build_errors_keep_no_arrays_alive(cache, monkeypatch):
+    monkeypatch.setenv("CXX", "nowhere/g++")
+    monkeypatch.setattr(common, "_load", functools.cache(common._load.__wrapped__))
+
+    def call():
+        array = np.zeros(3)
+        with pytest.raises(RuntimeError, match="nowhere/g"):
+            cpu.load()
+        return weakref.ref(array)
+
+    for _ in range(2):
+        assert call()() is None
+
+
 def test_missing_compiler_raises(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "nowhere/g++")
     with pytest.raises(RuntimeError, match=r"^the compiler nowhere/g\+\+ cannot be run: No such"):
@@ -156,8 +173,23 @@ def test_cache_folder_is_temporary_without_a_home_directory(monkeypatch, caplog)
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(build.Path, "home", home)
-    assert build.cache_folder().is_dir()
+    assert build.library_path("library.so").parent.is_dir()
     assert "libraries are not cached: Could not determine" in caplog.text
+
+
+def test_library_in_a_read_only_cache_is_used(cache, monkeypatch, tmp_path, caplog):
+    compiler = fake_compiler(tmp_path, 'echo library > "$output"')
+    monkeypatch.setenv("CXX", str(compiler))
+    made = build.build(cpu.SOURCE, "cpu")
+
+    def refused(**_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(build.tempfile, "TemporaryFile", refused)
+    assert build.build(cpu.SOURCE, "cpu") == made and not caplog.text
+    made.unlink()
+    assert build.build(cpu.SOURCE, "cpu").parent != cache
+    assert "libraries are not cached: [Errno 30] Read-only" in caplog.text
 
 
 def test_unbalanced_quote_in_cxx_raises(monkeypatch):

@@ -204,6 +204,28 @@ def test_transform_can_map_the_axis_of_pooled_statistics():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **SINGLE), got, wanted)
 
 
+def test_transformed_function_is_compiled_once():
+    traced = []
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            traced.append(1)
+            layer = bnlstm_jax.BNLSTM(3, axis_name="b", use_running_average=False)
+            return layer(x)
+
+    def transform(function):
+        mapped = jax.vmap(function, (None, None, None, 0), out_axes=None, axis_name="b")
+        return jax.jit(mapped)
+
+    model, x = Model(), jax.random.normal(jax.random.key(1), (2, 4, STEPS, 3))
+    variables = jax.vmap(model.init, (None, 0), axis_name="b")(jax.random.key(0), x)
+    variables = jax.tree.map(lambda leaf: leaf[0], variables)
+    for calls in (2, 2, 2):  # of init, and of the first estimate
+        bnlstm_jax.estimate_population_statistics(model, variables, [x, x], transform=transform)
+        assert len(traced) == calls
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["cut", "masked"])
 def test_late_steps_are_skipped_or_repeated(masked):
     layer = bnlstm_jax.BNLSTM(5, max_steps=STEPS)

@@ -2,7 +2,7 @@
 
 Libraries are kept in `bnlstm_jax` in the user's cache folder (`XDG_CACHE_HOME`, or `~/.cache`). A
 library's name has a hash of its sources, command, compiler, C library, JAX version and processor:
-different machines can share a cache.
+different machines can share a cache. A compiler is therefore needed at every start.
 """
 
 import functools
@@ -36,13 +36,12 @@ def build(source: Path, platform: str) -> Path:
     contents = [path.read_bytes() for path in (source, *headers(source))]
     key = command, compiler(command, platform), system.libc_ver(), jax.__version__, contents
     version = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    cache = cache_folder()
-    target = cache / f"{source.stem}_{platform}_{version}.so"
+    target = library_path(f"{source.stem}_{platform}_{version}.so")
     if target.exists():
         return target
     logging.getLogger(__name__).info("compiling %s for %s, once", source.name, platform)
     # Written to a temporary folder, then moved: other processes may compile it at the same time.
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
         result = run([*command, "-o", str(made)])
         if result.returncode:
@@ -55,19 +54,23 @@ def build(source: Path, platform: str) -> Path:
     return target
 
 
-def cache_folder() -> Path:
-    """The folder for libraries; a temporary one if the user's cache folder is not writable."""
+def library_path(name: str) -> Path:
+    """The path of a library in the user's cache folder.
+
+    If the library is not there and the folder is not writable, it is in a temporary folder.
+    """
     try:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(home) / "bnlstm_jax"
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        path = Path(home) / "bnlstm_jax" / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
         logging.getLogger(__name__).warning(
             "compiled libraries are not cached: %s; set XDG_CACHE_HOME to a writable folder", error
         )
-        return Path(_temporary_folder().name)
-    return folder
+        return Path(_temporary_folder().name) / name
+    return path
 
 
 @functools.cache

@@ -28,19 +28,20 @@ def load(source: Path, platform: str, symbol: str, target: str) -> ctypes.CDLL:
     """
     with _LOADING:
         library = _load(source, platform, symbol, target)
-    if isinstance(library, RuntimeError):
-        raise library
+    if isinstance(library, str):
+        raise RuntimeError(library)
     return library
 
 
 @functools.cache
-def _load(source: Path, platform: str, symbol: str, target: str) -> ctypes.CDLL | RuntimeError:
+def _load(source: Path, platform: str, symbol: str, target: str) -> ctypes.CDLL | str:
+    # Returns the text of an error: a cached exception would keep the frames that raised it.
     try:
         path = build(source, platform)
     except RuntimeError as error:
-        return error
+        return str(error)
     except OSError as error:
-        return RuntimeError(f"{source.name} cannot be compiled: {error}")
+        return f"{source.name} cannot be compiled: {error}"
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -50,7 +51,7 @@ def _load(source: Path, platform: str, symbol: str, target: str) -> ctypes.CDLL 
                 "; if Python's libstdc++ is older than the compiler's, set "
                 "CXX='g++ -static-libstdc++ -static-libgcc'"
             )
-        return RuntimeError(f"{source.name} was compiled but cannot be loaded: {error}{hint}")
+        return f"{source.name} was compiled but cannot be loaded: {error}{hint}"
     name = "CUDA" if platform == "gpu" else platform
     for call in ("Forward", "Backward"):
         handler = jax.ffi.pycapsule(getattr(library, f"{symbol}{call}"))
