@@ -94,13 +94,15 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         config = define("config", source, "", flag_values=flags.FlagValues(), sys_argv=[]).default
     except flags.Error as error:  # its message holds a traceback
         raise UserError(f"--config={source}: {str(error).strip().splitlines()[-1]}") from error
-    check_fields(argv, config)
+    except SyntaxError as error:
+        raise UserError(f"--config={source} is no valid Python: {error}") from error
+    check_field_flags(argv, config)
     define("config", source, "Config file; --config.FIELD=VALUE sets its fields.", sys_argv=argv)
     flags.FLAGS["config"].present = early["config"].present
     return flags.FLAGS(argv)
 
 
-def check_fields(argv: Sequence[str], config: ConfigDict) -> None:
+def check_field_flags(argv: Sequence[str], config: ConfigDict) -> None:
     """Refuses `--config.FIELD` flags for fields that the config lacks, and for `task`.
 
     Raises:
@@ -168,10 +170,10 @@ def run_all(base: ConfigDict) -> None:
     for run in runs.values():
         processes.on_first(functools.partial(workdir.check, *run))
     cache_programs()
-    if given.mode == "evaluate":
-        results = [train.evaluate_run(*run) for run in runs.values()]
-    else:
-        results = [train.train(*run, profile=given.profile) for run in runs.values()]
+    run_one = functools.partial(train.train, profile=given.profile)
+    run_one = train.evaluate_run if given.mode == "evaluate" else run_one
+    *others, last = runs.values()
+    results = [*(run_one(*run, more=True) for run in others), run_one(*last)]
 
     if not processes.is_first():
         return

@@ -15,7 +15,7 @@ from experiments import parallel, tasks
 from experiments.evaluate import Check, Evaluator
 from experiments.parallel import BatchSharding, Devices
 from experiments.records import boards, metrics, milestones, results_file, workdir
-from experiments.records.checkpoints import Checkpoints
+from experiments.records.checkpoints import Checkpoints, check_not_lost
 from experiments.runtime import finite, processes
 from experiments.runtime.errors import Stopped, UserError
 from experiments.runtime.interruption import Interruption
@@ -254,17 +254,23 @@ def calls(
     return [([batch for batch, _ in placed], sharding)]
 
 
-def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, Any]:
+def train(
+    config: ConfigDict, folder: Path, profile: bool = False, more: bool = False
+) -> dict[str, Any]:
     """Trains, or continues to train, the run in `folder`, and evaluates its best checkpoint.
 
-    With `profile`, JAX's profiler traces all updates into the folder `profile`.
+    Args:
+      config: the run's config.
+      folder: the workdir.
+      profile: JAX's profiler traces all updates into the folder `profile`.
+      more: other runs follow: a signal stops them even if it arrives at the very end of this one.
 
     Returns:
       The content of `results.json` in the folder: see `evaluate_best`.
 
     Raises:
-      UserError: config, data or folder do not match, or an update would introduce a non-finite
-        value.
+      UserError: config, data or folder do not match, the run's checkpoints are gone, or an update
+        would introduce a non-finite value.
       Stopped: a signal arrived. The last update is saved.
     """
     # Nothing is written before config, data and folder have been checked.
@@ -278,14 +284,15 @@ def train(config: ConfigDict, folder: Path, profile: bool = False) -> dict[str, 
             # Check again under the lock: another run may have used the folder until now.
             workdir.check(config, folder)
             workdir.check_record(setup.record, folder)
-        interruption = stack.enter_context(Interruption())
+            check_not_lost(config, folder)
+        interruption = stack.enter_context(Interruption(more))
         checkpoints = stack.enter_context(setup.checkpoints())
         training = Training.start(setup, checkpoints, state)
         del state  # frees the devices' memory; training has its own
         start, total = training.done, config.num_updates
         if start == total:
             results = processes.on_first(lambda: results_file.read_finished(folder, config, total))
-            if results is not None:
+            if results is not None and results["update"] == checkpoints.best_step():
                 return results
 
         shown: list[boards.Board] = []
@@ -359,8 +366,8 @@ def evaluate_best(
     return results_file.write(folder, results) if processes.is_first() else results
 
 
-def evaluate_run(config: ConfigDict, folder: Path) -> dict[str, Any]:
-    """Evaluates the best checkpoint of the run in `folder`; see `evaluate_best`."""
+def evaluate_run(config: ConfigDict, folder: Path, more: bool = False) -> dict[str, Any]:
+    """Evaluates the best checkpoint of the run in `folder`; see `evaluate_best` and `train`."""
 
     def check_folder() -> None:
         workdir.read_config(folder)  # refuses a folder without a run
@@ -372,7 +379,7 @@ def evaluate_run(config: ConfigDict, folder: Path) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         if processes.is_first():
             stack.enter_context(workdir.in_use(folder))
-        interruption = stack.enter_context(Interruption())
+        interruption = stack.enter_context(Interruption(more))
         checkpoints = stack.enter_context(setup.checkpoints(read_only=True))
         results = evaluate_best(setup, state, checkpoints, interruption.check)
         if processes.is_first():

@@ -36,7 +36,8 @@ class TrainState(train_state.TrainState):
 def random_keys(seed: int) -> tuple[jax.Array, jax.Array]:
     """The keys of a run: for initial parameters, and for noise.
 
-    The n-th batch gets the same noise in training, in every evaluation and in re-estimation.
+    On one device, the n-th batch gets the same noise in training, in every evaluation and in
+    re-estimation.
     """
     return tuple(jax.random.split(jax.random.key(seed)))
 

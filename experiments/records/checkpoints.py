@@ -26,9 +26,10 @@ from absl import logging
 from flax import serialization
 from flax.training.train_state import TrainState
 from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from experiments.records import workdir
+from experiments.records import metrics, results_file, workdir
 from experiments.runtime import processes
 from experiments.runtime.errors import Stopped, UserError
 
@@ -136,7 +137,7 @@ class Checkpoints:
             validation = None
         # Copies: the next update reuses the memory of the state.
         arrays = jax.tree.map(np.array, jax.device_get(serialization.to_state_dict(state)))
-        seal = {"sha256": digest(step, arrays, validation), "metrics": validation}
+        seal = {"sha256": digest(step, arrays, validation)}
         content = ocp.args.StandardSave(arrays)
         with self._written():
             self._manager.save(step, args=content, metrics=validation, custom_metadata=seal)
@@ -254,6 +255,25 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(
         (int(path.name) for path in folder.iterdir() if path.name.isdigit()), reverse=True
     )
+
+
+def check_not_lost(config: ConfigDict, workdir: Path) -> None:
+    """Refuses a run whose checkpoints are gone: a new start would delete its metrics.
+
+    Raises:
+      UserError: says how far the run has come.
+    """
+    folder = workdir / "checkpoints"
+    if folder.is_dir() and steps_in(folder):
+        return
+    rows = metrics.read_metrics(workdir)
+    last = rows[-1]["update"] if rows else 0
+    # A run that is killed may lack its first checkpoint, but only until it saves the second.
+    if results_file.read(workdir) or last > 2 * min(config.eval_every, config.checkpoint_every):
+        raise UserError(
+            f"--workdir={workdir} holds metrics up to update {last:,}, but no checkpoint: restore "
+            "its folder checkpoints, or choose another workdir"
+        )
 
 
 def put_aside_damaged(folder: Path) -> None:

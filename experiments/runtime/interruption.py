@@ -28,8 +28,9 @@ class Interruption:
     update, or in the same call of `check`. All processes must make the same calls.
     """
 
-    def __init__(self) -> None:
-        """No signal has been received yet."""
+    def __init__(self, more: bool = False) -> None:
+        """No signal has been received yet. If `more` work follows the context, its end checks."""
+        self._more = more
         self._received: int | None = None
         self._earlier = {}
 
@@ -47,10 +48,12 @@ class Interruption:
                 self._earlier[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         """Restores the earlier handlers."""
         for number, earlier in self._earlier.items():
             signal.signal(number, earlier)
+        if self._more and kind is None:
+            self.check()
 
     def requested(self) -> int | None:
         """The signal that asks to stop now, the same on every process; None if there was none."""

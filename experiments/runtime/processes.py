@@ -4,6 +4,7 @@ Only process 0 reads and writes the workdir, and prints. It sends the others wha
 machines need no shared folder.
 """
 
+import collections
 import contextlib
 import json
 import os
@@ -116,7 +117,8 @@ def joined(
       timeout: seconds to wait for others at the start, and until a silent process counts as lost.
 
     Raises:
-      UserError: the arguments contradict each other, or there is no cluster.
+      UserError: the arguments contradict each other, there is no cluster, or processes have
+        different numbers of devices.
     """
     _check(coordinator_address, num_processes, process_id)
     # The processes connect directly, even where the web needs a proxy.
@@ -135,6 +137,7 @@ def joined(
             "--coordinator_address=HOST:PORT --num_processes=N --process_id=I"
         ) from error
     try:
+        _check_devices()
         yield
     except Everywhere:
         raise
@@ -144,6 +147,17 @@ def joined(
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(status)
+
+
+def _check_devices() -> None:
+    """Refuses processes with different numbers of devices, between which JAX cannot communicate."""
+    numbers = collections.Counter(device.process_index for device in jax.devices())
+    for process, number in numbers.items():
+        if number != numbers[0]:
+            raise Everywhere(
+                f"process {process} has {number} devices, process 0 has {numbers[0]}: start all "
+                "processes with the same number of devices"
+            )
 
 
 def _check(address: str | None, num_processes: int | None, process_id: int | None) -> None:

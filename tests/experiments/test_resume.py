@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from experiments import train, train_step
-from experiments.records import checkpoints, metrics, workdir
+from experiments.records import checkpoints, metrics, results_file, workdir
 from experiments.runtime import finite
 from experiments.runtime.errors import Stopped, UserError
 from experiments.tasks import sequential_images
@@ -244,6 +244,20 @@ def test_signal_during_the_final_evaluation_stops_it(config, unbroken, tmp_path,
     assert list(differences(tmp_path, unbroken)) == []
 
 
+def test_signal_at_the_very_end_stops_the_runs_that_follow(config, tmp_path, monkeypatch):
+    written = results_file.write
+
+    def write(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return written(*arguments)
+
+    monkeypatch.setattr(results_file, "write", write)
+    train.train(config, tmp_path / "last")
+    with pytest.raises(Stopped, match="stopped by SIGTERM; run the same command to continue"):
+        train.train(config, tmp_path / "first", more=True)
+    assert ends(tmp_path / "first") == ends(tmp_path / "last") == [8]
+
+
 # ---- Damage.
 
 
@@ -291,6 +305,40 @@ def test_damaged_checkpoint_is_renamed_and_the_previous_one_used(
     assert list(differences(folder, unbroken)) == []
     starts = json.loads((folder / "run.json").read_text())["starts"]
     assert len(starts) == 2
+
+
+def test_finished_run_without_its_best_checkpoint_is_evaluated_again(config, tmp_path, monkeypatch):
+    validated = train.Training.validate
+
+    def validate(self, *arguments):
+        best = {self.setup.task.selection: 1.0} if self.done == 4 else {}
+        return validated(self, *arguments) | best
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Training, "validate", validate)
+        assert train.train(config, tmp_path)["update"] == 4
+    spoil_bit(tmp_path / "checkpoints" / "4")
+    results = train.train(config, tmp_path)
+    assert results["update"] == checkpoints.read_best(tmp_path)[0] == 8
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_run_without_its_checkpoints_raises_and_stays_unchanged(
+    config, unbroken, tmp_path, finished
+):
+    folder = copy(unbroken, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints")
+    if not finished:
+        (folder / "results.json").unlink()
+        with (folder / metrics.FILE_NAME).open("a") as file:
+            file.write('{"update": 9, "split": "train"}\n')
+    before = {path: path.read_bytes() for path in files_of(folder) if path.name != "lock"}
+    message = rf"metrics up to update {8 if finished else 9}, but no checkpoint: restore"
+    with pytest.raises(UserError, match=message):
+        train.train(config, folder)
+    assert {path: path.read_bytes() for path in before} == before
+    assert not (folder / "checkpoints").exists()
 
 
 def test_read_errors_do_not_rename_checkpoints(unbroken, tmp_path, monkeypatch):

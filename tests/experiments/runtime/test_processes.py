@@ -61,13 +61,14 @@ def kill_started_processes():
 
 
 class Job:
-    """Processes that train together, each with the same number of virtual devices."""
+    """Processes that train together, with a number of virtual devices, or one for each."""
 
     def __init__(self, number_of, devices, folder, *arguments, own=(), timeout=60):
         self.folder, address = folder, f"127.0.0.1:{free_port()}"
         joining = [f"--coordinator_address={address}", f"--num_processes={number_of}"]
         joining = joining if number_of > 1 else []
         self.members = []
+        devices = devices if isinstance(devices, tuple) else (devices,) * number_of
         for number in range(number_of):
             command = [sys.executable, "-m", "experiments.main", *COMMAND, *arguments, *joining]
             command += [f"--process_id={number}", f"--peer_timeout={timeout}"] if joining else []
@@ -76,7 +77,7 @@ class Job:
             command.append(f"--workdir={folder if number == 0 else f'{folder}_{number}'}")
             environment = os.environ | {
                 "JAX_PLATFORMS": "cpu",
-                "JAX_NUM_CPU_DEVICES": str(devices),
+                "JAX_NUM_CPU_DEVICES": str(devices[number]),
                 "PYTHONUNBUFFERED": "1",
                 # Many clusters set a proxy. Nothing listens at this one.
                 "http_proxy": "http://127.0.0.1:9",
@@ -225,6 +226,14 @@ def test_different_flags_or_data_raise_on_all_processes(book, tmp_path):
         assert "error: another process differs from process 0" in ended[0][1]
         assert difference in ended[1][1]
         assert not (tmp_path / "run").exists()
+
+
+def test_different_numbers_of_devices_raise_on_all_processes(book, tmp_path):
+    ended = Job(2, (1, 3), tmp_path / "run", book).end()
+    assert [status for status, _ in ended] == [2, 2], ended
+    for _, said in ended:
+        assert "error: process 1 has 3 devices, process 0 has 1: start" in said
+        assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("number", [0, 1])
