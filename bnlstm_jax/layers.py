@@ -452,7 +452,7 @@ def _problem(
     if not symbols and not jnp.issubdtype(inputs.dtype, jnp.floating):
         inputs = inputs.astype(state)
     kernel = params.pop("recurrent_kernel")
-    params, carry = jax.tree.map(lambda x: x.astype(state), (params, carry))
+    params, carry, statistics = jax.tree.map(lambda x: x.astype(state), (params, carry, statistics))
     return Problem(
         kernel,
         params,

@@ -233,6 +233,39 @@ def test_inference_matches_the_reference(case, name):
         np.testing.assert_allclose(outputs(name), outputs("reference"), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["xla", "tpu", "gpu", "cpu"])
+def test_nan_stays_in_its_sequence_at_inference(name):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3, 2)), jnp.float32)
+    layer = bnlstm_jax.BNLSTM(3, max_steps=3, implementation=name, use_running_average=True)
+    variables = layer.init(jax.random.key(0), x)
+    x = x.at[1, 0, 0].set(jnp.nan)
+
+    def loss(x, carry):
+        return layer.apply(variables, x, initial_carry=carry)[jnp.array([0, 2, 3])].sum()
+
+    carry = (jnp.full((4, 3), 0.1), jnp.full((4, 3), 0.2))
+    d_x, (d_c, d_h) = jax.grad(loss, (0, 1))(x, carry)
+    for gradient in (d_x, d_c, d_h):
+        rows = np.isfinite(gradient).reshape(4, -1)
+        assert rows[[0, 2, 3]].all() and np.any(gradient[0] != 0)
+
+
+@pytest.mark.parametrize("name", ["xla", "tpu", "gpu", "cpu"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_statistics_are_used_in_float32(name, dtype):
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.normal(size=(4, 3, 2)), jnp.float32)
+    layer = bnlstm_jax.BNLSTM(3, max_steps=3, implementation=name, use_running_average=True)
+    variables = layer.init(jax.random.key(0), x)
+    half = jax.tree.map(
+        lambda leaf: jnp.asarray(random.uniform(0.5, 1.5, leaf.shape), dtype),
+        variables["batch_stats"],
+    )
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
+    got, expected = (layer.apply({**variables, "batch_stats": each}, x) for each in (half, wide))
+    np.testing.assert_array_equal(got, expected)
+
+
 def test_xla_uses_at_most_half_the_reference_memory():
     x = jnp.zeros((32, 50, 1))
 

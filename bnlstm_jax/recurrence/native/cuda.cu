@@ -321,7 +321,7 @@ DEVICE void normalize_backward(float (&d)[F][Sharing<U, B>::kRows], float (&sums
   float rows = 0;
 #pragma unroll
   for (int w = 0; w < W; ++w) rows += all[w][2 * F];
-  const float share = given ? 0.f : divide(1.f, fmaxf(rows, 1.f));
+  const float share = divide(1.f, fmaxf(rows, 1.f));
 #pragma unroll
   for (int f = 0; f < F; ++f) {
     float d_inverse = 0;
@@ -335,10 +335,11 @@ DEVICE void normalize_backward(float (&d)[F][Sharing<U, B>::kRows], float (&sums
     d_scale[f] = inverse * d_inverse;
     const float mean = sums[f] * share, slope = inverse * d_scale[f] * share;
 #pragma unroll
-    for (int r = 0; r < R; ++r)
-      d[f][r] = counts[r]
-                    ? scale[f] * inverse * (d[f][r] - mean - (x[f][r] - moments[f].mean) * slope)
-                    : 0.f;
+    for (int r = 0; r < R; ++r) {
+      // Given moments do not depend on the rows: NaN in one of them must not reach the others.
+      const float shift = given ? 0.f : mean + (x[f][r] - moments[f].mean) * slope;
+      d[f][r] = counts[r] ? scale[f] * inverse * (d[f][r] - shift) : 0.f;
+    }
   }
 }
 
