@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from bnlstm_jax.initializers import Initializer
@@ -63,6 +64,24 @@ def check_rows(module: nn.Module, rows: int) -> None:
         )
 
 
+def normalizes_by_running(module: nn.Module, argument: bool | None) -> bool:
+    """Whether a module normalises by running statistics, by its field or the argument of a call.
+
+    Raises:
+      TypeError: the value is an array or a list, such as lengths by position, or is traced.
+      ValueError: both or neither are given.
+    """
+    value = nn.merge_param("use_running_average", module.use_running_average, argument)
+    traced = isinstance(value, jax.core.Tracer)
+    if np.ndim(value) or traced:
+        got = f"{'traced ' * traced}{jnp.asarray(value).dtype}{list(np.shape(value))}"
+        raise TypeError(
+            f"{type(module).__name__}: use_running_average: expected True or False, got {got}; "
+            "pass lengths as seq_lengths=...; under nn.remat or nn.jit, set the field instead"
+        )
+    return bool(value)
+
+
 def pooled_axis(module: nn.Module, use_running_average: bool = False) -> str | None:
     """The `axis_name` of a module, or None where there is nothing to pool.
 
@@ -74,11 +93,27 @@ def pooled_axis(module: nn.Module, use_running_average: bool = False) -> str | N
 
 
 def running_statistics(module: nn.Module, shape: tuple[int, ...], prefix: str = "") -> Statistics:
-    """The running mean (initially 0) and variance (initially 1) of a term, in `batch_stats`."""
+    """The running mean (initially 0) and variance (initially 1) of a term, in `batch_stats`.
+
+    Raises:
+      ValueError: `batch_stats` lacks them, or they have another shape.
+    """
     dtype = statistics_dtype(module.param_dtype)
-    mean = module.variable("batch_stats", f"{prefix}mean", jnp.zeros, shape, dtype)
-    var = module.variable("batch_stats", f"{prefix}var", jnp.ones, shape, dtype)
-    return Statistics(mean.value, var.value)
+    owner, values = type(module).__name__, []
+    for name, init in ((f"{prefix}mean", jnp.zeros), (f"{prefix}var", jnp.ones)):
+        missing = not module.has_variable("batch_stats", name)
+        if missing and not module.is_mutable_collection("batch_stats"):
+            raise ValueError(
+                f"{owner}: the variables have no batch_stats/{name}; a lifted transform, such as "
+                "nn.RNN or nn.scan, must list the collections: "
+                f"variable_axes={{'batch_stats': 0, '{CURRENT_BATCH_STATS}': 0}}"
+            )
+        value = module.variable("batch_stats", name, init, shape, dtype).value
+        if value.shape != shape:
+            expected = f"expected batch_stats/{name} of the shape {list(shape)}"
+            raise ValueError(f"{owner}: {expected}, got {list(value.shape)}")
+        values.append(value)
+    return Statistics(*values)
 
 
 def update_statistics(
@@ -179,9 +214,7 @@ class BatchNorm(nn.Module):
             is not boolean or has another rank than `x`, or the batch has one row under batch
             statistics.
         """
-        use_running_average = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
-        )
+        use_running_average = normalizes_by_running(self, use_running_average)
         check_fields(self)
         features, axis = x.shape[-1:], tuple(range(-x.ndim, -1))
         scale = self.param("scale", self.scale_init, features, self.param_dtype)

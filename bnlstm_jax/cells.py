@@ -33,6 +33,7 @@ from jax import Array
 from bnlstm_jax.batch_norm import (
     check_fields,
     check_rows,
+    normalizes_by_running,
     pooled_axis,
     running_statistics,
     update_statistics,
@@ -396,9 +397,7 @@ class BNLSTMCell(RecurrentCell):
         `use_running_average` is as the attribute; set exactly one of the two.
         """
         # A cell that normalises nothing needs no choice of statistics.
-        use_running_average = not self.normalize or nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
-        )
+        use_running_average = not self.normalize or normalizes_by_running(self, use_running_average)
         check_rank(self, inputs)
         params = lstm_params(self, inputs.shape[-1], self.normalize)
         norm = Normalization(
@@ -530,9 +529,7 @@ class BNSimpleCell(nn.RNNCellBase):
 
         `use_running_average` is as the attribute; set exactly one of the two.
         """
-        use_running_average = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
-        )
+        use_running_average = normalizes_by_running(self, use_running_average)
         check_rank(self, inputs)
         if not use_running_average:
             check_rows(self, inputs.shape[0])

@@ -22,6 +22,7 @@ from jax import Array
 from bnlstm_jax import recurrence
 from bnlstm_jax.batch_norm import (
     check_rows,
+    normalizes_by_running,
     pooled_axis,
     running_statistics,
     update_statistics,
@@ -400,9 +401,7 @@ class _Call(NamedTuple):
 def _run(layer: RecurrentLayer, inputs: Array, call: _Call) -> Array | tuple[Carry, Array]:
     """Runs a layer."""
     norm = normalization(layer)
-    training = bool(norm.batch_terms) and not nn.merge_param(
-        "use_running_average", layer.use_running_average, call.use_running_average
-    )
+    training = bool(norm.batch_terms) and not normalizes_by_running(layer, call.use_running_average)
     call = _checked(layer, inputs, call, training)
     inputs, valid = call.enter(inputs, keep_padding=training and norm.counts_padding)
     steps, batch = inputs.shape[:2]
@@ -499,8 +498,11 @@ def _state_dtype(layer: RecurrentLayer, inputs: Array) -> jnp.dtype:
 
 def _checked(layer: RecurrentLayer, inputs: Array, call: _Call, training: bool) -> _Call:
     """Checks the arguments of a call, and clips lengths to `[0, time]`."""
-    name, got = type(layer).__name__, f"got {inputs.dtype}{list(inputs.shape)}"
-    axes = "time, batch" if call.time_major else "batch, time"
+    name, axes = type(layer).__name__, "time, batch" if call.time_major else "batch, time"
+    if not hasattr(inputs, "dtype"):
+        got = type(inputs).__name__
+        raise TypeError(f"{name}: expected an array of inputs [{axes}, features], got a {got}")
+    got = f"got {inputs.dtype}{list(inputs.shape)}"
     if layer.vocab_size is None and inputs.ndim != 3:
         symbols = inputs.ndim == 2 and jnp.issubdtype(inputs.dtype, jnp.integer)
         hint = f"; set vocab_size for symbols [{axes}]" if symbols else ""
@@ -582,19 +584,19 @@ def _running(layer: RecurrentLayer, term: str, steps: int) -> Statistics:
             "max_steps: expected a number if the layer is initialised by sequences without steps"
         )
     shape: tuple[int, ...] = (term_size(layer, term),)
+    mean: Any = layer.get_variable("batch_stats", f"{term}_mean")
+    stored: tuple[int, ...] = getattr(mean, "shape", ())
     if per_step:
-        shape = (layer.max_steps or steps, *shape)
-    running = running_statistics(layer, shape, f"{term}_")
-    stored = running.mean.shape
-    if per_step and layer.max_steps is None and len(stored) == 2:
-        shape = (stored[0], *shape[1:])  # any number of steps
-    if stored != shape:
+        # Without max_steps, stored statistics may have any number of steps.
+        rows = stored[0] if len(stored) == 2 and layer.max_steps is None else steps
+        shape = (layer.max_steps or rows, *shape)
+    if stored and stored != shape:
         raise ValueError(
             f"max_steps={layer.max_steps}, shared_statistics={layer.shared_statistics}, "
             f"input_statistics={layer.input_statistics!r}: expected batch_stats/{term}_mean of the "
             f"shape {list(shape)}, got {list(stored)}"
         )
-    return running
+    return running_statistics(layer, shape, f"{term}_")
 
 
 def _at_steps(

@@ -63,6 +63,8 @@ def estimate_population_statistics(
     If the model calls a module several times, the statistics of a batch are the average over these
     calls, weighted by the number of rows in each.
 
+    Call it outside of `jit` and `vmap`: it checks values.
+
     Args:
       model: a `flax.linen.Module`.
       variables: the model's variables, with the parameters to estimate statistics for. The model's
@@ -92,7 +94,8 @@ def estimate_population_statistics(
       stay as they are.
 
     Raises:
-      TypeError: `model` is not a `flax.linen.Module`, `rngs` is not a dict, or a batch is a list.
+      TypeError: `model` is not a `flax.linen.Module`, `variables` or `rngs` is not a dict, or a
+        batch is a list.
       ValueError: there are no batches, no module used batch statistics, a lifted transform does not
         list `current_batch_stats`, or `late_steps` is unknown.
 
@@ -103,6 +106,9 @@ def estimate_population_statistics(
     if late_steps not in ("skip", "repeat"):
         raise ValueError(f"late_steps: expected 'skip' or 'repeat', got {late_steps!r}")
     _check_model(model)
+    if not isinstance(variables, Mapping):
+        got = type(variables).__name__
+        raise TypeError(f"variables: expected {{'params': ..., 'batch_stats': ...}}, got {got}")
     if rngs is not None and not isinstance(rngs, Mapping):
         got = type(rngs).__name__
         raise TypeError(f"rngs: expected a dict of keys, such as {{'dropout': key}}, got {got}")

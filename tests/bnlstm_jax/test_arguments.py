@@ -109,6 +109,46 @@ def test_narrow_integer_lengths_match_int32_lengths(dtype):
     assert_equal(*outputs)
 
 
+@pytest.mark.parametrize("module", [BNLSTM(2), BNLSTMCell(2), BNSimpleCell(2), BatchNorm()])
+def test_non_boolean_use_running_average_raises(module):
+    x = jnp.zeros((3, 2)) if "Cell" in type(module).__name__ else jnp.zeros((3, 5, 2))
+    arguments = (x,)
+    if isinstance(module, BNLSTMCell | BNSimpleCell):
+        arguments = (module.initialize_carry(jax.random.key(0), x.shape), x)
+    variables = module.init(jax.random.key(0), *arguments, True)
+
+    def apply(flag):
+        return module.apply(variables, *arguments, flag)
+
+    message = rf"{type(module).__name__}: use_running_average: expected True or False, got "
+    for wrong, got in ((LENGTHS, r"int32\[3\]"), (jnp.array(LENGTHS), r"int32\[3\]; pass lengths")):
+        with pytest.raises(TypeError, match=message + got):
+            apply(wrong)
+    with pytest.raises(TypeError, match=message + r"traced bool\[\]"):
+        jax.jit(apply)(True)
+    for flag in (np.True_, jnp.array(True)):
+        jax.tree.map(np.testing.assert_array_equal, apply(flag), apply(True))
+
+
+def test_inputs_that_are_no_array_raise():
+    for inputs, got in (({"x": 1}, "a dict"), ([[[1.0]]], "a list")):
+        with pytest.raises(TypeError, match=rf"BNLSTM: .* \[batch, time, features\], got {got}"):
+            BNLSTM(2).init(jax.random.key(0), inputs, True)
+
+
+def test_missing_or_misshaped_statistics_of_cells_raise():
+    cell, x = BNLSTMCell(2, use_running_average=True), jnp.zeros((3, 4))
+    carry = cell.initialize_carry(jax.random.key(0), x.shape)
+    with pytest.raises(ValueError, match=r"no batch_stats/input_mean; .* variable_axes="):
+        nn.RNN(cell).init(jax.random.key(0), jnp.zeros((3, 5, 4)))
+    variables = cell.init(jax.random.key(0), carry, x)
+    with pytest.raises(ValueError, match="BNLSTMCell: the variables have no batch_stats/input_m"):
+        cell.apply({"params": variables["params"]}, carry, x)
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 5), variables["batch_stats"])
+    with pytest.raises(ValueError, match=r"input_mean of the shape \[8\], got \[5, 8\]"):
+        cell.apply({**variables, "batch_stats": stacked}, carry, x)
+
+
 @pytest.mark.parametrize(
     "largest",
     [np.int64(2**63 - 1), np.uint32(2**32 - 1), np.int32(2**31 - 1), jnp.uint32(2**32 - 1)],

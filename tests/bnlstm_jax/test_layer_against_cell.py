@@ -5,8 +5,6 @@ parameters, and agree up to rounding.
 """
 
 import functools
-import re
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -323,17 +321,6 @@ def test_bidirectional_layer_matches_the_reference(normalize, options, lengths):
             if train:
                 after = reference.running_average(after, found, 0.9)
             assert_close(dict(updates["batch_stats"][name]), after, **DOUBLE)
-
-
-def test_documented_code_converts_flax_weights():
-    page = (Path(__file__).parents[2] / "docs" / "layer.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(theirs = .*?)```", page, re.DOTALL)
-    x = jax.random.normal(jax.random.key(1), (3, 5, 2))
-    rnn = nn.RNN(nn.LSTMCell(100))
-    variables = rnn.init(jax.random.key(0), x)
-    found = {"variables": variables, "x": x, "jnp": jnp, "LSTM": bnlstm_jax.LSTM}
-    exec(code, found)
-    np.testing.assert_allclose(found["y"], rnn.apply(variables, x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("field", ["normalize", "mask_statistics"])

@@ -204,6 +204,11 @@ def test_transform_can_map_the_axis_of_pooled_statistics():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **SINGLE), got, wanted)
 
 
+def test_variables_that_are_no_dict_raise():
+    with pytest.raises(TypeError, match=r"variables: expected \{'params': .*, got list"):
+        bnlstm_jax.estimate_population_statistics(bnlstm_jax.BNLSTM(3), [], [])
+
+
 def test_transformed_function_is_compiled_once():
     traced = []
 
