@@ -29,6 +29,7 @@ def define_flags() -> None:
     paths.DEFINE_path(
         "output", None, f"Picture to write, by default {PICTURE_NAME} in the folder of the run."
     )
+    flags.DEFINE_string("layer", None, "Layer of a model with several; by default the first.")
     flags.DEFINE_integer("units", 30, "Number of units of each term.", lower_bound=1)
     flags.DEFINE_integer("steps", None, "Number of time steps, by default all.", lower_bound=1)
 
@@ -46,12 +47,16 @@ def main(_: list[str]) -> None:
             f"--workdir={folder} has no statistics by time step to draw: its model, {label}, "
             "normalises neither the recurrent term nor the cell, or all time steps share statistics"
         )
-    layer, statistics = min(layers.items())
+    layer = given.layer or min(layers)
+    if layer not in layers:
+        raise UserError(f"--layer={layer}: the model has {', '.join(sorted(layers))}")
     data = workdir.read_record(folder)["dataset"]
     title = f"{data}, {label}, update {update:,}"
     if len(layers) > 1:
         title += f", {layer} of {len(layers)} layers"
-    figure = draw_statistics(statistics, given.units, given.steps, f"{title}\n{STATISTICS[which]}")
+    figure = draw_statistics(
+        layers[layer], given.units, given.steps, f"{title}\n{STATISTICS[which]}"
+    )
     picture = Path(given.output or folder / PICTURE_NAME)
     pictures.save(figure, picture)
     print(f"{STATISTICS[which].capitalize()}, of update {update:,}: {picture}")

@@ -120,7 +120,7 @@ def find(source_dir: Path) -> Path:
         if (folder / "cnn.tgz").is_file():
             return folder / "cnn.tgz"
     for folder in (*folders, source_dir / "cnn" / "cnn"):
-        if (folder / "questions").is_dir():
+        if any((folder / "questions" / split).is_dir() for split in FOLDERS):
             return folder / "questions"
     archives = sorted(path for folder in folders for path in matching(folder, "cnn*.tgz"))
     if not archives:
@@ -257,9 +257,11 @@ def _arrays(
     for split in SPLITS:
         ordered = sorted(rows[split])
         ends = np.cumsum([row.length for row in ordered], dtype=np.int64)
-        passages = np.memmap(work_dir / f"{split}_passages", np.int32, "w+", shape=int(ends[-1]))
-        for row, end in zip(ordered, ends, strict=True):
-            passages[end - row.length : end] = table[words[row.start : row.start + row.length]]
+        path = work_dir / f"{split}_passages"
+        with path.open("wb") as file:  # a full disk would end a process that writes to a memmap
+            for row in ordered:
+                file.write(table[words[row.start : row.start + row.length]])
+        passages = np.memmap(path, np.int32, "r")
         questions = [table[row.question] for row in ordered]
         arrays[f"{split}_passages"], arrays[f"{split}_passage_ends"] = passages, ends
         arrays[f"{split}_questions"], arrays[f"{split}_question_ends"] = _joined(questions)

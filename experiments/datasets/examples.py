@@ -45,10 +45,18 @@ def read(features: Features, splits: Mapping[str, Iterable[Example]]) -> dict[st
     Args:
       features: the type of each entry of an example.
       splits: the examples by split, in their order.
+
+    Raises:
+      OSError: the folder of temporary files is full.
     """
     with tempfile.TemporaryDirectory() as folder, _quiet():
         builder = Examples(features=features, splits=splits, data_dir=folder)
-        builder.download_and_prepare()
+        try:
+            builder.download_and_prepare()
+        except RuntimeError as error:
+            if "Failed to finalize writing" not in str(error):
+                raise
+            raise OSError(" ".join(str(error).split())) from error
         sources = {split: builder.as_data_source(split) for split in splits}
         # Four times as fast as iterating.
         return {split: rows.__getitems__(range(len(rows))) for split, rows in sources.items()}

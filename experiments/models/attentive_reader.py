@@ -61,8 +61,8 @@ class Quirks:
       count_padding: statistics include padding, except sequence-wise input statistics. A finished
         sequence counts with its last state, and statistics of W_d's term include one step of
         padding after the longest passage. If False, no statistic includes padding.
-      identical_blocks: all square kernels start from one matrix; see
-        `reader_initializers.orthogonal_blocks`.
+      identical_blocks: kernels of one shape start from one matrix, and all blocks of square ones;
+        see `reader_initializers`.
       double_bias: the LSTM's bias is added twice, which doubles its learning rate. In BN-LSTMs the
         normalisation removes the second one.
       unscaled_dropout: dropout scales at inference (down) instead of in training (up), as the
@@ -198,7 +198,7 @@ class AttentiveReader(nn.Module):
         if deterministic is None:
             deterministic = not self.has_rng("dropout")
         quirks = self.quirks
-        fan_uniform = reader_initializers.fan_uniform()
+        fan_uniform = reader_initializers.fan_uniform(quirks.identical_blocks)
         square = reader_initializers.orthogonal_blocks(quirks.square_scale, quirks.identical_blocks)
         embedding = self.matrix("embedding", fan_uniform, self.vocab_size, self.features)
 
@@ -247,7 +247,7 @@ class AttentiveReader(nn.Module):
             if self.axis_name is not None and not self.is_initializing():
                 longest = jax.lax.pmax(longest, self.axis_name)
             counted = padding_mask(jnp.full_like(lengths, longest) + 1, steps)
-        init = square if size == self.features else reader_initializers.fan_uniform()
+        init = square if size == self.features else None
         m = self.term("passage", y, use_running_average, init, counted)
         m += self.bias("attention_bias")
         m += self.term("question", u, use_running_average)[:, None]
@@ -273,7 +273,7 @@ class AttentiveReader(nn.Module):
         where: Array | None = None,
     ) -> Array:
         """`N(x W)`, or `x W` where attention is not normalised: `[..., d]`."""
-        init = init or reader_initializers.fan_uniform()
+        init = init or reader_initializers.fan_uniform(self.quirks.identical_blocks)
         kernel = self.matrix(f"{name}_kernel", init, x.shape[-1], self.features)
         x = product(x, kernel, self.dtype)
         if not self.normalize_attention:

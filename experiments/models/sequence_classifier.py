@@ -22,17 +22,7 @@ class SequenceClassifier(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(
-        self,
-        inputs: Array,
-        seq_lengths: Array | None = None,
-        use_running_average: bool | None = None,
-    ) -> Array:
+    def __call__(self, inputs: Array, use_running_average: bool | None = None) -> Array:
         """Maps sequences `[batch, time, features]` to logits `[batch, K]`, in nats."""
-        (_, hidden), _ = self.layer(
-            inputs,
-            seq_lengths=seq_lengths,
-            return_carry=True,
-            use_running_average=use_running_average,
-        )
+        (_, hidden), _ = self.layer(inputs, use_running_average, return_carry=True)
         return Readout(self.num_classes, self.dtype, name="readout")(hidden)

@@ -74,7 +74,7 @@ def reader_config(config: ConfigDict) -> ConfigDict:
     # Peculiarities of the released code; see docs/differences.md.
     config.model.unscaled_dropout = False  # dropout scales at inference rather than in training
     config.model.count_padding = True  # statistics include padding where the released code does
-    config.model.identical_blocks = True  # all square kernels start from one matrix
+    config.model.identical_blocks = True  # kernels of one shape start from one matrix
     config.model.double_bias = True  # the LSTM's bias is added twice
     return config
 
@@ -92,12 +92,11 @@ def make_model(
       UserError: `max_steps` exceeds the longest training passage.
     """
     check_max_steps(model, passage_steps, "passages")
-    names = [field.name for field in dataclasses.fields(Quirks)]
     return AttentiveReader(
         vocab_size=vocab_size,
         features=model.features,
         **FORMS[model.kind],
-        quirks=Quirks(**{name: model[name] for name in names if name in model}),
+        quirks=Quirks(**{field.name: model[field.name] for field in dataclasses.fields(Quirks)}),
         dropout_rate=model.dropout_rate,
         passage_steps=model.max_steps or passage_steps,
         question_steps=min(model.max_steps or question_steps, question_steps),

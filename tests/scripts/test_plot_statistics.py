@@ -25,7 +25,7 @@ def draw(monkeypatch, call_main):
         save(figure, picture)
 
     def draw(folder, **given):
-        given = {"output": None, "units": 30, "steps": None} | given
+        given = {"output": None, "layer": None, "units": 30, "steps": None} | given
         monkeypatch.setattr(pictures, "save", kept)
         output = call_main(plot_statistics, workdir=str(folder), **given).out
         return figures[-1], output
@@ -117,6 +117,22 @@ def test_layers_are_found_by_their_statistics():
     assert set(layers["decoder/rnn"]) == {"recurrent_mean", "recurrent_var"}
     figure = draw_statistics(layers["decoder/rnn"], 30, None, "")
     assert [lines(axes).shape for axes in figure.axes] == [(3, 2), (3, 2)]
+
+
+def test_layer_flag_selects_a_layer(finished, draw, monkeypatch):
+    names = [f"{term}_{moment}" for term in ("recurrent", "cell") for moment in ("mean", "var")]
+    layers = {
+        layer: {name: np.full((3, 2), value) for name in names}
+        for layer, value in (("backward", 1.0), ("forward", 2.0))
+    }
+    best = 3, {"batch_stats": layers}, "running"
+    monkeypatch.setattr(plot_statistics, "read_best", lambda _: best)
+    for layer, name, value in ((None, "backward", 1), ("forward", "forward", 2)):
+        figure, _ = draw(finished, layer=layer)
+        assert f"{name} of 2 layers" in figure.get_suptitle()
+        assert all(np.all(values == value) for values in panels(figure).values())
+    with pytest.raises(UserError, match="--layer=ward: the model has backward, forward"):
+        draw(finished, layer="ward")
 
 
 def test_model_without_statistics_raises(runs, draw, tmp_path):

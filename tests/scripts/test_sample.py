@@ -159,6 +159,14 @@ def test_run_of_another_task_raises(finished, write):
         write(finished)
 
 
+def test_config_of_another_version_raises(finished, write):
+    config = json.loads((finished / "config.json").read_text())
+    del config["model"]["shared_statistics"]
+    (finished / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.model\.shared_statistics is missing"):
+        write(finished)
+
+
 @pytest.mark.parametrize(
     "prompt, message",
     [

@@ -163,10 +163,14 @@ def unpack(folder: Path, questions: dict[str, dict[str, bytes]]) -> Path:
     ],
 )
 def test_files_are_found_in_order_of_preference(tmp_path, order):
+    (tmp_path / "questions").mkdir()  # without splits: something else
     for name in reversed(order):
         path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir() if name.endswith("/") else path.touch()
+        if name.endswith("/"):
+            (path / "training").mkdir(parents=True)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
         assert cnn.find(tmp_path) == path
 
 

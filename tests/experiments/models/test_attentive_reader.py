@@ -513,6 +513,10 @@ def test_initial_values_have_the_expected_distributions(form, identical):
         # The largest of at least 64 draws is below 0.9 of the bound once in 800 times.
         assert 0.9 * bound < np.abs(matrix).max() <= bound, name
         assert abs(matrix.mean()) < 0.3 * bound, name
+    alike = [matrix for matrix in uniform.values() if matrix.shape == uniform["question"].shape]
+    assert len(alike) == (5 if form == "bn_e_star_star" else 4)
+    for a, b in itertools.combinations(alike, 2):
+        assert np.array_equal(a, b) == identical
     width = np.abs(params["attention_kernel"]).max() * np.sqrt(units)
     assert 0.5 < width <= 1
 

@@ -27,6 +27,13 @@ def test_orthogonal_blocks_have_scale_0_05_by_default():
     np.testing.assert_allclose(np.linalg.norm(block, axis=0), 0.05, rtol=1e-5)
 
 
+@pytest.mark.parametrize("identical", [False, True])
+def test_uniform_matrices_of_one_shape_are_equal_if_identical(identical):
+    init = reader_initializers.fan_uniform(identical)
+    one, two = (init(jax.random.key(k), (4, 3)) for k in (0, 1))
+    assert np.array_equal(one, two) == identical
+
+
 def test_fan_uniform_fills_its_interval():
     matrix = np.asarray(reader_initializers.fan_uniform()(jax.random.key(0), (100, 139)))
     bound = np.sqrt(6 / 240)
