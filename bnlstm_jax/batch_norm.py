@@ -6,7 +6,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from bnlstm_jax.initializers import Initializer
@@ -72,14 +71,16 @@ def normalizes_by_running(module: nn.Module, argument: bool | None) -> bool:
       ValueError: both or neither are given.
     """
     value = nn.merge_param("use_running_average", module.use_running_average, argument)
-    traced = isinstance(value, jax.core.Tracer)
-    if np.ndim(value) or traced:
-        got = f"{'traced ' * traced}{jnp.asarray(value).dtype}{list(np.shape(value))}"
-        raise TypeError(
-            f"{type(module).__name__}: use_running_average: expected True or False, got {got}; "
-            "pass lengths as seq_lengths=...; under nn.remat or nn.jit, set the field instead"
-        )
-    return bool(value)
+    try:
+        if not isinstance(value, list | tuple) and not getattr(value, "ndim", 0):
+            return bool(value)
+        hint = "pass lengths as seq_lengths=..."
+    except jax.errors.TracerBoolConversionError:
+        hint = "make it static, by jax.jit's static_argnames, or set the field, as under nn.remat"
+    got = f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else type(value).__name__
+    raise TypeError(
+        f"{type(module).__name__}: use_running_average: expected True or False, got {got}; {hint}"
+    )
 
 
 def pooled_axis(module: nn.Module, use_running_average: bool = False) -> str | None:
@@ -210,6 +211,7 @@ class BatchNorm(nn.Module):
           The normalised values, in the shape of `x`.
 
         Raises:
+          TypeError: `use_running_average` is no boolean.
           ValueError: a field is out of range, `use_running_average` is set twice or never, `mask`
             is not boolean or has another rank than `x`, or the batch has one row under batch
             statistics.

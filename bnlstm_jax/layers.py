@@ -96,6 +96,7 @@ class RecurrentLayer(nn.Module):
             implementation does not support the layer. Under batch statistics, also if the batch has
             one sequence, if `first_step` is not zero, or if, without `max_steps`, a sequence is
             longer than the one that initialised the layer.
+          TypeError: `inputs` is no array, or `use_running_average` no boolean.
           RuntimeError: the kernel that `implementation` names cannot be compiled.
         """
         call = _Call(
@@ -525,7 +526,7 @@ def _checked(layer: RecurrentLayer, inputs: Array, call: _Call, training: bool) 
     if call.seq_lengths is None:
         return call
     lengths = call.seq_lengths
-    lengths = lengths if isinstance(lengths, Array) else np.asarray(lengths)
+    lengths = lengths if isinstance(lengths, Array | np.ndarray) else jnp.asarray(lengths)
     if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         got = f"{lengths.dtype}{list(lengths.shape)}"
         raise ValueError(f"seq_lengths: expected integers [{batch}], got {got}")
@@ -584,7 +585,7 @@ def _running(layer: RecurrentLayer, term: str, steps: int) -> Statistics:
             "max_steps: expected a number if the layer is initialised by sequences without steps"
         )
     shape: tuple[int, ...] = (term_size(layer, term),)
-    mean: Any = layer.get_variable("batch_stats", f"{term}_mean")
+    mean: Any = nn.unbox(layer.get_variable("batch_stats", f"{term}_mean"))
     stored: tuple[int, ...] = getattr(mean, "shape", ())
     if per_step:
         # Without max_steps, stored statistics may have any number of steps.

@@ -77,7 +77,8 @@ def estimate_population_statistics(
         released Attentive Reader.
       inputs: maps a batch to the model's argument or tuple of arguments. For batches
         `(x, labels)`, use `lambda batch: batch[0]`. Calls with the same model, functions and
-        options share a compiled program, so define `inputs` and `transform` outside of loops.
+        options share a compiled program, so define `inputs` and `transform` outside of loops. The
+        last four programs stay in memory, with what they were compiled for.
       transform: transforms the function that is called for each batch, with the arguments
         variables, `rngs`, index of the batch, batch; by default `jax.jit`. For a model with an
         `axis_name`, it must also map that axis over the batch. The results are equal along the

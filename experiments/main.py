@@ -95,7 +95,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     except flags.Error as error:  # its message holds a traceback
         raise UserError(f"--config={source}: {str(error).strip().splitlines()[-1]}") from error
     except SyntaxError as error:
-        raise UserError(f"--config={source} is no valid Python: {error}") from error
+        raise UserError(f"--config={source} is not valid Python: {error}") from error
     check_field_flags(argv, config)
     define("config", source, "Config file; --config.FIELD=VALUE sets its fields.", sys_argv=argv)
     flags.FLAGS["config"].present = early["config"].present

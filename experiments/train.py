@@ -291,8 +291,8 @@ def train(
         del state  # frees the devices' memory; training has its own
         start, total = training.done, config.num_updates
         if start == total:
-            results = processes.on_first(lambda: results_file.read_finished(folder, config, total))
-            if results is not None and results["update"] == checkpoints.best_step():
+            results = processes.on_first(lambda: finished(config, folder, checkpoints))
+            if results is not None:
                 return results
 
         shown: list[boards.Board] = []
@@ -318,6 +318,12 @@ def train(
         results = evaluate_best(setup, training.state, checkpoints, interruption.check)
         boards.write_results(shown, results)
         return results
+
+
+def finished(config: ConfigDict, folder: Path, checkpoints: Checkpoints) -> dict[str, Any] | None:
+    """The results of a run that needs no evaluation; None if their checkpoint was damaged."""
+    results = results_file.read_finished(folder, config, config.num_updates)
+    return None if results and checkpoints.has_put_aside(results["update"]) else results
 
 
 def evaluate_best(

@@ -117,7 +117,10 @@ def main(_: list[str]) -> None:
             f"--workdir={folder} holds a run of the task {config.task}: it must be of the task "
             "char_lm"
         )
-    char_lm.check(config)
+    try:
+        char_lm.check(config)
+    except UserError as error:
+        raise UserError(f"--workdir={folder} is damaged, or of another version: {error}") from error
     vocabulary = workdir.read_record(folder)["vocabulary"]
     prompt = check_prompt(given.prompt, vocabulary)
     config.model.implementation = "auto"  # the run's may be for another device

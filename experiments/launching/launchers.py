@@ -103,10 +103,11 @@ class Slurm:
         self.at_once = values.jobs or math.inf
         self._parameters = slurm.parameters(values)
         self._jobs: dict[str, slurm.SubmittedJob] = {}
-        self._ended: dict[str, float] = {}  # when a job was first seen to have ended
+        # When a point's job was first seen to have ended, or to be interrupted.
+        self._ended: dict[tuple[str, bool], float] = {}
         slurm.make_executor(folder)  # checks the path
         if not values.dry_run:
-            slurm.check_commands("sbatch", "srun", "sacct")
+            slurm.check_commands("sbatch", "srun", "sacct", "scancel")
 
     def find(self, point: Point) -> bool:
         """Whether a job that an earlier sweep submitted for a point is queued or runs."""
@@ -115,6 +116,8 @@ class Slurm:
         if not ids:
             return False
         self._jobs[point.name] = job = slurm.SubmittedJob(folder, max(ids, key=int))
+        if job.is_interrupted():  # if SLURM queued it again, it would meet its successor
+            subprocess.run(["scancel", job.job_id], capture_output=True, check=False)
         if job.done() or job.is_interrupted():
             return False
         print(
@@ -137,9 +140,9 @@ class Slurm:
         job = self._jobs[point.name]
         interrupted = job.is_interrupted()
         if not job.done() and not interrupted:
-            self._ended.pop(point.name, None)
+            self._ended.pop((point.name, True), None)
             return True
-        ended = self._ended.setdefault(point.name, time.monotonic())
+        ended = self._ended.setdefault((point.name, interrupted), time.monotonic())
         wait = REQUEUED_S if interrupted else FILES_ARRIVE_S
         return not point.finished() and time.monotonic() - ended < wait
 
@@ -150,7 +153,8 @@ class Slurm:
 
     def stop(self) -> None:
         """Leaves jobs in the queue, and tells how to cancel them."""
-        ids = [job.job_id for job in self._jobs.values() if not job.done()]
+        jobs = self._jobs.values()
+        ids = [job.job_id for job in jobs if not (job.done() or job.is_interrupted())]
         if ids:
             tell(f"jobs stay queued; to cancel them: scancel {' '.join(ids)}")
 

@@ -170,6 +170,10 @@ class Checkpoints:
 
         return processes.on_first(best_step)
 
+    def has_put_aside(self, step: int) -> bool:
+        """Whether the checkpoint of an update was damaged and has been renamed."""
+        return (self._folder / f"{step}.damaged").exists()
+
     def restore(self, step: int, state: TrainState) -> TrainState:
         """The checkpoint of an update, in the structure of `state`, with arrays on the host.
 

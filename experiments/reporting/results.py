@@ -33,8 +33,7 @@ def test_values(
 
 
 def longest(runs: list[Run]) -> list[Run]:
-    """The evaluated runs with the most updates: a shorter one would spoil the mean of seeds."""
-    runs = [run for run in runs if run.results]
+    """Those of some evaluated runs with the most updates; shorter ones would spoil the mean."""
     most = max((run.results["updates"] for run in runs), default=0)
     return [run for run in runs if run.results["updates"] == most]
 
@@ -109,11 +108,11 @@ class ResultsByLength(Item):
         for name, (kind, statistics, label, dashes) in LENGTH_LINES.items():
             lengths, published = paper.curves("ptb_test_bpc_by_length")[(name,)]
             axes.plot(lengths, published, linestyle=dashes, **PAPER_STYLE)
-            runs = longest(found[Experiment("ptb", kind)])
-            ours = [
-                test_values(runs, "bits_per_character", (statistics,), f"segments of {length:.0f}")
-                for length in lengths
-            ]
+            runs, ours = found[Experiment("ptb", kind)], []
+            for length in lengths:
+                key = "bits_per_character", (statistics,), f"segments of {length:.0f}"
+                there = longest([run for run in runs if test_values([run], *key)])
+                ours.append(test_values(there, *key))
             points = [(x, np.mean(y)) for x, y in zip(lengths, ours, strict=True) if y]
             if points:
                 style: dict[str, Any] = {"color": STYLES[kind][0], "linestyle": dashes}

@@ -121,10 +121,13 @@ def test_non_boolean_use_running_average_raises(module):
         return module.apply(variables, *arguments, flag)
 
     message = rf"{type(module).__name__}: use_running_average: expected True or False, got "
-    for wrong, got in ((LENGTHS, r"int32\[3\]"), (jnp.array(LENGTHS), r"int32\[3\]; pass lengths")):
+    lengths = jnp.array(LENGTHS)
+    for wrong, got in ((LENGTHS, "tuple; pass lengths"), (lengths, r"int32\[3\]; pass lengths")):
         with pytest.raises(TypeError, match=message + got):
             apply(wrong)
-    with pytest.raises(TypeError, match=message + r"traced bool\[\]"):
+    with pytest.raises(TypeError, match=message + r"int32\[3\]; pass lengths"):
+        jax.jit(apply)(lengths)
+    with pytest.raises(TypeError, match=message + r"bool\[\]; make it static"):
         jax.jit(apply)(True)
     for flag in (np.True_, jnp.array(True)):
         jax.tree.map(np.testing.assert_array_equal, apply(flag), apply(True))
@@ -159,6 +162,23 @@ def test_lengths_are_clipped_before_conversion_to_int32(largest):
     variables = initialize(layer, x)
     outputs = layer.apply(variables, x, seq_lengths=largest[None].repeat(2))
     assert_equal(outputs, layer.apply(variables, x))
+
+
+def test_lengths_may_be_a_list_of_traced_numbers():
+    layer = LSTM(2)
+    x = jnp.asarray(draw(2, 5, 1))
+    variables = initialize(layer, x)
+    outputs = jax.jit(lambda n: layer.apply(variables, x, seq_lengths=[n, 3]))(2)
+    assert_equal(outputs, layer.apply(variables, x, seq_lengths=[2, 3]))
+
+
+def test_boxed_statistics_may_have_another_number_of_steps():
+    layer = BNLSTM(4, use_running_average=True)
+    x = jnp.asarray(draw(3, 6, 2))
+    variables = layer.init(jax.random.key(0), x)
+    boxed = jax.tree.map(lambda s: nn.Partitioned(s, (None, None)), variables["batch_stats"])
+    y = layer.apply({**variables, "batch_stats": boxed}, x[:, :4])
+    assert_equal(y, layer.apply(variables, x[:, :4]))
 
 
 def test_zero_length_sequence_passes_gradient_to_initial_hidden():

@@ -94,7 +94,7 @@ def test_command_trains_and_evaluates_on_a_text_file(tmp_path):
     "argument, message",
     [
         ("--config=configs/pminst.py", "did you mean configs/pmnist.py?"),
-        ("--config=LICENSE", "--config=LICENSE is no valid Python: "),
+        ("--config=LICENSE", "--config=LICENSE is not valid Python: "),
         ("--wrkdir=x", "did you mean: workdir"),
         ("--config.sed=2", "did you mean config.seed?"),
         ("--config.model.kind=bnlstm", "config.model.kind is 'bnlstm'"),

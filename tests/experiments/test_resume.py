@@ -307,7 +307,10 @@ def test_damaged_checkpoint_is_renamed_and_the_previous_one_used(
     assert len(starts) == 2
 
 
-def test_finished_run_without_its_best_checkpoint_is_evaluated_again(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("damaged", [True, False])
+def test_finished_run_is_evaluated_again_if_its_best_checkpoint_is_damaged(
+    config, tmp_path, monkeypatch, damaged
+):
     validated = train.Training.validate
 
     def validate(self, *arguments):
@@ -316,11 +319,17 @@ def test_finished_run_without_its_best_checkpoint_is_evaluated_again(config, tmp
 
     with monkeypatch.context() as patch:
         patch.setattr(train.Training, "validate", validate)
-        assert train.train(config, tmp_path)["update"] == 4
-    spoil_bit(tmp_path / "checkpoints" / "4")
-    results = train.train(config, tmp_path)
-    assert results["update"] == checkpoints.read_best(tmp_path)[0] == 8
-    assert json.loads((tmp_path / "results.json").read_text()) == results
+        before = train.train(config, tmp_path)
+    assert before["update"] == 4
+    if damaged:
+        spoil_seal(tmp_path / "checkpoints" / "4")
+    else:  # deleted on purpose
+        shutil.rmtree(tmp_path / "checkpoints" / "4")
+    for _ in range(2):
+        results = train.train(config, tmp_path)
+        assert results["update"] == (8 if damaged else 4)
+        assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert checkpoints.read_best(tmp_path)[0] == 8
 
 
 @pytest.mark.parametrize("finished", [True, False])

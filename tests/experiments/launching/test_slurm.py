@@ -149,6 +149,7 @@ def cluster(tmp_path, monkeypatch):
         "srun": """out=${3//%j/$SLURM_JOB_ID} err=${5//%j/$SLURM_JOB_ID}; shift 5
             exec "$@" >> ${out//%t/0} 2>> ${err//%t/0}""",
         "sacct": f"cat {folder}/states",
+        "scancel": f'echo "$@" >>{folder}/scancel.called',
         "scontrol": f'echo "$@" >>{folder}/scontrol.called',
     }
     for name, text in commands.items():
@@ -203,6 +204,9 @@ def test_restarted_sweep_finds_its_queued_jobs(cluster, tmp_path, capsys):
         set_state(cluster, state)
         again = Slurm(tmp_path, SimpleNamespace(**FLAGS))
         assert again.find(first) == running and not again.find(second)
+    assert (cluster / "scancel.called").read_text() == 2 * "101\n"  # of the interrupted
+    again.stop()
+    assert "scancel" not in capsys.readouterr().err
 
 
 def test_launcher_waits_for_files_of_completed_jobs(cluster, tmp_path, monkeypatch):
