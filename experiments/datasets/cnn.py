@@ -92,7 +92,7 @@ def prepare(source_dir: Path, work_dir: Path) -> Made:
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
     skipped = {split: collections.defaultdict(list) for split in SPLITS}
     with (work_dir / "words").open("wb") as words:
-        for row in _examples(path):
+        for row in _examples(path, work_dir):
             split, name = row["split"].decode(), row["name"].decode()
             if row["problem"]:
                 skipped[split][row["problem"].decode()].append(name)
@@ -164,7 +164,7 @@ def _is_question(name: str) -> bool:
     return name.endswith(SUFFIX) and not name.startswith(".")
 
 
-def _examples(path: Path) -> Iterator[dict[str, bytes]]:
+def _examples(path: Path, work_dir: Path) -> Iterator[dict[str, bytes]]:
     """Yields the texts of all questions; raises a `UserError` that names the damaged files."""
     files = track(read_files(path), f"Reading {path}", sum(COMPLETE.values()))
     found, wrong = dict.fromkeys(FOLDERS.values(), 0), []
@@ -173,7 +173,8 @@ def _examples(path: Path) -> Iterator[dict[str, bytes]]:
         for file in chunk:
             found[file.split] += 1
         if not wrong:
-            yield from examples.read(FEATURES, {"chunk": map(_example, chunk)})["chunk"]
+            splits = {"chunk": map(_example, chunk)}
+            yield from examples.read(FEATURES, splits, work_dir)["chunk"]
     if wrong:
         raise _damaged(path, f"holds damaged files, {_some(sorted(wrong))}")
     for folder, split in FOLDERS.items():

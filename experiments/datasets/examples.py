@@ -3,6 +3,7 @@
 import contextlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 # TFDS imports these two only when it needs them. Here a missing one is found before a download.
@@ -39,17 +40,20 @@ class Examples(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         yield from enumerate(self.splits[split])
 
 
-def read(features: Features, splits: Mapping[str, Iterable[Example]]) -> dict[str, list[Example]]:
+def read(
+    features: Features, splits: Mapping[str, Iterable[Example]], work_dir: Path
+) -> dict[str, list[Example]]:
     """Examples of each split as TFDS returns them: checked and encoded by their features.
 
     Args:
       features: the type of each entry of an example.
       splits: the examples by split, in their order.
+      work_dir: folder for temporary files; the system's may be too small.
 
     Raises:
-      OSError: the folder of temporary files is full.
+      OSError: the temporary files cannot be written.
     """
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory(dir=work_dir) as folder, _quiet():
         builder = Examples(features=features, splits=splits, data_dir=folder)
         try:
             builder.download_and_prepare()

@@ -88,7 +88,7 @@ def prepare(source_dir: Path, work_dir: Path) -> Made:
         splits[part] = [
             {"image": image, "label": label} for image, label in zip(images, labels, strict=True)
         ]
-    rows = examples.read(FEATURES, splits)
+    rows = examples.read(FEATURES, splits, work_dir)
     arrays = {}
     for split, (part, chosen) in SPLITS.items():
         arrays[f"{split}_images"] = np.stack([row["image"] for row in rows[part][chosen]])

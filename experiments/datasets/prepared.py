@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,16 +120,14 @@ def prepare(name: str, data_dir: str, source_dir: str) -> bool:
 
 @contextlib.contextmanager
 def _work_dir(folder: Path) -> Iterator[Path]:
-    """A folder beside a prepared folder for all temporary files, for one process at a time."""
-    path, earlier = folder.with_name(f".{folder.name}-work"), tempfile.tempdir
+    """A temporary folder beside a prepared folder, for one process at a time."""
+    path = folder.with_name(f".{folder.name}-work")
     with _locked(path):
         try:
-            tempfile.tempdir = str(path)  # of TFDS, too: the system's folder may be small
             for partial in folder.parent.glob(f".{folder.name}-{32 * '?'}"):
                 shutil.rmtree(partial, ignore_errors=True)  # left by a killed `write`
             yield path
         finally:
-            tempfile.tempdir = earlier
             shutil.rmtree(path, ignore_errors=True)
             with contextlib.suppress(OSError):
                 path.parent.rmdir()

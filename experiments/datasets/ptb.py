@@ -51,9 +51,8 @@ def prepare(source_dir: Path, work_dir: Path) -> Made:
     """
     paths, files = ORIGINALS.get(source_dir, work_dir)
     lines = {split: paths[f"ptb.{split}.txt"].read_bytes().splitlines() for split in FILES}
-    rows = examples.read(
-        FEATURES, {split: [{"line": line} for line in text] for split, text in lines.items()}
-    )
+    splits = {split: [{"line": line} for line in text] for split, text in lines.items()}
+    rows = examples.read(FEATURES, splits, work_dir)
     texts = {
         split: b"".join(row["line"].removeprefix(b" ") + b"\n" for row in rows[split])
         for split in FILES

@@ -62,7 +62,7 @@ def prepare(source_dir: Path, work_dir: Path) -> Made:
     text = read_text(path)
     source = {"files": files, "text": _described(path, text), "packages": examples.PACKAGES}
     blocks = ({"text": text[start : start + BLOCK]} for start in range(0, len(text), BLOCK))
-    rows = examples.read(FEATURES, {"text": blocks})["text"]
+    rows = examples.read(FEATURES, {"text": blocks}, work_dir)["text"]
     symbols = VOCABULARY.encode("ascii")
     table = bytes.maketrans(symbols, bytes(range(len(symbols))))
     array = np.frombuffer(b"".join(row["text"] for row in rows).translate(table), np.uint8)

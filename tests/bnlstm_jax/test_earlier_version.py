@@ -17,6 +17,8 @@ from experiments.models.attentive_reader import FORMS, AttentiveReader, Quirks
 
 DATA = Path(__file__).parents[1] / "data" / "earlier_version"
 RESTORED = ("bn_lstm", "lstm", "reader_lstm")  # the modules with variables in the checkpoint
+# Kernels of the reader that are uniform at first.
+UNIFORM = ("embedding", "question_kernel", "attended_kernel", "mean_kernel", "['readout']")
 # Float64 rounds by 1e-16. Each normalisation of a batch of four multiplies this by up to 316.
 CLOSE = dict(rtol=1e-9, atol=1e-12)
 CLOSE_AT_FIRST = dict(rtol=1e-4, atol=1e-6)  # float32
@@ -125,9 +127,17 @@ def outputs():
 
 @pytest.mark.parametrize("name", modules())
 def test_initial_values_match_earlier_version(name, outputs):
-    np.testing.assert_allclose(
-        flat(initialized(name)), outputs[f"initial_{name}"], **CLOSE_AT_FIRST
-    )
+    def is_same(path, leaf):
+        """False for uniform kernels of `identical_blocks`, which started independent then."""
+        path = jax.tree_util.keystr(path)
+        changed = name == "reader_lstm" and any(kernel in path for kernel in UNIFORM)
+        return np.full(leaf.shape, not changed)
+
+    variables = initialized(name)
+    same = flat(jax.tree.map_with_path(is_same, variables)) == 1
+    assert same.mean() > 0.5
+    found, expected = flat(variables), outputs[f"initial_{name}"]
+    np.testing.assert_allclose(found[same], expected[same], **CLOSE_AT_FIRST)
 
 
 @pytest.mark.parametrize("name", modules())

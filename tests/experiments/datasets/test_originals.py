@@ -177,7 +177,7 @@ def test_examples_are_read_in_order(tmp_path, monkeypatch, capfd):
         split: [{"text": f"é{i}", "row": np.array([i, 7], np.uint8)} for i in range(size)]
         for split, size in {"long": 200, "short": 1}.items()
     }
-    found = examples.read(features, {split: iter(rows) for split, rows in splits.items()})
+    found = examples.read(features, {split: iter(rows) for split, rows in splits.items()}, tmp_path)
     assert found.keys() == splits.keys()
     for split, rows in splits.items():
         assert [row["text"].decode() for row in found[split]] == [row["text"] for row in rows]
