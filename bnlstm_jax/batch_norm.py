@@ -211,7 +211,7 @@ class BatchNorm(nn.Module):
           The normalised values, in the shape of `x`.
 
         Raises:
-          TypeError: `use_running_average` is no boolean.
+          TypeError: `use_running_average` is not a boolean.
           ValueError: a field is out of range, `use_running_average` is set twice or never, `mask`
             is not boolean or has another rank than `x`, or the batch has one row under batch
             statistics.

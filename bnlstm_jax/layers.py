@@ -96,7 +96,7 @@ class RecurrentLayer(nn.Module):
             implementation does not support the layer. Under batch statistics, also if the batch has
             one sequence, if `first_step` is not zero, or if, without `max_steps`, a sequence is
             longer than the one that initialised the layer.
-          TypeError: `inputs` is no array, or `use_running_average` no boolean.
+          TypeError: `inputs` is not an array, or `use_running_average` is not a boolean.
           RuntimeError: the kernel that `implementation` names cannot be compiled.
         """
         call = _Call(

@@ -95,8 +95,9 @@ def prepare(source_dir: Path, work_dir: Path) -> Made:
     else:
         archive = work_dir / ARCHIVE
         origin, texts = ORIGINALS.download(URLS, archive, _read_texts, [ARCHIVE], source_dir)
-    split = {name: _stories(text) for name, text in texts.items()}
-    stories = examples.read(FEATURES, split, work_dir)
+    stories = examples.read(
+        FEATURES, {name: _stories(text) for name, text in texts.items()}, work_dir
+    )
     arrays, counts = {}, {}
     for task in TASKS:
         train, test = (

@@ -118,7 +118,8 @@ class Slurm:
         self._jobs[point.name] = job = slurm.SubmittedJob(folder, max(ids, key=int))
         if job.is_interrupted():  # if SLURM queued it again, it would meet its successor
             subprocess.run(["scancel", job.job_id], capture_output=True, check=False)
-        if job.done() or job.is_interrupted():
+            return False
+        if job.done():
             return False
         print(
             f"{point.name}: job {job.job_id} is {job.state}; to submit a new one, "

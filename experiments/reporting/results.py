@@ -32,8 +32,11 @@ def test_values(
     return [row[metric] for row in rows if row["statistics"] in statistics]
 
 
-def longest(runs: list[Run]) -> list[Run]:
-    """Those of some evaluated runs with the most updates; shorter ones would spoil the mean."""
+def longest(
+    runs: list[Run], metric: str, statistics: tuple[str, ...], reading: str | None
+) -> list[Run]:
+    """Of the runs with `test_values`, those with the most updates; others would spoil the mean."""
+    runs = [run for run in runs if test_values([run], metric, statistics, reading)]
     most = max((run.results["updates"] for run in runs), default=0)
     return [run for run in runs if run.results["updates"] == most]
 
@@ -76,8 +79,7 @@ class ResultsTable(Item):
             updates = f"{experiment.get_config().num_updates:,}"
             for way, statistics in ways.items():
                 key = self.metric, statistics, self.reading
-                there = [run for run in found[experiment] if test_values([run], *key)]
-                there = longest(there)
+                there = longest(found[experiment], *key)
                 if there or not way:
                     yield [
                         self.tasks[experiment.config],
@@ -111,8 +113,7 @@ class ResultsByLength(Item):
             runs, ours = found[Experiment("ptb", kind)], []
             for length in lengths:
                 key = "bits_per_character", (statistics,), f"segments of {length:.0f}"
-                there = longest([run for run in runs if test_values([run], *key)])
-                ours.append(test_values(there, *key))
+                ours.append(test_values(longest(runs, *key), *key))
             points = [(x, np.mean(y)) for x, y in zip(lengths, ours, strict=True) if y]
             if points:
                 style: dict[str, Any] = {"color": STYLES[kind][0], "linestyle": dashes}
