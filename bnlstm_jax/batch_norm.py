@@ -55,7 +55,11 @@ def check_rows(module: nn.Module, rows: int) -> None:
     `rows` is this device's number of rows. One is enough to initialise a module, or if statistics
     are pooled over several devices.
     """
-    if rows == 1 and not module.is_initializing() and pooled_axis(module) is None:
+    if module.is_initializing():
+        return
+    if module.axis_name is not None:
+        rows *= jax.lax.psum(1, module.axis_name)
+    if rows == 1:
         raise ValueError(
             f"{type(module).__name__}: expected a batch of at least 2 under batch statistics, got "
             "1; drop a last batch of one example, or pass use_running_average=True to normalise by "
@@ -71,16 +75,25 @@ def normalizes_by_running(module: nn.Module, argument: bool | None) -> bool:
       ValueError: both or neither are given.
     """
     value = nn.merge_param("use_running_average", module.use_running_average, argument)
+    refuse_lengths(module, value)
     try:
-        if not isinstance(value, list | tuple) and not getattr(value, "ndim", 0):
-            return bool(value)
-        hint = "pass lengths as seq_lengths=..."
+        return bool(value)
     except jax.errors.TracerBoolConversionError:
         hint = "make it static, by jax.jit's static_argnames, or set the field, as under nn.remat"
+        raise TypeError(_not_boolean(module, value, hint)) from None
+
+
+def refuse_lengths(module: nn.Module, use_running_average: Any) -> None:
+    """Raises a TypeError if `use_running_average` is an array or a list, as lengths by position."""
+    if isinstance(use_running_average, list | tuple) or getattr(use_running_average, "ndim", 0) > 0:
+        hint = "pass lengths as seq_lengths=..."
+        raise TypeError(_not_boolean(module, use_running_average, hint))
+
+
+def _not_boolean(module: nn.Module, value: Any, hint: str) -> str:
     got = f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else type(value).__name__
-    raise TypeError(
-        f"{type(module).__name__}: use_running_average: expected True or False, got {got}; {hint}"
-    )
+    owner = type(module).__name__
+    return f"{owner}: use_running_average: expected True or False, got {got}; {hint}"
 
 
 def pooled_axis(module: nn.Module, use_running_average: bool = False) -> str | None:
@@ -88,9 +101,7 @@ def pooled_axis(module: nn.Module, use_running_average: bool = False) -> str | N
 
     As in `flax.linen.BatchNorm`, initialisation and inference need no mapped axis.
     """
-    if use_running_average or module.is_initializing() or module.axis_name is None:
-        return None
-    return None if jax.lax.psum(1, module.axis_name) == 1 else module.axis_name
+    return None if use_running_average or module.is_initializing() else module.axis_name
 
 
 def running_statistics(module: nn.Module, shape: tuple[int, ...], prefix: str = "") -> Statistics:
@@ -141,7 +152,9 @@ def update_statistics(
     reached = (count > 0)[..., None]
     averages = running_average(running, batch, module.momentum, reached)
     for name, old, average in zip(Statistics._fields, running, averages, strict=True):
-        module.put_variable("batch_stats", prefix + name, average.astype(old.dtype))
+        boxed: Any = module.get_variable("batch_stats", prefix + name)
+        average = nn.meta.replace_boxed(boxed, average.astype(old.dtype))
+        module.put_variable("batch_stats", prefix + name, average)
     if module.is_mutable_collection(CURRENT_BATCH_STATS):
         _add_to_current(module, batch, count, prefix)
 

@@ -24,6 +24,7 @@ from bnlstm_jax.batch_norm import (
     check_rows,
     normalizes_by_running,
     pooled_axis,
+    refuse_lengths,
     running_statistics,
     update_statistics,
 )
@@ -402,6 +403,7 @@ class _Call(NamedTuple):
 def _run(layer: RecurrentLayer, inputs: Array, call: _Call) -> Array | tuple[Carry, Array]:
     """Runs a layer."""
     norm = normalization(layer)
+    refuse_lengths(layer, call.use_running_average)
     training = bool(norm.batch_terms) and not normalizes_by_running(layer, call.use_running_average)
     call = _checked(layer, inputs, call, training)
     inputs, valid = call.enter(inputs, keep_padding=training and norm.counts_padding)

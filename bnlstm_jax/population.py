@@ -127,8 +127,9 @@ def estimate_population_statistics(
         if not jnp.any(weight > 0):
             continue
         average, reached = _repeat_last(path, total / jnp.maximum(weight, 1), weight > 0)
-        old = statistics[path]
-        statistics[path] = jnp.where(reached, average.astype(old.dtype), old)
+        old = nn.unbox(statistics[path])
+        average = jnp.where(reached, average.astype(old.dtype), old)
+        statistics[path] = nn.meta.replace_boxed(statistics[path], average)
     return unflatten_dict(statistics)
 
 
@@ -179,7 +180,7 @@ def _contribution(
     if not isinstance(arguments, tuple):
         arguments = (arguments,)
     keys = {name: jax.random.fold_in(key, index) for name, key in rngs.items()}
-    before = flatten_dict(variables.get("batch_stats", {}))
+    before = flatten_dict(nn.unbox(variables.get("batch_stats", {})))
     variables = {**variables, CURRENT_BATCH_STATS: _no_calls(before)}
     unlifted: set[Path] = set()
     with nn.intercept_methods(functools.partial(_note_unlifted, unlifted)):
@@ -187,7 +188,7 @@ def _contribution(
             variables, *arguments, rngs=keys, mutable=DenyList("params"), **dict(options.kwargs)
         )
     names = "batch_stats", CURRENT_BATCH_STATS
-    updated, current = (flatten_dict(after.get(name, {})) for name in names)
+    updated, current = (flatten_dict(nn.unbox(after.get(name, {}))) for name in names)
     sums = _sums(before, updated, current, options.late_steps)
     return _Contribution(sums, frozenset(unlifted))
 

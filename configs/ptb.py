@@ -5,9 +5,9 @@
         --config.model.kind=lstm
 
 Paper, test text as one sequence: LSTM 1.38, BN-LSTM 1.32 bits per character, from the checkpoint
-with the best validation accuracy. Here, after ten epochs: LSTM 1.387, BN-LSTM 1.327.
-An update of the layer takes 0.36 s on two CPU cores with AVX-512: 3.9 hours for all 50 epochs. Ten
-epochs took 3:53 h on one core, beside other work (results/findings.md).
+with the best validation accuracy. Here, after ten epochs: LSTM 1.387, BN-LSTM 1.327
+(results/findings.md). An update of the layer takes 0.36 s on two CPU cores with AVX-512: 3.9 hours
+for all 50 epochs.
 
 `configs/ptb.py:small` has 200 units instead of 1,000 and trains both models for five epochs. Here:
 LSTM 1.87, BN-LSTM 1.56.

@@ -104,6 +104,10 @@ def test_language_model_settings_match_the_released_code():
         assert (config.batch_size, config.segment_length) == (batch_size, length)
         assert (config.num_updates, config.eval_every) == (50 * updates, updates)
         assert (config.population_batch_size, config.selection) == (population, "accuracy")
+        assert (optimizer.clip_rule, optimizer.adam_epsilon) == ("norm", "released")
+        lengths = {"ptb": tuple(range(100, 1001, 100)), "text8": ()}[name]
+        sizes = {"ptb": 100, "text8": 128}[name]
+        assert (config.eval_lengths, config.eval_batch_size) == (lengths, sizes)
         model = config.model
         assert (model.features, model.initial_scale, model.momentum) == (units, 0.1, 0.95)
         assert (model.recurrent_init, model.initial_hidden_noise) == ("orthogonal", 0)

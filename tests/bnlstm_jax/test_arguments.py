@@ -18,6 +18,7 @@ from bnlstm_jax import (
     BNSimpleCell,
     LNLSTMCell,
     LSTMCell,
+    estimate_population_statistics,
 )
 from bnlstm_jax.batch_norm import CURRENT_BATCH_STATS
 from bnlstm_jax.recurrence.devices import emulation
@@ -164,6 +165,18 @@ def test_lengths_are_clipped_before_conversion_to_int32(largest):
     assert_equal(outputs, layer.apply(variables, x))
 
 
+@pytest.mark.parametrize("layer", [LSTM(2), LNLSTM(2), BNLSTM(2, normalize=())], ids=repr)
+def test_lengths_by_position_raise_also_without_batch_statistics(layer):
+    x = jnp.asarray(draw(2, 5, 1))
+    variables = layer.init(jax.random.key(0), x)
+    for lengths in (jnp.array([5, 3]), [5, 3]):
+        with pytest.raises(TypeError, match="pass lengths as seq_lengths"):
+            layer.apply(variables, x, lengths)
+    # A flag has no effect here, so it may be traced.
+    got = jax.jit(lambda flag: layer.apply(variables, x, flag))(True)
+    np.testing.assert_allclose(got, layer.apply(variables, x), rtol=1e-6)
+
+
 def test_lengths_may_be_a_list_of_traced_numbers():
     layer = LSTM(2)
     x = jnp.asarray(draw(2, 5, 1))
@@ -179,6 +192,25 @@ def test_boxed_statistics_may_have_another_number_of_steps():
     boxed = jax.tree.map(lambda s: nn.Partitioned(s, (None, None)), variables["batch_stats"])
     y = layer.apply({**variables, "batch_stats": boxed}, x[:, :4])
     assert_equal(y, layer.apply(variables, x[:, :4]))
+
+
+def test_boxed_statistics_stay_boxed():
+    layer = BNLSTM(4, max_steps=6)
+    x = jnp.asarray(draw(3, 6, 2))
+    variables = initialize(layer, x)
+    boxed = jax.tree.map(lambda s: nn.Partitioned(s, (None, None)), variables["batch_stats"])
+    boxed = {**variables, "batch_stats": boxed}
+
+    def trained(variables):
+        return layer.apply(variables, x, **TRAINING)[1]["batch_stats"]
+
+    def estimated(variables):
+        return estimate_population_statistics(layer, variables, [x], use_running_average=False)
+
+    for function in (trained, estimated):
+        found = function(boxed)
+        assert jax.tree.structure(found) == jax.tree.structure(boxed["batch_stats"])
+        assert_equal(nn.unbox(found), function(variables))
 
 
 def test_zero_length_sequence_passes_gradient_to_initial_hidden():
@@ -573,7 +605,7 @@ def test_kernels_support_axis_name_only_in_inference(implementation):
     variables = initialize(BNLSTM(4), x)
     with emulation():
         outputs = layer.apply(variables, x, use_running_average=True)
-        with pytest.raises(ValueError, match="axis_name"):
+        with pytest.raises(ValueError, match=r"axis_name.*'xla'"):
             jax.vmap(lambda x: layer.apply(variables, x, **TRAINING), axis_name="batch")(x[None])
     expected = BNLSTM(4).apply(variables, x, use_running_average=True)
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)

@@ -30,12 +30,16 @@ def fake_compiler(folder, compile):
 
 
 def test_concurrent_builds_produce_one_library(tmp_path):
-    compiler = fake_compiler(tmp_path, 'echo begun >> "$0.log"; sleep 3; echo library > "$output"')
+    both = 'while [ $(wc -l < "$0.log") -lt 2 ]; do sleep 0.05; done'
+    compile = f'echo "$output" >> "$0.log"; {both}; echo library > "$output"'
+    compiler = fake_compiler(tmp_path, compile)
     environment = {"CXX": compiler, "PATH": "/bin:/usr/bin", "XDG_CACHE_HOME": tmp_path}
     processes = [start(BUILD, **environment) for _ in range(2)]
     (first, _), (second, _) = (finish(process) for process in processes)
     assert first == second
     assert [str(path) for path in (tmp_path / "bnlstm_jax").iterdir()] == [first]
+    outputs = (tmp_path / "compiler.log").read_text().splitlines()
+    assert len({first, *outputs}) == 3  # half-written libraries have names of their own
 
 
 def test_killed_build_leaves_no_library(tmp_path):

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from jax.sharding import Mesh, PartitionSpec
 
 from bnlstm_jax import BNLSTM, LNLSTM, LSTM, recurrence
 from bnlstm_jax.cells import TERMS
@@ -346,21 +345,6 @@ def test_vmap_matches_separate_calls():
     batches = jnp.stack([x, 2 * x])
     found = jax.vmap(jax.grad(loss))(batches)
     np.testing.assert_array_equal(found, jnp.stack([jax.grad(loss)(each) for each in batches]))
-
-
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_shard_map_matches_a_single_call(check_vma):
-    layer, variables, x = small_layer()
-    mesh = Mesh(np.asarray(jax.devices()[:4]), ("batch",))
-    spec = PartitionSpec("batch")
-    mapped = jax.shard_map(
-        lambda x: layer.apply(variables, x),
-        mesh=mesh,
-        in_specs=spec,
-        out_specs=spec,
-        check_vma=check_vma,
-    )
-    np.testing.assert_allclose(jax.jit(mapped)(x), layer.apply(variables, x), rtol=1e-6)
 
 
 def test_checkpoint_preserves_gradients():

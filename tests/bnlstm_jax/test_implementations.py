@@ -36,6 +36,7 @@ CASES = {
     "recurrent term alone": {"normalize": ("recurrent",)},
     "unrolled": {"unroll": 4},
     "no cell bias, one bias twice": {"variant": Variant(bias_factor=2.0, cell_bias=False)},
+    "another epsilon of the input term": {"variant": Variant(input_epsilon=0.5)},
     "LSTM": {"plain": True},
     "LSTM, learned initial state, integers": {"plain": True, "carry": False, "integers": True},
     "LSTM, large input, masks": {"plain": True, "inputs": SMALL_INPUT + 1, "lengths": LENGTHS},
@@ -200,6 +201,7 @@ INFERENCE = {
     "shared statistics": {"shared_statistics": True, "max_steps": None},
     "batch of one": {"batch": 1},
     "symbols": {"vocab_size": 7},
+    "another epsilon of the input term": {"variant": Variant(input_epsilon=0.5)},
 }
 
 

@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +37,47 @@ def test_layer_initialisation_matches_the_paper():
         assert np.all(params[name] == np.float32(0.1)), name
     for name in ("cell_bias", "initial_hidden", "initial_cell"):
         assert np.all(params[name] == 0), name
+
+
+KINDS = ("LSTM", "BNLSTM", "LNLSTM")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_cells_have_the_defaults_of_their_layers(name):
+    options = {"use_running_average": True} if name == "BNLSTM" else {}
+    layer, cell = (getattr(bnlstm_jax, kind)(H, **options) for kind in (name, f"{name}Cell"))
+    inputs = jnp.zeros((2, 3, 3))
+    rnn = nn.RNN(cell, variable_axes={"batch_stats": 0})
+    of_layer, others = (layer.init(jax.random.key(seed), inputs) for seed in (0, 1))
+    of_cell = rnn.init(jax.random.key(0), inputs)
+    assert set(of_layer) == set(of_cell)
+    constant = 0
+    for collection, leaves in of_layer.items():
+        for path, leaf in leaves.items():
+            theirs = of_cell[collection]["cell"][path]
+            if np.array_equal(leaf, others[collection][path]):  # not random
+                expected = leaf[:3] if collection == "batch_stats" else leaf
+                np.testing.assert_array_equal(theirs, expected, err_msg=path)
+                constant += 1
+    assert constant >= 2
+    for path in ("input_kernel", "recurrent_kernel"):  # semi-orthogonal as a whole
+        kernel = of_cell["params"]["cell"][path]
+        rows = min(kernel.shape)
+        np.testing.assert_allclose(kernel @ kernel.T, np.eye(rows), atol=1e-5, err_msg=path)
+    for field in {"momentum", "epsilon", "normalize"} & vars(layer).keys() & vars(cell).keys():
+        assert getattr(layer, field) == getattr(cell, field), field
+
+
+def test_other_modules_have_the_documented_defaults():
+    norm = bnlstm_jax.BatchNorm()
+    assert (norm.momentum, norm.epsilon) == (0.99, 1e-5)
+    params = norm.init(jax.random.key(0), jnp.ones((2, H)), use_running_average=True)["params"]
+    assert np.all(params["scale"] == np.float32(0.1))
+    cell = bnlstm_jax.BNSimpleCell(H, use_running_average=True)
+    assert (cell.momentum, cell.epsilon) == (0.99, 1e-5)
+    rnn = nn.RNN(cell, variable_axes={"batch_stats": 0})
+    params = rnn.init(jax.random.key(0), jnp.zeros((2, 3, 3)))["params"]["cell"]
+    assert np.all(params["joint_scale"] == np.float32(0.1))
 
 
 def test_initial_noise_has_given_deviation_and_depends_on_key():

@@ -168,6 +168,28 @@ def test_layer_rnn_and_scan_agree(normalize, train, given):
             assert_close(theirs, gradients, **DOUBLE)
 
 
+@pytest.mark.parametrize("kind", [bnlstm_jax.BNLSTMCell, bnlstm_jax.BNSimpleCell])
+def test_initial_hidden_gradient_of_cells_is_exactly_zero_in_training(kind):
+    """Batch normalisation subtracts what all rows share. Adam would enlarge rounding errors."""
+    _, _, inputs, weights = single(draw(TERMS))
+
+    def gradient_of(train):
+        rnn = nn.RNN(
+            kind(FEATURES, use_running_average=not train), variable_axes={"batch_stats": 0}
+        )
+        variables = rnn.init(jax.random.key(0), inputs)
+
+        def value(params):
+            outputs, _ = rnn.apply({**variables, "params": params}, inputs, mutable=["batch_stats"])
+            return jnp.vdot(weights, outputs)
+
+        params = jax.tree.map(lambda leaf: leaf + 0.3, variables["params"])
+        return jax.grad(value)(params)["cell"]["initial_hidden"]
+
+    np.testing.assert_array_equal(gradient_of(True), 0)
+    assert np.all(gradient_of(False) != 0)
+
+
 @pytest.mark.parametrize("normalize", [None, TERMS], ids=["LSTM", "BN-LSTM"])
 def test_compiled_layer_rnn_and_scan_agree_in_float32(normalize):
     params, stats, inputs, weights = draw(normalize)

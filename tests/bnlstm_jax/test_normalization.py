@@ -17,6 +17,17 @@ from bnlstm_jax.normalization import (
 EPSILON = 1e-5
 
 
+@pytest.fixture(autouse=True, params=["cpu", "default"])
+def platform(request, monkeypatch):
+    """Also runs the branches that JAX takes on GPUs and TPUs."""
+    if request.param == "default":
+
+        def platform_dependent(*arguments, default, **_):
+            return default(*arguments)
+
+        monkeypatch.setattr(jax.lax, "platform_dependent", platform_dependent)
+
+
 def by_own_moments(x, where, epsilon, axis=(-2,), axis_name=None, scale=None):
     """The values normalised by their own moments, and the statistics."""
     scale = jnp.ones(x.shape[-1]) if scale is None else scale
@@ -120,11 +131,16 @@ def test_statistics_are_accurate_far_from_zero(masked):
     assert np.abs(one_pass / exact.var(0) - 1).max() > 1
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("value", [0.0, 0.1, -3.7e4])
-def test_equal_rows_are_standardised_to_exactly_zero(value):
+def test_equal_rows_are_standardised_to_exactly_zero(value, masked):
     x = jnp.full((100, 7), value, jnp.float32)
-    standardized, statistics = by_own_moments(x, None, EPSILON)
-    assert np.all(standardized == 0)
+    where = None
+    if masked:
+        where = jnp.arange(100)[:, None] > 2
+        x = jnp.where(where, x, 5.0)
+    standardized, statistics = by_own_moments(x, where, EPSILON)
+    assert np.all(standardized[3:] == 0)
     assert np.all(statistics.mean == jnp.float32(value)) and np.all(statistics.var == 0)
 
 

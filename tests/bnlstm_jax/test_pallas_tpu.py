@@ -3,12 +3,16 @@
 Gradients of all kinds of layers are compared in test_implementations.py.
 """
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import bnlstm_jax
+from bnlstm_jax.layers import abstract_problem
+from bnlstm_jax.recurrence import pallas_tpu
 from bnlstm_jax.recurrence.devices import emulation
 from bnlstm_jax.recurrence.pallas_tpu import kernel_scan
 from experiments.jax_experimental import topologies
@@ -187,7 +191,9 @@ def test_kernel_compiles_ahead_of_time_for_tpus(options, sizes, chip, monkeypatc
     assert compiled.memory_analysis().temp_size_in_bytes > 0
 
 
-def test_axis_name_raises_in_training():
-    layer = bnlstm_jax.BNLSTM(2, implementation="tpu", axis_name="batch")
-    with pytest.raises(ValueError, match=r"axis_name.*'xla'"):
-        layer.init(jax.random.key(0), jnp.ones((2, 3, 1)), use_running_average=False)
+def test_tpus_refuse_other_dtypes(monkeypatch):
+    monkeypatch.setattr(pallas_tpu, "default_device", lambda: SimpleNamespace(platform="tpu"))
+    assert pallas_tpu.why_unsupported(abstract_problem(bnlstm_jax.BNLSTM(2))) is None
+    for fields in ({"dtype": jnp.float16}, {"param_dtype": jnp.float16}):
+        problem = abstract_problem(bnlstm_jax.BNLSTM(2, **fields))
+        assert "supports only a float32 state" in pallas_tpu.why_unsupported(problem)

@@ -60,16 +60,13 @@ def test_decoding_in_pieces_matches_the_whole_sequence(trained):
     np.testing.assert_allclose(found["outputs"], expected, **CLOSE)
 
 
-@pytest.fixture(scope="module")
-def devices():
-    if jax.device_count() == 1:
-        pytest.skip("needs several devices")
-    return jax.device_count()
-
-
-def test_gradients_and_statistics_over_devices_match_one_device(trained, devices):
+@pytest.mark.parametrize("devices", [1, None], ids=["one", "all"])
+def test_gradients_and_statistics_over_devices_match_one_device(trained, devices, monkeypatch):
+    if devices is not None:
+        one = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+        monkeypatch.setattr(jax, "make_mesh", lambda *_: one)
     variables, _ = trained
-    x = draw(2 * devices, 6, 3)
+    x = draw(2 * jax.device_count(), 6, 3)
     found = run("jax.lax.pmean", variables=variables, x=x)
     alone = BNLSTM(64, max_steps=50, use_running_average=False)
 

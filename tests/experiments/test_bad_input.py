@@ -191,6 +191,7 @@ def test_configs_pass_all_checks(name, data, tmp_path):
     [
         ("pmnist:tru", "seed=1", "did you mean true?"),
         ("digits:small", "seed=1", "digits.py:small: TypeError"),
+        ("digits", "sed=2", "did you mean config.seed?"),
         ("digits", "seed=one", "config.seed=one"),
         ("digits", "seed=4294967296", "config.seed is 4294967296: it must be at most 4294967295"),
         ("digits", "batch_size=0", "config.batch_size is 0: it must be at least 1"),

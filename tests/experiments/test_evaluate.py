@@ -97,6 +97,26 @@ def test_each_evaluation_uses_its_own_statistics(task_and_variables, small_confi
         np.testing.assert_allclose(losses[way], loss, rtol=1e-4, err_msg=way)
 
 
+def test_each_batch_of_an_evaluation_draws_its_own_noise(small_config):
+    small_config.model.initial_hidden_noise = 0.1
+    task = tasks.load(small_config)
+    variables = train_step.variables_of(train_step.create_state(task, small_config))
+    evaluator = evaluate.Evaluator(task, small_config, NOISE)
+    got = evaluator.evaluate(variables, task.readings[0], "valid", "batch", 125)
+    losses = []
+    for index, batch in enumerate(task.batches("valid", 125, task.readings[0])):
+        logits, _ = task.model.apply(
+            variables,
+            *task.inputs(batch),
+            use_running_average=False,
+            rngs={"noise": jax.random.fold_in(NOISE, index)},
+            mutable=["batch_stats"],
+        )
+        own = jnp.take_along_axis(logits, jnp.int32(batch["label"])[:, None], axis=1)[:, 0]
+        losses.append(np.mean(jax.nn.logsumexp(logits, axis=1) - own))
+    np.testing.assert_allclose(got["loss"], np.mean(losses), rtol=1e-6)
+
+
 def test_lstm_is_evaluated_once_per_split(small_config):
     small_config.model.kind = "lstm"
     task = tasks.load(small_config)

@@ -235,6 +235,22 @@ def test_invalid_device_counts_raise(config, fields, message):
         parallel.make(config)
 
 
+@pytest.mark.parametrize(
+    "devices, statistics_devices, rows, splits",
+    [
+        (4, 1, 8, True),
+        (4, 1, 6, False),  # not divisible
+        (4, 1, 4, False),  # one row cannot have batch statistics
+        (4, 2, 4, True),
+        (4, 4, 4, True),
+    ],
+)
+def test_rows_are_split_if_each_group_has_two(config, devices, statistics_devices, rows, splits):
+    config = config.copy_and_resolve_references()
+    config.parallel.update({"devices": devices, "statistics_devices": statistics_devices})
+    assert parallel.make(config).splits(rows) == splits
+
+
 @pytest.mark.parametrize("split, keys", [(True, 4), (False, 1)])
 def test_devices_with_separate_rows_draw_independent_noise(config, split, keys):
     _, devices = on(config, 4)

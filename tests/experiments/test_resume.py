@@ -118,12 +118,14 @@ def test_repeatedly_killed_run_matches_an_uninterrupted_run(config, unbroken, tm
     assert not list((folder / "checkpoints").glob("*tmp*"))
 
 
-def test_rerunning_a_finished_run_changes_nothing(config, unbroken, tmp_path):
+def test_rerunning_a_finished_run_changes_nothing(config, unbroken, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.Evaluator, "evaluate_all", None)  # it is not even evaluated
     folder = copy(unbroken, tmp_path / "run")
     results = train.train(config, folder)
     assert results == json.loads((unbroken / "results.json").read_text())
     for name in ("run.json", "results.json", metrics.FILE_NAME):
         assert (folder / name).read_bytes() == (unbroken / name).read_bytes()
+    assert list(differences(folder, unbroken)) == []
 
 
 def test_comparison_of_runs_finds_differences(config, unbroken, tmp_path):

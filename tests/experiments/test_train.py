@@ -107,12 +107,42 @@ def test_gradient_norm_is_measured_before_clipping(small_config):
     assert count == 1
 
 
-def test_finished_run_is_not_trained_again(small_config, tmp_path, monkeypatch):
-    results = train.train(small_config, tmp_path)
-    before = contents(tmp_path / "checkpoints")
-    monkeypatch.setattr(train.Evaluator, "evaluate_all", None)  # nor evaluated
-    assert train.train(small_config, tmp_path) == results
-    assert contents(tmp_path / "checkpoints") == before
+def test_training_metrics_are_means_since_the_last_log(small_config, tmp_path):
+    task = tasks.load(small_config)
+    state = train_step.create_state(task, small_config)
+    step = train_step.make_train_step(task, jax.random.key(0))  # the model has no noise
+    losses, norms = [], []
+    for update in range(8):
+        state = step(
+            state.replace(window=jax.tree.map(jnp.zeros_like, state.window)),
+            task.train_batch(update),
+        )
+        losses.append(np.divide(*state.window["loss"]))
+        norms.append(np.divide(*state.window["gradient_norm"]))
+
+    train.train(small_config, tmp_path)
+    rows = [row for row in metrics.read_metrics(tmp_path) if row["split"] == "train"]
+    sizes = [500, 500, 297, 500, 500, 297, 500, 500]
+    for row, logged in zip(rows, (slice(3), slice(3, 6), slice(6, 8)), strict=True):
+        loss = np.average(losses[logged], weights=sizes[logged])
+        # The same program ran both: only the order of float32 sums differs.
+        np.testing.assert_allclose(row["loss"], loss, rtol=1e-6)
+        np.testing.assert_allclose(row["gradient_norm"], np.mean(norms[logged]), rtol=1e-6)
+
+
+def test_each_update_draws_its_own_noise(small_config):
+    small_config.model.initial_hidden_noise = 0.1
+    task = tasks.load(small_config)
+    batch = task.train_batch(0)
+    step = train_step.make_train_step(task, jax.random.key(0))
+
+    def params_after(update):
+        state = train_step.create_state(task, small_config)
+        return step(state.replace(step=jnp.int32(update)), batch).params["layer"]
+
+    first = params_after(0)["recurrent_kernel"]
+    np.testing.assert_array_equal(params_after(0)["recurrent_kernel"], first)
+    assert np.any(params_after(1)["recurrent_kernel"] != first)
 
 
 def test_finished_run_can_be_extended(small_config, tmp_path, monkeypatch):

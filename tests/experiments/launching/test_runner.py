@@ -16,11 +16,13 @@ from experiments.runtime import files
 from experiments.runtime.errors import Stopped, UserError
 from tests.scripts.made_up import results_of
 
-# Finishes a run in the folder, or fails.
+# Finishes a run in the folder, or fails, after two of these programs have started.
 RUN = """
 import pathlib, sys, time
 folder, fails, results = pathlib.Path(sys.argv[1]), sys.argv[2] == "True", sys.argv[3]
-time.sleep(0.2)
+folder.with_suffix(".started").touch()
+while len(list(folder.parent.glob("*.started"))) < 2:
+    time.sleep(0.02)
 if fails:
     sys.exit("error: made up")
 folder.mkdir()

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from experiments import tasks, train, train_step
-from experiments.records.checkpoints import Checkpoints, read_best
+from experiments.records.checkpoints import Checkpoints, read_best, steps_in
 from experiments.runtime.errors import UserError
 
 
@@ -33,6 +33,16 @@ def test_best_checkpoint_is_read_from_the_workdir_alone(small_config, tmp_path, 
         assert np.any(averages != variables["batch_stats"]["layer"]["cell_var"])
         (tmp_path / "population_statistics.npz").unlink()
         assert read_best(tmp_path)[2] == "running"
+
+
+@pytest.mark.parametrize("lower_is_better, best", [(False, 2), (True, 3)])
+def test_latest_two_and_best_checkpoints_are_kept(small_config, tmp_path, lower_is_better, best):
+    state = train_step.create_state(tasks.load(small_config), small_config)
+    with Checkpoints(tmp_path, "value", lower_is_better) as checkpoints:
+        for step, value in enumerate((0.5, 0.9, 0.1, 0.2, 0.3, 0.4), start=1):
+            checkpoints.save(state.replace(step=step), {"value": value})
+        assert checkpoints.best_step() == best
+    assert steps_in(tmp_path / "checkpoints") == [6, 5, best]
 
 
 def test_checkpoint_without_a_newer_metric_is_restored(small_config, tmp_path):

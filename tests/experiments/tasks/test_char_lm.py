@@ -213,13 +213,15 @@ def test_only_validation_uses_the_training_batch_size(config):
         assert abs(row["loss"] - other) > 1e-4
 
 
-def test_population_statistics_are_means_over_training_segments(config):
+@pytest.mark.parametrize("most, used", [(0, 3), (2, 2)])
+def test_population_statistics_are_means_over_training_segments(config, most, used):
+    config.population_batches = most
     task = tasks.load(config)
     variables = random_variables(task)
     got = evaluate.Evaluator(task, config, NOISE).population_statistics(variables)["layer"]
     segments = np.asarray(task.text["train"])[:610].reshape(61, LENGTH)
     found = []
-    for batch in np.split(tasks.evaluation_order(61)[:60], 3):  # one segment is left over
+    for batch in np.split(tasks.evaluation_order(61)[:60], 3)[:used]:  # one segment is left over
         inputs = np.eye(len(LETTERS) + 1)[segments[batch, :-1]]
         found.append(reference.bn_lstm(variables["params"]["layer"], inputs)[2])
     for name, values in got.items():

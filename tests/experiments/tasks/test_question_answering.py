@@ -1,9 +1,11 @@
 import copy
+import itertools
 
 import jax
 import numpy as np
 import pytest
 
+import bnlstm_jax
 from configs import cnn_qa
 from experiments import config as shared
 from experiments import evaluate, tasks, train, train_step
@@ -11,6 +13,7 @@ from experiments.datasets import prepared
 from experiments.datasets.question_arrays import Question, pack
 from experiments.records import workdir
 from experiments.runtime.errors import UserError
+from experiments.tasks import question_answering
 from experiments.tasks.question_answering import make_model
 from tests import reference_reader
 
@@ -338,6 +341,33 @@ def test_population_batch_inputs_row_mixes_batch_and_population_statistics(confi
     assert abs(np.mean([loss(population, batch) for batch in batches]) - wanted) > 0.01
 
 
+@pytest.mark.parametrize("late_steps", ["repeat", "skip"])
+def test_late_steps_of_population_statistics_follow_the_config(config, late_steps, monkeypatch):
+    monkeypatch.setattr(question_answering, "ROUNDING", 4)  # the passages of this test are short
+    config.model.kind = "bn_lstm"
+    config.population_late_steps = late_steps
+    config.batch_size = config.population_batch_size = 2
+    config.population_batches = 6
+    task = tasks.load(config)
+    variables = train_step.variables_of(train_step.create_state(task, config))
+    found = evaluate.Evaluator(task, config, jax.random.key(0)).population_statistics(variables)
+
+    batches = list(itertools.islice(task.batches("train", 2, task.readings[0]), 6))
+    alone = [  # of one batch: steps that it does not reach repeat its last one
+        bnlstm_jax.estimate_population_statistics(
+            task.model, variables, [batch], inputs=task.inputs, use_running_average=False
+        )
+        for batch in batches
+    ]
+    lengths = np.array([batch["passage"].shape[1] for batch in batches])
+    assert len(set(lengths)) > 1
+    for name, got in found["passage"]["forward"].items():
+        values = np.stack([each["passage"]["forward"][name] for each in alone])
+        reached = (np.arange(len(got)) < lengths[:, None]) | (late_steps == "repeat")
+        weights = np.broadcast_to(reached[..., None], values.shape)
+        np.testing.assert_allclose(got, np.average(values, 0, weights), rtol=1e-5, atol=1e-7)
+
+
 def test_configs_match_the_paper():
     full, four = cnn_qa.get_config(), cnn_qa.get_config("four_sentences")
     for config, units, rate, permute, sort in (
@@ -348,9 +378,14 @@ def test_configs_match_the_paper():
         optimizer = config.optimizer
         assert (optimizer.name, optimizer.learning_rate, optimizer.clip_norm) == ("adam", rate, 10)
         assert optimizer.clip_rule == "released_reader"
+        assert optimizer.adam_epsilon == "released"
         assert (config.permute_entities, config.sorted_batches) == (permute, sort)
         model = config.model
         assert (model.initial_scale, model.dropout_rate, model.count_padding) == (0.1, 0.5, True)
+        assert (config.population_late_steps, config.population_batches) == ("repeat", 5001)
     assert full.num_sentences == 0 and four.num_sentences == 4
+    assert (four.sentence_rule, four.sentence_ties) == ("entities", "later")
+    assert full.join_numbers and not four.join_numbers
+    assert four.model.unscaled_dropout and not full.model.unscaled_dropout
     with pytest.raises(UserError, match="four_sentences"):
         cnn_qa.get_config("four")
