@@ -13,8 +13,10 @@ import difflib
 import functools
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +27,7 @@ from experiments import config, train
 from experiments.records import workdir
 from experiments.reporting import compare
 from experiments.runtime import cli, memory, paths, processes
-from experiments.runtime.errors import UserError, unknown_name
+from experiments.runtime.errors import UserError, report, unknown_name
 
 DEFAULT_CONFIG = "configs/digits.py"
 
@@ -70,7 +72,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     and everything else `DEFAULT_CONFIG`.
 
     Raises:
-      UserError: the config file does not exist, or lacks the given variant or field.
+      UserError: the config file does not exist, or lacks the given variant or field, or there is
+        an argument that is no flag.
     """
     # These flags select the config, whose fields are flags too. ml_collections defines the field
     # flags only once, so it gets a single --config, as the flag's default.
@@ -99,7 +102,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     check_field_flags(argv, config)
     define("config", source, "Config file; --config.FIELD=VALUE sets its fields.", sys_argv=argv)
     flags.FLAGS["config"].present = early["config"].present
-    return flags.FLAGS(argv)
+    return cli.flags_alone(argv)
 
 
 def check_field_flags(argv: Sequence[str], config: ConfigDict) -> None:
@@ -163,7 +166,11 @@ def main(_: list[str]) -> None:
 
 
 def run_all(base: ConfigDict) -> None:
-    """Trains or evaluates all kinds of model, and prints their results."""
+    """Trains or evaluates all kinds of model, and prints their results.
+
+    Raises:
+      SystemExit: the training of a kind diverged, which is reported.
+    """
     given = flags.FLAGS
     folder = Path(given.workdir or default_workdir())
     runs = workdir.of_kinds(base, folder)
@@ -172,11 +179,22 @@ def run_all(base: ConfigDict) -> None:
     cache_programs()
     run_one = functools.partial(train.train, profile=given.profile)
     run_one = train.evaluate_run if given.mode == "evaluate" else run_one
-    *others, last = runs.values()
-    results = [*(run_one(*run, more=True) for run in others), run_one(*last)]
+    results, status = [], 0
+    for number, run in enumerate(runs.values(), 1):
+        try:
+            results.append(run_one(*run, more=number < len(runs)))
+        except train.Diverged as error:  # on all processes; the other kinds are trained
+            status = report(error)
+    if results and processes.is_first():
+        show(results, runs, folder)
+    if status:
+        sys.exit(status)
 
-    if not processes.is_first():
-        return
+
+def show(
+    results: list[dict[str, Any]], runs: dict[str, tuple[ConfigDict, Path]], folder: Path
+) -> None:
+    """Prints the results of kinds of model, and draws the learning curves of all `runs`."""
     print(f"\n{compare.results_table(results)}\n")
     picture = folder / compare.PICTURE_NAME
     folders = {kind: run for kind, (_, run) in runs.items()}

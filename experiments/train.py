@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from experiments import parallel, tasks
@@ -73,11 +74,23 @@ class Setup:
         rows = self.devices.statistics_rows(self.config.batch_size)
         return {**self.task.record, "statistics_rows": rows}
 
+    def warn_of_other_rows(self) -> None:
+        """Logs a warning if batch statistics are over other rows than in training."""
+        records = self.record, workdir.read_record(self.folder)
+        here, there = (each.get("statistics_rows") or self.config.batch_size for each in records)
+        if here != there:
+            told = "batch statistics are over %s examples in this evaluation, over %s in training"
+            logging.warning(told, here, there)
+
     def checkpoints(self, read_only: bool = False) -> Checkpoints:
         """The run's checkpoints."""
         return Checkpoints(
             self.folder, self.task.selection, self.task.lower_is_better, read_only=read_only
         )
+
+
+class Diverged(processes.Everywhere):
+    """An update would have introduced a non-finite value."""
 
 
 @dataclasses.dataclass
@@ -169,7 +182,7 @@ class Training:
         """Stops a run whose last update was refused.
 
         Raises:
-          UserError: names the update, the first non-finite value, and the latest checkpoint.
+          Diverged: names the update, the first non-finite value, and the latest checkpoint.
         """
         refused = jax.device_get(self.state.refused)
         if not np.any(refused):
@@ -178,7 +191,7 @@ class Training:
         latest = "there is no checkpoint yet"
         if self.saved is not None:
             latest = f"the latest checkpoint, of update {self.saved}, is in {self.setup.folder}"
-        raise processes.Everywhere(
+        raise Diverged(
             f"update {int(self.state.step) + 1} was not applied: "
             f"{finite.describe(names, refused)}; {latest}; try a lower "
             "config.optimizer.learning_rate in another workdir"
@@ -381,6 +394,8 @@ def evaluate_run(config: ConfigDict, folder: Path, more: bool = False) -> dict[s
 
     processes.on_first(check_folder)
     setup = Setup.load(config, folder)
+    if processes.is_first():
+        setup.warn_of_other_rows()
     state = create_state(setup.task, config)
     with contextlib.ExitStack() as stack:
         if processes.is_first():

@@ -53,7 +53,7 @@ def main(_: list[str]) -> None:
         sizes,
         given.dtypes,
         given.passes,
-        implementations,
+        dict.fromkeys(sizes, implementations),
         given.rounds,
         Path(given.output),
         recorded,

@@ -81,4 +81,4 @@ def _in_a_line(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, define_flags)
+    cli.run(main, define_flags, flags.FLAGS)

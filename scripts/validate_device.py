@@ -11,12 +11,13 @@ Four steps run one after the other, each in a process of its own:
     benchmark  the paper's four sizes, beside other libraries' layers
     training   permuted MNIST by each implementation
 
-The last two steps leave out kernels that failed a check.
+The last two steps leave out kernels that failed a check with at most the hidden units of a layer.
 
 The steps share `--minutes`; later steps get the time that a step leaves. A step that fails, hangs
-or runs out of time does not end the others, and its results so far count. `report.md` in the output
-folder is rewritten after each step. It has a verdict for each kernel, and the line for
-`VALIDATED_UNITS`, which lists the devices where `implementation="auto"` selects a kernel.
+or runs out of time does not end the others. Its results so far count, except those of training,
+which are written at its end. `report.md` in the output folder is rewritten after each step. It has
+a verdict for each kernel, and the line for `VALIDATED_UNITS`, which lists the devices where
+`implementation="auto"` selects a kernel.
 
 `--step=check` runs one step in this process, for example under compute-sanitizer.
 
@@ -24,6 +25,7 @@ The exit status is 1 if a step or a check failed, or if time ran out before all 
 """
 
 import contextlib
+import functools
 import os
 import shlex
 import signal
@@ -31,7 +33,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,7 @@ def define_flags() -> None:
 def run_step(step: str, given: Any, folder: Path, minutes: float) -> None:
     """Runs a step on a device; exits with status 1 if a check failed."""
     device, output = timing.use_device(given.device), folder / f"{step}.json"
+    sound = functools.partial(verdict.sound, verdict.read(folder), device.platform)
     if step == "rates":
         rates.run(given.small, output)
     elif step == "check":
@@ -76,27 +79,25 @@ def run_step(step: str, given: Any, folder: Path, minutes: float) -> None:
         cases = {name: known[name] for name in given.cases or known}
         sys.exit(1 if check.run(cases, given.small, output) else 0)
     elif step == "benchmark":
-        run_benchmark(given.small, sound(folder, device), output)
+        run_benchmark(given.small, sound, output)
     else:
-        run_training(given, sound(folder, device), 60 * minutes, output)
+        run_training(given, sound, 60 * minutes, output)
 
 
-def sound(folder: Path, device: jax.Device) -> list[str]:
-    """The implementations that failed no check."""
-    return verdict.sound(verdict.read(folder), device.platform)
-
-
-def run_benchmark(small: bool, implementations: list[str], output: Path) -> None:
-    """Times an update at the paper's sizes."""
+def run_benchmark(small: bool, sound: Callable[[int], list[str]], output: Path) -> None:
+    """Times an update at the paper's sizes; `sound` gives the implementations for some units."""
     sizes = {name: size.small() if small else size for name, size in programs.SIZES.items()}
     dtypes = ["float32"] if small else list(programs.DTYPES)
     recorded = {"dtypes": dtypes, "passes": ["update"], "small": small}
     rounds = 2 if small else 7
+    implementations = {name: sound(size.features) for name, size in sizes.items()}
     benchmark.run(sizes, dtypes, ["update"], implementations, rounds, output, recorded)
 
 
-def run_training(given: Any, implementations: list[str], seconds: float, output: Path) -> None:
-    """Trains a BN-LSTM by each implementation."""
+def run_training(
+    given: Any, sound: Callable[[int], list[str]], seconds: float, output: Path
+) -> None:
+    """Trains a BN-LSTM with each implementation."""
     # Kernels multiply in float32. XLA on a GPU multiplies in tf32 by default.
     jax.config.update("jax_default_matmul_precision", "highest")
     config, name = (digits, "digits") if given.small else (pmnist, "pmnist")
@@ -105,6 +106,7 @@ def run_training(given: Any, implementations: list[str], seconds: float, output:
     title = f"configs/{name}.py, bn_lstm, seed {config.seed}"
     updates = 20 if given.small else 100_000
     # Loading and compiling need the rest of the time.
+    implementations = sound(config.model.features)
     training.run(config, title, implementations, updates, 0.8 * seconds, output)
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def run(
     sizes: dict[str, Size],
     dtypes: Sequence[str],
     passes: Sequence[str],
-    implementations: Sequence[str],
+    implementations: Mapping[str, Sequence[str]],
     rounds: int,
     output: Path,
     recorded: dict[str, Any],
@@ -79,7 +79,7 @@ def run(
     Args:
       sizes: layers to measure, by name.
       dtypes, passes: names in `programs.DTYPES` and `programs.PASSES`.
-      implementations: of the recurrence, including `xla`.
+      implementations: of the recurrence, including `xla`, by size.
       rounds: measurements of each candidate.
       output: JSON file of all results.
       recorded: the command's flags, for the file.
@@ -96,7 +96,8 @@ def run(
     record["sizes"] = {name: size._asdict() for name, size in sizes.items()}
     for kind, name, dtype in itertools.product(passes, sizes, dtypes):
         size, title, is_update = sizes[name], f"{name}, {dtype}, {kind}", kind == "update"
-        made = programs.compile_all(programs.candidates(size, dtype, is_update, implementations))
+        candidates = programs.candidates(size, dtype, is_update, implementations[name])
+        made = programs.compile_all(candidates)
         measured = measure(made, f"measuring {title}", rounds)
         del made  # frees its arrays
         least = None

@@ -12,7 +12,7 @@ import itertools
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,7 +23,7 @@ from absl import logging
 from experiments.datasets import examples
 from experiments.datasets.originals import matching
 from experiments.datasets.prepared import Made, file_sha256
-from experiments.datasets.question_arrays import ENTITY, SPLITS, pack_bytes, pack_words
+from experiments.datasets.question_arrays import ENTITY, SPLITS, joined, pack_bytes, pack_words
 from experiments.runtime.errors import UserError
 from experiments.runtime.progress import track
 
@@ -265,20 +265,15 @@ def _arrays(
         passages = np.memmap(path, np.int32, "r")
         questions = [table[row.question] for row in ordered]
         arrays[f"{split}_passages"], arrays[f"{split}_passage_ends"] = passages, ends
-        arrays[f"{split}_questions"], arrays[f"{split}_question_ends"] = _joined(questions)
+        arrays[f"{split}_questions"], arrays[f"{split}_question_ends"] = joined(questions, np.int32)
         arrays[f"{split}_answers"] = table[[row.answer for row in ordered]]
         texts = {"name": ("names", [row.name for row in ordered])}
         if split != "train":
             texts["entity"] = ("entities", [row.entities for row in ordered])
         for one, (several, items) in texts.items():
-            joined = _joined([pack_bytes(text) for text in items])
-            arrays[f"{split}_{several}"], arrays[f"{split}_{one}_ends"] = joined
+            packed = [pack_bytes(text) for text in items]
+            arrays[f"{split}_{several}"], arrays[f"{split}_{one}_ends"] = joined(packed, np.uint8)
     return arrays
-
-
-def _joined(items: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The concatenated arrays, and the end of each."""
-    return np.concatenate(items), np.cumsum([len(item) for item in items], dtype=np.int64)
 
 
 def _some(names: list[str]) -> str:

@@ -106,10 +106,11 @@ def prepare(name: str, data_dir: str, source_dir: str) -> bool:
             write(folder, arrays, info, origin)
             return True
     except OSError as error:
-        raise UserError(
-            f"{name} cannot be prepared from {source}: {error}; to write to another folder: "
-            f"python -m scripts.prepare_data {name} --data_dir=FOLDER --source_dir={source}"
-        ) from error
+        hint, failed = "", Path(str(error.filename or folder))
+        if failed in (folder, *folder.parents) or folder.parent in failed.parents:
+            command = f"python -m scripts.prepare_data {name}"
+            hint = f"; to write elsewhere: {command} --data_dir=FOLDER --source_dir={source}"
+        raise UserError(f"{name} cannot be prepared from {source}: {error}{hint}") from error
     except ModuleNotFoundError as error:
         raise UserError(
             f"{name} is not prepared yet, and preparing it needs the package {error.name}: "

@@ -13,7 +13,7 @@ The data set has these arrays for each split, under names like `train_passages`:
 `vocabulary` uint8 [bytes] holds the words of all splits, sorted, a line each, in UTF-8.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -51,6 +51,12 @@ def pack_bytes(text: str) -> np.ndarray:
     return np.frombuffer(text.encode(), np.uint8)
 
 
+def joined(items: Sequence[np.ndarray], dtype: type) -> tuple[np.ndarray, np.ndarray]:
+    """The concatenated arrays of a dtype, and the end of each, int64."""
+    ends = np.cumsum([len(item) for item in items], dtype=np.int64)
+    return np.concatenate([np.zeros(0, dtype), *items]), ends
+
+
 def pack(splits: dict[str, list[Question]], prefix: str = "") -> dict[str, np.ndarray]:
     """The arrays of a data set that fits in memory as words."""
     every = [question for questions in splits.values() for question in questions]
@@ -59,8 +65,7 @@ def pack(splits: dict[str, list[Question]], prefix: str = "") -> dict[str, np.nd
     arrays = {f"{prefix}vocabulary": pack_words(vocabulary)}
 
     def add(name: str, end_name: str, items: list[np.ndarray], dtype: type) -> None:
-        arrays[name] = np.concatenate([np.zeros(0, dtype), *items])
-        arrays[end_name] = np.cumsum([len(item) for item in items], dtype=np.int64)
+        arrays[name], arrays[end_name] = joined(items, dtype)
 
     def words(text: list[str]) -> np.ndarray:
         return np.array([index[word] for word in text], np.int32)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments import datasets
-from experiments.datasets.question_arrays import ENTITY, PLACEHOLDER, SPLITS
+from experiments.datasets.question_arrays import ENTITY, PLACEHOLDER, SPLITS, joined
 from experiments.runtime.checks import one_of
 from experiments.runtime.progress import track
 
@@ -70,8 +70,8 @@ class Split(NamedTuple):
     def select(self, chosen: np.ndarray) -> "Split":
         """The questions at these positions."""
         return Split(
-            _concatenate([self.passages[i] for i in chosen]),
-            _concatenate([self.questions[i] for i in chosen]),
+            Texts(*joined([self.passages[i] for i in chosen], np.int32)),
+            Texts(*joined([self.questions[i] for i in chosen], np.int32)),
             self.answers[chosen],
             self.indices[chosen],
         )
@@ -236,7 +236,7 @@ def select_sentences(questions: Questions, selection: Selection) -> Questions:
             for start in track(starts, f"choosing sentences, {split}", len(starts))
         ]
         cut[split] = part._replace(
-            passages=_concatenate([text for texts in chosen for text in texts])
+            passages=Texts(*joined([text for texts in chosen for text in texts], np.int32))
         )
     name = f"{questions.name}, {selection.number} sentences"
     return dataclasses.replace(questions, name=name, splits=cut)
@@ -315,8 +315,3 @@ def _count(words: np.ndarray, size: int) -> np.ndarray:
     """How often each word occurs, counted in pieces because `bincount` copies to 64 bits."""
     pieces = np.split(words, range(COUNTED, len(words), COUNTED))
     return sum(np.bincount(piece, minlength=size) for piece in pieces)
-
-
-def _concatenate(texts: list[np.ndarray]) -> Texts:
-    ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
-    return Texts(np.concatenate([np.zeros(0, np.int32), *texts]), ends)

@@ -167,10 +167,12 @@ def make_points(base: ConfigDict, swept: list[Fields], folder: Path) -> list[Poi
 
     Raises:
       UserError: a point sets an unknown field or an invalid value, equals another point, or its
-        workdir holds another run.
+        workdir holds another run; or points differ in `selection`, by which they are ranked.
     """
     names = list(dict.fromkeys(field for point in swept for field in point))
     configs = [_with(base, given) for given in swept]
+    if len({config.get("selection") for config in configs}) > 1:
+        raise UserError("points differ in selection, which ranks them: make a sweep for each value")
     points: list[Point] = []
     for given, config in zip(swept, configs, strict=True):
         flat = flatten_dict(config.to_dict(), sep=".")

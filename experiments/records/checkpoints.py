@@ -171,8 +171,8 @@ class Checkpoints:
         return processes.on_first(best_step)
 
     def has_put_aside(self, step: int) -> bool:
-        """Whether the checkpoint of an update was damaged and has been renamed."""
-        return (self._folder / f"{step}.damaged").exists()
+        """Whether the checkpoint of an update was damaged, renamed, and not made again."""
+        return (self._folder / f"{step}.damaged").exists() and step not in steps_in(self._folder)
 
     def restore(self, step: int, state: TrainState) -> TrainState:
         """The checkpoint of an update, in the structure of `state`, with arrays on the host.

@@ -1,11 +1,10 @@
 """Reports the metrics of a run while it trains: a progress bar, a metrics file, and boards."""
 
-import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -24,7 +23,13 @@ from rich.text import Text
 from experiments.records.boards import Board
 from experiments.runtime import processes
 from experiments.runtime.files import write_text
-from experiments.runtime.progress import SECONDS_AVERAGED, SECONDS_LOGGED, rest_of_line, time_left
+from experiments.runtime.progress import (
+    SECONDS_AVERAGED,
+    SECONDS_LOGGED,
+    Output,
+    rest_of_line,
+    time_left,
+)
 
 FILE_NAME = "metrics.jsonl"
 SECONDS_SHOWN = 0.5  # between movements of the progress bar
@@ -37,37 +42,6 @@ STATISTICS = {
     "none": "no batch statistics",
 }
 FINAL = ("population", "none")  # of final results
-
-
-class Output:
-    """Where a run prints. A pipe or a terminal that has been closed does not stop the run."""
-
-    def __init__(self, stream: TextIO) -> None:
-        """Wraps a stream."""
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        """The stream's attributes, such as `isatty`."""
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        """Writes text, or drops it if the stream is closed."""
-        with self._dropping():
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Flushes."""
-        with self._dropping():
-            self._stream.flush()
-
-    @contextlib.contextmanager
-    def _dropping(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError:
-            with open(os.devnull, "w") as nowhere:  # also for the stream's buffer
-                os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
 class UpdatesPerSecond(ProgressColumn):

@@ -95,8 +95,9 @@ class Run:
 
     @property
     def updates(self) -> int:
-        """The last update with metrics."""
-        return self.rows[-1]["update"] if self.rows else 0
+        """The last update with metrics or results."""
+        logged = self.rows[-1]["update"] if self.rows else 0
+        return max(logged, self.results.get("updates", 0))
 
     @property
     def is_evaluated(self) -> bool:

@@ -39,10 +39,22 @@ def help_text() -> str:
     return "\n".join([(sys.modules["__main__"].__doc__ or "").rstrip(), *listed])
 
 
+def flags_alone(argv: Sequence[str]) -> list[str]:
+    """Parses a command line of flags alone.
+
+    Raises:
+      UserError: there is another argument.
+    """
+    rest = flags.FLAGS(argv)
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: write flags as --NAME=VALUE; see --help")
+    return rest
+
+
 def run(
     main: Callable[[list[str]], Any],
     define_flags: Callable[[], None] | None = None,
-    parse: Callable[[Sequence[str]], Any] = flags.FLAGS,
+    parse: Callable[[Sequence[str]], Any] = flags_alone,
 ) -> NoReturn:
     """Runs a command: absl's `app.run`, with user errors in one line.
 
@@ -54,7 +66,7 @@ def run(
     Args:
       main: called with what `parse` returns.
       define_flags: defines the flags of the command, so that importing its module defines none.
-      parse: called with the command line; parses `flags.FLAGS`.
+      parse: called with the command line; parses `flags.FLAGS`. The default takes flags alone.
     """
 
     def parse_flags(argv: Sequence[str]) -> Any:

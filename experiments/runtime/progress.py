@@ -1,9 +1,12 @@
 """Progress bars, or lines in a log file."""
 
+import contextlib
 import datetime
+import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TextIO, TypeVar, cast
 
 import jax
 from rich.console import Console
@@ -15,6 +18,37 @@ from experiments.runtime import processes
 SECONDS_AVERAGED = 300  # for the time left; updates may complete in bursts
 SECONDS_LOGGED = 60  # between lines in a log file
 T = TypeVar("T")
+
+
+class Output:
+    """A stream for progress. A pipe or a terminal that has been closed does not end the program."""
+
+    def __init__(self, stream: TextIO) -> None:
+        """Wraps a stream."""
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        """The stream's attributes, such as `isatty`."""
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Writes text, or drops it if the stream is closed."""
+        with self._dropping():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes."""
+        with self._dropping():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            with open(os.devnull, "w") as nowhere:  # also for the stream's buffer
+                os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
 def rest_of_line(text: str) -> TextColumn:
@@ -33,7 +67,8 @@ def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
     if not first or not total:
         yield from items
         return
-    console = Console()
+    output = cast(TextIO, Output(sys.stdout))
+    console = Console(file=output)
     if console.is_terminal:
         columns = (
             BarColumn(bar_width=20),
@@ -51,7 +86,7 @@ def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
         now = time.monotonic()
         if now - logged > SECONDS_LOGGED:
             left = time_left((now - start) / done * (total - done))
-            print(f"{title}: {done:,} of {total:,}, {left}", flush=True)
+            print(f"{title}: {done:,} of {total:,}, {left}", file=output, flush=True)
             logged = now
 
 

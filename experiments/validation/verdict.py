@@ -67,13 +67,18 @@ def checks(findings: Findings, name: str, outcome: str) -> list[dict[str, Any]]:
     return [r for r in results if (r["implementation"], r["outcome"]) == (name, outcome)]
 
 
-def sound(findings: Findings, platform: str) -> list[str]:
-    """`xla` and the platform's kernels; if there are checks, only kernels that passed them."""
+def sound(findings: Findings, platform: str, units: int) -> list[str]:
+    """`xla` and the platform's kernels that run layers of `units` hidden units.
+
+    If there are checks, only kernels that passed some and failed none with at most so many units.
+    """
+
+    def is_sound(name: str) -> bool:
+        failed = [each["units"] for each in checks(findings, name, "failed")]
+        return bool(checks(findings, name, "passed")) and all(units < n for n in failed)
+
     names = kernels(platform)
-    if "check" in findings:
-        names = [n for n in names if checks(findings, n, "passed")]
-        names = [n for n in names if not checks(findings, n, "failed")]
-    return ["xla", *names]
+    return ["xla", *(filter(is_sound, names) if "check" in findings else names)]
 
 
 def medians(result: dict[str, Any]) -> dict[str, float]:

@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from experiments import main, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,6 +91,27 @@ def test_command_trains_and_evaluates_on_a_text_file(tmp_path):
     output = run("--mode=evaluate", f"--workdir={folder}", "--config.eval_lengths=30,40")
     for length in (20, 30, 40):
         assert f"| population statistics, re-estimated    | segments of {length} " in output
+
+
+def test_kinds_after_one_that_diverges_are_trained(small_config, tmp_path, monkeypatch, capsys):
+    trained = train.train
+
+    def diverging(config, folder, **options):
+        if config.model.kind == "lstm":
+            raise train.Diverged("update 1 was not applied")
+        return trained(config, folder, **options)
+
+    monkeypatch.setattr(train, "train", diverging)
+    given = SimpleNamespace(workdir=str(tmp_path), profile=False, mode="train")
+    monkeypatch.setattr(main.flags, "FLAGS", given)
+    small_config.model.kind = "lstm,bn_lstm"
+    with pytest.raises(SystemExit) as ended:
+        main.run_all(small_config)
+    assert ended.value.code == 2
+    output = capsys.readouterr()
+    assert "error: update 1 was not applied\n" in output.err
+    assert "| BN-LSTM | population statistics, re-estimated" in output.out
+    assert (tmp_path / "bn_lstm" / "results.json").exists()
 
 
 @pytest.mark.parametrize(

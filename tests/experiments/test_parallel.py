@@ -281,7 +281,7 @@ def test_population_statistics_draw_independent_noise_per_device(small_config):
     assert np.all(flatten_dict(found, sep="/")["layer/recurrent_var"][0] > 1e-6)
 
 
-def test_resuming_with_other_statistics_rows_raises(config, tmp_path):
+def test_resuming_with_other_statistics_rows_raises(config, tmp_path, caplog):
     """The number of devices may change, but not the number of examples that share statistics."""
     config = config.copy_and_resolve_references()
     config.num_updates = config.eval_every = config.checkpoint_every = 1
@@ -293,6 +293,11 @@ def test_resuming_with_other_statistics_rows_raises(config, tmp_path):
         message = f"other batch statistics: statistics_rows is 16 in that run, {rows} now;"
         with pytest.raises(UserError, match=message):
             train.train(config, tmp_path)
+    config.parallel.devices = 1
+    with caplog.at_level("WARNING"):
+        train.evaluate_run(config, tmp_path)
+    rows = f"over {config.batch_size} examples in this evaluation, over 16 in training"
+    assert rows in caplog.text
     config.parallel.devices = 2
     assert train.train(config, tmp_path)["updates"] == 2
     record = workdir.read_record(tmp_path)

@@ -307,6 +307,8 @@ def test_damaged_checkpoint_is_renamed_and_the_previous_one_used(
     assert list(differences(folder, unbroken)) == []
     starts = json.loads((folder / "run.json").read_text())["starts"]
     assert len(starts) == 2
+    train.train(config, folder)  # finished: no third start
+    assert json.loads((folder / "run.json").read_text())["starts"] == starts
 
 
 @pytest.mark.parametrize("damaged", [True, False])

@@ -63,7 +63,7 @@ def test_small_validation_runs_every_step(tmp_path):
     report = (tmp_path / "report.md").read_text()
     assert "`cpu` ran with small layers" in report and "VALIDATED_UNITS" not in report
     findings = verdict.read(tmp_path)
-    assert verdict.sound(findings, "cpu") == ["xla", "cpu"]
+    assert verdict.sound(findings, "cpu", 100) == ["xla", "cpu"]
     assert {len(losses) for losses in findings["training"]["losses"].values()} == {20}
     assert verdict.judge(findings, "cpu").missing == ["training, 200 updates"]
 

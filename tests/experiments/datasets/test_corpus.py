@@ -120,6 +120,7 @@ def test_text8_too_short_for_the_split_raises(tmp_path, complete):
     message = error("text8", tmp_path, split=(90_000, 5_000, 5_000))
     assert message.startswith("config.split is 90000,5000,5000") and "12,000" in message
     assert ("prefix of text8" in message) != complete
+    assert ("place text8.zip in" in message) != complete
 
 
 # Text files

@@ -198,7 +198,7 @@ def test_unreadable_original_file_is_reported(tmp_path, monkeypatch):
     forbid(monkeypatch, path)
     message = load_error(tmp_path, "ptb")
     assert message.startswith(f"ptb cannot be prepared from {tmp_path}: ")
-    assert f"Permission denied: '{path}'" in message
+    assert message.endswith(f"Permission denied: '{path}'")  # another folder would not help
     assert sorted(tmp_path.rglob("*")) == [path.parent, path]
 
 

@@ -193,6 +193,12 @@ def test_points_with_an_invalid_data_subset_raise(tmp_path):
         make_points(babi.get_config(), [{"subset": "qa1"}, {"subset": "qa3"}], tmp_path)
 
 
+def test_points_that_differ_in_the_metric_that_ranks_them_raise(tmp_path):
+    points = values("selection", "accuracy", "bits_per_character")
+    with pytest.raises(UserError, match="make a sweep for each value"):
+        make_points(ptb.get_config(), points, tmp_path)
+
+
 def test_points_with_identical_configs_raise():
     points = [{"seed": 1}, {"seed": 2}, {"model.features": 64}]
     with pytest.raises(UserError, match="seed=1 and features=64 are the same run"):

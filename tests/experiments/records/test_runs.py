@@ -6,6 +6,7 @@ import pytest
 from experiments.records import runs
 from experiments.records.metrics import read_metrics
 from experiments.records.runs import Experiment
+from experiments.runtime import files
 from tests.scripts.made_up import write_run
 
 PMNIST = Experiment("pmnist", "bn_lstm")
@@ -39,6 +40,10 @@ def test_run_properties_are_read_from_its_files(tmp_path):
     run = runs.Run(write_run(tmp_path, PMNIST, 3, validations, {"accuracy": 0.7}))
     np.testing.assert_array_equal(run.curve("valid", "accuracy"), [[500, 1000], [0.5, 0.75]])
     assert (run.updates, run.seconds, run.results["update"]) == (1000, 3900, 1000)
+    # A run that was stopped between two logs and evaluated.
+    files.write_json(run.folder / "results.json", run.results | {"updates": 1030})
+    stopped = runs.Run(run.folder)
+    assert stopped.updates == 1030 and stopped.is_evaluated
     live = runs.Run(write_run(tmp_path, LARGE_GAMMA, 3))
     assert (live.updates, live.seconds, live.results) == (0, None, {})
     assert live.curve("valid", "accuracy").shape == (2, 0)

@@ -49,8 +49,9 @@ def test_missing_jax_platform_gives_an_error_without_traceback():
 def test_unwritable_file_gives_a_one_line_error(tmp_path):
     program = """
         import pathlib, sys
+        from absl import flags
         from experiments.runtime import (cli, files)
-        cli.run(lambda argv: files.write_text(pathlib.Path(argv[1]), "text"))
+        cli.run(lambda argv: files.write_text(pathlib.Path(argv[1]), "text"), None, flags.FLAGS)
     """
     path = tmp_path / "missing" / "file"
     answer = run(program, str(path))
@@ -70,6 +71,17 @@ def test_flags_are_read_from_nested_flagfiles(tmp_path):
         2,
         "error: --workdir=none is not the folder of a run: none/config.json is missing\n",
     )
+
+
+@pytest.mark.parametrize("command", ["experiments.main", "scripts.report"])
+def test_arguments_that_are_no_flags_raise(command, tmp_path):
+    words = [sys.executable, "-m", command, "configs/pmnist.py", f"--workdir={tmp_path / 'run'}"]
+    if command == "scripts.report":
+        words.pop()
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    message = "error: unexpected argument 'configs/pmnist.py': write flags as --NAME=VALUE"
+    assert done.returncode == 2 and done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
 
 
 def test_unexpected_errors_keep_their_traceback():

@@ -2,6 +2,7 @@ import io
 import os
 import subprocess
 import sys
+import textwrap
 
 import pytest
 from rich.console import Console
@@ -26,10 +27,26 @@ def test_progress_does_not_require_a_jax_device():
     assert subprocess.check_output(command, env=environment, text=True) == "1 2\n"
 
 
+def test_closed_output_does_not_end_the_program():
+    code = """
+        import sys
+        from experiments.runtime import progress
+        progress.SECONDS_LOGGED = -1  # a line for every item
+        sys.stdin.read()
+        print(*progress.track("abc", "reading", 3), file=sys.stderr)
+    """
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    program = [sys.executable, "-c", textwrap.dedent(code)]
+    process = subprocess.Popen(program, env=os.environ, text=True, **streams)
+    process.stdout.close()
+    process.stdin.close()
+    assert process.stderr.read() == "a b c\n" and process.wait() == 0
+
+
 @pytest.mark.parametrize("title", ["reading", "reading [red]" + 20 * " a very long name"])
 def test_narrow_terminals_show_percentage_and_remaining_time(monkeypatch, title):
     terminal = Console(width=60, file=io.StringIO(), force_terminal=True, color_system=None)
-    monkeypatch.setattr(progress, "Console", lambda: terminal)
+    monkeypatch.setattr(progress, "Console", lambda file: terminal)
     assert list(progress.track("abcd", title, 4)) == list("abcd")
     last = terminal.file.getvalue().split("\r")[-2]
     assert " 100% " in last and " left reading" in last

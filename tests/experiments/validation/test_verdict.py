@@ -119,7 +119,7 @@ def hang(findings):
 def test_unfinished_check_counts_as_failed():
     findings = make_findings()
     hang(findings)
-    assert verdict.sound(findings, "gpu") == ["xla"]
+    assert verdict.sound(findings, "gpu", 1000) == ["xla"]
     found = verdict.judge(findings, "gpu")
     assert found.units == 100
     assert found.problems == ["Penn Treebank, float32: it was running when its process ended"]
@@ -181,10 +181,14 @@ def test_report_names_every_commit():
     assert "`the command`, commit abc, def, 2026-" in report.page(findings, [], "the command")
 
 
-def test_failed_kernels_are_excluded():
-    assert verdict.sound(make_findings(), "gpu") == ["xla", "gpu"]
-    assert verdict.sound(make_findings(outcomes={"odd sizes": "failed"}), "gpu") == ["xla"]
-    assert verdict.sound({}, "gpu") == ["xla", "gpu"]
+def test_kernels_are_excluded_from_the_size_of_a_failed_check_on():
+    assert verdict.sound(make_findings(), "gpu", 100) == ["xla", "gpu"]
+    failed = make_findings(outcomes={"permuted MNIST": "failed"})
+    assert verdict.sound(failed, "gpu", 99) == ["xla", "gpu"]
+    assert verdict.sound(failed, "gpu", 100) == ["xla"]
+    none = make_findings(outcomes=dict.fromkeys(UNITS, "not supported"))
+    assert verdict.sound(none, "gpu", 1) == ["xla"]
+    assert verdict.sound({}, "gpu", 100) == ["xla", "gpu"]
 
 
 def test_report_has_a_section_per_executed_step():
