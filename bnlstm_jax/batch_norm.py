@@ -55,11 +55,7 @@ def check_rows(module: nn.Module, rows: int) -> None:
     `rows` is this device's number of rows. One is enough to initialise a module, or if statistics
     are pooled over several devices.
     """
-    if module.is_initializing():
-        return
-    if module.axis_name is not None:
-        rows *= jax.lax.psum(1, module.axis_name)
-    if rows == 1:
+    if rows == 1 and not module.is_initializing() and pooled_axis(module) is None:
         raise ValueError(
             f"{type(module).__name__}: expected a batch of at least 2 under batch statistics, got "
             "1; drop a last batch of one example, or pass use_running_average=True to normalise by "
@@ -101,7 +97,9 @@ def pooled_axis(module: nn.Module, use_running_average: bool = False) -> str | N
 
     As in `flax.linen.BatchNorm`, initialisation and inference need no mapped axis.
     """
-    return None if use_running_average or module.is_initializing() else module.axis_name
+    if use_running_average or module.is_initializing() or module.axis_name is None:
+        return None
+    return None if jax.lax.psum(1, module.axis_name) == 1 else module.axis_name
 
 
 def running_statistics(module: nn.Module, shape: tuple[int, ...], prefix: str = "") -> Statistics:
@@ -145,6 +143,8 @@ def update_statistics(
         return
     if module.axis_name is not None:
         count = jax.lax.psum(count, module.axis_name)
+        if pooled_axis(module) is None:  # marks statistics as equal along an axis of one device
+            batch = jax.lax.psum(batch, module.axis_name)
     batch = jax.lax.stop_gradient(batch)
     if batch.mean.ndim > running.mean.ndim:
         batch, count = pool_steps(batch, count), jnp.sum(count)

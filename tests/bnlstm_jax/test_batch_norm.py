@@ -1,3 +1,5 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -262,6 +264,24 @@ def test_only_training_needs_the_mapped_axis(module, inputs):
         module.apply(variables, *inputs, use_running_average=False, mutable=["batch_stats"])
     with pytest.raises(ValueError, match="use_running_average"):
         module.clone(use_running_average=True).apply(variables, *inputs, use_running_average=True)
+
+
+@pytest.mark.parametrize("module, inputs", MODULES.values(), ids=MODULES.keys())
+def test_statistics_are_equal_along_an_axis_of_one_device(module, inputs):
+    inputs = jax.tree.map(lambda x: x * jnp.arange(1.0, 4).reshape(3, *[1] * (x.ndim - 1)), inputs)
+    variables = module.init(jax.random.key(0), *inputs, use_running_average=False)
+    alone = module.clone(axis_name=None)
+
+    def updated(module, inputs):
+        _, changed = module.apply(
+            variables, *inputs, use_running_average=False, mutable=["batch_stats"]
+        )
+        return changed["batch_stats"]
+
+    one = jax.tree.map(lambda x: x[None], inputs)
+    mapped = jax.vmap(functools.partial(updated, module), out_axes=None, axis_name="batch")
+    wanted = updated(alone, inputs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **SINGLE), mapped(one), wanted)
 
 
 @pytest.mark.parametrize("kind", [bnlstm_jax.BNLSTMCell, bnlstm_jax.BNSimpleCell])
