@@ -142,7 +142,8 @@ def _ptb(data_dir: str) -> Corpus:
 def _text8(data_dir: str, split: tuple[float, ...]) -> Corpus:
     data = datasets.load("text8", data_dir)
     text, complete = data.arrays["text"], data.info["complete"]
-    place, folder = Path(data_dir) / "text8", folder_of("text8", data_dir)
+    folder = folder_of("text8", data_dir)
+    place = folder.parents[1] / "text8"
     hint = "" if complete else f"; for the whole text, place text8.zip in {place}, delete {folder}"
     sizes = _sizes(split, len(text), "text8" if complete else "the prefix of text8", hint)
     name = "text8"
