@@ -39,10 +39,7 @@ def test_layer_initialisation_matches_the_paper():
         assert np.all(params[name] == 0), name
 
 
-KINDS = ("LSTM", "BNLSTM", "LNLSTM")
-
-
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["LSTM", "BNLSTM", "LNLSTM"])
 def test_cells_have_the_defaults_of_their_layers(name):
     options = {"use_running_average": True} if name == "BNLSTM" else {}
     layer, cell = (getattr(bnlstm_jax, kind)(H, **options) for kind in (name, f"{name}Cell"))
