@@ -67,29 +67,32 @@ def normalizes_by_running(module: nn.Module, argument: bool | None) -> bool:
     """Whether a module normalises by running statistics, by its field or the argument of a call.
 
     Raises:
-      TypeError: the value is an array or a list, such as lengths by position, or is traced.
+      TypeError: the value is not a boolean, such as lengths or a mask by position, or is traced.
       ValueError: both or neither are given.
     """
+    refuse_arrays(module, argument)
     value = nn.merge_param("use_running_average", module.use_running_average, argument)
-    refuse_lengths(module, value)
+    refuse_arrays(module, value)
+    if not isinstance(value, bool) and getattr(value, "dtype", None) != jnp.bool_:
+        raise TypeError(_not_boolean(module, value))
     try:
         return bool(value)
     except jax.errors.TracerBoolConversionError:
-        hint = "make it static, by jax.jit's static_argnames, or set the field, as under nn.remat"
-        raise TypeError(_not_boolean(module, value, hint)) from None
+        hint = "; make it static, by jax.jit's static_argnames, or set the field, as under nn.remat"
+        raise TypeError(_not_boolean(module, value) + hint) from None
 
 
-def refuse_lengths(module: nn.Module, use_running_average: Any) -> None:
+def refuse_arrays(module: nn.Module, use_running_average: Any) -> None:
     """Raises a TypeError if `use_running_average` is an array or a list, as lengths by position."""
     if isinstance(use_running_average, list | tuple) or getattr(use_running_average, "ndim", 0) > 0:
-        hint = "pass lengths as seq_lengths=..."
-        raise TypeError(_not_boolean(module, use_running_average, hint))
+        hint = "; pass lengths and masks by keyword"
+        raise TypeError(_not_boolean(module, use_running_average) + hint)
 
 
-def _not_boolean(module: nn.Module, value: Any, hint: str) -> str:
-    got = f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else type(value).__name__
+def _not_boolean(module: nn.Module, value: Any) -> str:
+    got = f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else repr(value)[:40]
     owner = type(module).__name__
-    return f"{owner}: use_running_average: expected True or False, got {got}; {hint}"
+    return f"{owner}: use_running_average: expected True or False, got {got}"
 
 
 def pooled_axis(module: nn.Module, use_running_average: bool = False) -> str | None:

@@ -24,7 +24,7 @@ from bnlstm_jax.batch_norm import (
     check_rows,
     normalizes_by_running,
     pooled_axis,
-    refuse_lengths,
+    refuse_arrays,
     running_statistics,
     update_statistics,
 )
@@ -97,7 +97,8 @@ class RecurrentLayer(nn.Module):
             implementation does not support the layer. Under batch statistics, also if the batch has
             one sequence, if `first_step` is not zero, or if, without `max_steps`, a sequence is
             longer than the one that initialised the layer.
-          TypeError: `inputs` is not an array, or `use_running_average` is not a boolean.
+          TypeError: `inputs` is not an array, or `use_running_average` is an array, a list or, for
+            BNLSTM, not a boolean.
           RuntimeError: the kernel that `implementation` names cannot be compiled.
         """
         call = _Call(
@@ -403,7 +404,7 @@ class _Call(NamedTuple):
 def _run(layer: RecurrentLayer, inputs: Array, call: _Call) -> Array | tuple[Carry, Array]:
     """Runs a layer."""
     norm = normalization(layer)
-    refuse_lengths(layer, call.use_running_average)
+    refuse_arrays(layer, call.use_running_average)
     training = bool(norm.batch_terms) and not normalizes_by_running(layer, call.use_running_average)
     call = _checked(layer, inputs, call, training)
     inputs, valid = call.enter(inputs, keep_padding=training and norm.counts_padding)

@@ -169,26 +169,30 @@ def run_all(base: ConfigDict) -> None:
     """Trains or evaluates all kinds of model, and prints their results.
 
     Raises:
-      SystemExit: the training of a kind diverged, which is reported.
+      SystemExit: the run of a kind failed, which is reported, and again after the results.
     """
     given = flags.FLAGS
     folder = Path(given.workdir or default_workdir())
     runs = workdir.of_kinds(base, folder)
+    check, run_one = workdir.check, functools.partial(train.train, profile=given.profile)
+    if given.mode == "evaluate":
+        check, run_one = workdir.check_exists, train.evaluate_run
     for run in runs.values():
-        processes.on_first(functools.partial(workdir.check, *run))
+        processes.on_first(functools.partial(check, *run))
     cache_programs()
-    run_one = functools.partial(train.train, profile=given.profile)
-    run_one = train.evaluate_run if given.mode == "evaluate" else run_one
-    results, status = [], 0
+    results, failures = [], []
     for number, run in enumerate(runs.values(), 1):
         try:
             results.append(run_one(*run, more=number < len(runs)))
-        except train.Diverged as error:  # on all processes; the other kinds are trained
-            status = report(error)
+        except train.RunFailed as failure:  # on all processes; the other kinds go on
+            report(failure)
+            failures.append(failure)
     if results and processes.is_first():
         show(results, runs, folder)
-    if status:
-        sys.exit(status)
+        for failure in failures:
+            report(failure)
+    if failures:
+        sys.exit(2)
 
 
 def show(

@@ -20,7 +20,7 @@ from experiments.runtime.errors import UserError
 
 AXES = ("group", "member")
 STATISTICS_AXIS = "member"
-EVERYWHERE, BY_ROWS = PartitionSpec(), PartitionSpec(AXES)
+REPLICATED, BY_ROWS = PartitionSpec(), PartitionSpec(AXES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Devices:
         """Copies arrays, which every process has, to all devices."""
         if self.mesh is None:
             return jax.tree.map(jax.device_put, tree)
-        return jax.tree.map(lambda x: _put(x, self.mesh, EVERYWHERE), tree)
+        return jax.tree.map(lambda x: _put(x, self.mesh, REPLICATED), tree)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +121,8 @@ class BatchSharding:
             return jax.shard_map(
                 function,
                 mesh=self.mesh,
-                in_specs=(*[EVERYWHERE] * len(others), {name: self._spec(name) for name in batch}),
-                out_specs=EVERYWHERE,
+                in_specs=(*[REPLICATED] * len(others), {name: self._spec(name) for name in batch}),
+                out_specs=REPLICATED,
                 # The library's own gradients sum over the axis; JAX must not sum again.
                 check_vma=False,
             )(*arguments)
@@ -130,7 +130,7 @@ class BatchSharding:
         return on_devices
 
     def _spec(self, name: str) -> PartitionSpec:
-        return BY_ROWS if self.split and name not in self.shared else EVERYWHERE
+        return BY_ROWS if self.split and name not in self.shared else REPLICATED
 
     # ---- Within a function that every device runs.
 

@@ -13,6 +13,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from experiments import parallel, tasks
+from experiments.config import has_batch_statistics
 from experiments.evaluate import Check, Evaluator
 from experiments.parallel import BatchSharding, Devices
 from experiments.records import boards, metrics, milestones, results_file, workdir
@@ -71,12 +72,17 @@ class Setup:
     @property
     def record(self) -> dict[str, Any]:
         """Facts that a run saves, and that must stay the same when it continues."""
+        if not has_batch_statistics(self.config):
+            return self.task.record
         rows = self.devices.statistics_rows(self.config.batch_size)
         return {**self.task.record, "statistics_rows": rows}
 
     def warn_of_other_rows(self) -> None:
         """Logs a warning if batch statistics are over other rows than in training."""
-        records = self.record, workdir.read_record(self.folder)
+        ours = self.record
+        if "statistics_rows" not in ours or not (self.folder / "run.json").exists():
+            return
+        records = ours, workdir.read_record(self.folder)
         here, there = (each.get("statistics_rows") or self.config.batch_size for each in records)
         if here != there:
             told = "batch statistics are over %s examples in this evaluation, over %s in training"
@@ -89,8 +95,8 @@ class Setup:
         )
 
 
-class Diverged(processes.Everywhere):
-    """An update would have introduced a non-finite value."""
+class RunFailed(processes.JobError):
+    """A run diverged, or has no checkpoint to evaluate. Runs of other kinds of model go on."""
 
 
 @dataclasses.dataclass
@@ -135,7 +141,7 @@ class Training:
         """Makes the remaining updates. Logs, validates and saves when they are due.
 
         Raises:
-          UserError: an update would introduce a non-finite value.
+          RunFailed: an update would introduce a non-finite value.
           Stopped: a signal arrived. The last update is saved.
         """
         config, task, devices = self.setup.config, self.setup.task, self.setup.devices
@@ -182,7 +188,7 @@ class Training:
         """Stops a run whose last update was refused.
 
         Raises:
-          Diverged: names the update, the first non-finite value, and the latest checkpoint.
+          RunFailed: names the update, the first non-finite value, and the latest checkpoint.
         """
         refused = jax.device_get(self.state.refused)
         if not np.any(refused):
@@ -191,7 +197,7 @@ class Training:
         latest = "there is no checkpoint yet"
         if self.saved is not None:
             latest = f"the latest checkpoint, of update {self.saved}, is in {self.setup.folder}"
-        raise Diverged(
+        raise RunFailed(
             f"update {int(self.state.step) + 1} was not applied: "
             f"{finite.describe(names, refused)}; {latest}; try a lower "
             "config.optimizer.learning_rate in another workdir"
@@ -282,8 +288,8 @@ def train(
       The content of `results.json` in the folder: see `evaluate_best`.
 
     Raises:
-      UserError: config, data or folder do not match, the run's checkpoints are gone, or an update
-        would introduce a non-finite value.
+      UserError: config, data or folder do not match, or the run's checkpoints are gone.
+      RunFailed: an update would introduce a non-finite value, or no checkpoint has been validated.
       Stopped: a signal arrived. The last update is saved.
     """
     # Nothing is written before config, data and folder have been checked.
@@ -355,13 +361,13 @@ def evaluate_best(
       statistics and reading.
 
     Raises:
-      UserError: no checkpoint has been validated.
+      RunFailed: no checkpoint has been validated.
       Stopped: a signal arrived.
     """
     task, config, folder = setup.task, setup.config, setup.folder
     best_step = checkpoints.best_step()
     if best_step is None:
-        raise UserError(
+        raise RunFailed(
             f"--workdir={folder} holds no checkpoint to evaluate: train until a validation has a "
             f"finite {task.selection}"
         )
@@ -387,12 +393,7 @@ def evaluate_best(
 
 def evaluate_run(config: ConfigDict, folder: Path, more: bool = False) -> dict[str, Any]:
     """Evaluates the best checkpoint of the run in `folder`; see `evaluate_best` and `train`."""
-
-    def check_folder() -> None:
-        workdir.read_config(folder)  # refuses a folder without a run
-        workdir.check(config, folder)
-
-    processes.on_first(check_folder)
+    processes.on_first(lambda: workdir.check_exists(config, folder))
     setup = Setup.load(config, folder)
     if processes.is_first():
         setup.warn_of_other_rows()

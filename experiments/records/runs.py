@@ -95,7 +95,10 @@ class Run:
 
     @property
     def updates(self) -> int:
-        """The last update with metrics or results."""
+        """The last update of its latest start; if unknown, the last with metrics or results."""
+        ended = self.record["starts"][-1].get("until")
+        if ended is not None:
+            return ended
         logged = self.rows[-1]["update"] if self.rows else 0
         return max(logged, self.results.get("updates", 0))
 

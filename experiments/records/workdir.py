@@ -208,6 +208,16 @@ def check(config: ConfigDict, workdir: Path) -> None:
         )
 
 
+def check_exists(config: ConfigDict, workdir: Path) -> None:
+    """Refuses a folder that does not hold a run of this config.
+
+    Raises:
+      UserError: as `read_config` and `check`.
+    """
+    read_config(workdir)
+    check(config, workdir)
+
+
 @contextlib.contextmanager
 def in_use(workdir: Path) -> Iterator[None]:
     """Makes the folder and locks it for this process, within a context.

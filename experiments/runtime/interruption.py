@@ -11,7 +11,8 @@ from types import FrameType
 import jax
 
 from experiments.jax_experimental import multihost_utils
-from experiments.runtime.errors import Stopped
+from experiments.runtime.errors import Stopped, report
+from experiments.runtime.processes import JobError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: a terminal was closed
 # Numbers of JAX's synchronisation points. All processes stop at the same one.
@@ -29,9 +30,14 @@ class Interruption:
     """
 
     def __init__(self, more: bool = False) -> None:
-        """No signal has been received yet. If `more` work follows the context, its end checks."""
+        """No signal has been received yet.
+
+        If `more` work follows the context, its end raises `Stopped` after a signal, even if the
+        context ends with an error of the whole job, which it reports.
+        """
         self._more = more
         self._received: int | None = None
+        self._agreed: int | None = None  # between several processes
         self._earlier = {}
 
     def __enter__(self) -> "Interruption":
@@ -48,19 +54,25 @@ class Interruption:
                 self._earlier[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
+    def __exit__(self, _: type | None, error: BaseException | None, __: object) -> None:
         """Restores the earlier handlers."""
         for number, earlier in self._earlier.items():
             signal.signal(number, earlier)
-        if self._more and kind is None:
+        if not self._more:
+            return
+        if isinstance(error, JobError) and self.requested() is not None:
+            report(error)
+        if error is None or isinstance(error, JobError):
             self.check()
 
     def requested(self) -> int | None:
         """The signal that asks to stop now, the same on every process; None if there was none."""
-        if jax.process_count() > 1:
-            reached = multihost_utils.reached_preemption_sync_point(next(_LOOKS))
-            return signal.SIGTERM if reached else None
-        return self._received
+        if jax.process_count() == 1:
+            return self._received
+        # JAX returns True once.
+        if self._agreed is None and multihost_utils.reached_preemption_sync_point(next(_LOOKS)):
+            self._agreed = signal.SIGTERM
+        return self._agreed
 
     def check(self) -> None:
         """Stops if a signal asked for it; call it between pieces of work that can be repeated.

@@ -26,8 +26,8 @@ T = TypeVar("T")
 OWN_FIELDS = ("config.data_dir", "config.text_file")
 
 
-class Everywhere(UserError):
-    """A user error that every process of the job reports."""
+class JobError(UserError):
+    """A user error that all processes of the job raise."""
 
 
 def is_first() -> bool:
@@ -39,7 +39,7 @@ def on_first(function: Callable[[], T]) -> T:
     """Calls `function` on the first process and returns its value, of JSON types, on all.
 
     Raises:
-      UserError: `function` raised it; all processes raise it, as `Everywhere`.
+      UserError: `function` raised it; all processes raise it, as `JobError`.
     """
     if jax.process_count() == 1:
         return function()
@@ -51,7 +51,7 @@ def on_first(function: Callable[[], T]) -> T:
             said["error"] = str(error)
     said = json.loads(_broadcast_text(json.dumps(said)))
     if "error" in said:
-        raise Everywhere(said["error"])
+        raise JobError(said["error"])
     return said["value"]
 
 
@@ -96,7 +96,7 @@ def check_same(values: dict[str, Any], what: str) -> None:
         difference = (
             f"{what}{name} is {here} in process {jax.process_index()}, {there} in process 0"
         )
-    raise Everywhere(f"{difference}; start all processes with the same flags, data and versions")
+    raise JobError(f"{difference}; start all processes with the same flags, data and versions")
 
 
 @contextlib.contextmanager
@@ -139,7 +139,7 @@ def joined(
     try:
         _check_devices()
         yield
-    except Everywhere:
+    except JobError:
         raise
     except Exception as error:
         # An ordinary exit would wait for the other processes, which wait for this one.
@@ -154,7 +154,7 @@ def _check_devices() -> None:
     numbers = collections.Counter(device.process_index for device in jax.devices())
     for process, number in numbers.items():
         if number != numbers[0]:
-            raise Everywhere(
+            raise JobError(
                 f"process {process} has {number} devices, process 0 has {numbers[0]}: start all "
                 "processes with the same number of devices"
             )

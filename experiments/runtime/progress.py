@@ -21,7 +21,10 @@ T = TypeVar("T")
 
 
 class Output:
-    """A stream for progress. A pipe or a terminal that has been closed does not end the program."""
+    """A stream for the progress of a run, which goes on if nothing can be written any more.
+
+    Examples: the terminal is closed, or the log's disk is full.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         """Wraps a stream."""
@@ -32,7 +35,7 @@ class Output:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Writes text, or drops it if the stream is closed."""
+        """Writes text, or drops it."""
         with self._dropping():
             self._stream.write(text)
         return len(text)
@@ -56,10 +59,12 @@ def rest_of_line(text: str) -> TextColumn:
     return TextColumn(text, markup=False, table_column=Column(ratio=1, no_wrap=True))
 
 
-def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
+def track(
+    items: Iterable[T], title: str, total: int, output: Output | TextIO | None = None
+) -> Iterator[T]:
     """Yields the items and shows a transient progress bar; in a log file, a line a minute.
 
-    Shows nothing if `total` is 0, which means unknown.
+    Shows nothing if `total` is 0, which means unknown. `output` is by default stdout.
     """
     # Outside a job, this does not look for devices: on one worker of a TPU pod, JAX would wait for
     # the others.
@@ -67,7 +72,7 @@ def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
     if not first or not total:
         yield from items
         return
-    output = cast(TextIO, Output(sys.stdout))
+    output = cast(TextIO, output or sys.stdout)
     console = Console(file=output)
     if console.is_terminal:
         columns = (

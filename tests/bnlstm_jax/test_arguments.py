@@ -123,15 +123,27 @@ def test_non_boolean_use_running_average_raises(module):
 
     message = rf"{type(module).__name__}: use_running_average: expected True or False, got "
     lengths = jnp.array(LENGTHS)
-    for wrong, got in ((LENGTHS, "tuple; pass lengths"), (lengths, r"int32\[3\]; pass lengths")):
+    by_keyword = "; pass lengths and masks by keyword"
+    for wrong, got in (
+        (LENGTHS, r"\(.*\)" + by_keyword),
+        (lengths, r"int32\[3\]" + by_keyword),
+        ("False", "'False'"),
+        (1, "1"),
+    ):
         with pytest.raises(TypeError, match=message + got):
             apply(wrong)
-    with pytest.raises(TypeError, match=message + r"int32\[3\]; pass lengths"):
+    with pytest.raises(TypeError, match=message + r"int32\[3\]" + by_keyword):
         jax.jit(apply)(lengths)
     with pytest.raises(TypeError, match=message + r"bool\[\]; make it static"):
         jax.jit(apply)(True)
     for flag in (np.True_, jnp.array(True)):
         jax.tree.map(np.testing.assert_array_equal, apply(flag), apply(True))
+
+
+def test_mask_by_position_raises_if_the_field_is_set():
+    x = jnp.zeros((3, 2))
+    with pytest.raises(TypeError, match=r"BatchNorm: .* got bool\[3, 1\]; pass .* by keyword"):
+        BatchNorm(use_running_average=False).init(jax.random.key(0), x, jnp.ones((3, 1), bool))
 
 
 def test_inputs_that_are_no_array_raise():

@@ -2,15 +2,20 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import main, train
+from experiments.records import workdir
+from experiments.runtime.errors import Stopped, UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,25 +98,70 @@ def test_command_trains_and_evaluates_on_a_text_file(tmp_path):
         assert f"| population statistics, re-estimated    | segments of {length} " in output
 
 
-def test_kinds_after_one_that_diverges_are_trained(small_config, tmp_path, monkeypatch, capsys):
-    trained = train.train
+@pytest.fixture
+def diverging(small_config, tmp_path, monkeypatch):
+    """The config of two kinds, of which the first has a non-finite value in its first update."""
+    applied = train.make_train_step
 
-    def diverging(config, folder, **options):
-        if config.model.kind == "lstm":
-            raise train.Diverged("update 1 was not applied")
-        return trained(config, folder, **options)
+    def make_train_step(task, noise):
+        step = applied(task, noise)
 
-    monkeypatch.setattr(train, "train", diverging)
+        def refusing(state, *batches, sharding):
+            state = step(state, *batches, sharding=sharding)
+            return state.replace(refused=jax.tree.map(jnp.ones_like, state.refused))
+
+        return refusing if task.config.model.kind == "lstm" else step
+
+    monkeypatch.setattr(train, "make_train_step", make_train_step)
     given = SimpleNamespace(workdir=str(tmp_path), profile=False, mode="train")
     monkeypatch.setattr(main.flags, "FLAGS", given)
     small_config.model.kind = "lstm,bn_lstm"
-    with pytest.raises(SystemExit) as ended:
-        main.run_all(small_config)
-    assert ended.value.code == 2
+    return small_config
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+def test_kinds_after_one_that_fails_go_on(diverging, mode, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main.run_all(diverging)
+    if mode == "evaluate":
+        capsys.readouterr()
+        main.flags.FLAGS.mode = mode
+        with pytest.raises(SystemExit) as ended:
+            main.run_all(diverging)
+        assert ended.value.code == 2
     output = capsys.readouterr()
-    assert "error: update 1 was not applied\n" in output.err
+    # Once when it fails, and once after the results of the others.
+    error = {"train": "was not applied: ", "evaluate": "holds no checkpoint to evaluate: "}[mode]
+    assert output.err.count(error) == 2
     assert "| BN-LSTM | population statistics, re-estimated" in output.out
     assert (tmp_path / "bn_lstm" / "results.json").exists()
+
+
+def test_signal_before_a_kind_diverges_stops_the_others(diverging, tmp_path, monkeypatch, capsys):
+    def check_finite(training):
+        signal.raise_signal(signal.SIGTERM)
+        return checked(training)
+
+    checked = train.Training.check_finite
+    monkeypatch.setattr(train.Training, "check_finite", check_finite)
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        main.run_all(diverging)
+    assert capsys.readouterr().err.count("was not applied: ") == 1
+    assert not (tmp_path / "bn_lstm").exists()
+
+
+def test_missing_run_of_one_kind_is_refused_before_another_is_evaluated(
+    small_config, tmp_path, monkeypatch
+):
+    small_config.model.kind = "lstm"
+    (tmp_path / "lstm").mkdir()
+    workdir.open_workdir(small_config, tmp_path / "lstm", {}, "xla")
+    given = SimpleNamespace(workdir=str(tmp_path), profile=False, mode="evaluate")
+    monkeypatch.setattr(main.flags, "FLAGS", given)
+    monkeypatch.setattr(train, "evaluate_run", lambda *_, **__: pytest.fail("evaluated"))
+    small_config.model.kind = "lstm,bn_lstm"
+    with pytest.raises(UserError, match=r"bn_lstm is not the folder of a run"):
+        main.run_all(small_config)
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,7 @@ def test_devices_with_separate_rows_draw_independent_noise(config, split, keys):
     mapped = jax.shard_map(
         own_key,
         mesh=devices.mesh,
-        in_specs=parallel.EVERYWHERE,
+        in_specs=parallel.REPLICATED,
         out_specs=parallel.BY_ROWS,
         check_vma=False,
     )
@@ -304,6 +304,12 @@ def test_resuming_with_other_statistics_rows_raises(config, tmp_path, caplog):
     rows = record.pop("statistics_rows")  # earlier versions did not record it
     files.write_json(tmp_path / "run.json", record)
     workdir.check_record({"statistics_rows": rows // 2}, tmp_path)
+
+
+def test_models_without_batch_statistics_record_no_statistics_rows(small_config, tmp_path):
+    small_config.model.kind = "lstm"
+    config, _ = on(small_config, 4, 1)
+    assert "statistics_rows" not in train.Setup.load(config, tmp_path).record
 
 
 def test_several_updates_per_call_match_single_updates(config):

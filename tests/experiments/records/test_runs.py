@@ -42,8 +42,12 @@ def test_run_properties_are_read_from_its_files(tmp_path):
     assert (run.updates, run.seconds, run.results["update"]) == (1000, 3900, 1000)
     # A run that was stopped between two logs and evaluated.
     files.write_json(run.folder / "results.json", run.results | {"updates": 1030})
-    stopped = runs.Run(run.folder)
-    assert stopped.updates == 1030 and stopped.is_evaluated
+    # Killed later, or stopped; or it lost its last checkpoint, and was stopped earlier.
+    for last, updates in (({}, 1030), ({"until": 1030}, 1030), ({"until": 900}, 900)):
+        starts = [*run.record["starts"], last]
+        files.write_json(run.folder / "run.json", run.record | {"starts": starts})
+        stopped = runs.Run(run.folder)
+        assert stopped.updates == updates and stopped.is_evaluated == (updates == 1030)
     live = runs.Run(write_run(tmp_path, LARGE_GAMMA, 3))
     assert (live.updates, live.seconds, live.results) == (0, None, {})
     assert live.curve("valid", "accuracy").shape == (2, 0)

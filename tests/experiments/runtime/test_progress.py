@@ -27,20 +27,24 @@ def test_progress_does_not_require_a_jax_device():
     assert subprocess.check_output(command, env=environment, text=True) == "1 2\n"
 
 
-def test_closed_output_does_not_end_the_program():
-    code = """
+@pytest.mark.parametrize(
+    "output, status, said", [("Output(sys.stdout)", 0, "a b c\n"), ("None", 1, "BrokenPipeError")]
+)
+def test_closed_output_ends_commands_but_not_runs(output, status, said):
+    code = f"""
         import sys
         from experiments.runtime import progress
+        from experiments.runtime.progress import Output
         progress.SECONDS_LOGGED = -1  # a line for every item
         sys.stdin.read()
-        print(*progress.track("abc", "reading", 3), file=sys.stderr)
+        print(*progress.track("abc", "reading", 3, {output}), file=sys.stderr)
     """
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     program = [sys.executable, "-c", textwrap.dedent(code)]
     process = subprocess.Popen(program, env=os.environ, text=True, **streams)
     process.stdout.close()
     process.stdin.close()
-    assert process.stderr.read() == "a b c\n" and process.wait() == 0
+    assert said in process.stderr.read() and process.wait() == status
 
 
 @pytest.mark.parametrize("title", ["reading", "reading [red]" + 20 * " a very long name"])
