@@ -38,7 +38,7 @@ from bnlstm_jax.batch_norm import (
     running_statistics,
     update_statistics,
 )
-from bnlstm_jax.initializers import Initializer, forget_bias, initial_noise, semi_orthogonal
+from bnlstm_jax.initializers import Initializer, forget_bias, semi_orthogonal
 from bnlstm_jax.normalization import Moments, Normalization, Statistics, along, statistics_dtype
 
 Carry = tuple[Array, Array]
@@ -251,7 +251,7 @@ def initial_state(
     if module.initial_hidden_noise > 0:
         if key is None:
             raise ValueError("rng: expected a key for initial_hidden_noise, got None")
-        h = initial_noise(key, h, module.initial_hidden_noise)
+        h += module.initial_hidden_noise * jax.random.normal(key, h.shape, h.dtype)
     return c, h
 
 
@@ -272,7 +272,7 @@ def cell_step(
 
 
 class RecurrentCell(nn.RNNCellBase):
-    """Base of LSTMCell, BNLSTMCell and LNLSTMCell: their initial state. It has no fields."""
+    """Base class of LSTMCell, BNLSTMCell and LNLSTMCell, which declare its fields."""
 
     def setup(self) -> None:
         """Makes the learned initial state."""

@@ -1,6 +1,5 @@
 """Initialisers of the paper's experiments, in the gate order f, i, o, g of `bnlstm_jax.cells`."""
 
-import jax
 import jax.numpy as jnp
 from flax.typing import Initializer
 from jax import Array
@@ -40,12 +39,3 @@ def forget_bias(value: float = 1.0) -> Initializer:
         return jnp.zeros(shape, dtype).at[: size // 4].set(value)
 
     return init
-
-
-def initial_noise(key: Array, hidden: Array, stddev: float) -> Array:
-    """`hidden` `[..., H]` plus Gaussian noise, drawn for each example and unit.
-
-    The paper's BN-LSTM on in-order MNIST uses stddev 0.1 in training and evaluation: the first
-    pixels are black in every image, and without noise every batch variance would be zero.
-    """
-    return hidden + stddev * jax.random.normal(key, hidden.shape, hidden.dtype)

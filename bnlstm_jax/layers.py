@@ -49,7 +49,7 @@ from bnlstm_jax.recurrence.problem import Problem
 
 
 class RecurrentLayer(nn.Module):
-    """Base of LSTM, BNLSTM and LNLSTM: their call. It has no fields."""
+    """Base class of LSTM, BNLSTM and LNLSTM, which declare its fields."""
 
     def setup(self) -> None:
         """Makes the learned initial state."""

@@ -134,7 +134,7 @@ class Evaluator:
           split: its name.
           statistics: the statistics that normalise, a key of `metrics.STATISTICS`.
           batch_size: number of examples.
-          check: called before each batch, with a progress bar; None for neither.
+          check: called before each batch; if given, a progress bar is shown.
         """
         task = self._task
         adapt = task.batch_inputs if statistics == BATCH_INPUTS else None

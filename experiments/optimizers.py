@@ -34,7 +34,6 @@ def scale_by_floored_rms(decay: float, floor: float = 1e-5) -> optax.GradientTra
         return jax.tree.map(jnp.zeros_like, params)
 
     def update(gradients, mean_square, params=None):
-        del params
         mean_square = jax.tree.map(
             lambda v, g: decay * v + (1 - decay) * jnp.square(g), mean_square, gradients
         )
@@ -58,7 +57,6 @@ def scale_by_released_adam(
     """
 
     def update(gradients, state, params=None):
-        del params
         count = optax.safe_increment(state.count)
         mu = optax.tree.update_moment(gradients, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(gradients, state.nu, b2, 2)
@@ -77,7 +75,6 @@ def clip_by_root_of_norm(clip_norm: float) -> optax.GradientTransformation:
     """
 
     def clip(gradients, params=None):
-        del params
         root = jnp.sqrt(optax.tree.norm(gradients))
         factor = jnp.where(root > clip_norm, clip_norm / root, 1)
         return jax.tree.map(lambda g: factor * g, gradients)

@@ -176,11 +176,7 @@ def main(_: list[str]) -> None:
     given = flags.FLAGS
     folder, split, example = Path(given.workdir), given.split, given.example
     config = workdir.read_config(folder)
-    if config.task != "question_answering":
-        raise UserError(
-            f"--workdir={folder} holds a run of the task {config.task}: it must be of the task "
-            "question_answering"
-        )
+    workdir.check_task(config, folder, "question_answering")
     record = workdir.read_record(folder)
     count = record["questions"][split]
     if example >= count:

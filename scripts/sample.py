@@ -112,11 +112,7 @@ def main(_: list[str]) -> None:
     if not 0 <= given.temperature < math.inf:  # refuses NaN too
         raise UserError(f"--temperature={given.temperature}: it must be a number, at least 0")
     config = workdir.read_config(folder)
-    if config.task != "char_lm":
-        raise UserError(
-            f"--workdir={folder} holds a run of the task {config.task}: it must be of the task "
-            "char_lm"
-        )
+    workdir.check_task(config, folder, "char_lm")
     try:
         char_lm.check(config)
     except UserError as error:

@@ -113,7 +113,7 @@ def with_input_terms(
     Args:
       problem: a problem with inputs or symbols.
       ahead: compute the input terms in any case.
-      normalized: also normalise them here, for a recurrence that cannot.
+      normalized: also normalise them here, for a kernel that cannot.
 
     Returns:
       The problem, and the batch moments of the input term if they normalised it here.

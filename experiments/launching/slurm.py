@@ -175,7 +175,7 @@ class Executor(submitit.SlurmExecutor):
 
     @classmethod
     def affinity(cls) -> int:
-        """Claims that there is a cluster; `check_commands` makes the check."""
+        """Says that SLURM is available, so that dry runs work anywhere."""
         return 2
 
     def script(self) -> str:

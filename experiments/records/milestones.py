@@ -1,6 +1,6 @@
 """Milestones: validations of committed runs of the same config, which show if a run is on track.
 
-The runs are read from `results/runs` beside the code. An installed package has none.
+The runs are read from `results/runs` beside the code.
 """
 
 from pathlib import Path

@@ -208,6 +208,19 @@ def check(config: ConfigDict, workdir: Path) -> None:
         )
 
 
+def check_task(config: ConfigDict, workdir: Path, task: str) -> None:
+    """Refuses the run of another task than `task`, for commands that serve one.
+
+    Raises:
+      UserError: names both tasks.
+    """
+    if config.task != task:
+        raise UserError(
+            f"--workdir={workdir} holds a run of the task {config.task}: it must be of the task "
+            f"{task}"
+        )
+
+
 def check_exists(config: ConfigDict, workdir: Path) -> None:
     """Refuses a folder that does not hold a run of this config.
 

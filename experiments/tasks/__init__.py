@@ -74,7 +74,7 @@ class Task(Protocol):
       notes: lines about the data that a run prints when it starts.
       shared: entries of a batch that belong to all its rows; others have one row for each example.
       batch_inputs: replaces the population statistics of input terms by batch statistics, for one
-        more row of the final evaluation; None if there is no such row. Traced.
+        more row of the final evaluation; None if there is no such row. Runs under `jax.jit`.
     """
 
     model: nn.Module
@@ -107,10 +107,13 @@ class Task(Protocol):
         """
 
     def inputs(self, batch: Batch, carry: Any = None) -> tuple[Any, ...]:
-        """The model's positional arguments, with `carry` after a sequence's first piece. Traced."""
+        """The model's positional arguments, with `carry` after a sequence's first piece.
+
+        Runs under `jax.jit`.
+        """
 
     def metrics(self, outputs: Array, batch: Batch) -> Metrics:
-        """Metrics of a batch, including `loss`, which training minimises. Traced."""
+        """Metrics of a batch, including `loss`, which training minimises. Runs under `jax.jit`."""
 
 
 def module(config: ConfigDict) -> ModuleType:

@@ -199,7 +199,7 @@ class Task(tasks.Task):
 
 
 def gather(batch: Batch) -> Array:
-    """The symbols of a batch's segments, int32 `[batch, length]`. Traced."""
+    """The symbols of a batch's segments, int32 `[batch, length]`. Runs under `jax.jit`."""
     return batch["text"][batch["start"][:, None] + batch["steps"]].astype(jnp.int32)
 
 

@@ -24,6 +24,7 @@ from bnlstm_jax import BNLSTM, LSTM, recurrence
 from bnlstm_jax.layers import abstract_problem
 from bnlstm_jax.recurrence.devices import default_device
 from experiments.benchmarking import timing
+from experiments.benchmarking.programs import DTYPES
 from experiments.runtime import files, progress
 from experiments.runtime.errors import UserError
 
@@ -97,7 +98,6 @@ ODD = CASES["odd sizes"]
 SMALL_CASES = {
     name: CASES[name].shrunk(*ODD[:3]) for name in ("odd sizes", "masks", "symbols", "LSTM")
 }
-DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
 REPEATS = 5  # calls whose bits are compared
 # Otherwise XLA on a GPU sums scattered values in any order, as in the gradient of a kernel's row.
 COMPILER_OPTIONS = {"gpu": {"xla_gpu_deterministic_ops": True}}

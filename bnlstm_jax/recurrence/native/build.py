@@ -10,7 +10,6 @@ import hashlib
 import logging
 import os
 import platform as system
-import re
 import shlex
 import shutil
 import subprocess
@@ -29,11 +28,14 @@ NATIVE = "-mcpu=native" if system.machine() in ("aarch64", "arm64") else "-march
 def build(source: Path, platform: str) -> Path:
     """Compiles a source file for JAX's platform `gpu` or `cpu` if needed; returns the library.
 
+    It is compiled again if the compiler, its options, the source or a header beside it change.
+
     Raises:
       RuntimeError: there is no compiler, or it failed.
     """
     command = compile_command(source, platform)
-    contents = [path.read_bytes() for path in (source, *headers(source))]
+    headers = sorted(source.parent.glob("*.h"))
+    contents = [path.read_bytes() for path in (source, *headers)]
     key = command, compiler(command, platform), system.libc_ver(), jax.__version__, contents
     version = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     target = library_path(f"{source.stem}_{platform}_{version}.so")
@@ -88,18 +90,6 @@ def run(command: list[str]) -> subprocess.CompletedProcess:
         return subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
         raise RuntimeError(f"the compiler {command[0]} cannot be run: {error.strerror}") from error
-
-
-def headers(source: Path) -> list[Path]:
-    """The headers in a source file's folder that it includes, directly or through others."""
-    found, left = [], [source]
-    while left:
-        for name in re.findall(r'^#include "(\w+\.h)"', left.pop().read_text(), re.MULTILINE):
-            path = source.parent / name
-            if path not in found:
-                found.append(path)
-                left.append(path)
-    return sorted(found)
 
 
 def compile_command(source: Path, platform: str) -> list[str]:
