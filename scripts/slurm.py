@@ -1,7 +1,7 @@
 """Submits a training run to a SLURM cluster, on one node or several.
 
     python -m scripts.slurm --time=24:00:00 --nodes=2 --gpus_per_node=8 --partition=gpu \\
-        --config=configs/pmnist.py --workdir=runs/pmnist
+        --config=configs/text8.py --workdir=runs/text8
 
 All other flags are those of `python -m experiments.main`, which each process runs with
 `--distributed`. There is one process per GPU, as JAX expects under SLURM, or one per node without

@@ -1,7 +1,7 @@
 """Runs a sweep: runs of one config that differ in a few fields, here or on a SLURM cluster.
 
     python -m scripts.sweep --config=configs/pmnist.py --sweep=configs/sweeps/pmnist_gamma.py
-    python -m scripts.sweep --config=configs/pmnist.py --sweep=configs/sweeps/pmnist_gamma.py \
+    python -m scripts.sweep --config=configs/pmnist.py --sweep=configs/sweeps/pmnist_gamma.py \\
         --launcher=slurm --partition=gpu --time=12:00:00
 
 `--dry_run` only prints the commands, or the scripts for sbatch. Every point is its own

@@ -8,7 +8,7 @@ Four steps run one after the other, each in a process of its own:
 
     rates      what the device can do: products, copies, steps of a scan
     check      every implementation against float64
-    benchmark  the paper's four sizes, beside other libraries' layers
+    benchmark  four sizes of layers, beside other libraries' layers
     training   permuted MNIST by each implementation
 
 The last two steps leave out kernels that failed a check with at most the hidden units of a layer.
