@@ -8,6 +8,7 @@ weights.
 
 import dataclasses
 import functools
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -20,10 +21,9 @@ from flax.core import DenyList
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from bnlstm_jax.batch_norm import CURRENT_BATCH_STATS, BatchNorm
+from bnlstm_jax.batch_norm import CURRENT_BATCH_STATS, BatchNorm, normalizes_by_running
 from bnlstm_jax.cells import BNLSTMCell, BNSimpleCell
 from bnlstm_jax.layers import BNLSTM
-from bnlstm_jax.normalization import Statistics
 
 MODULES = (BatchNorm, BNLSTM, BNLSTMCell, BNSimpleCell)
 Path = tuple[str, ...]  # of a module, or of a variable within a collection
@@ -117,16 +117,18 @@ def estimate_population_statistics(
     options = _Options(model, inputs, late_steps, tuple(sorted(kwargs.items())))
     contribution = _compiled(options, transform or jax.jit)
     sums: dict[Path, _Sum] = {}
-    unlifted: frozenset[Path] = frozenset()
+    calls = _Calls()
     for index, batch in enumerate(batches):
         of_batch = contribution(variables, dict(rngs or {}), index, batch)
         sums = jax.tree.map(jnp.add, sums, of_batch.sums) if sums else of_batch.sums
-        unlifted |= of_batch.unlifted
-    _check(sums, unlifted)
+        calls = calls.joined(of_batch.calls)
+    _check(sums, calls.unlifted)
     for path, (total, weight, _) in sums.items():
         if not jnp.any(weight > 0):
             continue
-        average, reached = _repeat_last(path, total / jnp.maximum(weight, 1), weight > 0)
+        average, reached = total / jnp.maximum(weight, 1), weight > 0
+        if path not in calls.timeless:
+            average, reached = _repeat_last(average, reached)
         old = nn.unbox(statistics[path])
         average = jnp.where(reached, average.astype(old.dtype), old)
         statistics[path] = nn.meta.replace_boxed(statistics[path], average)
@@ -147,6 +149,24 @@ class _Sum(NamedTuple):
     moved: Array
 
 
+@dataclasses.dataclass(frozen=True)
+class _Calls:
+    """What is known of the modules from their calls under batch statistics.
+
+    Attributes:
+      unlifted: the modules that could not write `current_batch_stats`.
+      timeless: the statistics without a time axis. In `batch_stats` they may have other axes, of
+        lifted transforms.
+    """
+
+    unlifted: frozenset[Path] = frozenset()
+    timeless: frozenset[Path] = frozenset()
+
+    def joined(self, other: "_Calls") -> "_Calls":
+        """What is known from the calls of both."""
+        return _Calls(self.unlifted | other.unlifted, self.timeless | other.timeless)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Contribution:
@@ -154,11 +174,11 @@ class _Contribution:
 
     Attributes:
       sums: what it adds to the sum of every statistic.
-      unlifted: the modules that could not write `current_batch_stats`; known at trace time.
+      calls: what is known of the modules, at trace time.
     """
 
     sums: dict[Path, _Sum]
-    unlifted: frozenset[Path] = dataclasses.field(metadata={"static": True})
+    calls: _Calls = dataclasses.field(metadata={"static": True})
 
 
 class _Options(NamedTuple):
@@ -182,15 +202,16 @@ def _contribution(
     keys = {name: jax.random.fold_in(key, index) for name, key in rngs.items()}
     before = flatten_dict(nn.unbox(variables.get("batch_stats", {})))
     variables = {**variables, CURRENT_BATCH_STATS: _no_calls(before)}
-    unlifted: set[Path] = set()
-    with nn.intercept_methods(functools.partial(_note_unlifted, unlifted)):
+    noted: list[_Calls] = []
+    with nn.intercept_methods(functools.partial(_note_call, noted)):
         _, after = options.model.apply(
             variables, *arguments, rngs=keys, mutable=DenyList("params"), **dict(options.kwargs)
         )
     names = "batch_stats", CURRENT_BATCH_STATS
     updated, current = (flatten_dict(nn.unbox(after.get(name, {}))) for name in names)
-    sums = _sums(before, updated, current, options.late_steps)
-    return _Contribution(sums, frozenset(unlifted))
+    calls = functools.reduce(_Calls.joined, noted, _Calls())
+    repeat = options.late_steps == "repeat"
+    return _Contribution(_sums(before, updated, current, repeat, calls.timeless), calls)
 
 
 @functools.lru_cache(maxsize=4)
@@ -231,43 +252,43 @@ def _sums(
     before: dict[Path, Array],
     after: dict[Path, Array],
     current: dict[Path, Array],
-    late_steps: str,
+    repeat: bool,
+    timeless: frozenset[Path],
 ) -> dict[Path, _Sum]:
     """What a batch adds to the sum of every statistic.
 
     Args:
       before, after: `batch_stats` before and after the call of the model.
       current: the collection `current_batch_stats` after it.
-      late_steps: as in `estimate_population_statistics`.
+      repeat: whether the last step that the batch reaches also counts for later ones.
+      timeless: the statistics without a time axis.
     """
     sums = {}
     for path, old in before.items():
-        moved = jnp.any(old != after[path])
+        moved = ~jnp.array_equal(old, after[path], equal_nan=True)
         count_path = _count_path(path)
         if count_path is None:
             sums[path] = _Sum(jnp.zeros_like(old), jnp.zeros((1,) * old.ndim, old.dtype), moved)
             continue
         value, reached = current[path], (current[count_path] > 0)[..., None]
-        if late_steps == "repeat":
-            value, reached = _repeat_last(path, value, reached)
+        if repeat and path not in timeless:
+            value, reached = _repeat_last(value, reached)
         total = jnp.where(reached, value, jnp.zeros_like(value))
         sums[path] = _Sum(total, reached.astype(value.dtype), moved)
     return sums
 
 
-def _repeat_last(path: Path, statistic: Array, reached: Array) -> tuple[Array, Array]:
+def _repeat_last(statistic: Array, reached: Array) -> tuple[Array, Array]:
     """Fills each time step that is not `reached` with the last reached step before it.
 
     Args:
-      path: path of the statistic in `batch_stats`.
-      statistic: `[..., T, F]`. A statistic `[F]` of all time steps together is returned as it is,
-        and so is a `BatchNorm`'s, whose other axes come from lifted transforms.
+      statistic: `[..., T, F]`. A cell's `[F]`, of all time steps together, is returned as it is.
       reached: boolean `[..., T, 1]` or `[1]`.
 
     Returns:
       The filled statistic, and a boolean `[..., T, 1]`: whether any step is reached.
     """
-    if statistic.ndim < 2 or path[-1] in Statistics._fields:
+    if statistic.ndim == 1:
         return statistic, reached
     step = jax.lax.broadcasted_iota(jnp.int32, reached.shape, reached.ndim - 2)
     source = jax.lax.cummax(jnp.where(reached, step, jnp.zeros_like(step)), axis=reached.ndim - 2)
@@ -275,18 +296,23 @@ def _repeat_last(path: Path, statistic: Array, reached: Array) -> tuple[Array, A
     return jnp.take_along_axis(statistic, source, axis=-2), anywhere
 
 
-def _note_unlifted(
-    unlifted: set[Path], call: Callable, args: Any, kwargs: Any, context: Any
-) -> Any:
-    """Interceptor: collects the paths of modules that cannot write `current_batch_stats`."""
-    module = context.module
-    if (
-        isinstance(module, MODULES)
-        and context.method_name == "__call__"
-        and not module.is_mutable_collection(CURRENT_BATCH_STATS)
-    ):
-        unlifted.add(module.path)
-    return call(*args, **kwargs)
+def _note_call(noted: list[_Calls], call: Callable, args: Any, kwargs: Any, context: Any) -> Any:
+    """Interceptor: notes what is known from a call of a module, if it is under batch statistics."""
+    module, result = context.module, call(*args, **kwargs)
+    statistics = nn.unbox(module.variables.get("batch_stats", {}))
+    if not (isinstance(module, MODULES) and context.method_name == "__call__" and statistics):
+        return result
+    given = inspect.signature(context.orig_method).bind(*args, **kwargs)
+    given.apply_defaults()
+    name = "use_running_average"  # a subclass may lack it, and give it to the class's own call
+    if name not in given.arguments or normalizes_by_running(module, given.arguments[name]):
+        return result
+    lifted = module.is_mutable_collection(CURRENT_BATCH_STATS)
+    timeless: list[Path] = []
+    if isinstance(module, BNLSTM | BatchNorm):  # cells get their time axis from nn.RNN
+        timeless = [(*module.path, name) for name, each in statistics.items() if each.ndim == 1]
+    noted.append(_Calls(frozenset([] if lifted else [module.path]), frozenset(timeless)))
+    return result
 
 
 def _check_model(model: Any) -> None:
@@ -308,7 +334,9 @@ def _check_model(model: Any) -> None:
 def _check(sums: dict[Path, _Sum], unlifted: frozenset[Path]) -> None:
     """Raises or warns if running averages moved but their batch statistics are unknown."""
     left = {
-        path[:-1] for path, (_, weight, moved) in sums.items() if moved and not jnp.any(weight > 0)
+        path[:-1]
+        for path, (_, weight, moved) in sums.items()
+        if not jnp.any(weight > 0) and (moved or path[:-1] in unlifted)
     }
     if left & unlifted:
         raise ValueError(

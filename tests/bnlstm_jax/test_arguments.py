@@ -540,6 +540,24 @@ PARTITIONED = {kind.__name__: kind for kind in (LSTM, BNLSTM, LNLSTM, LSTMCell, 
                                                 LNLSTMCell, BNSimpleCell)}  # fmt: skip
 
 
+@pytest.mark.parametrize("vocab_size", [None, 7])
+@pytest.mark.parametrize("kind", [LSTM, BNLSTM])
+def test_float64_variables_of_a_float32_layer_widen_the_outputs(kind, vocab_size):
+    x = draw(4, 5, 3) if vocab_size is None else np.arange(20).reshape(4, 5) % 7
+    options = {"vocab_size": vocab_size}
+    variables = initialize(kind(3, **options), jnp.asarray(x))
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables)
+    arguments = {"use_running_average": True}
+    expected = kind(3, **options).apply(variables, jnp.asarray(x), **arguments)
+    # Without x64, JAX takes NumPy's float64 as float32, so that all kernels support it.
+    assert_equal(kind(3, **options).apply(wide, jnp.asarray(x), **arguments), expected)
+    with jax.enable_x64(True):
+        got = kind(3, **options).apply(wide, jnp.asarray(x, x.dtype), **arguments)
+        double = kind(3, param_dtype=jnp.float64, **options).apply(wide, x, **arguments)
+    assert got.dtype == jnp.float64
+    np.testing.assert_allclose(got, double, rtol=1e-12)
+
+
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("kind", PARTITIONED.values(), ids=PARTITIONED.keys())
 def test_partitioned_initialisers_keep_values_and_specs(kind, param_dtype):

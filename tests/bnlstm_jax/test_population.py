@@ -481,7 +481,10 @@ def test_carried_statistics_average_over_time():
     ],
     ids=["layers", "ensemble", "scan", "carry", "RNN"],
 )
-def test_transforms_without_current_batch_stats_raise(model):
+@pytest.mark.parametrize("moving", [True, False])
+def test_transforms_without_current_batch_stats_raise(model, moving, monkeypatch):
+    if not moving:  # as with momentum 1
+        monkeypatch.setattr(bnlstm_jax.batch_norm, "running_average", lambda running, *_: running)
     x = jax.random.normal(jax.random.key(1), (4, STEPS, 3))
     variables = model.init(jax.random.key(0), x)
     name = "layer" if "layer" in variables["batch_stats"] else "cell"
@@ -599,6 +602,21 @@ def test_other_modules_keep_their_statistics_and_warn():
         np.testing.assert_allclose(got["layer"][name], wanted[name], **SINGLE, err_msg=name)
 
 
+def test_subclass_with_other_arguments_is_estimated():
+    class Layer(bnlstm_jax.BNLSTM):
+        def __call__(self, x, train):
+            return super().__call__(x, use_running_average=not train)
+
+    x = jax.random.normal(jax.random.key(1), (4, STEPS, 3))
+    layer = bnlstm_jax.BNLSTM(3)
+    variables = layer.init(jax.random.key(0), x, True)
+    got, expected = (
+        bnlstm_jax.estimate_population_statistics(model, variables, [x], **train)
+        for model, train in ((Layer(3), {"train": True}), (layer, {"use_running_average": False}))
+    )
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
 @pytest.mark.filterwarnings("error")
 def test_frozen_modules_keep_their_statistics_without_warning():
     class Model(nn.Module):
@@ -610,6 +628,8 @@ def test_frozen_modules_keep_their_statistics_without_warning():
 
     x = jax.random.normal(jax.random.key(1), (4, STEPS, 3))
     variables = Model().init(jax.random.key(0), x)
+    statistics = variables["batch_stats"]["frozen_layer"]
+    statistics["cell_mean"] = statistics["cell_mean"].at[0, 0].set(jnp.nan)
     got = bnlstm_jax.estimate_population_statistics(Model(), variables, [x], train=True)
     for name in ("frozen", "frozen_layer"):
         jax.tree.map(np.testing.assert_array_equal, got[name], variables["batch_stats"][name])
@@ -633,31 +653,48 @@ def test_fully_masked_module_keeps_its_statistics():
     assert all(np.any(got["some"][name] != old["some"][name]) for name in old["some"])
 
 
-def test_fully_masked_ensemble_member_keeps_its_statistics():
+@pytest.mark.parametrize("late_steps", ["skip", "repeat"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_fully_masked_ensemble_member_keeps_its_statistics(shared, late_steps):
     axes = {"params": 0, "batch_stats": 0, bnlstm_jax.CURRENT_BATCH_STATS: 0}
+    layer = bnlstm_jax.BNLSTM(3, shared_statistics=shared, input_statistics="sequence")
+
+    class Member(nn.Module):
+        @nn.compact
+        def __call__(self, x, lengths, use_running_average=False):
+            mask = (lengths > 0)[:, None, None]
+            y = layer.clone(parent=self, name="layer")(x, use_running_average, seq_lengths=lengths)
+            return bnlstm_jax.BatchNorm(name="norm")(y, use_running_average, mask=mask)
 
     class Ensemble(nn.Module):
         @nn.compact
-        def __call__(self, x, masks, use_running_average=False):
+        def __call__(self, x, lengths, use_running_average=False):
             member = nn.vmap(
-                lambda module, x, mask: module(x, use_running_average, mask=mask),
+                Member,
                 variable_axes=axes,
                 split_rngs={"params": True},
-                in_axes=(None, 0),
+                in_axes=(None, 0, None),
             )
-            return member(bnlstm_jax.BatchNorm(name="norm"), x, masks)
+            return member(name="members")(x, lengths, use_running_average)
 
-    x = jax.random.normal(jax.random.key(1), (5, 2))
-    masks = jnp.stack([jnp.ones((5, 1), bool), jnp.zeros((5, 1), bool)])
-    variables = Ensemble().init(jax.random.key(0), x, masks, True)
-    got = bnlstm_jax.estimate_population_statistics(Ensemble(), variables, [(x, masks)])["norm"]
-    np.testing.assert_allclose(got["mean"][0], x.mean(0), rtol=1e-5, atol=1e-6)
-    old = variables["batch_stats"]["norm"]
-    for name in ("mean", "var"):
-        np.testing.assert_array_equal(got[name][1], old[name][1])
+    x = jax.random.normal(jax.random.key(1), (4, STEPS, 3))
+    lengths = jnp.stack([jnp.full(4, STEPS), jnp.zeros(4, int)])
+    variables = Ensemble().init(jax.random.key(0), x, lengths, True)
+    got = bnlstm_jax.estimate_population_statistics(
+        Ensemble(), variables, [(x, lengths)], late_steps=late_steps
+    )["members"]
+    first = jax.tree.map(lambda leaf: leaf[0], variables)["params"]["members"]
+    alone = bnlstm_jax.estimate_population_statistics(
+        Member(),
+        {"params": first, "batch_stats": jax.tree.map(lambda leaf: leaf[0], got)},
+        [(x, lengths[0])],
+    )
+    old = jax.tree.map(lambda leaf: leaf[1], variables["batch_stats"]["members"])
+    for index, expected in enumerate((alone, old)):
+        member = jax.tree.map(lambda leaf: leaf[index], got)  # noqa: B023
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **SINGLE), member, expected)
 
 
-@pytest.mark.filterwarnings("ignore:/flax_norm")
 def test_dropout_key_is_required_and_folded_per_batch():
     model, x = Mixed(0.5), jax.random.normal(jax.random.key(1), (8, STEPS, 3))
     variables = model.init(jax.random.key(0), x)

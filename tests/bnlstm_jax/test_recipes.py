@@ -55,7 +55,7 @@ def test_training_loop_learns_and_re_estimates():
 
 def test_decoding_in_pieces_matches_the_whole_sequence(trained):
     variables, x = trained
-    found = run("first_step=t", variables=variables, x=x)
+    found = run("def read", variables=variables, x=x)
     expected = BNLSTM(64, max_steps=50).apply(variables, x, use_running_average=True)
     np.testing.assert_allclose(found["outputs"], expected, **CLOSE)
 
