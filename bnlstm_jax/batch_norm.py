@@ -1,7 +1,9 @@
 """Statistics of a Flax module in the collection `batch_stats`, and the plain layer BatchNorm."""
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -24,6 +26,38 @@ from bnlstm_jax.normalization import (
 # rows, `{term}_count`. `apply` returns it if it is mutable. For `bnlstm_jax.population`, lifted
 # transforms must list it beside `batch_stats`.
 CURRENT_BATCH_STATS = "current_batch_stats"
+
+
+class Update(NamedTuple):
+    """An update of the running statistics of one term.
+
+    Attributes:
+      module: path of the module.
+      statistics: paths of its mean and variance in `batch_stats`.
+      lifted: whether the module can write `current_batch_stats`.
+      timeless: whether the statistics have no time axis. A cell's get theirs from `nn.RNN`.
+    """
+
+    module: tuple[str, ...]
+    statistics: tuple[tuple[str, ...], ...]
+    lifted: bool
+    timeless: bool
+
+
+_UPDATES: contextvars.ContextVar[list[Update] | None] = contextvars.ContextVar(
+    "updates", default=None
+)
+
+
+@contextlib.contextmanager
+def observed_updates() -> Iterator[list[Update]]:
+    """Lists the updates of statistics that are traced within the context."""
+    updates: list[Update] = []
+    token = _UPDATES.set(updates)
+    try:
+        yield updates
+    finally:
+        _UPDATES.reset(token)
 
 
 # For each field, whether a value is valid, and what is expected.
@@ -144,6 +178,11 @@ def update_statistics(
     """
     if module.is_initializing():
         return
+    lifted = module.is_mutable_collection(CURRENT_BATCH_STATS)
+    if (updates := _UPDATES.get()) is not None:
+        names = tuple((*module.path, prefix + name) for name in Statistics._fields)
+        timeless = running.mean.ndim == 1 and not isinstance(module, nn.RNNCellBase)
+        updates.append(Update(module.path, names, lifted, timeless))
     if module.axis_name is not None:
         count = jax.lax.psum(count, module.axis_name)
         if pooled_axis(module) is None:  # marks statistics as equal along an axis of one device
@@ -158,7 +197,7 @@ def update_statistics(
         boxed: Any = module.get_variable("batch_stats", prefix + name)
         average = nn.meta.replace_boxed(boxed, average.astype(old.dtype))
         module.put_variable("batch_stats", prefix + name, average)
-    if module.is_mutable_collection(CURRENT_BATCH_STATS):
+    if lifted:
         _add_to_current(module, batch, count, prefix)
 
 

@@ -450,11 +450,12 @@ def _problem(
     statistics: dict[str, Statistics] | None,
 ) -> Problem:
     """The layer's recurrence over `inputs`, with arrays in the dtype of its state."""
-    kernel = jnp.asarray(params.pop("recurrent_kernel"))  # without x64, NumPy's float64 is float32
-    state = _state_dtype(layer, inputs, kernel)
+    params = jax.tree.map(jnp.asarray, params)  # without x64, NumPy's float64 is float32
+    state = _state_dtype(layer, inputs, params)
     symbols = layer.vocab_size is not None
     if not symbols and not jnp.issubdtype(inputs.dtype, jnp.floating):
         inputs = inputs.astype(state)
+    kernel = params.pop("recurrent_kernel")
     params, carry, statistics = jax.tree.map(lambda x: x.astype(state), (params, carry, statistics))
     return Problem(
         kernel,
@@ -492,9 +493,10 @@ def _centered(
     return all_started
 
 
-def _state_dtype(layer: RecurrentLayer, inputs: Array, kernel: Array) -> jnp.dtype:
+def _state_dtype(layer: RecurrentLayer, inputs: Array, params: dict[str, Array]) -> jnp.dtype:
     """The dtype of state, moments and statistics in a call: float32, or wider."""
-    dtypes = [layer.param_dtype, kernel.dtype, *([layer.dtype] if layer.dtype else [])]
+    dtypes = [layer.param_dtype, *([layer.dtype] if layer.dtype else [])]
+    dtypes += [param.dtype for param in params.values()]
     if jnp.issubdtype(inputs.dtype, jnp.floating):
         dtypes.append(inputs.dtype)
     return statistics_dtype(jnp.result_type(*map(jnp.dtype, dtypes)))

@@ -8,7 +8,6 @@ weights.
 
 import dataclasses
 import functools
-import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -21,11 +20,8 @@ from flax.core import DenyList
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from bnlstm_jax.batch_norm import CURRENT_BATCH_STATS, BatchNorm, normalizes_by_running
-from bnlstm_jax.cells import BNLSTMCell, BNSimpleCell
-from bnlstm_jax.layers import BNLSTM
+from bnlstm_jax.batch_norm import CURRENT_BATCH_STATS, observed_updates
 
-MODULES = (BatchNorm, BNLSTM, BNLSTMCell, BNSimpleCell)
 Path = tuple[str, ...]  # of a module, or of a variable within a collection
 
 
@@ -117,17 +113,19 @@ def estimate_population_statistics(
     options = _Options(model, inputs, late_steps, tuple(sorted(kwargs.items())))
     contribution = _compiled(options, transform or jax.jit)
     sums: dict[Path, _Sum] = {}
-    calls = _Calls()
+    unlifted: frozenset[Path] = frozenset()
+    timeless: frozenset[Path] = frozenset()
     for index, batch in enumerate(batches):
         of_batch = contribution(variables, dict(rngs or {}), index, batch)
         sums = jax.tree.map(jnp.add, sums, of_batch.sums) if sums else of_batch.sums
-        calls = calls.joined(of_batch.calls)
-    _check(sums, calls.unlifted)
+        unlifted |= of_batch.unlifted
+        timeless |= of_batch.timeless
+    _check(sums, unlifted)
     for path, (total, weight, _) in sums.items():
         if not jnp.any(weight > 0):
             continue
         average, reached = total / jnp.maximum(weight, 1), weight > 0
-        if path not in calls.timeless:
+        if path not in timeless:
             average, reached = _repeat_last(average, reached)
         old = nn.unbox(statistics[path])
         average = jnp.where(reached, average.astype(old.dtype), old)
@@ -149,24 +147,6 @@ class _Sum(NamedTuple):
     moved: Array
 
 
-@dataclasses.dataclass(frozen=True)
-class _Calls:
-    """What is known of the modules from their calls under batch statistics.
-
-    Attributes:
-      unlifted: the modules that could not write `current_batch_stats`.
-      timeless: the statistics without a time axis. In `batch_stats` they may have other axes, of
-        lifted transforms.
-    """
-
-    unlifted: frozenset[Path] = frozenset()
-    timeless: frozenset[Path] = frozenset()
-
-    def joined(self, other: "_Calls") -> "_Calls":
-        """What is known from the calls of both."""
-        return _Calls(self.unlifted | other.unlifted, self.timeless | other.timeless)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Contribution:
@@ -174,11 +154,14 @@ class _Contribution:
 
     Attributes:
       sums: what it adds to the sum of every statistic.
-      calls: what is known of the modules, at trace time.
+      unlifted: the modules that could not write `current_batch_stats`; known at trace time.
+      timeless: the statistics without a time axis, also known then. In `batch_stats` they may have
+        other axes, of lifted transforms.
     """
 
     sums: dict[Path, _Sum]
-    calls: _Calls = dataclasses.field(metadata={"static": True})
+    unlifted: frozenset[Path] = dataclasses.field(metadata={"static": True})
+    timeless: frozenset[Path] = dataclasses.field(metadata={"static": True})
 
 
 class _Options(NamedTuple):
@@ -202,16 +185,19 @@ def _contribution(
     keys = {name: jax.random.fold_in(key, index) for name, key in rngs.items()}
     before = flatten_dict(nn.unbox(variables.get("batch_stats", {})))
     variables = {**variables, CURRENT_BATCH_STATS: _no_calls(before)}
-    noted: list[_Calls] = []
-    with nn.intercept_methods(functools.partial(_note_call, noted)):
+    with observed_updates() as updates:
         _, after = options.model.apply(
             variables, *arguments, rngs=keys, mutable=DenyList("params"), **dict(options.kwargs)
         )
     names = "batch_stats", CURRENT_BATCH_STATS
     updated, current = (flatten_dict(nn.unbox(after.get(name, {}))) for name in names)
-    calls = functools.reduce(_Calls.joined, noted, _Calls())
+    unlifted = frozenset(update.module for update in updates if not update.lifted)
+    timeless = frozenset(
+        path for update in updates if update.timeless for path in update.statistics
+    )
     repeat = options.late_steps == "repeat"
-    return _Contribution(_sums(before, updated, current, repeat, calls.timeless), calls)
+    sums = _sums(before, updated, current, repeat, timeless)
+    return _Contribution(sums, unlifted, timeless)
 
 
 @functools.lru_cache(maxsize=4)
@@ -288,31 +274,12 @@ def _repeat_last(statistic: Array, reached: Array) -> tuple[Array, Array]:
     Returns:
       The filled statistic, and a boolean `[..., T, 1]`: whether any step is reached.
     """
-    if statistic.ndim == 1:
+    if statistic.ndim < 2:
         return statistic, reached
     step = jax.lax.broadcasted_iota(jnp.int32, reached.shape, reached.ndim - 2)
     source = jax.lax.cummax(jnp.where(reached, step, jnp.zeros_like(step)), axis=reached.ndim - 2)
     anywhere = jnp.broadcast_to(jnp.any(reached, axis=-2, keepdims=True), reached.shape)
     return jnp.take_along_axis(statistic, source, axis=-2), anywhere
-
-
-def _note_call(noted: list[_Calls], call: Callable, args: Any, kwargs: Any, context: Any) -> Any:
-    """Interceptor: notes what is known from a call of a module, if it is under batch statistics."""
-    module, result = context.module, call(*args, **kwargs)
-    statistics = nn.unbox(module.variables.get("batch_stats", {}))
-    if not (isinstance(module, MODULES) and context.method_name == "__call__" and statistics):
-        return result
-    given = inspect.signature(context.orig_method).bind(*args, **kwargs)
-    given.apply_defaults()
-    name = "use_running_average"  # a subclass may lack it, and give it to the class's own call
-    if name not in given.arguments or normalizes_by_running(module, given.arguments[name]):
-        return result
-    lifted = module.is_mutable_collection(CURRENT_BATCH_STATS)
-    timeless: list[Path] = []
-    if isinstance(module, BNLSTM | BatchNorm):  # cells get their time axis from nn.RNN
-        timeless = [(*module.path, name) for name, each in statistics.items() if each.ndim == 1]
-    noted.append(_Calls(frozenset([] if lifted else [module.path]), frozenset(timeless)))
-    return result
 
 
 def _check_model(model: Any) -> None:

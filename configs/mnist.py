@@ -26,7 +26,8 @@ def get_config() -> ConfigDict:
     config.model.kind = "bn_lstm"
     config.model.features = 100
     config.model.recurrent_init = "identity"
-    config.model.initial_hidden_noise = 0.1  # the first pixels are black: no variance
+    # The first pixels are black in every image. Without noise, batch variances would be zero there.
+    config.model.initial_hidden_noise = 0.1
     config.optimizer.name = "rmsprop"
     config.optimizer.learning_rate = 1e-3
     config.optimizer.decay = 0.9

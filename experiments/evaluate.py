@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from ml_collections import ConfigDict
 from bnlstm_jax import estimate_population_statistics
 from experiments.parallel import ONE_DEVICE, BatchSharding, Devices
 from experiments.records.metrics import describe
-from experiments.runtime.progress import Output, track
+from experiments.runtime.progress import track
 from experiments.tasks import Adapt, Batch, Metrics, Reading, Task, batch_size_field
 
 Variables = dict[str, Any]
@@ -88,7 +87,7 @@ def watched(
     if check is None:
         yield from batches
         return
-    for batch in track(batches, title, total, Output(sys.stdout)):
+    for batch in track(batches, title, total):
         check()
         yield batch
 

@@ -28,6 +28,7 @@ from experiments.records import workdir
 from experiments.reporting import compare
 from experiments.runtime import cli, memory, paths, processes
 from experiments.runtime.errors import UserError, report, unknown_name
+from experiments.runtime.progress import Output
 
 DEFAULT_CONFIG = "configs/digits.py"
 
@@ -158,7 +159,8 @@ def main(_: list[str]) -> None:
     memory.keep_freed()
     base = given.config
     config.check(base)
-    with job():
+    # A run goes on if its output is closed or its log's disk is full.
+    with contextlib.redirect_stdout(Output(sys.stdout)), job():
         fields = json.loads(base.to_json_best_effort())
         versions = {"jax": jax.__version__, "numpy": np.__version__}
         processes.check_same({"--mode": given.mode, "config": fields, "versions": versions}, "")
@@ -169,7 +171,8 @@ def run_all(base: ConfigDict) -> None:
     """Trains or evaluates all kinds of model, and prints their results.
 
     Raises:
-      SystemExit: the run of a kind failed, which is reported, and again after the results.
+      SystemExit: the run of a kind failed. Each failure is reported at once, and again after the
+        results of other kinds.
     """
     given = flags.FLAGS
     folder = Path(given.workdir or default_workdir())
@@ -184,7 +187,7 @@ def run_all(base: ConfigDict) -> None:
     for number, run in enumerate(runs.values(), 1):
         try:
             results.append(run_one(*run, more=number < len(runs)))
-        except train.RunFailed as failure:  # on all processes; the other kinds go on
+        except processes.RunFailed as failure:  # on all processes; the other kinds go on
             report(failure)
             failures.append(failure)
     if results and processes.is_first():

@@ -95,10 +95,6 @@ class Setup:
         )
 
 
-class RunFailed(processes.JobError):
-    """A run diverged, or has no checkpoint to evaluate. Runs of other kinds of model go on."""
-
-
 @dataclasses.dataclass
 class Training:
     """Training in progress.
@@ -193,12 +189,13 @@ class Training:
         refused = jax.device_get(self.state.refused)
         if not np.any(refused):
             return
+        self.done = int(self.state.step)
         names = finite.names(self.state.params, self.state.batch_stats)
         latest = "there is no checkpoint yet"
         if self.saved is not None:
             latest = f"the latest checkpoint, of update {self.saved}, is in {self.setup.folder}"
-        raise RunFailed(
-            f"update {int(self.state.step) + 1} was not applied: "
+        raise processes.RunFailed(
+            f"update {self.done + 1} was not applied: "
             f"{finite.describe(names, refused)}; {latest}; try a lower "
             "config.optimizer.learning_rate in another workdir"
         )
@@ -367,7 +364,7 @@ def evaluate_best(
     task, config, folder = setup.task, setup.config, setup.folder
     best_step = checkpoints.best_step()
     if best_step is None:
-        raise RunFailed(
+        raise processes.RunFailed(
             f"--workdir={folder} holds no checkpoint to evaluate: train until a validation has a "
             f"finite {task.selection}"
         )

@@ -11,7 +11,8 @@ Four steps run one after the other, each in a process of its own:
     benchmark  four sizes of layers, beside other libraries' layers
     training   permuted MNIST by each implementation
 
-The last two steps leave out kernels that failed a check with at most the hidden units of a layer.
+For each layer, the last two steps leave out kernels that failed a check of a layer of the same size
+or smaller.
 
 The steps share `--minutes`; later steps get the time that a step leaves. A step that fails, hangs
 or runs out of time does not end the others. Its results so far count, except those of training,

@@ -2,11 +2,10 @@
 
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 from absl import logging
 from rich.console import Console
@@ -26,7 +25,6 @@ from experiments.runtime.files import write_text
 from experiments.runtime.progress import (
     SECONDS_AVERAGED,
     SECONDS_LOGGED,
-    Output,
     rest_of_line,
     time_left,
 )
@@ -108,7 +106,6 @@ class Reporter:
             write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
             self._file = path.open("a", encoding="utf-8")
         self._console = Console(
-            file=cast(TextIO, Output(sys.stdout)),
             highlight=False,
             soft_wrap=True,
             markup=False,

@@ -12,7 +12,7 @@ import jax
 
 from experiments.jax_experimental import multihost_utils
 from experiments.runtime.errors import Stopped, report
-from experiments.runtime.processes import JobError
+from experiments.runtime.processes import RunFailed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: a terminal was closed
 # Numbers of JAX's synchronisation points. All processes stop at the same one.
@@ -32,8 +32,8 @@ class Interruption:
     def __init__(self, more: bool = False) -> None:
         """No signal has been received yet.
 
-        If `more` work follows the context, its end raises `Stopped` after a signal, even if the
-        context ends with an error of the whole job, which it reports.
+        If `more` runs follow the context, its end raises `Stopped` after a signal, even if this run
+        failed, which it reports.
         """
         self._more = more
         self._received: int | None = None
@@ -58,12 +58,12 @@ class Interruption:
         """Restores the earlier handlers."""
         for number, earlier in self._earlier.items():
             signal.signal(number, earlier)
-        if not self._more:
+        if not self._more or not (error is None or isinstance(error, RunFailed)):
             return
-        if isinstance(error, JobError) and self.requested() is not None:
-            report(error)
-        if error is None or isinstance(error, JobError):
-            self.check()
+        if (number := self.requested()) is not None:
+            if error is not None:
+                report(error)
+            raise _stopped(number)
 
     def requested(self) -> int | None:
         """The signal that asks to stop now, the same on every process; None if there was none."""
@@ -81,7 +81,7 @@ class Interruption:
           Stopped: on every process.
         """
         if (number := self.requested()) is not None:
-            raise Stopped(f"stopped by {_name(number)}; run the same command to continue", number)
+            raise _stopped(number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -96,6 +96,10 @@ class Interruption:
         said = f"{show}{_name(number)}: stopping after this update or batch{again}\n"
         with contextlib.suppress(OSError):  # the same Ctrl-C may have ended a pipe's reader
             os.write(sys.stderr.fileno(), said.encode())
+
+
+def _stopped(number: int) -> Stopped:
+    return Stopped(f"stopped by {_name(number)}; run the same command to continue", number)
 
 
 def _name(number: int) -> str:

@@ -30,6 +30,10 @@ class JobError(UserError):
     """A user error that all processes of the job raise."""
 
 
+class RunFailed(JobError):
+    """A run diverged, or has no checkpoint to evaluate. Runs of other kinds of model go on."""
+
+
 def is_first() -> bool:
     """Whether this is the process that reads and writes the workdir and prints."""
     return jax.process_index() == 0

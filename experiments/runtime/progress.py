@@ -3,10 +3,9 @@
 import contextlib
 import datetime
 import os
-import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, TextIO, TypeVar, cast
+from typing import Any, TextIO, TypeVar
 
 import jax
 from rich.console import Console
@@ -21,10 +20,7 @@ T = TypeVar("T")
 
 
 class Output:
-    """A stream for the progress of a run, which goes on if nothing can be written any more.
-
-    Examples: the terminal is closed, or the log's disk is full.
-    """
+    """A stream that drops text, without an error, once it cannot be written any more."""
 
     def __init__(self, stream: TextIO) -> None:
         """Wraps a stream."""
@@ -59,12 +55,10 @@ def rest_of_line(text: str) -> TextColumn:
     return TextColumn(text, markup=False, table_column=Column(ratio=1, no_wrap=True))
 
 
-def track(
-    items: Iterable[T], title: str, total: int, output: Output | TextIO | None = None
-) -> Iterator[T]:
+def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
     """Yields the items and shows a transient progress bar; in a log file, a line a minute.
 
-    Shows nothing if `total` is 0, which means unknown. `output` is by default stdout.
+    Shows nothing if `total` is 0, which means unknown.
     """
     # Outside a job, this does not look for devices: on one worker of a TPU pod, JAX would wait for
     # the others.
@@ -72,8 +66,7 @@ def track(
     if not first or not total:
         yield from items
         return
-    output = cast(TextIO, output or sys.stdout)
-    console = Console(file=output)
+    console = Console()
     if console.is_terminal:
         columns = (
             BarColumn(bar_width=20),
@@ -91,7 +84,7 @@ def track(
         now = time.monotonic()
         if now - logged > SECONDS_LOGGED:
             left = time_left((now - start) / done * (total - done))
-            print(f"{title}: {done:,} of {total:,}, {left}", file=output, flush=True)
+            print(f"{title}: {done:,} of {total:,}, {left}", flush=True)
             logged = now
 
 

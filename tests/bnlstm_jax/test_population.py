@@ -604,15 +604,23 @@ def test_other_modules_keep_their_statistics_and_warn():
 
 def test_subclass_with_other_arguments_is_estimated():
     class Layer(bnlstm_jax.BNLSTM):
-        def __call__(self, x, train):
-            return super().__call__(x, use_running_average=not train)
+        def setup(self):
+            super().setup()
+            self.norm = bnlstm_jax.BatchNorm()
+
+        def __call__(self, x, use_running_average=None, train=False):
+            return self.norm(super().__call__(x, not train), not train)
 
     x = jax.random.normal(jax.random.key(1), (4, STEPS, 3))
-    layer = bnlstm_jax.BNLSTM(3)
-    variables = layer.init(jax.random.key(0), x, True)
-    got, expected = (
-        bnlstm_jax.estimate_population_statistics(model, variables, [x], **train)
-        for model, train in ((Layer(3), {"train": True}), (layer, {"use_running_average": False}))
+    layer, options = bnlstm_jax.BNLSTM(3), {"train": True}
+    variables = Layer(3).init(jax.random.key(0), x)
+    got = bnlstm_jax.estimate_population_statistics(Layer(3), variables, [x], **options)
+    assert np.any(got.pop("norm")["mean"] != 0)
+    expected = bnlstm_jax.estimate_population_statistics(
+        layer,
+        {name: {k: v for k, v in each.items() if k != "norm"} for name, each in variables.items()},
+        [x],
+        use_running_average=False,
     )
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
@@ -752,7 +760,8 @@ def test_nnx_wrapper_raises_and_suggested_code_works():
     assert np.any(stats["layer"]["input_mean"] != 0)
 
 
-def test_scalar_statistics_of_other_modules_are_unchanged():
+@pytest.mark.parametrize("late_steps", ["skip", "repeat"])
+def test_scalar_statistics_of_other_modules_are_unchanged(late_steps):
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x, use_running_average):
@@ -765,6 +774,6 @@ def test_scalar_statistics_of_other_modules_are_unchanged():
     variables = model.init(jax.random.key(0), x, True)
     with pytest.warns(UserWarning, match="not re-estimated"):
         stats = bnlstm_jax.estimate_population_statistics(
-            model, variables, [x], use_running_average=False
+            model, variables, [x], late_steps=late_steps, use_running_average=False
         )
     assert stats["ema_mean"].shape == () and stats["ema_mean"] == 0
