@@ -182,7 +182,7 @@ def test_lengths_by_position_raise_also_without_batch_statistics(layer):
     x = jnp.asarray(draw(2, 5, 1))
     variables = layer.init(jax.random.key(0), x)
     for lengths in (jnp.array([5, 3]), [5, 3]):
-        with pytest.raises(TypeError, match="pass lengths as seq_lengths"):
+        with pytest.raises(TypeError, match="pass lengths and masks by keyword"):
             layer.apply(variables, x, lengths)
     # A flag has no effect here, so it may be traced.
     got = jax.jit(lambda flag: layer.apply(variables, x, flag))(True)

@@ -70,6 +70,23 @@ def test_one_command_trains_both_models(prepared_dir, tmp_path):
     assert f"| {results['rows'][0]['accuracy']:.4f} " in output and "| LSTM " not in output
 
 
+def test_closed_output_does_not_stop_a_run(prepared_dir, tmp_path):
+    arguments = (f"--workdir={tmp_path}", f"--config.data_dir={prepared_dir}", *SMALL)
+    reader, closed = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.main", "--config.model.kind=lstm", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stdout=closed,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(closed)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "results.json").exists()
+
+
 def test_command_trains_and_evaluates_on_a_text_file(tmp_path):
     text = tmp_path / "book.txt"
     text.write_text("".join(np.random.default_rng(0).choice(list("one, two."), 3000)))

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from experiments.records import metrics
+from experiments.runtime.progress import Output
 
 
 def test_reporter_logs_and_records_metrics(capsys, monkeypatch, tmp_path):
@@ -22,11 +23,11 @@ def test_reporter_logs_and_records_metrics(capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("open_pair", [os.pipe, os.openpty], ids=["pipe", "terminal"])
-def test_closed_stdout_does_not_stop_the_reporter(monkeypatch, tmp_path, open_pair):
+def test_reporter_shows_nothing_on_a_closed_output(monkeypatch, tmp_path, open_pair):
     reader, writer = open_pair()
     os.close(reader)  # as Ctrl-C closes `| tee log`
     with os.fdopen(writer, "w") as closed:
-        monkeypatch.setattr(sys, "stdout", closed)
+        monkeypatch.setattr(sys, "stdout", Output(closed))
         with metrics.Reporter(tmp_path, "title", "data", 0, 10) as reporter:
             for update in (1, 2):
                 reporter.print("lost")

@@ -52,7 +52,7 @@ def test_closed_output_raises_unless_output_drops_text(output, status, said):
 @pytest.mark.parametrize("title", ["reading", "reading [red]" + 20 * " a very long name"])
 def test_narrow_terminals_show_percentage_and_remaining_time(monkeypatch, title):
     terminal = Console(width=60, file=io.StringIO(), force_terminal=True, color_system=None)
-    monkeypatch.setattr(progress, "Console", lambda file: terminal)
+    monkeypatch.setattr(progress, "Console", lambda: terminal)
     assert list(progress.track("abcd", title, 4)) == list("abcd")
     last = terminal.file.getvalue().split("\r")[-2]
     assert " 100% " in last and " left reading" in last
