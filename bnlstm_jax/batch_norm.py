@@ -29,17 +29,15 @@ CURRENT_BATCH_STATS = "current_batch_stats"
 
 
 class Update(NamedTuple):
-    """An update of the running statistics of one term.
+    """An update of a running mean or variance.
 
     Attributes:
-      module: path of the module.
-      statistics: paths of its mean and variance in `batch_stats`.
-      lifted: whether the module can write `current_batch_stats`.
-      timeless: whether the statistics have no time axis. A cell's get theirs from `nn.RNN`.
+      path: path of the statistic in `batch_stats`.
+      lifted: whether its module can write `current_batch_stats`.
+      timeless: whether the statistic has no time axis. A cell's get theirs from `nn.RNN`.
     """
 
-    module: tuple[str, ...]
-    statistics: tuple[tuple[str, ...], ...]
+    path: tuple[str, ...]
     lifted: bool
     timeless: bool
 
@@ -180,9 +178,9 @@ def update_statistics(
         return
     lifted = module.is_mutable_collection(CURRENT_BATCH_STATS)
     if (updates := _UPDATES.get()) is not None:
-        names = tuple((*module.path, prefix + name) for name in Statistics._fields)
         timeless = running.mean.ndim == 1 and not isinstance(module, nn.RNNCellBase)
-        updates.append(Update(module.path, names, lifted, timeless))
+        paths = [(*module.path, prefix + name) for name in Statistics._fields]
+        updates.extend(Update(path, lifted, timeless) for path in paths)
     if module.axis_name is not None:
         count = jax.lax.psum(count, module.axis_name)
         if pooled_axis(module) is None:  # marks statistics as equal along an axis of one device

@@ -120,10 +120,10 @@ def estimate_population_statistics(
         sums = jax.tree.map(jnp.add, sums, of_batch.sums) if sums else of_batch.sums
         unlifted |= of_batch.unlifted
         timeless |= of_batch.timeless
-    _check(sums, unlifted)
-    for path, (total, weight, _) in sums.items():
-        if not jnp.any(weight > 0):
-            continue
+    averaged = {path for path, (_, weight, _) in sums.items() if jnp.any(weight > 0)}
+    _check(sums, averaged, unlifted)
+    for path in averaged:
+        total, weight, _ = sums[path]
         average, reached = total / jnp.maximum(weight, 1), weight > 0
         if path not in timeless:
             average, reached = _repeat_last(average, reached)
@@ -191,10 +191,8 @@ def _contribution(
         )
     names = "batch_stats", CURRENT_BATCH_STATS
     updated, current = (flatten_dict(nn.unbox(after.get(name, {}))) for name in names)
-    unlifted = frozenset(update.module for update in updates if not update.lifted)
-    timeless = frozenset(
-        path for update in updates if update.timeless for path in update.statistics
-    )
+    unlifted = frozenset(update.path[:-1] for update in updates if not update.lifted)
+    timeless = frozenset(update.path for update in updates if update.timeless)
     repeat = options.late_steps == "repeat"
     sums = _sums(before, updated, current, repeat, timeless)
     return _Contribution(sums, unlifted, timeless)
@@ -298,20 +296,16 @@ def _check_model(model: Any) -> None:
     raise TypeError(f"model: expected an instance of flax.linen.Module, got {name}{hint}")
 
 
-def _check(sums: dict[Path, _Sum], unlifted: frozenset[Path]) -> None:
-    """Raises or warns if running averages moved but their batch statistics are unknown."""
-    left = {
-        path[:-1]
-        for path, (_, weight, moved) in sums.items()
-        if not jnp.any(weight > 0) and (moved or path[:-1] in unlifted)
-    }
-    if left & unlifted:
+def _check(sums: dict[Path, _Sum], averaged: set[Path], unlifted: frozenset[Path]) -> None:
+    """Raises or warns if statistics were updated, but those of the batches are unknown."""
+    if missing := unlifted - {path[:-1] for path in averaged}:
         raise ValueError(
-            f"{_texts(left & unlifted)}: a lifted transform (nn.scan, nn.vmap, nn.RNN) does not "
+            f"{_texts(missing)}: a lifted transform (nn.scan, nn.vmap, nn.RNN) does not "
             f"return the statistics of the batch; add {CURRENT_BATCH_STATS!r}: 0 to its "
             f"variable_axes, or {CURRENT_BATCH_STATS!r} to its variable_carry if that has "
             "'batch_stats'"
         )
+    left = {path[:-1] for path in sums.keys() - averaged if sums[path].moved}
     if left:
         warnings.warn(
             f"{_texts(left)}: statistics not re-estimated, because these modules are not from "
@@ -319,7 +313,7 @@ def _check(sums: dict[Path, _Sum], unlifted: frozenset[Path]) -> None:
             UserWarning,
             stacklevel=3,
         )
-    if not any(jnp.any(weight > 0) for _, weight, _ in sums.values()):
+    if not averaged:
         raise ValueError(
             "no batch statistics to average: expected at least one batch with valid rows, a model "
             "with statistics, variables with the collection 'batch_stats', and an argument such as "

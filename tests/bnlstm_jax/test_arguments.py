@@ -536,10 +536,6 @@ def test_cell_noise_is_constant_without_init_key():
     assert np.abs(with_key - first).max() > 0.01
 
 
-PARTITIONED = {kind.__name__: kind for kind in (LSTM, BNLSTM, LNLSTM, LSTMCell, BNLSTMCell,
-                                                LNLSTMCell, BNSimpleCell)}  # fmt: skip
-
-
 @pytest.mark.parametrize("vocab_size", [None, 7])
 @pytest.mark.parametrize("kind", [LSTM, BNLSTM])
 def test_float64_variables_of_a_float32_layer_widen_the_outputs(kind, vocab_size):
@@ -556,6 +552,10 @@ def test_float64_variables_of_a_float32_layer_widen_the_outputs(kind, vocab_size
         double = kind(3, param_dtype=jnp.float64, **options).apply(wide, x, **arguments)
     assert got.dtype == jnp.float64
     np.testing.assert_allclose(got, double, rtol=1e-12)
+
+
+PARTITIONED = {kind.__name__: kind for kind in (LSTM, BNLSTM, LNLSTM, LSTMCell, BNLSTMCell,
+                                                LNLSTMCell, BNSimpleCell)}  # fmt: skip
 
 
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
